@@ -33,7 +33,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +159,8 @@ def atomic_write(path, write):
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def save_checkpoint(path, state):
@@ -295,7 +296,8 @@ def nice_ticks(low, high, count=6):
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+           "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040"]
 
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
@@ -364,74 +366,76 @@ def read_image(path, short_side=None, channels=1):
             head = file.read(132)
             file.seek(0)
             if not head:
-                raise InputError(f"{path}: expected an image, found an empty file; copy or download it again")
+                raise InputError(f"{path}: expected an image, found an empty file; copy it again")
             if head.startswith(b"\x93NUMPY"):
-                pixels = unit_range(np.load(file, allow_pickle=False), path)
+                pixels = unit_range(np.load(file, allow_pickle=False))
             elif head[128:] == b"DICM" or str(path).lower().endswith(".dcm"):
-                pixels = read_dicom(file, path)
+                pixels = read_dicom(file)
             else:
                 pixels = read_picture(file, short_side, channels)
-    except InputError:
-        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
-    except Exception as error:  # damaged files raise a dozen types, depending on the decoder: all mean the same here
-        reason = str(error).replace(f" {file!r}" if "file" in locals() else "\0", "").split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a readable image ({reason}); expected PNG, JPEG, .npy or DICOM, complete") from None
-    image = torch.from_numpy(pixels)  # (H, W) or (H, W, C)
-    if image.ndim == 3 and image.shape[2] == 3 and channels == 1:
-        image = image @ torch.tensor([0.299, 0.587, 0.114])
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file raises one of a dozen types, depending on the decoder
+        reason = "another kind of file" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
+        raise InputError(f"{path}: expected a complete PNG, JPEG, .npy or DICOM image, found {reason or type(error).__name__}") from None
+    image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     if short_side and short_side != min(image.shape[1:]):
         image = resize(image, short_side)
+    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    if len(image) > channels:
+        image = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
     return image.expand(channels, -1, -1)
 
 
 def read_picture(file, short_side, channels):
-    """What PIL reads: float32 (H, W), or (H, W, 3) of a colour picture for channels=3, in [0, 1]."""
+    """The pixels that PIL reads: uint8 (H, W), or (H, W, 3) for channels=3; float32 in [0, 1] where they have 16 bits."""
     with Image.open(file) as picture:
         if picture.format == "JPEG" and short_side:
             picture.draft("L" if channels == 1 else None, (short_side, short_side))
-        if picture.mode.startswith(("I", "F")):  # 16 bits; PIL's own conversion to 8 would clip them to white
-            return unit_range(np.asarray(picture).astype(np.float32 if picture.mode == "F" else np.uint16), file.name)
-        grey = channels == 1 or picture.mode in ("1", "L", "LA")
-        picture = picture if picture.mode == "L" else picture.convert("L" if grey else "RGB")
-        return np.asarray(picture).astype(np.float32) / 255
+        picture.load()
+        if picture.mode.startswith("I"):  # PIL's own conversion to 8 bits would clip them to white
+            return unit_range(np.array(picture).clip(0, 65535).astype(np.uint16))
+        if picture.mode == "F":
+            return unit_range(np.array(picture))
+        mode = "L" if channels == 1 or picture.mode in ("1", "L", "LA") else "RGB"
+        return np.array(picture if picture.mode == mode else picture.convert(mode))
 
 
-def read_dicom(file, path):
+def read_dicom(file):
     """The pixels of a DICOM file as they are meant to be seen: float32 (H, W) or (H, W, 3) in [0, 1]."""
     try:
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
-        raise InputError(f"{path}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
+        raise InputError(f"{file.name}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
     record = pydicom.dcmread(file, force=True)
-    pixels = apply_voi_lut(apply_modality_lut(record.pixel_array, record), record).astype(np.float64)
-    pixels = unit_range(pixels, path, stretch=True)
+    pixels = apply_voi_lut(apply_modality_lut(record.pixel_array, record), record)
+    pixels = unit_range(pixels.astype(np.float64), stretch=True)
     return 1 - pixels if record.PhotometricInterpretation == "MONOCHROME1" else pixels
 
 
-def unit_range(pixels, path, stretch=False):
-    """An array (H, W), (H, W, 1) or (H, W, 3) as float32 in [0, 1], by the rules that `read_image` states."""
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
+def unit_range(pixels, stretch=False):
+    """(H, W), (H, W, 1) or (H, W, 3) as float32 in [0, 1], by `read_image`'s rules. Raises ValueError for anything else."""
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
     if not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3) or not pixels.size or pixels.dtype.kind not in "buif":
-        raise InputError(f"{path}: expected numbers of shape (H, W), (H, W, 1) or (H, W, 3), found {pixels.dtype} {pixels.shape}")
-    if pixels.dtype in (np.uint8, np.uint16):
-        return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+        raise ValueError(f"{pixels.dtype} of shape {pixels.shape} instead of numbers (H, W), (H, W, 1) or (H, W, 3)")
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
+        return pixels.astype(np.float32) / (256**pixels.dtype.itemsize - 1)
     pixels = pixels.astype(np.float64)
     low, high = pixels.min(), pixels.max()
     if not np.isfinite(high - low):
-        raise InputError(f"{path}: expected finite pixel values, found NaN or infinity")
+        raise ValueError("pixels that are NaN or infinite")
     if stretch or low < 0 or high > 1:
-        pixels = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
+        pixels = (pixels - low) / (high - low or 1)
     return pixels.astype(np.float32)
 
 
 def list_images(folder):
     """Every image below a folder, sorted paths. Raises InputError where there is none."""
-    paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
     if not paths:
         raise InputError(f"{folder}: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), found none")
     return paths
@@ -524,9 +528,11 @@ def split_files(data, root, split="", ratio=100):
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder")
     splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
-    if ("{split}" in layout["val"]) != bool(split) or (split and split not in splits):
-        expected = f"--split, one of: {', '.join(splits) or f'(none: {root} has no splits/NAME/train.txt)'}" if "{split}" in layout["val"] else "no --split"
-        raise InputError(f"--data {data} --root {root}: expected {expected}; found {f'--split {split}' if split else 'no --split'}")
+    if "{split}" in layout["val"] and split not in splits:
+        raise InputError(f"--data {data} --root {root}: expected --split {' or '.join(splits) or '(none there: no splits/*/train.txt)'}, "
+                         f"found {split or 'none'}")
+    if split and "{split}" not in layout["val"]:
+        raise InputError(f"--data {data}: expected no --split, found {split}; the data with splits: covid")
     if ratio not in layout["train"]:
         raise InputError(f"--data {data}: expected --ratio {' or '.join(map(str, layout['train']))}, found {ratio}")
     files = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
@@ -569,8 +575,8 @@ def find_images(data, root, names, source):
         paths.append(find_image(data, root, name))
         missing += [name] if paths[-1] is None else []
     if missing:
-        lines = enumerate(read_text(source).splitlines(), 1)
-        number = next((number for number, line in lines if line.strip(' "').startswith(missing[0])), 0)
+        whole = re.compile(rf"(?<![\w./-]){re.escape(missing[0])}(?![\w.-])")
+        number = next((i for i, line in enumerate(read_text(source).splitlines(), 1) if whole.search(line)), "?")
         raise InputError(f"{source}: line {number}: no image {missing[0]!r} in {os.path.join(root or '.', DATASETS[data]['images'])} "
                          f"({len(missing)} of {len(names)} images are missing)")
     return paths
@@ -725,9 +731,11 @@ def load_tokenizer(path):
         try:
             token, rank = line.split()
             tokens.append(base64.b64decode(token, validate=True))
-            assert int(rank) == number
-        except (ValueError, AssertionError):
-            raise InputError(f"{path}: line {number + 1}: expected a token in base64 and the rank {number}, found {line[:60]!r}") from None
+            ranked = int(rank) == number
+        except ValueError:
+            ranked = False
+        if not ranked:
+            raise InputError(f"{path}: line {number + 1}: expected a token in base64 and the rank {number}, found {line[:60]!r}")
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
         raise InputError(f"{path}: expected different tokens, among them all 256 bytes, found otherwise; the file is incomplete")
     return make_encoding(tokens)
@@ -775,38 +783,16 @@ def normalize(images, mean, std):
 
 
 def resize(images, size):
-    """(..., C, H, W) in [0, 1], resized (antialiased bicubic) to (h, w), or so that the shorter side is an int `size`."""
-    height, width = images.shape[-2:]
+    """(B, C, H, W) or (C, H, W), uint8 or in [0, 1], resized to (h, w), or so that the shorter side is an int `size`.
+
+    Antialiased bicubic (Keys' with a = -1/2, widened where it reduces), as PIL's.
+    """
     if isinstance(size, int):
-        size = round(height * size / min(height, width)), round(width * size / min(height, width))
-    batch = images.reshape(-1, *images.shape[-3:])
-    return F.interpolate(batch, size, mode="bicubic", antialias=True).clamp_(0, 1).reshape(*images.shape[:-2], *size)
-
-
-def resample_weights(start, length, inputs, outputs):
-    """Weights (B, outputs, inputs) that resize pixels [start, start + length) of a line of `inputs` pixels to `outputs`.
-
-    Keys' cubic (a = -1/2), widened by the reduction where it reduces: what PIL and torch call antialiased bicubic.
-    start, length: (B,), in pixels.
-    """
-    start, length = start[:, None, None], length[:, None, None]
-    pixel = torch.arange(inputs, device=start.device) + 0.5
-    centre = start + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * (length / outputs)
-    x = ((pixel - centre) / (length / outputs).clamp(min=1)).abs_().clamp_(max=2)  # (B, outputs, inputs)
-    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
-    weights *= (pixel > start) & (pixel < start + length)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def crop_resize(images, boxes, size):
-    """Cuts a box (top, left, height, width) out of each image and resizes it to (size, size), all in two matrix products.
-
-    images (B, C, H, W), boxes (B, 4) float in pixels; returns (B, C, size, size) clamped to [0, 1].
-    """
-    top, left, height, width = boxes.to(images).T
-    rows = resample_weights(top, height, images.shape[2], size)[:, None]
-    columns = resample_weights(left, width, images.shape[3], size)[:, None]
-    return (rows @ images @ columns.transpose(2, 3)).clamp_(0, 1)
+        size = [round(side * size / min(images.shape[-2:])) for side in images.shape[-2:]]
+    batch = images if images.ndim == 4 else images[None]
+    batch = F.interpolate(batch, size, mode="bicubic", antialias=True)
+    batch = batch if batch.dtype == torch.uint8 else batch.clamp_(0, 1)
+    return batch if images.ndim == 4 else batch[0]
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
@@ -815,22 +801,20 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size). Sampled as torchvision's
     RandomResizedCrop does: of ten tries the first that fits, else the central crop of the nearest aspect.
     """
-    sizes = torch.tensor([image.shape[-2:] for image in images]).double()
-    if not torch.is_tensor(images):
-        height, width = sizes.max(0).values.int().tolist()
-        images = torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
-    h, w = sizes.T
-    draw = torch.rand(4, len(sizes), 10, dtype=torch.float64, generator=generator)
+    h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
+    draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
-    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draw[1])
-    heights, widths = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** draw[1]
+    heights, widths = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()  # (B, 10)
     fits = (heights <= h[:, None]) & (widths <= w[:, None]) & (heights > 0) & (widths > 0)
     first, fits = fits.int().argmax(1, keepdim=True), fits.any(1)
-    height = torch.where(fits, heights.gather(1, first)[:, 0], torch.minimum(h, (w / ratio[0]).round()))
-    width = torch.where(fits, widths.gather(1, first)[:, 0], torch.minimum(w, (h * ratio[1]).round()))
-    top = torch.where(fits, (draw[2, :, 0] * (h - height + 1)).floor(), ((h - height) / 2).floor())
-    left = torch.where(fits, (draw[3, :, 0] * (w - width + 1)).floor(), ((w - width) / 2).floor())
-    return crop_resize(images, torch.stack([top, left, height, width], 1), size)
+    height = torch.where(fits, heights.gather(1, first)[:, 0], h.minimum((w / ratio[0]).round()))
+    width = torch.where(fits, widths.gather(1, first)[:, 0], w.minimum((h * ratio[1]).round()))
+    top = torch.where(fits, draw[2, :, 0] * (h - height + 1), (h - height) / 2)
+    left = torch.where(fits, draw[3, :, 0] * (w - width + 1), (w - width) / 2)
+    boxes = torch.stack([top, left, height, width]).T.int().tolist()
+    return torch.stack([resize(image[:, y:y + height, x:x + width], (size, size))
+                        for image, (y, x, height, width) in zip(images, boxes)])
 
 
 def random_flip(images, generator=None):
@@ -959,21 +943,20 @@ def audit(config):
     splits = [config.split]
     if "{split}" in layout["val"] and not config.split:
         splits = sorted(path.name for path in root.glob("splits/*") if path.is_dir()) or [""]
-    patients, digests, positives, problems = {}, {}, {}, []
+    lists, problems = {}, []
     for split in splits:
         split_files(data, root, split, max(layout["train"]))  # explains what does not fit
         for name in [*layout["train"].values(), layout["val"], layout["test"]]:
             path = root / name.format(split=split)
             if path.exists():
-                key = (split, path.stem)
                 try:
-                    positives[key] = read_list(path)
+                    lists[split, path.stem] = read_list(path)
                 except InputError as error:
                     problems.append(str(error))
-                    positives[key] = read_list(path, skip_bad=True)
-                patients[key] = patient_ids(root, positives[key][0])
+                    lists[split, path.stem] = read_list(path, skip_bad=True)
+    names = sorted({name for listed, _ in lists.values() for name in listed})
+    patients = dict(zip(names, patient_ids(root, names)))
 
-    @functools.cache
     def digest(name):
         """(hash of the decoded pixels, "") or ("", what is wrong)."""
         try:
@@ -982,25 +965,24 @@ def audit(config):
         except InputError as error:
             return "", str(error)
 
-    names = sorted({name for listed, _ in positives.values() for name in listed})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = dict(zip(names, tqdm(pool.map(digest, names), "reading images", len(names), leave=False, delay=1)))
     problems += [wrong for _, wrong in digests.values() if wrong]
+    known = {key: {patients[name] for name in listed} - {None} for key, (listed, _) in lists.items()}
     print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
-    for (split, part), (listed, labels) in positives.items():
-        known = set(patients[split, part]) - {None}
+    for (split, part), (listed, labels) in lists.items():
         counts = ", ".join(f"{name} {int(n)}" for name, n in zip(class_names(data, root, split, labels.shape[1]), labels.sum(0)))
-        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{len(known) or '?':>10}  {counts}")
-    for (a, b) in itertools.combinations(positives, 2):
+        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{len(known[split, part]) or '?':>10}  {counts}")
+    for a, b in itertools.combinations(lists, 2):
         if a[0] != b[0] or a[1].startswith("train") and b[1].startswith("train"):
             continue
         both = f"{a[0]} {a[1]} and {b[1]}".strip()
-        shared = sorted(set(patients[a]) & set(patients[b]) - {None})
-        same = {digests[name][0]: name for name in positives[a][0] if digests[name][0]}
-        same = [f"{same[digests[name][0]]} = {name}" for name in positives[b][0] if digests[name][0] in same]
-        problems += [f"{both}: {len(shared)} patients in both: {', '.join(shared[:5])}"] if shared else []
+        twice = sorted(known[a] & known[b])
+        first = {digests[name][0]: name for name in lists[a][0]}
+        same = [f"{first[digests[name][0]]} = {name}" for name in lists[b][0] if digests[name][0] and digests[name][0] in first]
+        problems += [f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}"] if twice else []
         problems += [f"{both}: {len(same)} images with the same pixels in both: {', '.join(same[:5])}"] if same else []
-    print("\n".join(problems) if problems else "nothing wrong: no patient and no image in two parts, every file readable")
+    print("\n".join(problems) or "nothing wrong: no patient and no image in two parts, every file readable")
     return int(bool(problems))
 
 
