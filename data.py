@@ -156,8 +156,11 @@ def atomic_write(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own error hides a full disk's
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path}: cannot be written: {cause.strerror or cause}") from None
     finally:
         if temporary.exists():
             temporary.unlink()
