@@ -252,10 +252,6 @@ def as_picture(image, scale=1):
     return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
 
 
-def save_picture(path, picture):
-    atomic_write(path, lambda file: picture.save(file, "PNG"))
-
-
 def save_grid(path, rows, titles=None, captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
 
@@ -278,7 +274,7 @@ def save_grid(path, rows, titles=None, captions=None, scale=1):
             canvas.paste(picture, (gap + sum(widths[:i]) + gap * i, top))
         draw.text((gap, top + height - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
         top += height
-    save_picture(path, canvas)
+    atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
 def wrap_text(text, font, width):
@@ -344,7 +340,8 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
     draw.text((left + width / 2, 20), title, "black", font, "ma")
     draw.text((left + width / 2, top + height + 50), xlabel, "black", font, "ma")
     draw.text((left, top - 14), ylabel, "black", small, "ls")
-    save_picture(path, canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS))
+    canvas = canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS)
+    atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,7 +379,8 @@ def read_image(path, short_side=None, channels=1):
         raise
     except Exception as error:  # a damaged file raises one of a dozen types, depending on the decoder
         reason = "another kind of file" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
-        raise InputError(f"{path}: expected a complete PNG, JPEG, .npy or DICOM image, found {reason or type(error).__name__}") from None
+        reason = reason or type(error).__name__
+        raise InputError(f"{path}: expected a complete PNG, JPEG, .npy or DICOM image, found {reason}") from None
     image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     if short_side and short_side != min(image.shape[1:]):
@@ -423,7 +421,8 @@ def read_dicom(file):
 def unit_range(pixels, stretch=False):
     """(H, W), (H, W, 1) or (H, W, 3) as float32 in [0, 1], by `read_image`'s rules. Raises ValueError for anything else."""
     pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
-    if not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3) or not pixels.size or pixels.dtype.kind not in "buif":
+    grey_or_colour = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    if not grey_or_colour or not pixels.size or pixels.dtype.kind not in "buif":
         raise ValueError(f"{pixels.dtype} of shape {pixels.shape} instead of numbers (H, W), (H, W, 1) or (H, W, 3)")
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         return pixels.astype(np.float32) / (256**pixels.dtype.itemsize - 1)
@@ -438,7 +437,8 @@ def unit_range(pixels, stretch=False):
 
 def list_images(folder):
     """Every image below a folder, sorted paths. Raises InputError where there is none."""
-    paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != ".")
+    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(str(path) for path in found if path.name[0] != ".")
     if not paths:
         raise InputError(f"{folder}: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), found none")
     return paths
@@ -453,7 +453,8 @@ def list_images(folder):
 NIH_CLASSES = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
                "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
-LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"}, "val": "val_list.txt", "test": "test_list.txt"}
+LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"}, "val": "val_list.txt",
+         "test": "test_list.txt"}
 DATASETS = {
     "demo": {"images": "images", "classes": None, **LISTS},
     "csv": {"images": "images", "classes": None, **LISTS},
@@ -532,8 +533,8 @@ def split_files(data, root, split="", ratio=100):
         raise InputError(f"--root {root}: no such folder")
     splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
     if "{split}" in layout["val"] and split not in splits:
-        raise InputError(f"--data {data} --root {root}: expected --split {' or '.join(splits) or '(none there: no splits/*/train.txt)'}, "
-                         f"found {split or 'none'}")
+        there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
+        raise InputError(f"--data {data} --root {root}: expected --split {there}, found {split or 'none'}")
     if split and "{split}" not in layout["val"]:
         raise InputError(f"--data {data}: expected no --split, found {split}; the data with splits: covid")
     if ratio not in layout["train"]:
@@ -548,7 +549,8 @@ def split_files(data, root, split="", ratio=100):
 
 
 def class_names(data, root, split, count):
-    """The names of the `count` classes: of ROOT/classes.txt, of the layout, or numbers. Raises InputError for another count."""
+    """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers. Raises InputError for another
+    count."""
     path = Path(root or ".") / "classes.txt"
     classes = DATASETS[data]["classes"] or [f"class {i + 1}" for i in range(count)]
     if path.exists():
@@ -557,7 +559,8 @@ def class_names(data, root, split, count):
         classes = ["Viral"]
     if len(classes) != count:
         source = path if path.exists() else f"--data {data}"
-        raise InputError(f"{source}: expected {count} classes, as the lists have labels, found {len(classes)}: {', '.join(classes)}")
+        raise InputError(f"{source}: expected {count} classes, as the lists have labels, found {len(classes)}: "
+                         f"{', '.join(classes)}")
     return classes
 
 
@@ -580,8 +583,9 @@ def find_images(data, root, names, source):
     if missing:
         whole = re.compile(rf"(?<![\w./-]){re.escape(missing[0])}(?![\w.-])")
         number = next((i for i, line in enumerate(read_text(source).splitlines(), 1) if whole.search(line)), "?")
-        raise InputError(f"{source}: line {number}: no image {missing[0]!r} in {os.path.join(root or '.', DATASETS[data]['images'])} "
-                         f"({len(missing)} of {len(names)} images are missing)")
+        folder = os.path.join(root or ".", DATASETS[data]["images"])
+        raise InputError(f"{source}: line {number}: no image {missing[0]!r} in {folder} "
+                         f"({len(missing)} of {len(names)} are missing)")
     return paths
 
 
@@ -592,7 +596,8 @@ def read_csv(path, columns):
     try:
         header = [name.strip() for name in next(reader, [])]
         if not set(columns) <= set(header):
-            raise InputError(f"{path}: line 1: expected the columns {', '.join(columns)}, found {', '.join(header) or 'an empty file'}")
+            found = ", ".join(header) or "an empty file"
+            raise InputError(f"{path}: line 1: expected the columns {', '.join(columns)}, found {found}")
         places = [header.index(name) for name in columns]
         for row in reader:
             if row and len(row) <= max(places):
@@ -611,7 +616,8 @@ def read_reports(path, root):
     names, reports = [], []
     for line, name, report in read_csv(path, ("image_path", "report_content")):
         if not name or not report:
-            raise InputError(f"{path}: line {line}: expected an image and its report, found no {'report_content' if name else 'image_path'}")
+            empty = "report_content" if name else "image_path"
+            raise InputError(f"{path}: line {line}: expected an image and its report, found no {empty}")
         names.append(name)
         reports.append(report)
     if not reports:
@@ -629,9 +635,8 @@ def patient_ids(root, names):
     """The patient of each name, None where unknown: from patients.csv or records.csv (columns image_path, patient_id) at
     the root, else from names as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them."""
     table = next((path for path in (Path(root) / "patients.csv", Path(root) / "records.csv") if path.exists()), None)
-    known = {}
-    if table:
-        known = {record_names(root, [name])[0]: patient for _, name, patient in read_csv(table, ("image_path", "patient_id"))}
+    rows = read_csv(table, ("image_path", "patient_id")) if table else ()
+    known = {record_names(root, [name])[0]: patient for _, name, patient in rows}
     written = (re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}\.)", name) for name in names)
     return [known.get(name) or (match and match[0].strip("/")) for name, match in zip(names, written)]
 
@@ -653,7 +658,8 @@ def not_excluded(paths, exclude, root):
 # white space become one space: they are short, and case in them says little (Open-I's are in mixed case, others in
 # capitals). A word is a run of letters (anything beyond ASCII counts as one), of digits, or of punctuation, with the
 # space before it; no token crosses words. The vocabulary is the 256 bytes, the merges, then the special tokens.
-WORD = r" ?[^\x00-@\[-`{-\x7f]+| ?[0-9]+| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"  # reads the same in Python's and tiktoken's engine
+# The pattern reads the same in Python's and in tiktoken's engine.
+WORD = r" ?[^\x00-@\[-`{-\x7f]+| ?[0-9]+| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"
 SPECIAL = ("<pad>", "<mask>", "<eot>")
 
 
@@ -664,8 +670,8 @@ def split_words(report):
 
 def make_encoding(merges):
     """The tiktoken encoding of a list of byte strings, the token's id its place; the special tokens follow."""
-    special = {name: len(merges) + i for i, name in enumerate(SPECIAL)}
-    return tiktoken.Encoding("reports", pat_str=WORD, mergeable_ranks={b: i for i, b in enumerate(merges)}, special_tokens=special)
+    return tiktoken.Encoding("reports", pat_str=WORD, mergeable_ranks={token: i for i, token in enumerate(merges)},
+                             special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)})
 
 
 def train_tokenizer(reports, vocab_size):
@@ -675,7 +681,8 @@ def train_tokenizer(reports, vocab_size):
     pair is left twice. Returns a tiktoken.Encoding. Raises InputError for a vocabulary below the 256 bytes.
     """
     if vocab_size < 256 + len(SPECIAL):
-        raise InputError(f"vocabulary size: expected at least {256 + len(SPECIAL)} (every byte and {', '.join(SPECIAL)}), found {vocab_size}")
+        raise InputError(f"vocabulary size: expected at least {256 + len(SPECIAL)} (the bytes and {', '.join(SPECIAL)}), "
+                         f"found {vocab_size}")
     counted = Counter(word for report in reports for word in split_words(report))
     words, counts = [list(word.encode()) for word in counted], list(counted.values())
     tokens = [bytes([i]) for i in range(256)]
@@ -712,7 +719,7 @@ def train_tokenizer(reports, vocab_size):
                         changed.add(fresh)
                 i += 1
         del pairs[pair]
-        for fresh in changed - {pair}:
+        for fresh in changed:
             heapq.heappush(heap, (-pairs[fresh], fresh))
     return make_encoding(tokens)
 
@@ -738,9 +745,10 @@ def load_tokenizer(path):
         except ValueError:
             ranked = False
         if not ranked:
-            raise InputError(f"{path}: line {number + 1}: expected a token in base64 and the rank {number}, found {line[:60]!r}")
+            raise InputError(f"{path}: line {number + 1}: expected a token in base64 and its rank {number}, "
+                             f"found {line[:60]!r}")
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
-        raise InputError(f"{path}: expected different tokens, among them all 256 bytes, found otherwise; the file is incomplete")
+        raise InputError(f"{path}: expected different tokens, all 256 bytes among them; the file is damaged: write it again")
     return make_encoding(tokens)
 
 
@@ -777,11 +785,13 @@ def hide_words(enc, tokens, words, ratio, generator=None):
 
 
 def seeded(*numbers):
-    """A torch.Generator whose stream depends on all the given non-negative numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    """A torch.Generator whose stream depends on all the given integers."""
+    state = np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def normalize(images, mean, std):
+    """Images of any shape, centred and scaled by the mean and standard deviation that their model was trained with."""
     return (images - mean) / std
 
 
@@ -829,9 +839,9 @@ def random_flip(images, generator=None):
 class ImageSet(torch.utils.data.Dataset):
     """Grey images of which the shorter side is `size`, as 8 bits (16-bit sources are rounded), read when asked for.
 
-    set[i] is (image (1, size, size), i); set[indices, draw] is (images (B, 1, size, size), indices): a whole batch, passed
-    through `augment(images, generator)`, the generator seeded by (seed, draw), so that neither workers nor resuming change
-    it. `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ. Without it: the centre crop.
+    set[indices, draw] is (images (B, 1, size, size), indices): a batch, passed through `augment(images, generator)` with a
+    generator seeded by (seed, draw), so that neither workers nor resuming change it; without `augment`, the centre crops.
+    set[i] is (image (1, size, size), i). `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ.
     """
 
     def __init__(self, paths, size, augment=None, seed=0):
@@ -857,21 +867,19 @@ class ImageSet(torch.utils.data.Dataset):
         if not isinstance(key, tuple):
             if not 0 <= key < len(self):
                 raise IndexError(key)
-            return self.crop([self.read(key) if self.cache is None else self.cache[key]])[0], key
+            return self[[key], 0][0][0], key
         indices, draw = torch.as_tensor(key[0]), key[1]
         if torch.is_tensor(self.cache):
             images = self.cache[indices]
         else:
             images = [self.read(i) if self.cache is None else self.cache[i] for i in indices.tolist()]
         if self.augment is None:
-            return self.crop(images), indices
+            s = self.size
+            corners = [((image.shape[1] - s) // 2, (image.shape[2] - s) // 2) for image in images]
+            crops = torch.stack([image[:, y:y + s, x:x + s] for image, (y, x) in zip(images, corners)])
+            return crops.float() / 255, indices
         images = images.float() / 255 if torch.is_tensor(images) else [image.float() / 255 for image in images]
         return self.augment(images, seeded(self.seed, draw)), indices
-
-    def crop(self, images):
-        """The central (B, 1, size, size) of images of any shape."""
-        return torch.stack([image[:, (image.shape[1] - self.size) // 2:, (image.shape[2] - self.size) // 2:]
-                            [:, :self.size, :self.size] for image in images]).float().div_(255)
 
 
 def load_batches(dataset, keys, workers):
@@ -879,10 +887,10 @@ def load_batches(dataset, keys, workers):
     if not workers:
         yield from map(dataset.__getitem__, keys)
         return
-    context = "fork" if sys.platform == "linux" else None
     try:
-        yield from torch.utils.data.DataLoader(dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                                               multiprocessing_context=context)
+        yield from torch.utils.data.DataLoader(
+            dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None)
     except InputError as error:  # a worker's error arrives with its traceback: the last line is the message
         raise InputError(str(error).strip().split("\n")[-1].partition("InputError: ")[2]) from None
 
@@ -895,12 +903,13 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
     """
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
-        return np.random.default_rng((seed, epoch)).permutation(len(dataset))
+        return torch.randperm(len(dataset), generator=seeded(seed, epoch)).tolist()
 
     def keys():
         for step in range(start_step, steps):
-            places = (step * world + rank) * batch_size + np.arange(batch_size)
-            yield [int(permutation(place // len(dataset))[place % len(dataset)]) for place in places.tolist()], step * world + rank
+            draw = step * world + rank
+            places = range(draw * batch_size, (draw + 1) * batch_size)
+            yield [permutation(place // len(dataset))[place % len(dataset)] for place in places], draw
 
     return load_batches(dataset, keys(), workers)
 
@@ -931,7 +940,8 @@ def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     root: str = option("", "folder of the data set")
-    data: str = option("", "layout of the data set (none: covid where there is ROOT/splits, else demo)", choices=["", *DATASETS])
+    data: str = option("", "layout of the data set (default: covid where there is ROOT/splits, else demo)",
+                       choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
 
 
@@ -974,15 +984,16 @@ def audit(config):
     known = {key: {patients[name] for name in listed} - {None} for key, (listed, _) in lists.items()}
     print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
     for (split, part), (listed, labels) in lists.items():
-        counts = ", ".join(f"{name} {int(n)}" for name, n in zip(class_names(data, root, split, labels.shape[1]), labels.sum(0)))
+        classes = class_names(data, root, split, labels.shape[1])
+        counts = ", ".join(f"{name} {int(count)}" for name, count in zip(classes, labels.sum(0)))
         print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{len(known[split, part]) or '?':>10}  {counts}")
     for a, b in itertools.combinations(lists, 2):
         if a[0] != b[0] or a[1].startswith("train") and b[1].startswith("train"):
             continue
         both = f"{a[0]} {a[1]} and {b[1]}".strip()
         twice = sorted(known[a] & known[b])
-        first = {digests[name][0]: name for name in lists[a][0]}
-        same = [f"{first[digests[name][0]]} = {name}" for name in lists[b][0] if digests[name][0] and digests[name][0] in first]
+        first = {digests[name][0]: name for name in lists[a][0] if digests[name][0]}
+        same = [f"{first[digests[name][0]]} = {name}" for name in lists[b][0] if digests[name][0] in first]
         problems += [f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}"] if twice else []
         problems += [f"{both}: {len(same)} images with the same pixels in both: {', '.join(same[:5])}"] if same else []
     print("\n".join(problems) or "nothing wrong: no patient and no image in two parts, every file readable")

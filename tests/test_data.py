@@ -59,7 +59,7 @@ class Config(data.RunConfig):
 def test_parse_config(capsys):
     assert data.parse_config(Config, []) == Config()
     config = data.parse_config(Config, "--rank 8 --flip --no-kernels --out runs/x --share .1 --kind b".split())
-    assert (config.rank, config.flip, config.kernels, config.out, config.share, config.kind) == (8, True, False, "runs/x", 0.1, "b")
+    assert config == Config(rank=8, flip=True, kernels=False, out="runs/x", share=0.1, kind="b")
     with pytest.raises(SystemExit):
         data.parse_config(Config, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -286,9 +286,9 @@ def test_unreadable_images_have_one_clear_line(tmp_path, photo):
     fails(lambda: data.read_image(tmp_path / "text.png"), "text.png", "another kind of file")
     fails(lambda: data.read_image(tmp_path / "none.png"), "none.png: no such image")
     fails(lambda: data.read_image(tmp_path), tmp_path)
-    for name, array in (("shape", np.zeros((2, 3, 4, 5))), ("nan", np.array([[np.nan]])), ("text", np.array([["a"]])), ("none", np.zeros((0, 3)))):
-        np.save(tmp_path / f"{name}.npy", array)
-        fails(lambda: data.read_image(tmp_path / f"{name}.npy"), f"{name}.npy")
+    for array in (np.zeros((2, 3, 4, 5)), np.array([[np.nan]]), np.array([["a"]]), np.zeros((0, 3))):
+        np.save(tmp_path / "a.npy", array)
+        fails(lambda: data.read_image(tmp_path / "a.npy"), "a.npy")
     np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
     fails(lambda: data.read_image(tmp_path / "pickled.npy"), "pickled.npy")
 
@@ -335,7 +335,8 @@ def write(path, text):
 
 
 def test_read_list(tmp_path):
-    path = write(tmp_path / "l.txt", "\ufeffa.png 0 1 1 \n\nchest 1 of 2.png 1 0 0\nsub/b.dcm\t0 0 0\n")  # BOM, blank line, spaces, tab
+    text = "\ufeffa.png 0 1 1 \n\nchest 1 of 2.png 1 0 0\nsub/b.dcm\t0 0 0\n"  # byte order mark, blank line, spaces, tab
+    path = write(tmp_path / "l.txt", text)
     names, labels = data.read_list(path)
     assert names == ["a.png", "chest 1 of 2.png", "sub/b.dcm"] and labels.dtype == torch.float32
     assert labels.tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 0]]
@@ -371,15 +372,15 @@ def test_unusable_lists(tmp_path):
     fails(lambda: data.read_list(tmp_path / "b.txt"), "b.txt", "UTF-8")
 
 
-def make_folder(root, photo, lists, **files):
+def make_folder(root, photo, lists, files=()):
     """A small data set: lists {file: {name: labels}}, each image with different pixels."""
     (root / "images").mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(dict.fromkeys(name for rows in lists.values() for name in rows)):
         Image.fromarray(np.roll(photo[:64, :64], i, 0)).save(root / "images" / name)
     for file, rows in lists.items():
         write(root / file, "".join(f"{name} {labels}\n" for name, labels in rows.items()))
-    for name, text in files.items():
-        write(root / name.replace("_csv", ".csv").replace("_txt", ".txt"), text)
+    for name, text in dict(files).items():
+        write(root / name, text)
     return root
 
 
@@ -388,7 +389,8 @@ def folder(tmp_path, photo):
     return make_folder(tmp_path / "set", photo, {
         "train_1.txt": {"a0.png": "0 1"}, "train_list.txt": {"a0.png": "0 1", "a1.png": "1 0"},
         "val_list.txt": {"b0.png": "1 1"}, "test_list.txt": {"c0.png": "0 0", "c1.png": "1 0"},
-    }, classes_txt="Edema\nNodule\n", patients_csv="image_path,patient_id\na0.png,1\na1.png,1\nb0.png,2\nc0.png,3\nimages/c1.png,4\n")
+    }, {"classes.txt": "Edema\nNodule\n",
+        "patients.csv": "image_path,patient_id\na0.png,1\na1.png,1\nb0.png,2\nc0.png,3\nimages/c1.png,4\n"})
 
 
 def test_split_files(folder, tmp_path, photo):
@@ -399,12 +401,13 @@ def test_split_files(folder, tmp_path, photo):
     fails(lambda: data.split_files("nih", tmp_path / "none"), "--root", "no such folder")
     fails(lambda: data.split_files("nih", folder, "covid1"), "expected no --split, found covid1")
     fails(lambda: data.split_files("covid", folder, "covid1"), "none there")
-    rows = {"a.png": "0", "b.png": "1"}
-    covid = make_folder(tmp_path / "covid", photo, {f"splits/{s}/{p}.txt": rows for s in ("covid1", "viral2") for p in ("train", "val", "test")})
+    lists = [f"splits/{split}/{part}.txt" for split in ("covid1", "viral2") for part in ("train", "val", "test")]
+    covid = make_folder(tmp_path / "covid", photo, dict.fromkeys(lists, {"a.png": "0", "b.png": "1"}))
     assert data.split_files("covid", covid, "viral2")["val"] == covid / "splits/viral2/val.txt"
     for split in ("", "covid9"):
         fails(lambda: data.split_files("covid", covid, split), "expected --split covid1 or viral2")
-    assert data.class_names("covid", covid, "viral2", 1) == ["Viral"] and data.class_names("covid", covid, "covid1", 1) == ["COVID-19"]
+    assert data.class_names("covid", covid, "viral2", 1) == ["Viral"]
+    assert data.class_names("covid", covid, "covid1", 1) == ["COVID-19"]
 
 
 def test_class_names(folder):
@@ -417,9 +420,8 @@ def test_class_names(folder):
 
 
 def test_find_images(folder):
-    assert data.find_images("nih", folder, ["a0.png", "images/a1.png", "b0"], None) == \
-        [str(folder / "images" / name) for name in ("a0.png", "images/a1.png", "b0.png")][:1] + \
-        [str(folder / "images/a1.png"), str(folder / "images/b0.png")]
+    found = data.find_images("nih", folder, ["a0.png", "images/a1.png", "b0"], None)
+    assert found == [str(folder / "images" / name) for name in ("a0.png", "a1.png", "b0.png")]
     path = write(folder / "l.txt", "aa0.png 0\na1.png 0\n0.png 1\n")
     fails(lambda: data.find_images("nih", folder, ["a1.png", "0.png", "x.png"], path), path, "line 3:", "'0.png'", "2 of 3")
     fails(lambda: data.read_list(path, root=folder), path, "line 1:", "'aa0.png'")
@@ -427,15 +429,20 @@ def test_find_images(folder):
 
 def test_read_reports(folder):
     path = folder / "training.csv"
-    write(path, '\ufeff study , image_path , report_content\n1, a0.png ,"Heart size normal, ""clear"" lungs.\nNo effusion."\n\n2,images/b0.png,Edema.\n')
+    write(path, '\ufeff study , image_path , report_content\n1, a0.png ,"Heart size normal, ""clear"" lungs.\nNo effusion."\n\n'
+                "2,images/b0.png,Edema.\n")
     paths, reports = data.read_reports(path, folder)
     assert paths == [str(folder / "images/a0.png"), str(folder / "images/b0.png")]
     assert reports == ['Heart size normal, "clear" lungs.\nNo effusion.', "Edema."]
     head = "image_path,report_content\n"
     for text, parts in {
-        "": ["line 1", "image_path, report_content", "an empty file"], "image,report\n": ["line 1", "found image, report"],
-        head: ["found none"], head + "a0.png,Edema.\nb0.png,\n": ["line 3", "report_content"], head + ",Edema.\n": ["line 2", "image_path"],
-        head + "a0.png,Edema.\nb0.png\n": ["line 3", "expected 2 fields, found 1"], head + "a0.png,x\nz.png,y\n": ["line 3", "'z.png'"],
+        "": ["line 1", "image_path, report_content", "an empty file"],
+        "image,report\n": ["line 1", "found image, report"],
+        head: ["found none"],
+        head + "a0.png,Edema.\nb0.png,\n": ["line 3", "report_content"],
+        head + ",Edema.\n": ["line 2", "image_path"],
+        head + "a0.png,Edema.\nb0.png\n": ["line 3", "expected 2 fields, found 1"],
+        head + "a0.png,x\nz.png,y\n": ["line 3", "'z.png'"],
     }.items():
         fails(lambda: data.read_reports(write(path, text), folder), path, *parts)
     fails(lambda: data.read_reports(folder / "none.csv", folder), "none.csv: no such file")
@@ -444,7 +451,7 @@ def test_read_reports(folder):
 def test_patients_and_exclusion(folder):
     assert data.patient_ids(folder, ["a0.png", "c1.png", "z.png"]) == ["1", "4", None]
     (folder / "patients.csv").rename(folder / "other.csv")
-    names = ["00000013_005.png", "images/00000013_006.png", "CheXpert-v1.0-small/train/patient00007/study1/view1_frontal.jpg", "x.png"]
+    names = ["00000013_005.png", "images/00000013_006.png", "CheXpert/train/patient00007/study1/view1_frontal.jpg", "x.png"]
     assert data.patient_ids(folder, names) == ["00000013", "00000013", "patient00007", None]
     (folder / "other.csv").rename(folder / "patients.csv")
     paths = [str(folder / "images" / name) for name in ("a0.png", "a1.png", "b0.png", "c0.png")]
@@ -454,8 +461,9 @@ def test_patients_and_exclusion(folder):
 
 # ---- The tokenizer
 
-TEXTS = ["The heart is normal in size. The lungs are clear.", "Small left pleural effusion; no pneumothorax.", "aaaa aaaaa aa abab ababab",
-         "2.5 cm nodule, right upper lobe (RUL).", "Épanchement pleural gauche.\n\nNo   edema", "心影增大 <mask> <pad>", "the the the theth"]
+TEXTS = ["The heart is normal in size. The lungs are clear.", "Small left pleural effusion; no pneumothorax.",
+         "2.5 cm nodule, right upper lobe (RUL).", "Épanchement pleural gauche.\n\nNo   edema", "心影增大 <mask> <pad>",
+         "aaaa aaaaa aa abab ababab", "the the the theth"]
 
 
 def naive_tokenizer(texts, size):
@@ -497,7 +505,7 @@ def random_texts(seed, count):
 def test_tokenizer_equals_a_naive_one(texts):
     enc, tokens = data.train_tokenizer(texts, 340), naive_tokenizer(texts, 340 - len(data.SPECIAL))
     assert [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(data.SPECIAL))] == tokens
-    assert [enc.encode_single_token(name) for name in data.SPECIAL] == list(range(len(tokens), len(tokens) + len(data.SPECIAL)))
+    assert [enc.encode_single_token(name) for name in data.SPECIAL] == [len(tokens) + i for i in range(len(data.SPECIAL))]
     rows, owners = data.encode_reports(enc, texts, 120)
     for text, row, owner in zip(texts, rows, owners):
         words = data.split_words(text)
@@ -521,7 +529,8 @@ def test_tokenizer_file(tmp_path):
     assert torch.equal(data.encode_reports(enc, TEXTS, 50)[0], data.encode_reports(again, TEXTS, 50)[0])
     assert data.train_tokenizer(TEXTS * 2, 300)._mergeable_ranks == enc._mergeable_ranks
     lines = path.read_text().splitlines()
-    for wrong, part in ((lines[:270] + ["!!! 270"], "line 271"), (lines[:5] + lines[6:], "line 6"), (lines[:200], "256 bytes"), (lines + [""], "line 298")):
+    for wrong, part in ((lines[:270] + ["!!! 270"], "line 271"), (lines[:5] + lines[6:], "line 6"),
+                        (lines[:200], "256 bytes"), (lines + [""], "line 298")):
         fails(lambda: data.load_tokenizer(write(path, "\n".join(wrong) + "\n")), path, part)
     fails(lambda: data.load_tokenizer(tmp_path / "none"), "no such file")
     fails(lambda: data.train_tokenizer(TEXTS, 200), "vocabulary size", "200")
@@ -563,7 +572,7 @@ def test_random_resized_crop_follows_torchvisions_rule(monkeypatch):
     assert crops.shape == (2000, 2, 8, 8)
     h, w = torch.tensor([box.shape[1:] for box in boxes]).T
     share, aspect = h * w / (90 * 160), w / h
-    assert 0.09 < share.min() and share.max() < 0.61 and 0.3 < share.mean() < 0.4  # torchvision's: uniform, less what does not fit
+    assert 0.09 < share.min() and share.max() < 0.61 and 0.3 < share.mean() < 0.4  # uniform, less what does not fit
     assert aspect.min() > 0.72 and aspect.max() < 1.38 and abs(aspect.log().mean()) < 0.05
     top, left = torch.stack([box[:, 0, 0] for box in boxes]).T
     assert abs((top / (90 - h).clamp(min=1)).mean() - 0.5) < 0.03 and abs((left / (160 - w)).mean() - 0.5) < 0.03
@@ -647,7 +656,8 @@ def test_train_batches_depend_on_the_step_alone(paths, preload):
 def test_eval_batches_cover_everything_once(paths):
     image_set = data.ImageSet(paths, 48)
     batches = list(data.eval_batches(image_set, 4))
-    assert [len(images) for images, _ in batches] == [4, 4, 4, 2] and torch.cat([i for _, i in batches]).tolist() == list(range(14))
+    assert [len(images) for images, _ in batches] == [4, 4, 4, 2]
+    assert torch.cat([i for _, i in batches]).tolist() == list(range(14))
     shares = [torch.cat([i for _, i in data.eval_batches(image_set, 4, rank, 3)]).tolist() for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(14)) and shares[1] == [1, 4, 7, 10, 13]
 
@@ -727,7 +737,8 @@ def test_audit_finds_leaks_and_unreadable_files(folder, capsys):
     assert "train_list and test_list: 1 patients in both: 1" in text
     assert "train_list and test_list: 1 images with the same pixels in both: a1.png = a1.png" in text
     assert "val_list and test_list: 1 images with the same pixels in both: b0.png = d.png" in text
-    assert "none.png: no such image" in text and "c0.png: expected a complete" in text and "line 6: 'c1.png' is listed before" in text
+    assert "none.png: no such image" in text and "c0.png: expected a complete" in text
+    assert "line 6: 'c1.png' is listed before" in text
     assert "train_1 and train_list" not in text
 
 
