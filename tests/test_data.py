@@ -632,6 +632,8 @@ def test_image_set(paths):
     wide = data.read_image(paths[11])[:, :, 21:69]  # centre crop
     assert torch.equal(data.ImageSet(paths[11:12], 48)[0][0], wide)
     assert data.ImageSet(paths, 40).preload(limit=1000).cache is None  # too large: read when asked for
+    many = data.ImageSet(paths * 20, 40).preload()  # by several processes, in order
+    assert all(torch.equal(a, b) for a, b in zip(many.cache, mixed.cache * 20)) and len(many.cache) == 280
 
 
 @pytest.mark.parametrize("preload", [False, True])
@@ -667,6 +669,7 @@ def test_a_truncated_image_ends_a_run_with_its_line(paths, tmp_path):
     bad.write_bytes(Path(paths[0]).read_bytes()[:300])
     image_set = data.ImageSet([paths[0], str(bad)], 48)
     fails(image_set.preload, bad)
+    fails(data.ImageSet(paths * 20 + [str(bad)], 48).preload, bad)  # so many are read by several processes
     for workers in (0, 1):
         fails(lambda: list(data.eval_batches(image_set, 2, workers=workers)), bad, "expected a complete")
 
