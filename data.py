@@ -261,20 +261,66 @@ def peak_memory_mib(device):
 # through a film's S-shaped response: overlaps then look as they do on film.
 #
 # Legend. x runs across the patient, 0 on the spine and positive to the patient's LEFT (the picture's right); y runs down
-# from the top edge; X = |x| serves both sides at once. Lengths are fractions of the picture's side (0.01 is 1.28 pixels
-# of 128), attenuations are in units of a chest wall plus mediastinum. Maps are float32 (H, W).
+# from 0, the film's top edge, to 1; X = |x| serves both sides at once. Lengths are fractions of the picture's side (0.01
+# is 1.28 pixels of 128), attenuations fractions of a thick chest wall's. Maps are float32 (H, W). A side is -1 right,
+# 1 left, 0 both. Everything that can vary is drawn from the patient's own generator.
 
 DEMO_CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Nodule", "Pneumothorax", "Consolidation", "Edema")
-DEMO_RATES = dict(zip(DEMO_CLASSES, (0.13, 0.12, 0.13, 0.13, 0.15, 0.14, 0.10)))  # at a first visit, without heart failure
-ANATOMY = {  # what a patient keeps from visit to visit, drawn uniformly between the two numbers
-    "chest": (0.345, 0.415),  # half width of the rib cage, inside
-    "apex": (0.070, 0.150), "height": (0.540, 0.670),  # top of the lungs; from there to the right dome
-    "dome": (0.070, 0.120), "left_lower": (-0.010, 0.040),  # depth of the costophrenic angle; left dome below the right
-    "ctr": (0.370, 0.465), "droop": (0.200, 0.500), "pedicle": (0.055, 0.080),  # cardiothoracic ratio, slant, mediastinum
-    "knob": (0.035, 0.060), "neck": (0.110, 0.160), "shoulder": (0.020, 0.110), "trunk": (0.420, 0.560),
-    "fat": (-0.120, 0.180), "breast": (-0.200, 0.200), "rib_gap": (0.068, 0.086), "rib": (0.110, 0.230),
-    "rib_phase": (0.000, 1.000), "clavicle": (0.120, 0.200), "markings": (0.700, 1.250),
+DEMO_RATES = (0.12, 0.10, 0.11, 0.14, 0.12, 0.12, 0.08)  # at a first visit, and of turning up later, without heart failure
+ANATOMY = {  # what a patient keeps from visit to visit, uniform between two numbers
+    "chest": (0.33, 0.42), "apex": (0.07, 0.15), "height": (0.54, 0.67),  # half width; top of the lungs; from there to the dome
+    "dome": (0.07, 0.12), "left_lower": (-0.01, 0.04),  # depth of the costophrenic angle; left dome below the right one
+    "ctr": (0.38, 0.47), "droop": (0.20, 0.50), "pedicle": (0.055, 0.080), "knob": (0.035, 0.060),  # heart, great vessels
+    "neck": (0.11, 0.16), "shoulder": (0.02, 0.11), "trunk": (0.42, 0.56), "fat": (-0.12, 0.18), "breast": (-0.2, 0.2),
+    "rib": (0.10, 0.20), "rib_gap": (0.068, 0.086), "rib_phase": (0.0, 1.0), "clavicle": (0.12, 0.20), "marks": (0.7, 1.25),
 }
+HARDWARE = {  # name: how it is reported, then strands (width, x0, y0, x1, y1, ...)
+    "ecg": (("ECG leads overlie the chest.", "Monitoring leads project over the thorax."), (
+        (0.024, -0.26, 0.25, -0.24, 0.25), (0.007, -0.25, 0.25, -0.29, 0.14, -0.36, 0.05, -0.38, -0.2),
+        (0.024, 0.25, 0.29, 0.27, 0.29), (0.007, 0.26, 0.29, 0.21, 0.15, 0.22, 0.06, 0.27, -0.2),
+        (0.024, 0.22, 0.71, 0.24, 0.71), (0.007, 0.23, 0.71, 0.13, 0.78, 0.10, 0.90, 0.13, 1.2))),
+    "pacemaker": (("Left chest pacemaker with lead in the right ventricle.", "A left-sided pacemaker is in place."), (
+        (0.07, 0.24, 0.25, 0.30, 0.26), (0.008, 0.25, 0.22, 0.18, 0.18, 0.10, 0.18, 0.02, 0.21, -0.04, 0.30, -0.05, 0.45,
+                                         -0.04, 0.56, 0.01, 0.63, 0.08, 0.65))),
+    "central line": (("Right central venous catheter with tip in the superior vena cava.", "A right jugular line ends over the SVC."), (
+        (0.009, -0.10, -0.1, -0.09, 0.05, -0.06, 0.16, -0.04, 0.26, -0.045, 0.36, -0.045, 0.44),)),
+}
+MARKERS = {1: ((0.02, -0.02, -0.03, -0.02, 0.03, 0.02, 0.03),),  # L, beside the patient's left shoulder; R beside the right
+           -1: ((0.02, -0.02, 0.03, -0.02, -0.03, 0.01, -0.03, 0.02, -0.015, 0.01, 0.0, -0.02, 0.0, 0.02, 0.03),)}
+
+
+@dataclasses.dataclass
+class Finding:
+    """What is drawn and reported. Zone: 0 upper, 1 mid, 2 lower; severity from 0 (just visible) to 1; `at`: where in the zone."""
+
+    side: int
+    zone: int
+    severity: float
+    at: tuple
+
+    @property
+    def grade(self):
+        return min(2, int(3 * self.severity))
+
+
+def draw_findings(rng, before):
+    """One visit's {class: Finding}. Findings of the visit before mostly stay, and get better or worse."""
+    failing = rng.random() < 0.08  # heart failure: a large heart, oedema and effusions together
+    now = {}
+    for name, rate in zip(DEMO_CLASSES, DEMO_RATES):
+        side, zone, severity, at = int(rng.choice([-1, 1])), int(rng.integers(3)), rng.random(), tuple(rng.random(2).tolist())
+        chance, drift, both = rng.random(), rng.normal(0, 0.25), rng.random() < 0.25
+        if name in before:
+            if chance < 0.65:
+                now[name] = dataclasses.replace(before[name], severity=min(max(before[name].severity + drift, 0.0), 1.0))
+        elif chance < (0.7 if failing and name in ("Cardiomegaly", "Effusion", "Edema") else rate):
+            if name in ("Cardiomegaly", "Edema") or (name == "Effusion" and both):
+                side = 0
+            now[name] = Finding(side, max(zone, 1) if name == "Atelectasis" else zone, severity, at)
+    return now
+
+
+# ---- Drawing
 
 
 def smooth_noise(rng, size, cells):
@@ -284,7 +330,7 @@ def smooth_noise(rng, size, cells):
 
 def ramp(distance, width):
     """0 outside, 1 inside, linear over `width` around distance 0."""
-    return np.clip(distance / width + 0.5, 0, 1)
+    return np.minimum(np.maximum(distance / width + 0.5, 0), 1)
 
 
 def ball(q):
@@ -293,245 +339,194 @@ def ball(q):
 
 
 def tube(distance, radius):
-    """Attenuation across a bone: a hollow cylinder, so its edges (cortex) are brighter than its middle (marrow)."""
+    """Across a bone: a hollow cylinder, so its edges (cortex) are brighter than its middle (marrow)."""
     q = (distance / radius) ** 2
     return ball(q) - 0.7 * ball(1.7 * q)
 
 
-def lines(size, segments, place):
-    """Rasterises (n, 5) segments x0 y0 x1 y1 width, the thick ones on top, at twice the size. (H, W) in 0..1."""
+def strokes(size, segments, place):
+    """Segments (n, 5) of x0 y0 x1 y1 width, thick over thin, drawn at twice the size; `place` maps points to the picture."""
     picture = Image.new("L", (2 * size, 2 * size))
     draw = ImageDraw.Draw(picture)
+    segments = segments[np.argsort(segments[:, 4], kind="stable")]
     ends = 2 * size * place(segments[:, :4].reshape(-1, 2)).reshape(-1, 4)
-    widths = 2 * size * segments[:, 4]
-    for i in np.argsort(widths, kind="stable"):
-        draw.line(ends[i].tolist(), fill=int(min(255, 90 * widths[i])), width=max(1, round(widths[i])))
-    return np.asarray(picture.resize((size, size), Image.BOX), np.float32) / 255
+    widths = np.maximum(1, np.rint(2 * size * segments[:, 4])).astype(int)
+    shades = np.minimum(255, 23000 * segments[:, 4]).astype(int)  # a vessel is round: the thinner, the fainter
+    for end, shade, width in zip(ends.tolist(), shades.tolist(), widths.tolist()):
+        draw.line(end, shade, width)
+    return np.asarray(picture.reduce(2), np.float32) / 255
+
+
+def polylines(strands):
+    """HARDWARE's strands as segments (n, 5)."""
+    return np.array([(*strand[i : i + 4], strand[0]) for strand in strands for i in range(1, len(strand) - 3, 2)])
 
 
 def vessel_tree(rng):
-    """Both lungs' vessels: from each hilum six trunks that fork three times, thinner and more crooked. (n, 5)."""
+    """Segments (n, 5) of both lungs' vessels: from each hilum six trunks that fork three times."""
     side = np.repeat([-1.0, 1.0], 6)
     angle = np.tile(np.linspace(-1.35, 1.45, 6), 2) + rng.normal(0, 0.15, 12)  # 0 points outward, positive down
-    x, y, width, found = side * 0.07, np.where(side > 0, 0.40, 0.43) + 0.03 * np.tanh(angle), 0.017, []
-    for level in range(5):
-        length = rng.uniform(0.05, 0.11, len(x))
-        x1, y1 = x + side * length * np.cos(angle), y + length * np.sin(angle)
-        found.append(np.stack([x, y, x1, y1, np.full_like(x, width)], 1))
-        fork = rng.uniform(0.15, 0.5, len(x))
-        x, y, side = np.tile(x1, 2), np.tile(y1, 2), np.tile(side, 2)
-        angle, width = np.concatenate([angle - fork, angle + fork]), width * 0.68
-    return np.concatenate(found)
+    x, y, width, tree = side * 0.07, np.where(side > 0, 0.40, 0.43) + 0.03 * np.tanh(angle), 0.017, []
+    for _ in range(4):
+        length, fork = rng.uniform(0.06, 0.13, len(x)), rng.uniform(0.15, 0.5, len(x))
+        ends = x + side * length * np.cos(angle), y + length * np.sin(angle)
+        tree.append(np.stack([x, y, *ends, np.full(len(x), width)], 1))
+        x, y, side, width = np.tile(ends[0], 2), np.tile(ends[1], 2), np.tile(side, 2), 0.65 * width
+        angle = np.concatenate([angle - fork, angle + fork])
+    return np.concatenate(tree)
 
 
-@dataclasses.dataclass
-class Finding:
-    """What is drawn and reported: side -1 right, 1 left, 0 both; zone 0 upper, 1 mid, 2 lower; severity 0 to 1."""
-
-    side: int
-    zone: int
-    severity: float
-    at: tuple  # where in the zone: fractions outward and down
-
-    @property
-    def grade(self):
-        return min(2, int(3 * self.severity))
-
-
-def draw_findings(rng, before):
-    """One visit's {class: Finding}; findings of the visit before tend to stay and to get better or worse."""
-    failing = rng.random() < 0.08  # heart failure: a large heart, oedema and effusions together
-    now = {}
-    for name, rate in DEMO_RATES.items():
-        side, zone, severity, at = rng.choice([-1, 1]), rng.integers(3), rng.random(), tuple(rng.random(2))
-        stays, both, drift, chance = rng.random() < 0.7, rng.random() < 0.25, rng.normal(0, 0.25), rng.random()
-        if name in before:
-            if stays:
-                now[name] = dataclasses.replace(before[name], severity=float(np.clip(before[name].severity + drift, 0, 0.999)))
-            continue
-        if failing and name in ("Cardiomegaly", "Effusion", "Edema"):
-            rate = 0.7
-        if chance < rate:
-            side = 0 if name in ("Cardiomegaly", "Edema") or (name == "Effusion" and both) else int(side)
-            zone = 1 + int(zone) % 2 if name == "Atelectasis" else int(zone)
-            now[name] = Finding(side, zone, severity, at)
-    return now
-
-
-def chest_film(rng, p, vessels, findings, ap, devices, size):
-    """Draws one film of a patient with anatomy p (ANATOMY's names). Returns pixels and pneumothorax mask, uint8 (H, W)."""
-    def between(low, high):
-        return rng.uniform(low, high)
-
-    # The pose of this exposure: a shift, a turn and a scale; the slow displacement makes every outline a little irregular.
-    turn, scale = np.radians(rng.normal(0, 3.5)), between(0.98, 1.26)
-    shift = np.array([0.5, 0.5]) + rng.normal(0, 0.035, 2)
-    matrix = scale * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])  # picture = [x, y - 1/2] @ matrix + shift
+def outlines(rng, anatomy, findings, ap, size):
+    """The chest `c` that everything hangs on: this exposure's coordinates, rib cage, diaphragm, heart, and the air within."""
+    c = SimpleNamespace(**anatomy, rng=rng, size=size, findings=findings)
+    turn, scale, shift = math.radians(rng.normal(0, 3.5)), rng.uniform(0.96, 1.28), 0.5 + rng.normal(0, 0.05, 2)
+    matrix = scale * np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    c.place = lambda points: (points - [0, 0.5]) @ matrix + shift  # patient (n, 2) to picture
+    (a, b), (d, e) = np.linalg.inv(matrix).tolist()
     pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
-    u, v = pixel[None, :] - np.float32(shift[0]), pixel[:, None] - np.float32(shift[1])
-    inverse = np.linalg.inv(matrix).astype(np.float32)
-    x = u * inverse[0, 0] + v * inverse[1, 0] + 0.006 * smooth_noise(rng, size, 5)
-    y = u * inverse[0, 1] + v * inverse[1, 1] + 0.5 + 0.006 * smooth_noise(rng, size, 5)
-    X, left, leftward = np.abs(x), x > 0, ramp(x, 0.08)
-    p = SimpleNamespace(**p)
+    u, v = pixel[None, :] - float(shift[0]), pixel[:, None] - float(shift[1])
+    c.x = u * a + v * d + 0.006 * smooth_noise(rng, size, 5)  # the noise bends every outline a little
+    c.y = u * b + v * e + 0.006 * smooth_noise(rng, size, 5) + 0.5
+    c.X = np.abs(c.x)
+    left = ramp(c.x, 0.06)
+    c.on = {-1: 1 - left, 0: 1.0, 1: left}
 
-    def on(side):
-        return 1.0 if side == 0 else left if side > 0 else ~left
+    breath = rng.uniform(-0.02, 0.03) - 0.03 * ap
+    floor = c.apex + c.height + breath  # of the right lung
+    c.floor = floor + c.left_lower * left
+    if "Atelectasis" in findings:  # volume loss pulls the diaphragm up
+        c.floor = c.floor - c.on[findings["Atelectasis"].side] * (0.03 + 0.05 * findings["Atelectasis"].severity)
+    c.middle, c.base = 0.45 * c.chest, c.apex + 0.72 * c.height  # crest of the dome; where the cage is widest
+    c.across = (c.X - c.middle) / (c.chest - c.middle)  # 0 at the crest, 1 at the chest wall
+    rise = np.maximum(c.base - c.y, 0) / (c.base - c.apex)
+    inward = (c.middle - c.X) / (1.1 * c.middle)
+    c.wall = (1 - np.sqrt(rise**2 + np.where(c.X > c.middle, c.across, inward) ** 2)) * (c.chest - c.middle)  # depth inside the ribs
+    c.above = c.floor + c.dome * c.across**2 * (0.6 + 0.4 * c.across**2) - c.y  # height above the diaphragm
 
-    def place(points):
-        return (points - [0, 0.5]) @ matrix + shift
+    ctr = 0.53 + 0.13 * findings["Cardiomegaly"].severity if "Cardiomegaly" in findings else c.ctr  # cardiothoracic ratio
+    swing = rng.normal(0, 0.015)  # turned about the spine, the heart, in front, moves sideways on the film
+    c.half, c.tall = ctr * c.chest, 0.155 + 0.15 * (ctr - 0.4)
+    c.heart_x, c.heart_y = 0.34 * c.half + swing, floor - 0.06
+    slanted = c.x - c.heart_x - c.droop * (c.y - c.heart_y)
+    heart = ball((slanted / math.sqrt(c.half**2 - (c.droop * c.tall) ** 2)) ** 2 + ((c.y - c.heart_y) / c.tall) ** 2)
+    c.knob_y = c.apex + 0.36 * c.height
+    knob = ball(((c.x - swing - c.pedicle + 0.35 * c.knob) / c.knob) ** 2 + ((c.y - c.knob_y) / (1.3 * c.knob)) ** 2)
+    below = np.maximum(c.y - c.knob_y, 0)
+    pedicle = ramp(c.pedicle + 0.1 * below - np.abs(c.x - swing - 0.1 * below), 0.03) * ramp(c.heart_y - c.y, 0.1)
+    c.solid = np.minimum(np.maximum(1.6 * np.maximum(heart, 0.7 * knob), 0.8 * pedicle), 1)
+    depth = np.maximum(c.wall, 0)
+    c.air = depth / (depth + 0.03) * ramp(c.above, 0.015) * (1 - 0.85 * c.solid)
+    c.abdomen, c.water, c.line, c.mask = ramp(-c.above, 0.02), 0.0, 0.0, np.zeros((size, size), bool)
+    return c
 
-    # Rib cage, domes, heart: the outlines that everything else hangs on. A poor breath lifts the domes.
-    f = findings
-    breath = between(-0.02, 0.03) - 0.03 * ap
-    floor_y = p.apex + p.height + breath + p.left_lower * leftward
-    if "Atelectasis" in f:  # volume loss pulls the dome up
-        floor_y = floor_y - (leftward if f["Atelectasis"].side > 0 else 1 - leftward) * (0.02 + 0.05 * f["Atelectasis"].severity)
-    middle, base = 0.45 * p.chest, p.apex + 0.72 * p.height
-    rise = np.maximum(base - y, 0) / (base - p.apex)
-    out = np.where(X > middle, (X - middle) / (p.chest - middle), (middle - X) / (1.1 * middle))
-    wall = (1 - np.sqrt(rise**2 + out**2)) * (p.chest - middle)  # depth below the inner chest wall, > 0 inside
-    t2 = ((X - middle) / (p.chest - middle)) ** 2
-    above = floor_y + p.dome * t2 * (0.6 + 0.4 * t2) - y  # height above the hemidiaphragm
-    air = np.maximum(wall, 0) / (np.maximum(wall, 0) + 0.03) * ramp(above, 0.015)
 
-    ctr = 0.54 + 0.15 * f["Cardiomegaly"].severity if "Cardiomegaly" in f else p.ctr
-    half, tall = ctr * p.chest, 0.155 + 0.15 * (ctr - 0.4)
-    heart_x, heart_y = 0.34 * half, p.apex + p.height + breath - 0.06
-    slanted = x - heart_x - p.droop * (y - heart_y)
-    heart = ball((slanted / math.sqrt(half**2 - (p.droop * tall) ** 2)) ** 2 + ((y - heart_y) / tall) ** 2)
-    knob_y = p.apex + 0.36 * p.height
-    aorta = ball(((x - p.pedicle + 0.35 * p.knob) / p.knob) ** 2 + ((y - knob_y) / (1.3 * p.knob)) ** 2)
-    vessels_x = x - 0.10 * np.maximum(y - knob_y, 0) * (y < heart_y)
-    pedicle = ramp(p.pedicle + 0.10 * np.maximum(y - knob_y, 0) - np.abs(vessels_x), 0.03) * ramp(heart_y - y, 0.1)
-    solid = np.clip(np.maximum(1.6 * np.maximum(heart, 0.7 * aorta), 0.8 * pedicle), 0, 1)
-    air = air * (1 - 0.85 * solid)
+def spot(c, finding):
+    """A point in the visible lung: down from the apex by zone, then out from the heart's border towards the ribs."""
+    y = c.apex + c.height * (0.18 + 0.26 * (finding.zone + 0.8 * finding.at[1]))
+    ribs = c.middle + (c.chest - c.middle) * math.sqrt(1 - (max(c.base - y, 0) / (c.base - c.apex)) ** 2) - 0.05
+    t = (y - c.heart_y) / c.tall
+    heart = finding.side * (c.heart_x + c.droop * (y - c.heart_y)) + c.half * math.sqrt(1 - t * t) + 0.03 if abs(t) < 1 else 0
+    inner = max(0.10, heart)
+    return finding.side * (inner + max(ribs - inner, 0.02) * finding.at[0]), y
 
-    def spot(finding):
-        """A point in the visible lung: down from the apex by zone, then out from the heart's border to the ribs."""
-        down = p.apex + p.height * (0.18 + 0.26 * (finding.zone + 0.8 * finding.at[1]))
-        width = middle + (p.chest - middle) * math.sqrt(1 - (max(base - down, 0) / (base - p.apex)) ** 2)
-        border = finding.side * (heart_x + p.droop * (down - heart_y)) + half * math.sqrt(max(0, 1 - ((down - heart_y) / tall) ** 2))
-        inner = max(0.10, border + 0.03 if abs(down - heart_y) < tall else 0)
-        return finding.side * (inner + (max(width - 0.05, inner + 0.02) - inner) * finding.at[0]), down
 
-    # Findings of the lung: each changes the air, the vessels drawn in it, or adds water.
-    marks = lines(size, vessels, place) * p.markings
-    texture = smooth_noise(rng, size, size // 3)
-    water, mask = np.zeros_like(air), np.zeros(air.shape, bool)
-    if "Edema" in f:  # bat's wings: haze around both hila, thick blurred vessels, a coarse interstitium
-        s = f["Edema"].severity
-        wings = np.exp(-(((X - 0.15) / 0.11) ** 2 + ((y - p.apex - 0.58 * p.height) / 0.20) ** 2))
-        water += wings * (0.16 + 0.24 * s) * (1 + 0.25 * smooth_noise(rng, size, size // 5))
-        texture = texture * (1 + (1.5 + 1.5 * s) * wings)
-    if "Consolidation" in f:  # fluffy, patchy, ends at the pleura
-        c = f["Consolidation"]
-        cx, cy = spot(c)
-        radius = 0.075 + 0.06 * c.severity
-        r2 = ((x - cx) ** 2 + ((y - cy) / between(0.8, 1.1)) ** 2) / radius**2
-        patchy = 1 + 0.5 * smooth_noise(rng, size, size // 8)
-        water += np.clip(1.4 * np.exp(-r2) * patchy, 0, 1) * on(c.side) * (0.20 + 0.16 * c.severity)
-    if "Nodule" in f:
-        n = f["Nodule"]
-        cx, cy = spot(n)
-        radius = 0.031 + 0.022 * n.severity
-        water += ball(((x - cx) ** 2 + (y - cy) ** 2) / radius**2) * (0.20 + 0.08 * n.severity)
-    if "Atelectasis" in f:  # one to three plates, nearly horizontal
-        a = f["Atelectasis"]
-        cx, cy = spot(a)
-        for k in range(1 + a.grade):
-            slope = between(-0.45, 0.45)
-            off = (y - cy - 0.05 * k) - slope * (x - cx)
-            water += np.exp(-(off / 0.012) ** 2) * ramp(0.07 + 0.05 * a.severity - np.abs(x - cx), 0.03) * on(a.side) * (0.18 + 0.08 * a.severity)
-    if "Pneumothorax" in f:  # air between chest wall and a collapsed lung: no vessels out there, a thin pleural line
-        s = f["Pneumothorax"].severity
-        gap = (0.042 + 0.10 * s) * (1.25 - 0.8 * np.clip((y - p.apex) / p.height, 0, 1))
-        outside = ramp(gap - wall, 0.008) * on(f["Pneumothorax"].side)
-        mask = (outside > 0.5) & (wall > 0) & (above > 0) & (solid < 0.5)
-        marks, texture, water = marks * (1 - outside), texture * (1 - outside), water * (1 - outside)
-        water += 0.10 * np.exp(-(((wall - gap) / 0.008) ** 2)) * on(f["Pneumothorax"].side)
-        water += 0.10 * s * (1 - outside) * on(f["Pneumothorax"].side)
-        air = air * (1 + 0.15 * outside)
-    opaque = np.clip(water, 0, 0.5) * air
-    air_left, below = air, ramp(-above, 0.02)
-    if "Effusion" in f:  # fluid fills the lowest part and climbs the wall: a meniscus
-        e = f["Effusion"]
-        height = 0.055 + 0.30 * e.severity**1.3
-        bottom = floor_y + p.dome
-        level = bottom - height * (0.75 + 0.35 * np.clip(t2, 0, 1.2) * (X > middle)) - 0.05 * np.exp(-np.maximum(wall, 0) / 0.02)
-        fluid = ramp(y - level, 0.025) * on(e.side) * ramp(X - 0.06, 0.06)
-        air_left, below = air * (1 - 0.95 * fluid), np.maximum(below, fluid * ramp(wall, 0.02))  # hides the dome: same density
-        opaque, marks, texture = opaque * (1 - fluid), marks * (1 - fluid), texture * (1 - fluid)
+def edema(c, f):  # bat's wings: patchy haze around both hila, a coarse interstitium
+    x, y = c.rng.uniform(0.13, 0.19), c.apex + c.rng.uniform(0.50, 0.66) * c.height
+    wing = np.exp(-(((c.X - x) / 0.10) ** 2) - ((c.y - y) / 0.17) ** 2) * (1 + c.rng.uniform(-0.2, 0.2) * (2 * c.on[1] - 1))
+    c.water += wing * (0.15 + 0.22 * f.severity) * np.maximum(1 + 0.35 * smooth_noise(c.rng, c.size, c.size // 4), 0.2)
+    c.texture = c.texture * (1 + (2 + 2 * f.severity) * wing)
 
-    # Body, bones.
-    shoulders = ramp(y - p.shoulder - 0.03, 0.16)
-    outline = p.neck + shoulders * (0.62 - p.neck) - ramp(y - 0.55, 0.35) * (0.62 - p.trunk)
-    body = np.sqrt(np.maximum(1 - (x / outline) ** 2, 0)) * (0.95 + p.fat) + 0.20 * below
-    cage = ramp(wall + 0.02, 0.02) * ramp(0.86 - y, 0.2)
-    r = X / p.chest
-    phase = (y - 0.10 * r**2 * (0.4 + r**2) + 0.02 * r) / p.rib_gap + p.rib_phase
-    posterior = tube(phase - np.floor(phase) - 0.5, 0.24)
-    front = (y + 0.28 * (r - 1)) / (1.25 * p.rib_gap) + p.rib_phase
-    anterior = tube(front - np.floor(front) - 0.5, 0.22) * ramp(r - 0.5, 0.3)
-    bone = p.rib * cage * (posterior * ramp(X - 0.03, 0.03) + 0.55 * anterior)
-    bone += 0.07 * ramp(0.034 - X, 0.02) * (0.85 + 0.15 * np.cos(y * (2 * math.pi / 0.055)))
-    collar = y - p.clavicle + 0.10 * X * (1 + X) - 0.016 * np.sin(11 * X)
-    bone += 0.20 * tube(collar, 0.017) * ramp(X - 0.035, 0.02)
-    blade = ramp(X - (0.40 - 0.08 * ap) + 0.25 * (y - 0.3), 0.015) * ramp(y - p.clavicle - 0.02, 0.06) * ramp(0.50 - y, 0.10) * ramp(0.56 - X, 0.1)
-    bone += 0.07 * blade
 
-    total = body + (bone + 0.16 * solid) * ramp(body - 0.3, 0.4) + opaque - 0.55 * air_left * (body > 0.2)
-    total += air_left * (0.17 * marks + 0.022 * texture)
-    fork = np.abs(np.abs(x - 0.008) - 0.9 * np.maximum(y - knob_y - 0.03, 0))  # trachea, then both main bronchi
-    total -= 0.10 * ball((fork / 0.018) ** 2) * ramp(knob_y + 0.09 - y, 0.06)
-    if p.breast > 0:
-        total += 1.0 * p.breast * ball(((X - 0.20) / 0.16) ** 2 + ((y - p.apex - 0.88 * p.height) / 0.14) ** 2)
-    if rng.random() < 0.5:  # gastric bubble
-        total -= 0.25 * ball(((x - 0.17) / 0.06) ** 2 + ((y - heart_y - 0.15 - between(0, 0.03)) / 0.035) ** 2) * ramp(-above - 0.01, 0.02)
-    total = np.maximum(total, 0)
+def consolidation(c, f):  # fluffy, patchy, within one zone; ends at the pleura
+    x, y = spot(c, f)
+    near = np.exp(-((c.x - x) ** 2 + ((c.y - y) / c.rng.uniform(0.8, 1.1)) ** 2) / (0.085 + 0.06 * f.severity) ** 2)
+    patchy = np.maximum(1 + 0.5 * smooth_noise(c.rng, c.size, c.size // 8), 0.4)
+    c.water += np.minimum(1.4 * near * patchy, 1) * c.on[f.side] * (0.34 + 0.14 * f.severity)
+
+
+def nodule(c, f):
+    x, y = spot(c, f)
+    c.water += ball(((c.x - x) ** 2 + (c.y - y) ** 2) / (0.041 + 0.022 * f.severity) ** 2) * (0.40 + 0.08 * f.severity)
+
+
+def atelectasis(c, f):  # one to three plates, nearly horizontal (the raised diaphragm is in `outlines`)
+    x, y = spot(c, f)
+    for k in range(1 + f.grade):
+        off = c.y - y - 0.05 * k - c.rng.uniform(-0.45, 0.45) * (c.x - x)
+        plate = np.exp(-((off / 0.015) ** 2)) * ramp(0.08 + 0.06 * f.severity - np.abs(c.x - x), 0.03)
+        c.water += plate * c.on[f.side] * (0.28 + 0.08 * f.severity)
+
+
+def pneumothorax(c, f):  # air between ribs and lung, most at the apex: no vessels out there; the pleura is a thin line
+    gap = (0.045 + 0.10 * f.severity) * (1.25 - 0.8 * np.minimum(np.maximum((c.y - c.apex) / c.height, 0), 1))
+    outside = ramp(gap - c.wall, 0.008) * c.on[f.side]
+    c.mask = (outside > 0.5) & (c.wall > 0) & (c.above > 0) & (c.solid < 0.5)
+    c.marks, c.texture, c.water = c.marks * (1 - outside), c.texture * (1 - outside), c.water * (1 - outside)
+    c.water += (0.12 * np.exp(-(((c.wall - gap) / 0.008) ** 2)) + 0.10 * f.severity * (1 - outside)) * c.on[f.side]
+    c.air = c.air * (1 + 0.15 * outside)
+
+
+def effusion(c, f):  # fluid fills the lowest part and climbs the wall, a meniscus; as dense as the abdomen, it hides the dome
+    height = 0.065 + 0.30 * f.severity**1.3
+    climb = 0.35 * np.minimum(np.maximum(c.across, 0) ** 2, 1.2)
+    level = c.floor + c.dome - height * (0.75 + climb) - 0.05 * np.exp(-np.maximum(c.wall, 0) / 0.02)
+    fluid = ramp(c.y - level, 0.025) * c.on[f.side] * ramp(c.X - 0.06, 0.06)
+    c.abdomen = np.maximum(c.abdomen, fluid * ramp(c.wall, 0.02))
+    c.air = c.air * (1 - 0.95 * fluid)
+
+
+def bones(c):
+    """Posterior ribs arch out and down from the spine, front ribs down and inward; then spine, clavicles, scapulae."""
+    r = c.X / c.chest
+    back = (c.y - 0.10 * r**2 * (0.4 + r**2) + 0.02 * r) / c.rib_gap + c.rib_phase
+    front = (c.y + 0.28 * (r - 1)) / (1.25 * c.rib_gap) + c.rib_phase
+    ribs = tube(back - np.floor(back) - 0.5, 0.24) * ramp(c.X - 0.03, 0.03)
+    ribs = ribs + 0.55 * tube(front - np.floor(front) - 0.5, 0.22) * ramp(r - 0.5, 0.3)
+    spine = ramp(0.034 - c.X, 0.02) * (0.85 + 0.15 * np.cos(c.y * (2 * math.pi / 0.055)))
+    clavicles = tube(c.y - c.clavicle + 0.10 * c.X * (1 + c.X) - 0.016 * np.sin(11 * c.X), 0.017) * ramp(c.X - 0.035, 0.02)
+    blades = ramp(c.X - 0.38 + 0.25 * (c.y - 0.3), 0.015) * ramp(0.56 - c.X, 0.1)
+    blades = blades * ramp(c.y - c.clavicle - 0.02, 0.06) * ramp(0.50 - c.y, 0.10)
+    return c.rib * ribs * ramp(c.wall + 0.02, 0.02) * ramp(0.86 - c.y, 0.2) + 0.07 * spine + 0.20 * clavicles + 0.07 * blades
+
+
+def soft_tissue(c):
+    """Neck, shoulders and trunk, thickest in the middle; abdomen, breasts, the stomach's bubble, trachea and bronchi."""
+    outline = c.neck + ramp(c.y - c.shoulder - 0.03, 0.16) * (0.62 - c.neck) - ramp(c.y - 0.55, 0.35) * (0.62 - c.trunk)
+    body = ball((c.x / outline) ** 2) * (0.95 + c.fat) + 0.20 * c.abdomen
+    if c.breast > 0:
+        body += c.breast * ball(((c.X - 0.20) / 0.16) ** 2 + ((c.y - c.apex - 0.88 * c.height) / 0.14) ** 2)
+    if c.rng.random() < 0.5:
+        bubble = ball(((c.x - 0.17) / 0.06) ** 2 + ((c.y - c.heart_y - c.rng.uniform(0.15, 0.18)) / 0.035) ** 2)
+        body -= 0.25 * bubble * ramp(-c.above - 0.01, 0.02)
+    fork = np.abs(np.abs(c.x - 0.008) - 0.9 * np.maximum(c.y - c.knob_y - 0.03, 0))
+    return body - 0.10 * ball((fork / 0.018) ** 2) * ramp(c.knob_y + 0.09 - c.y, 0.06)
+
+
+def chest_film(rng, anatomy, vessels, findings, ap, devices, size):
+    """One film: pixels and pneumothorax mask, uint8 (H, W)."""
+    c = outlines(rng, anatomy, findings, ap, size)
+    c.marks, c.texture = c.marks * strokes(size, vessels, c.place), smooth_noise(rng, size, size // 3)
+    for draw in (edema, consolidation, nodule, atelectasis, pneumothorax, effusion):  # the pleural space over the lung
+        if draw.__name__.capitalize() in findings:
+            draw(c, findings[draw.__name__.capitalize()])
+    body = soft_tissue(c)
+    lung = np.minimum(c.water, 0.5) + 0.14 * c.marks + 0.022 * c.texture + 0.06 * smooth_noise(rng, size, 4) - 0.55
+    total = body + (bones(c) + 0.16 * c.solid) * ramp(body - 0.3, 0.4) + lung * c.air * (body > 0.2)
     for device in devices:
-        total += DEVICES[device](rng, size, place, p, heart_x, heart_y)
-
-    # Quanta: N ~ exp(-attenuation) per pixel, so the noise of log N grows as exp(attenuation / 2). Then the film's response.
-    total += between(0.008, 0.02) * np.exp(0.5 * total) * rng.standard_normal((size, size), np.float32)
-    total += 0.05 * smooth_noise(rng, size, 2)
-    film = 1 / (1 + np.exp(-(total - between(0.50, 0.85)) * between(3.5, 6.0)))
-    film = film ** between(0.75, 1.3) * between(0.85, 1.0)
-    return np.clip(255 * film, 0, 255).astype(np.uint8), mask.astype(np.uint8) * 255
-
-
-def curve(points, width):
-    points = np.asarray(points, np.float64)
-    return np.concatenate([points[:-1], points[1:], np.full((len(points) - 1, 1), width)], 1)
+        loose = c.place(rng.normal(0, 0.02, 2)) - c.place(np.zeros(2))
+        total += 0.9 * strokes(size, polylines(HARDWARE[device][1]), lambda points: c.place(points) + loose)
+    side = int(rng.choice([-1, 1]))
+    corner = [0.5 + side * rng.uniform(0.38, 0.45), rng.uniform(0.05, 0.20)]
+    total += (rng.random() < 0.7) * strokes(size, polylines(MARKERS[side]), lambda points: points + corner)
+    total += 0.05 * smooth_noise(rng, size, 2)  # uneven exposure
+    # N quanta ~ exp(-attenuation) reach a pixel, so log N has the noise exp(attenuation / 2). Then the film's response.
+    total += rng.uniform(0.006, 0.015) * np.exp(0.5 * total) * rng.standard_normal((size, size), np.float32)
+    film = 1 / (1 + np.exp((rng.uniform(0.50, 0.85) - total) * rng.uniform(3.5, 6.0)))
+    film = film ** rng.uniform(0.75, 1.3) * rng.uniform(0.85, 1.0)
+    return (255 * film).astype(np.uint8), c.mask.astype(np.uint8) * 255
 
 
-def ecg(rng, size, place, p, heart_x, heart_y):
-    found = []
-    for _ in range(3):
-        x, y = rng.uniform(-0.32, 0.32), rng.uniform(0.2, 0.8)
-        t = np.linspace(0, 1, 9)
-        end = rng.uniform(-0.6, 0.6), rng.choice([-0.1, 1.1])
-        bow = rng.uniform(-0.2, 0.2)
-        found.append(curve(np.stack([x + (end[0] - x) * t + bow * t * (1 - t), y + (end[1] - y) * t], 1), 0.008))
-        found.append(curve([(x - 0.012, y), (x + 0.012, y)], 0.024))
-    return 0.6 * lines(size, np.concatenate(found), place)
-
-
-def pacemaker(rng, size, place, p, heart_x, heart_y):
-    box = curve([(0.24, p.clavicle + 0.09), (0.31, p.clavicle + 0.10)], 0.075)
-    lead = curve([(0.24, p.clavicle + 0.07), (0.12, p.clavicle + 0.03), (-0.02, p.clavicle + 0.08), (-0.05, heart_y - 0.08),
-                  (-0.02, heart_y + 0.03), (0.08, heart_y + 0.06)], 0.009)
-    return 1.2 * lines(size, np.concatenate([box, lead]), place)
-
-
-def central_line(rng, size, place, p, heart_x, heart_y):
-    return 0.6 * lines(size, curve([(-0.09, -0.05), (-0.07, 0.1), (-0.045, 0.2), (-0.05, 0.3), (-0.045, heart_y - 0.15)], 0.010), place)
-
-
-DEVICES = {"ecg": ecg, "pacemaker": pacemaker, "central line": central_line}
-
-
-# Reports. A phrase's slots: {grade} and {gradely} the severity, {side}, {place} side and zone, {s} {there} {a} the number.
+# ---- Reports. A phrase's slots: {grade} and {gradely} the severity, {side}, {place} side and zone, {s} {there} {a} the number.
 
 DEGREE, SIZE = (("mild", "slight"), ("moderate",), ("severe", "marked")), (("small", "minor"), ("moderate",), ("large", "sizeable"))
 ZONES = (("upper lobe", "upper zone", "upper lung"), ("mid zone", "mid lung", "midlung field"), ("lower lobe", "base", "lower zone"))
@@ -575,11 +570,6 @@ PHRASES = {  # class: grades, noun, then sentences that state it, conclude it an
         ("{grade} pulmonary edema.", "Findings of {grade} edema."),
         ("No pulmonary edema.", "The pulmonary vasculature is normal without edema.", "No evidence of edema.")),
 }
-DEVICE_PHRASES = {
-    "ecg": ("ECG leads overlie the chest.", "Monitoring leads project over the thorax."),
-    "pacemaker": ("Left chest pacemaker with lead in the right ventricle.", "A left-sided pacemaker is in place."),
-    "central line": ("Right central venous catheter with tip in the superior vena cava.", "A right jugular line ends over the SVC."),
-}
 CHANGES = {  # against the visit before
     "new": "The {what} is new since the prior study.", "worse": "Compared with the prior, the {what} has increased.",
     "better": "Compared with the prior, the {what} has decreased.", "same": "The {what} is unchanged from the prior study.",
@@ -615,7 +605,7 @@ def write_report(rng, findings, before, ap, devices):
     if len(denied) > 2 and rng.random() < 0.6:  # "No pneumothorax, consolidation or pleural effusion."
         nouns = [PHRASES[name][1] for name in denied[:3]]
         other, denied = [f"No {', '.join(nouns[:-1])} or {nouns[-1]}."], denied[3:]
-    other += [pick(PHRASES[name][4]) for name in denied] + [pick(DEVICE_PHRASES[device]) for device in devices]
+    other += [pick(PHRASES[name][4]) for name in denied] + [pick(HARDWARE[device][0]) for device in devices]
     if not {"Atelectasis", "Nodule", "Consolidation", "Edema"} & set(findings) and rng.random() < 0.5:
         other.append(pick(CLEAR))
     known = [name for name in PHRASES if before is not None and (name in findings or name in before)]
@@ -653,7 +643,7 @@ def draw_patient(folder, seed, size, patient):
     for visit in range(rng.integers(1, 5)):
         findings = draw_findings(rng, before or {})
         ap = bool(rng.random() < 0.35)
-        devices = [device for device in DEVICES if rng.random() < (0.15 if ap else 0.05)]
+        devices = [device for device in HARDWARE if rng.random() < (0.15 if ap else 0.05)]
         film, mask = chest_film(rng, anatomy, vessels, findings, ap, devices, size)
         name = f"{patient:08d}_{visit:03d}.png"
         Image.fromarray(film).save(folder / "images" / name, compress_level=1)
