@@ -270,7 +270,7 @@ DEMO_RATES = (0.12, 0.10, 0.11, 0.14, 0.12, 0.12, 0.08)  # at a first visit, and
 ANATOMY = {  # what a patient keeps from visit to visit, uniform between two numbers
     "chest": (0.33, 0.42), "apex": (0.07, 0.15), "height": (0.54, 0.67),  # half width; top of the lungs; from there to the dome
     "dome": (0.07, 0.12), "left_lower": (-0.01, 0.04),  # depth of the costophrenic angle; left dome below the right one
-    "ctr": (0.38, 0.47), "droop": (0.20, 0.50), "pedicle": (0.055, 0.080), "knob": (0.035, 0.060),  # heart, great vessels
+    "ctr": (0.39, 0.475), "droop": (0.20, 0.50), "pedicle": (0.055, 0.080), "knob": (0.035, 0.060),  # heart, great vessels
     "neck": (0.11, 0.16), "shoulder": (0.02, 0.11), "trunk": (0.42, 0.56), "fat": (-0.12, 0.18), "breast": (-0.2, 0.2),
     "rib": (0.10, 0.20), "rib_gap": (0.068, 0.086), "rib_phase": (0.0, 1.0), "clavicle": (0.12, 0.20), "marks": (0.7, 1.25),
 }
@@ -379,7 +379,8 @@ def vessel_tree(rng):
 def outlines(rng, anatomy, findings, ap, size):
     """The chest `c` that everything hangs on: this exposure's coordinates, rib cage, diaphragm, heart, and the air within."""
     c = SimpleNamespace(**anatomy, rng=rng, size=size, findings=findings)
-    turn, scale, shift = math.radians(rng.normal(0, 3.5)), rng.uniform(0.96, 1.28), 0.5 + rng.normal(0, 0.05, 2)
+    fit = min(0.46 / c.chest, 0.48 / (c.apex + c.height + c.dome + c.left_lower - 0.5))  # ribs and sinuses just on the film
+    turn, scale, shift = math.radians(rng.normal(0, 3.5)), fit * rng.uniform(0.76, 1.02), 0.5 + rng.uniform(-0.085, 0.085, 2)
     matrix = scale * np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
     c.place = lambda points: (points - [0, 0.5]) @ matrix + shift  # patient (n, 2) to picture
     (a, b), (d, e) = np.linalg.inv(matrix).tolist()
@@ -404,7 +405,7 @@ def outlines(rng, anatomy, findings, ap, size):
     c.above = c.floor + c.dome * c.across**2 * (0.6 + 0.4 * c.across**2) - c.y  # height above the diaphragm
 
     ctr = 0.53 + 0.13 * findings["Cardiomegaly"].severity if "Cardiomegaly" in findings else c.ctr  # cardiothoracic ratio
-    swing = rng.normal(0, 0.015)  # turned about the spine, the heart, in front, moves sideways on the film
+    swing = rng.normal(0, 0.02)  # turned about the spine, the heart, in front, moves sideways on the film
     c.half, c.tall = ctr * c.chest, 0.155 + 0.15 * (ctr - 0.4)
     c.heart_x, c.heart_y = 0.34 * c.half + swing, floor - 0.06
     slanted = c.x - c.heart_x - c.droop * (c.y - c.heart_y)
@@ -416,7 +417,7 @@ def outlines(rng, anatomy, findings, ap, size):
     c.solid = np.minimum(np.maximum(1.6 * np.maximum(heart, 0.7 * knob), 0.8 * pedicle), 1)
     depth = np.maximum(c.wall, 0)
     c.air = depth / (depth + 0.03) * ramp(c.above, 0.015) * (1 - 0.85 * c.solid)
-    c.abdomen, c.water, c.line, c.mask = ramp(-c.above, 0.02), 0.0, 0.0, np.zeros((size, size), bool)
+    c.abdomen, c.water, c.mask = ramp(-c.above, 0.02), 0.0, np.zeros((size, size), bool)
     return c
 
 
@@ -462,7 +463,7 @@ def pneumothorax(c, f):  # air between ribs and lung, most at the apex: no vesse
     outside = ramp(gap - c.wall, 0.008) * c.on[f.side]
     c.mask = (outside > 0.5) & (c.wall > 0) & (c.above > 0) & (c.solid < 0.5)
     c.marks, c.texture, c.water = c.marks * (1 - outside), c.texture * (1 - outside), c.water * (1 - outside)
-    c.water += (0.12 * np.exp(-(((c.wall - gap) / 0.008) ** 2)) + 0.10 * f.severity * (1 - outside)) * c.on[f.side]
+    c.water += (0.16 * np.exp(-(((c.wall - gap) / 0.008) ** 2)) + (0.03 + 0.10 * f.severity) * (1 - outside)) * c.on[f.side]
     c.air = c.air * (1 + 0.15 * outside)
 
 
@@ -470,9 +471,9 @@ def effusion(c, f):  # fluid fills the lowest part and climbs the wall, a menisc
     height = 0.065 + 0.30 * f.severity**1.3
     climb = 0.35 * np.minimum(np.maximum(c.across, 0) ** 2, 1.2)
     level = c.floor + c.dome - height * (0.75 + climb) - 0.05 * np.exp(-np.maximum(c.wall, 0) / 0.02)
-    fluid = ramp(c.y - level, 0.025) * c.on[f.side] * ramp(c.X - 0.06, 0.06)
+    fluid = ramp(c.y - level, 0.025) * c.on[f.side] * ramp(c.X - 0.02, 0.04)
     c.abdomen = np.maximum(c.abdomen, fluid * ramp(c.wall, 0.02))
-    c.air = c.air * (1 - 0.95 * fluid)
+    c.air, c.mask = c.air * (1 - 0.95 * fluid), c.mask & (fluid < 0.5)
 
 
 def bones(c):
@@ -599,7 +600,7 @@ def write_report(rng, findings, before, ap, devices):
 
     absent = [name for name in PHRASES if name not in findings]
     positive = [say(name, PHRASES[name][2]) for name in findings]
-    denied = [name for name in absent if rng.random() < 0.55]
+    denied = [name for name in absent if rng.random() < (0.6 if len(findings) < 2 else 0.4)]
     rng.shuffle(denied)
     other = []
     if len(denied) > 2 and rng.random() < 0.6:  # "No pneumothorax, consolidation or pleural effusion."
@@ -626,8 +627,8 @@ def write_report(rng, findings, before, ap, devices):
         sections.insert(0, ("COMPARISON:", ["Prior chest radiograph."]))
     if rng.random() < 0.3:
         sections.insert(0, ("INDICATION:", [pick(INDICATIONS)]))
-    asides = list(rng.permutation(ASIDES)) + ["Portable AP view." if ap else "PA view of the chest."]
-    while len(" ".join(sum((lines for _, lines in sections), [])).split()) < 20 or rng.random() < 0.25:
+    asides = [ASIDES[i] for i in rng.permutation(len(ASIDES))] + ["Portable AP view." if ap else "PA view of the chest."]
+    while asides and (len(" ".join(body + conclusion).split()) < 17 or rng.random() < 0.15):
         body.append(asides.pop())
     return " ".join(f"{head} {' '.join(text[0].upper() + text[1:] for text in lines)}" for head, lines in sections)
 
@@ -680,11 +681,11 @@ def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
     images/, masks/ (pneumothorax), train_1.txt ... test_list.txt, training.csv (the training part's reports), classes.txt,
     patients.csv, demo.json (the arguments). The same seed gives the same files whatever the number of processes (default:
     one a core). A demo already at `out` is replaced, anything else there is not; `out` appears only when complete.
-    Raises InputError for a folder that cannot be written or is not a demo, and for fewer than 50 patients.
+    Raises InputError for a folder that cannot be written or is not a demo, and for fewer than 50 patients or 32 pixels.
     """
     out = Path(out)
-    if patients < 50:
-        raise InputError(f"patients: expected at least 50, so that no part is empty, found {patients}")
+    if patients < 50 or size < 32:
+        raise InputError(f"demo records: expected at least 50 patients (no part empty) and 32 pixels, found {patients} and {size}")
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or any(out.iterdir())):
