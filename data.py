@@ -330,7 +330,7 @@ def smooth_noise(rng, size, cells):
 
 def ramp(distance, width):
     """0 outside, 1 inside, linear over `width` around distance 0."""
-    return np.minimum(np.maximum(distance / width + 0.5, 0), 1)
+    return np.clip(distance / width + 0.5, 0, 1)
 
 
 def ball(q):
@@ -434,8 +434,8 @@ def spot(c, finding):
 def edema(c, f):  # bat's wings: patchy haze around both hila, a coarse interstitium
     x, y = c.rng.uniform(0.13, 0.19), c.apex + c.rng.uniform(0.50, 0.66) * c.height
     wing = np.exp(-(((c.X - x) / 0.10) ** 2) - ((c.y - y) / 0.17) ** 2) * (1 + c.rng.uniform(-0.2, 0.2) * (2 * c.on[1] - 1))
-    c.water += wing * (0.15 + 0.22 * f.severity) * np.maximum(1 + 0.35 * smooth_noise(c.rng, c.size, c.size // 4), 0.2)
-    c.texture = c.texture * (1 + (2 + 2 * f.severity) * wing)
+    c.water += wing * (0.18 + 0.22 * f.severity) * np.maximum(1 + 0.25 * smooth_noise(c.rng, c.size, c.size // 4), 0.4)
+    c.texture = c.texture * (1 + (1.2 + 1.5 * f.severity) * wing)
 
 
 def consolidation(c, f):  # fluffy, patchy, within one zone; ends at the pleura
@@ -459,7 +459,7 @@ def atelectasis(c, f):  # one to three plates, nearly horizontal (the raised dia
 
 
 def pneumothorax(c, f):  # air between ribs and lung, most at the apex: no vessels out there; the pleura is a thin line
-    gap = (0.045 + 0.10 * f.severity) * (1.25 - 0.8 * np.minimum(np.maximum((c.y - c.apex) / c.height, 0), 1))
+    gap = (0.045 + 0.10 * f.severity) * (1.25 - 0.8 * np.clip((c.y - c.apex) / c.height, 0, 1))
     outside = ramp(gap - c.wall, 0.008) * c.on[f.side]
     c.mask = (outside > 0.5) & (c.wall > 0) & (c.above > 0) & (c.solid < 0.5)
     c.marks, c.texture, c.water = c.marks * (1 - outside), c.texture * (1 - outside), c.water * (1 - outside)
@@ -469,7 +469,7 @@ def pneumothorax(c, f):  # air between ribs and lung, most at the apex: no vesse
 
 def effusion(c, f):  # fluid fills the lowest part and climbs the wall, a meniscus; as dense as the abdomen, it hides the dome
     height = 0.065 + 0.30 * f.severity**1.3
-    climb = 0.35 * np.minimum(np.maximum(c.across, 0) ** 2, 1.2)
+    climb = 0.35 * np.clip(c.across, 0, 1.1) ** 2
     level = c.floor + c.dome - height * (0.75 + climb) - 0.05 * np.exp(-np.maximum(c.wall, 0) / 0.02)
     fluid = ramp(c.y - level, 0.025) * c.on[f.side] * ramp(c.X - 0.02, 0.04)
     c.abdomen = np.maximum(c.abdomen, fluid * ramp(c.wall, 0.02))
