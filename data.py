@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from functools import partial
@@ -266,13 +267,14 @@ def peak_memory_mib(device):
 # 1 left, 0 both. Everything that can vary is drawn from the patient's own generator.
 
 DEMO_CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Nodule", "Pneumothorax", "Consolidation", "Edema")
-DEMO_RATES = (0.12, 0.10, 0.11, 0.14, 0.12, 0.12, 0.08)  # at a first visit, and of turning up later, without heart failure
+DEMO_RATES = (0.12, 0.10, 0.11, 0.14, 0.12, 0.12, 0.08)  # of turning up at a visit, heart failure aside
 ANATOMY = {  # what a patient keeps from visit to visit, uniform between two numbers
-    "chest": (0.33, 0.42), "apex": (0.07, 0.15), "height": (0.54, 0.67),  # half width; top of the lungs; from there to the dome
+    "chest": (0.33, 0.42), "apex": (0.07, 0.15), "height": (0.54, 0.67),  # half width, top of the lungs, length to the dome
     "dome": (0.07, 0.12), "left_lower": (-0.01, 0.04),  # depth of the costophrenic angle; left dome below the right one
-    "ctr": (0.39, 0.475), "droop": (0.20, 0.50), "pedicle": (0.055, 0.080), "knob": (0.035, 0.060),  # heart, great vessels
+    "ctr": (0.39, 0.475), "droop": (0.20, 0.50), "pedicle": (0.055, 0.080), "knob": (0.035, 0.060),  # heart, aorta
     "neck": (0.11, 0.16), "shoulder": (0.02, 0.11), "trunk": (0.42, 0.56), "fat": (-0.12, 0.18), "breast": (-0.2, 0.2),
-    "rib": (0.10, 0.20), "rib_gap": (0.068, 0.086), "rib_phase": (0.0, 1.0), "clavicle": (0.12, 0.20), "marks": (0.7, 1.25),
+    "rib": (0.10, 0.20), "rib_gap": (0.068, 0.086), "rib_phase": (0.0, 1.0), "clavicle": (0.12, 0.20),
+    "marks": (0.7, 1.25),  # strength of the vessels
 }
 HARDWARE = {  # name: how it is reported, then strands (width, x0, y0, x1, y1, ...)
     "ecg": (("ECG leads overlie the chest.", "Monitoring leads project over the thorax."), (
@@ -280,18 +282,18 @@ HARDWARE = {  # name: how it is reported, then strands (width, x0, y0, x1, y1, .
         (0.024, 0.25, 0.29, 0.27, 0.29), (0.007, 0.26, 0.29, 0.21, 0.15, 0.22, 0.06, 0.27, -0.2),
         (0.024, 0.22, 0.71, 0.24, 0.71), (0.007, 0.23, 0.71, 0.13, 0.78, 0.10, 0.90, 0.13, 1.2))),
     "pacemaker": (("Left chest pacemaker with lead in the right ventricle.", "A left-sided pacemaker is in place."), (
-        (0.07, 0.24, 0.25, 0.30, 0.26), (0.008, 0.25, 0.22, 0.18, 0.18, 0.10, 0.18, 0.02, 0.21, -0.04, 0.30, -0.05, 0.45,
-                                         -0.04, 0.56, 0.01, 0.63, 0.08, 0.65))),
-    "central line": (("Right central venous catheter with tip in the superior vena cava.", "A right jugular line ends over the SVC."), (
+        (0.07, 0.24, 0.25, 0.30, 0.26),
+        (0.008, 0.25, 0.22, 0.18, 0.18, 0.10, 0.18, 0.02, 0.21, -0.04, 0.30, -0.05, 0.45, -0.04, 0.56, 0.01, 0.63, 0.08, 0.65))),
+    "central line": (("Right central venous catheter with tip in the SVC.", "A right jugular line ends over the SVC."), (
         (0.009, -0.10, -0.1, -0.09, 0.05, -0.06, 0.16, -0.04, 0.26, -0.045, 0.36, -0.045, 0.44),)),
 }
-MARKERS = {1: ((0.02, -0.02, -0.03, -0.02, 0.03, 0.02, 0.03),),  # L, beside the patient's left shoulder; R beside the right
+MARKERS = {1: ((0.02, -0.02, -0.03, -0.02, 0.03, 0.02, 0.03),),  # L and R, strands about the letter's middle
            -1: ((0.02, -0.02, 0.03, -0.02, -0.03, 0.01, -0.03, 0.02, -0.015, 0.01, 0.0, -0.02, 0.0, 0.02, 0.03),)}
 
 
 @dataclasses.dataclass
 class Finding:
-    """What is drawn and reported. Zone: 0 upper, 1 mid, 2 lower; severity from 0 (just visible) to 1; `at`: where in the zone."""
+    """What is drawn and reported. Zone 0 upper, 1 mid, 2 lower; severity 0 (just visible) to 1; `at`: place in the zone."""
 
     side: int
     zone: int
@@ -308,11 +310,12 @@ def draw_findings(rng, before):
     failing = rng.random() < 0.08  # heart failure: a large heart, oedema and effusions together
     now = {}
     for name, rate in zip(DEMO_CLASSES, DEMO_RATES):
-        side, zone, severity, at = int(rng.choice([-1, 1])), int(rng.integers(3)), rng.random(), tuple(rng.random(2).tolist())
-        chance, drift, both = rng.random(), rng.normal(0, 0.25), rng.random() < 0.25
+        side, zone, severity = int(rng.choice([-1, 1])), int(rng.integers(3)), rng.random()
+        at, chance, drift, both = tuple(rng.random(2).tolist()), rng.random(), rng.normal(0, 0.25), rng.random() < 0.25
         if name in before:
             if chance < 0.65:
-                now[name] = dataclasses.replace(before[name], severity=min(max(before[name].severity + drift, 0.0), 1.0))
+                severity = min(max(before[name].severity + drift, 0.0), 1.0)
+                now[name] = dataclasses.replace(before[name], severity=severity)
         elif chance < (0.7 if failing and name in ("Cardiomegaly", "Effusion", "Edema") else rate):
             if name in ("Cardiomegaly", "Edema") or (name == "Effusion" and both):
                 side = 0
@@ -325,7 +328,8 @@ def draw_findings(rng, before):
 
 def smooth_noise(rng, size, cells):
     """Random field (size, size) of about unit variance whose bumps are size / cells wide: drawn small, scaled up."""
-    return np.asarray(Image.fromarray(rng.standard_normal((cells, cells), np.float32)).resize((size, size), Image.BICUBIC))
+    small = Image.fromarray(rng.standard_normal((cells, cells), np.float32))
+    return np.asarray(small.resize((size, size), Image.BICUBIC))
 
 
 def ramp(distance, width):
@@ -345,7 +349,7 @@ def tube(distance, radius):
 
 
 def strokes(size, segments, place):
-    """Segments (n, 5) of x0 y0 x1 y1 width, thick over thin, drawn at twice the size; `place` maps points to the picture."""
+    """Draws segments (n, 5) of x0 y0 x1 y1 width, thick over thin, at twice the size; `place` maps points to the picture."""
     picture = Image.new("L", (2 * size, 2 * size))
     draw = ImageDraw.Draw(picture)
     segments = segments[np.argsort(segments[:, 4], kind="stable")]
@@ -377,7 +381,7 @@ def vessel_tree(rng):
 
 
 def outlines(rng, anatomy, findings, ap, size):
-    """The chest `c` that everything hangs on: this exposure's coordinates, rib cage, diaphragm, heart, and the air within."""
+    """The chest `c` that everything hangs on: this exposure's coordinates, rib cage, diaphragm, heart and the air inside."""
     c = SimpleNamespace(**anatomy, rng=rng, size=size, findings=findings)
     fit = min(0.46 / c.chest, 0.48 / (c.apex + c.height + c.dome + c.left_lower - 0.5))  # ribs and sinuses just on the film
     turn, scale, shift = math.radians(rng.normal(0, 3.5)), fit * rng.uniform(0.76, 1.02), 0.5 + rng.uniform(-0.085, 0.085, 2)
@@ -401,10 +405,12 @@ def outlines(rng, anatomy, findings, ap, size):
     c.across = (c.X - c.middle) / (c.chest - c.middle)  # 0 at the crest, 1 at the chest wall
     rise = np.maximum(c.base - c.y, 0) / (c.base - c.apex)
     inward = (c.middle - c.X) / (1.1 * c.middle)
-    c.wall = (1 - np.sqrt(rise**2 + np.where(c.X > c.middle, c.across, inward) ** 2)) * (c.chest - c.middle)  # depth inside the ribs
+    radius = np.sqrt(rise**2 + np.where(c.X > c.middle, c.across, inward) ** 2)
+    c.wall = (1 - radius) * (c.chest - c.middle)  # depth inside the ribs
     c.above = c.floor + c.dome * c.across**2 * (0.6 + 0.4 * c.across**2) - c.y  # height above the diaphragm
 
-    ctr = 0.53 + 0.13 * findings["Cardiomegaly"].severity if "Cardiomegaly" in findings else c.ctr  # cardiothoracic ratio
+    large = findings.get("Cardiomegaly")
+    ctr = 0.53 + 0.13 * large.severity if large else c.ctr  # cardiothoracic ratio: up to 0.5 is normal
     swing = rng.normal(0, 0.02)  # turned about the spine, the heart, in front, moves sideways on the film
     c.half, c.tall = ctr * c.chest, 0.155 + 0.15 * (ctr - 0.4)
     c.heart_x, c.heart_y = 0.34 * c.half + swing, floor - 0.06
@@ -426,14 +432,15 @@ def spot(c, finding):
     y = c.apex + c.height * (0.18 + 0.26 * (finding.zone + 0.8 * finding.at[1]))
     ribs = c.middle + (c.chest - c.middle) * math.sqrt(1 - (max(c.base - y, 0) / (c.base - c.apex)) ** 2) - 0.05
     t = (y - c.heart_y) / c.tall
-    heart = finding.side * (c.heart_x + c.droop * (y - c.heart_y)) + c.half * math.sqrt(1 - t * t) + 0.03 if abs(t) < 1 else 0
-    inner = max(0.10, heart)
+    border = finding.side * (c.heart_x + c.droop * (y - c.heart_y)) + c.half * math.sqrt(max(1 - t * t, 0))
+    inner = max(0.10, border + 0.03 if abs(t) < 1 else 0)
     return finding.side * (inner + max(ribs - inner, 0.02) * finding.at[0]), y
 
 
 def edema(c, f):  # bat's wings: patchy haze around both hila, a coarse interstitium
     x, y = c.rng.uniform(0.13, 0.19), c.apex + c.rng.uniform(0.50, 0.66) * c.height
-    wing = np.exp(-(((c.X - x) / 0.10) ** 2) - ((c.y - y) / 0.17) ** 2) * (1 + c.rng.uniform(-0.2, 0.2) * (2 * c.on[1] - 1))
+    wing = np.exp(-(((c.X - x) / 0.10) ** 2) - ((c.y - y) / 0.17) ** 2)
+    wing = wing * (1 + c.rng.uniform(-0.2, 0.2) * (2 * c.on[1] - 1))  # never quite symmetric
     c.water += wing * (0.18 + 0.22 * f.severity) * np.maximum(1 + 0.25 * smooth_noise(c.rng, c.size, c.size // 4), 0.4)
     c.texture = c.texture * (1 + (1.2 + 1.5 * f.severity) * wing)
 
@@ -467,7 +474,7 @@ def pneumothorax(c, f):  # air between ribs and lung, most at the apex: no vesse
     c.air = c.air * (1 + 0.15 * outside)
 
 
-def effusion(c, f):  # fluid fills the lowest part and climbs the wall, a meniscus; as dense as the abdomen, it hides the dome
+def effusion(c, f):  # fluid fills the lowest part and climbs the wall, a meniscus; dense as the abdomen, it hides the dome
     height = 0.065 + 0.30 * f.severity**1.3
     climb = 0.35 * np.clip(c.across, 0, 1.1) ** 2
     level = c.floor + c.dome - height * (0.75 + climb) - 0.05 * np.exp(-np.maximum(c.wall, 0) / 0.02)
@@ -484,14 +491,16 @@ def bones(c):
     ribs = tube(back - np.floor(back) - 0.5, 0.24) * ramp(c.X - 0.03, 0.03)
     ribs = ribs + 0.55 * tube(front - np.floor(front) - 0.5, 0.22) * ramp(r - 0.5, 0.3)
     spine = ramp(0.034 - c.X, 0.02) * (0.85 + 0.15 * np.cos(c.y * (2 * math.pi / 0.055)))
-    clavicles = tube(c.y - c.clavicle + 0.10 * c.X * (1 + c.X) - 0.016 * np.sin(11 * c.X), 0.017) * ramp(c.X - 0.035, 0.02)
+    bow = c.clavicle - 0.10 * c.X * (1 + c.X) + 0.016 * np.sin(11 * c.X)
+    clavicles = tube(c.y - bow, 0.017) * ramp(c.X - 0.035, 0.02)
     blades = ramp(c.X - 0.38 + 0.25 * (c.y - 0.3), 0.015) * ramp(0.56 - c.X, 0.1)
     blades = blades * ramp(c.y - c.clavicle - 0.02, 0.06) * ramp(0.50 - c.y, 0.10)
-    return c.rib * ribs * ramp(c.wall + 0.02, 0.02) * ramp(0.86 - c.y, 0.2) + 0.07 * spine + 0.20 * clavicles + 0.07 * blades
+    ribs = ribs * ramp(c.wall + 0.02, 0.02) * ramp(0.86 - c.y, 0.2)
+    return c.rib * ribs + 0.07 * spine + 0.20 * clavicles + 0.07 * blades
 
 
 def soft_tissue(c):
-    """Neck, shoulders and trunk, thickest in the middle; abdomen, breasts, the stomach's bubble, trachea and bronchi."""
+    """Neck, shoulders and trunk, thickest in the middle; abdomen, breasts, stomach bubble, trachea and main bronchi."""
     outline = c.neck + ramp(c.y - c.shoulder - 0.03, 0.16) * (0.62 - c.neck) - ramp(c.y - 0.55, 0.35) * (0.62 - c.trunk)
     body = ball((c.x / outline) ** 2) * (0.95 + c.fat) + 0.20 * c.abdomen
     if c.breast > 0:
@@ -527,31 +536,38 @@ def chest_film(rng, anatomy, vessels, findings, ap, devices, size):
     return (255 * film).astype(np.uint8), c.mask.astype(np.uint8) * 255
 
 
-# ---- Reports. A phrase's slots: {grade} and {gradely} the severity, {side}, {place} side and zone, {s} {there} {a} the number.
+# ---- Reports. A phrase's slots: {grade} and {gradely} severity, {side}, {place} side and zone, {s} {there} {a} number.
 
-DEGREE, SIZE = (("mild", "slight"), ("moderate",), ("severe", "marked")), (("small", "minor"), ("moderate",), ("large", "sizeable"))
-ZONES = (("upper lobe", "upper zone", "upper lung"), ("mid zone", "mid lung", "midlung field"), ("lower lobe", "base", "lower zone"))
+DEGREE = (("mild", "slight"), ("moderate",), ("severe", "marked"))
+SIZE = (("small", "minor"), ("moderate",), ("large", "sizeable"))
+ZONES = (("upper lobe", "upper zone", "upper lung"), ("mid zone", "mid lung", "midlung field"),
+         ("lower lobe", "lower zone", "base"))
 PHRASES = {  # class: grades, noun, then sentences that state it, conclude it and deny it
     "Atelectasis": (DEGREE, "atelectasis", (
-        "{grade} plate-like atelectasis in the {place}.", "There is {grade} discoid atelectasis with volume loss in the {place}.",
+        "{grade} plate-like atelectasis in the {place}.",
+        "There is {grade} discoid atelectasis with volume loss in the {place}.",
         "Linear opacities in the {place} are consistent with {grade} subsegmental atelectasis.",
         "Band-like opacity at the {place}, likely {grade} atelectasis with elevation of the hemidiaphragm."),
         ("{grade} {place} atelectasis.", "{place} opacity, favor {grade} atelectasis."),
         ("No atelectasis is seen.", "No volume loss or atelectasis.")),
     "Cardiomegaly": (DEGREE, "cardiomegaly", (
-        "There is {grade} cardiomegaly.", "The heart is {gradely} enlarged.", "The cardiac silhouette is {gradely} enlarged.",
+        "There is {grade} cardiomegaly.", "The heart is {gradely} enlarged.",
+        "The cardiac silhouette is {gradely} enlarged.",
         "{grade} enlargement of the cardiac silhouette."),
         ("{grade} cardiomegaly.", "{gradely} enlarged heart."),
-        ("The heart size is normal.", "The cardiac silhouette is within normal limits.", "Heart normal in size.", "No cardiomegaly.")),
+        ("The heart size is normal.", "The cardiac silhouette is within normal limits.", "Heart normal in size.",
+        "No cardiomegaly.")),
     "Effusion": (SIZE, "pleural effusion", (
-        "{there} {grade} {side} pleural effusion{s}.", "{a}{grade} {side} pleural effusion{s} blunting the costophrenic angle{s}.",
+        "{there} {grade} {side} pleural effusion{s}.",
+        "{a}{grade} {side} pleural effusion{s} blunting the costophrenic angle{s}.",
         "Blunting of the {side} costophrenic angle{s} is compatible with {a}{grade} pleural effusion{s}.",
         "Layering fluid with a meniscus, consistent with {a}{grade} {side} pleural effusion{s}."),
         ("{grade} {side} pleural effusion{s}.", "{side} pleural effusion{s}, {grade}."),
         ("No pleural effusion.", "The costophrenic angles are sharp.", "There is no evidence of pleural fluid.")),
     "Nodule": (SIZE, "nodule", (
         "There is a {grade} nodule in the {place}.", "A {grade} rounded nodule projects over the {place}.",
-        "{grade} well-circumscribed nodular opacity in the {place}.", "Rounded opacity in the {place}, suspicious for a {grade} nodule."),
+        "{grade} well-circumscribed nodular opacity in the {place}.",
+        "Rounded opacity in the {place}, suspicious for a {grade} nodule."),
         ("{grade} {place} nodule, recommend CT.", "{grade} nodule of the {place}."),
         ("No pulmonary nodule.", "No suspicious nodules are identified.")),
     "Pneumothorax": (SIZE, "pneumothorax", (
@@ -561,28 +577,34 @@ PHRASES = {  # class: grades, noun, then sentences that state it, conclude it an
         ("{grade} {side} pneumothorax.", "{side} pneumothorax, {grade}."),
         ("No pneumothorax.", "There is no evidence of pneumothorax.", "No pneumothorax is identified.")),
     "Consolidation": (DEGREE, "consolidation", (
-        "{grade} patchy consolidation in the {place}.", "There is {grade} airspace consolidation in the {place}, suspicious for infection.",
-        "{grade} airspace opacity at the {place}, likely consolidation.", "Ill-defined opacities in the {place} represent {grade} consolidation."),
+        "{grade} patchy consolidation in the {place}.",
+        "There is {grade} airspace consolidation in the {place}, suspicious for infection.",
+        "{grade} airspace opacity at the {place}, likely consolidation.",
+        "Ill-defined opacities in the {place} represent {grade} consolidation."),
         ("{grade} {place} consolidation.", "{grade} consolidation of the {place}, possibly infectious."),
         ("No focal consolidation.", "There is no focal airspace consolidation.", "No consolidation is present.")),
     "Edema": (DEGREE, "pulmonary edema", (
         "There is {grade} pulmonary edema.", "Bilateral perihilar haze and indistinct vessels suggest {grade} edema.",
-        "{grade} interstitial edema with a bat-wing distribution.", "Perihilar opacities in both lungs are in keeping with {grade} pulmonary edema."),
+        "{grade} interstitial edema with a bat-wing distribution.",
+        "Perihilar opacities in both lungs are in keeping with {grade} pulmonary edema."),
         ("{grade} pulmonary edema.", "Findings of {grade} edema."),
         ("No pulmonary edema.", "The pulmonary vasculature is normal without edema.", "No evidence of edema.")),
 }
 CHANGES = {  # against the visit before
     "new": "The {what} is new since the prior study.", "worse": "Compared with the prior, the {what} has increased.",
-    "better": "Compared with the prior, the {what} has decreased.", "same": "The {what} is unchanged from the prior study.",
+    "better": "Compared with the prior, the {what} has decreased.",
+    "same": "The {what} is unchanged from the prior study.",
     "gone": "The previously seen {what} has resolved.",
 }
-INDICATIONS = ("Chest pain.", "Shortness of breath.", "Cough and fever.", "Preoperative evaluation.", "Dyspnea.", "Fall.", "Follow-up.")
+INDICATIONS = ("Chest pain.", "Shortness of breath.", "Cough and fever.", "Preoperative evaluation.", "Dyspnea.",
+    "Fall.", "Follow-up.")
 ASIDES = (
     "The mediastinal contours are unremarkable.", "The osseous structures are intact.", "The trachea is midline.",
     "Visualized upper abdomen is unremarkable.", "No acute bony abnormality.", "Degenerative changes of the spine.",
 )
 CLEAR = ("The lungs are clear.", "Both lungs are clear and well expanded.", "Clear lungs bilaterally.")
-NORMAL = ("No acute cardiopulmonary abnormality.", "No acute disease.", "Normal chest radiograph.", "Unremarkable examination of the chest.")
+NORMAL = ("No acute cardiopulmonary abnormality.", "No acute disease.", "Normal chest radiograph.",
+    "Unremarkable examination of the chest.")
 
 
 def write_report(rng, findings, before, ap, devices):
@@ -614,8 +636,10 @@ def write_report(rng, findings, before, ap, devices):
         name = pick(known)
         was, now = before.get(name), findings.get(name)
         step = 0 if None in (was, now) else now.severity - was.severity
-        change = "new" if was is None else "gone" if now is None else "worse" if step > 0.1 else "better" if step < -0.1 else "same"
-        positive.append(CHANGES[change].format(what=("right ", "", "left ")[(now or was).side + 1] + PHRASES[name][1]))
+        change = "worse" if step > 0.1 else "better" if step < -0.1 else "same"
+        change = "new" if was is None else "gone" if now is None else change
+        side = ("right ", "", "left ")[(now or was).side + 1]
+        positive.append(CHANGES[change].format(what=side + PHRASES[name][1]))
     rng.shuffle(positive)
     rng.shuffle(other)
     body = positive + other if rng.random() < 0.7 else other + positive
@@ -686,7 +710,7 @@ def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
     out = Path(out)
     if patients < 50 or size < 32:
         raise InputError(f"demo records: expected at least 50 patients (no part empty) and 32 pixels, found {patients} and {size}")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary, old = (Path(f"{os.path.abspath(out)}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out}: expected demo records (demo.json) or nothing, found something else: not overwritten")
@@ -694,11 +718,12 @@ def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
             (temporary / name).mkdir(parents=True)
         draw = partial(draw_patient, temporary, seed, size)
         processes = min(processes or os.cpu_count() or 1, patients)
-        bar = partial(tqdm, total=patients, desc="drawing demo records", unit="patient", leave=False)
+        bar = partial(tqdm, total=patients, desc="drawing demo records", unit="patient", leave=False, disable=None)
         if processes == 1:
             records = list(bar(map(draw, range(1, patients + 1))))
         else:
-            with multiprocessing.get_context("spawn").Pool(processes) as pool:  # spawn: the same on Linux, macOS, Windows
+            # spawn, the same on Linux, macOS and Windows; Ctrl-C is this process's business
+            with multiprocessing.get_context("spawn").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
                 records = list(bar(pool.imap(draw, range(1, patients + 1), chunksize=8)))
         for part, rows in split_patients(np.random.default_rng(seed), records).items():
             lines = [" ".join([name] + [str(int(c in findings)) for c in DEMO_CLASSES]) for name, findings, _ in rows]
@@ -710,12 +735,13 @@ def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
         (temporary / "classes.txt").write_text("\n".join(DEMO_CLASSES) + "\n")
         (temporary / "demo.json").write_text(json.dumps({"patients": patients, "size": size, "seed": seed}) + "\n")
         if out.exists():
-            shutil.rmtree(out)
+            os.rename(out, old)
         os.rename(temporary, out)
     except OSError as error:
         raise InputError(f"{out}: demo records cannot be written: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
     return out
 
 
