@@ -13,9 +13,13 @@ Nothing is computed for the frozen W and b, and nothing of the size of x or y is
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted, R rank.
 """
+import functools
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from . import jit, tl, triton, wants_triton
 
 
 def adapted_parts(parts, N, R):
@@ -69,28 +73,296 @@ def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, nee
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Forward kernels
+#
+# N, K, R and the parts are compile-time constants (a model has few), M is not. PARTS is a bit mask: bit i for part i. Column
+# tiles are laid out part by part, so none straddles a boundary, and k's tiles take the branch without LoRA.
+# Rows of x and W beyond the end are clamped to the last one, which costs nothing in the loop; they are masked on storing.
+
+
+@jit()
+def keep_tile(seed, threshold, rows, col, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Dropout's mask of x[rows, col : col + BLOCK_K]: Philox4x32 with 7 rounds (Salmon et al. 2011), keyed by the seed.
+
+    The counter of a draw is row * ceil(K / 4) + column // 4 in 64 bits, its four words are four neighbouring columns: the
+    mask depends on the element alone, not on the tile it is made in, and a draw serves four elements.
+    """
+    quads = col // 4 + tl.arange(0, BLOCK_K // 4)
+    counter = rows.to(tl.int64)[:, None] * ((K + 3) // 4) + quads[None, :]
+    r0, r1, r2, r3 = tl.randint4x(seed, counter, n_rounds=7)
+    words = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
+    return (words >> 1).to(tl.int32) >= threshold                                # 31 bits, compared as signed
+
+
+@jit()
+def products(x, w, a, row, col, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WITH_A: tl.constexpr):
+    """x W^T and, WITH_A, x A^T in one pass over a tile of x rows: (BLOCK_M, BLOCK_N) and (BLOCK_M, BLOCK_R) float32."""
+    k, r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    x += row[:, None] * K + k[None, :]
+    w += col[None, :] * K + k[:, None]
+    a += r[None, :] * K + k[:, None]
+    acc, t = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x_tile, w_tile = tl.load(x), tl.load(w)
+        else:
+            x_tile = tl.load(x, mask=k[None, :] < K - start, other=0.0)
+            w_tile = tl.load(w, mask=k[:, None] < K - start, other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
+        if WITH_A:
+            a_tile = tl.load(a, mask=(r[None, :] < R) & (k[:, None] < K - start), other=0.0)
+            t = tl.dot(x_tile, a_tile, t, input_precision="ieee")
+        x += BLOCK_K
+        w += BLOCK_K
+        a += BLOCK_K
+    return acc, t
+
+
+@jit(do_not_specialize=["M"])
+def forward_kernel(x, w, bias, a, b, t, y, scale, M, M_LOG2: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+                   P: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, MAKE_T: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A program makes one tile of y, and writes it once. t (G*R, M) float32 is made here (MAKE_T) or read."""
+    WIDTH: tl.constexpr = N // P
+    TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
+    tiles_m, pid = tl.cdiv(M, BLOCK_M), tl.program_id(0)
+    pid_m, pid_n = tl.swizzle2d(pid // (P * TILES), pid % (P * TILES), tiles_m, P * TILES, 8)
+    part, tile = pid_n // TILES, pid_n % TILES
+    adapted, group = (PARTS >> part) & 1, part * 0
+    for i in tl.static_range(P):
+        group += tl.where(i < part, (PARTS >> i) & 1, 0)
+    first_row, first_col = (pid_m * BLOCK_M).to(tl.int64), (part * WIDTH + tile * BLOCK_N).to(tl.int64)
+    row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    rows_left, cols_left = M - pid_m * BLOCK_M, WIDTH - tile * BLOCK_N
+    x += first_row * K
+    w += first_col * K
+    a += group * R * K
+    x_row, w_row = tl.minimum(row, rows_left - 1), tl.minimum(col, cols_left - 1)
+    # y[:, columns] = F.linear(x, weight, bias) + scale * t[rank].t() @ lora_B[rows].t()
+    if adapted:
+        acc, t_tile = products(x, w, a, x_row, w_row, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, MAKE_T)
+        r = tl.arange(0, BLOCK_R)
+        t_at = t + first_row + (group * R + r).to(tl.int64)[None, :] * M + row[:, None]
+        t_mask = (r[None, :] < R) & (row[:, None] < rows_left)
+        if not MAKE_T:
+            t_tile = tl.load(t_at, mask=t_mask, other=0.0)
+        elif tile == 0:
+            tl.store(t_at, t_tile, mask=t_mask)
+        b_at = b + (group * WIDTH + tile * BLOCK_N + col)[None, :] * R + r[:, None]
+        b_tile = tl.load(b_at, mask=(r[:, None] < R) & (col[None, :] < cols_left), other=0.0)
+        acc += scale * tl.dot(t_tile.to(b_tile.dtype), b_tile, input_precision="ieee")
+    else:
+        acc, t_tile = products(x, w, a, x_row, w_row, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, False)
+    if HAS_BIAS:
+        acc += tl.load(bias + first_col + col, mask=col < cols_left, other=0.0).to(tl.float32)[None, :]
+    y += first_row * N + first_col
+    tl.store(y + row[:, None] * N + col[None, :], acc, mask=(row[:, None] < rows_left) & (col[None, :] < cols_left))
+
+
+@jit(do_not_specialize=["M", "seed", "threshold"])
+def rank_kernel(x, a, t, seed, threshold, M, GR: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+                BLOCK_R: tl.constexpr):
+    """t = A (keep * x)^T, for all groups at once."""
+    row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row = (tl.program_id(0) * BLOCK_M).to(tl.int64)
+    rows_left = M - tl.program_id(0) * BLOCK_M
+    x += first_row * K + tl.minimum(row, rows_left - 1)[:, None] * K + k[None, :]
+    a += r[None, :] * K + k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        keep = keep_tile(seed, threshold, first_row + row, start, K, BLOCK_K) & (k[None, :] < K - start)
+        x_tile = tl.load(x + start, mask=keep, other=0.0)                        # (keep * x)
+        a_tile = tl.load(a + start, mask=(r[None, :] < GR) & (k[:, None] < K - start), other=0.0)
+        acc = tl.dot(x_tile, a_tile, acc, input_precision="ieee")
+    t += first_row + r.to(tl.int64)[None, :] * M + row[:, None]
+    tl.store(t, acc, mask=(r[None, :] < GR) & (row[:, None] < rows_left))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward kernels
+
+
+@jit(do_not_specialize=["M", "seed", "threshold"])
+def dx_kernel(dy, w, a, b, dx, u, seed, threshold, scale, M, M_LOG2: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+              R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A program makes one tile of dx: one pass over dy feeds dy W and, in adapted parts, u = scale dy B (kept for dA)."""
+    WIDTH: tl.constexpr = N // P
+    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    tiles_m, pid = tl.cdiv(M, BLOCK_M), tl.program_id(0)
+    pid_m, pid_k = tl.swizzle2d(pid // TILES, pid % TILES, tiles_m, TILES, 8)
+    first_row, rows_left = (pid_m * BLOCK_M).to(tl.int64), M - pid_m * BLOCK_M
+    row, k, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    k_mask = k[None, :] < K - pid_k * BLOCK_K
+    dy += first_row * N + tl.minimum(row, rows_left - 1)[:, None] * N + n[None, :]
+    w += (pid_k * BLOCK_K).to(tl.int64) + n[:, None] * K + k[None, :]
+    a += pid_k * BLOCK_K + r[:, None] * K + k[None, :]
+    b += n[:, None] * R + r[None, :]
+    u += first_row + r.to(tl.int64)[None, :] * M + row[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for part in tl.static_range(P):
+        u_tile = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for start in range(0, WIDTH, BLOCK_N):
+            n_mask = n < WIDTH - start
+            dy_tile = tl.load(dy + start, mask=n_mask[None, :], other=0.0)
+            w_tile = tl.load(w, mask=n_mask[:, None] & k_mask, other=0.0)
+            acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
+            if (PARTS >> part) & 1:
+                b_tile = tl.load(b + start * R, mask=n_mask[:, None] & (r[None, :] < R), other=0.0)
+                u_tile = tl.dot(dy_tile, b_tile, u_tile, input_precision="ieee")
+            w += BLOCK_N * K
+        if (PARTS >> part) & 1:
+            # dx += keep * (u[rank].t() @ lora_A[rank])
+            u_tile *= scale
+            a_tile = tl.load(a, mask=(r[:, None] < R) & k_mask, other=0.0)
+            delta = tl.dot(u_tile.to(a_tile.dtype), a_tile, input_precision="ieee")
+            if DROPOUT:
+                keep = keep_tile(seed, threshold, first_row + row, pid_k * BLOCK_K, K, BLOCK_K)
+                delta = tl.where(keep, delta, 0.0)
+            acc += delta
+            if pid_k == 0:
+                tl.store(u, u_tile, mask=(r[None, :] < R) & (row[:, None] < rows_left))
+            a += R * K
+            b += WIDTH * R
+            u += R * M.to(tl.int64)
+        dy += WIDTH
+        w += (WIDTH - (WIDTH + BLOCK_N - 1) // BLOCK_N * BLOCK_N) * K             # from past the last tile to the next part
+    dx += first_row * K + pid_k * BLOCK_K
+    tl.store(dx + row[:, None] * K + k[None, :], acc, mask=(row[:, None] < rows_left) & k_mask)
+
+
+@jit(do_not_specialize=["M", "seed", "threshold"])
+def dA_kernel(u, x, partial, seed, threshold, M, ROWS, GR: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """partial[split] = u (keep * x) over ROWS rows: (splits, G*R, K) float32, summed by the caller in a fixed order."""
+    row, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row = tl.program_id(2).to(tl.int64) * ROWS
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for start in range(0, ROWS, BLOCK_M):
+        rows = first_row + start + row
+        keep = keep_tile(seed, threshold, rows, tl.program_id(0) * BLOCK_K, K, BLOCK_K)
+        x_tile = tl.load(x + rows[:, None] * K + k[None, :], mask=keep & (rows[:, None] < M) & (k[None, :] < K), other=0.0)
+        u_mask = (r[:, None] < GR) & (rows[None, :] < M)
+        u_tile = tl.load(u + r.to(tl.int64)[:, None] * M + rows[None, :], mask=u_mask, other=0.0)
+        acc = tl.dot(u_tile.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
+    partial += tl.program_id(2).to(tl.int64) * GR * K
+    tl.store(partial + r[:, None] * K + k[None, :], acc, mask=(r[:, None] < GR) & (k[None, :] < K))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches
+
+
+@functools.cache
+def autotuned(kernel):
+    """The kernel with its block shapes chosen by trial, once for each shape. Made on first use: it needs a GPU."""
+    shapes = [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 32, 4, 4),
+              (64, 128, 64, 4, 4), (128, 64, 32, 4, 3), (64, 64, 32, 4, 4)]
+    # the second output dimension of dx is K and its loop runs over N
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K") if kernel is forward_kernel else ("BLOCK_M", "BLOCK_K", "BLOCK_N")
+    configs = [triton.Config(dict(zip(names, shape)), num_warps=warps, num_stages=stages) for *shape, warps, stages in shapes]
+    last = "MAKE_T" if kernel is forward_kernel else "DROPOUT"
+    return triton.autotune(configs, key=["M_LOG2", "N", "K", "R", "PARTS", last])(kernel)
+
+
+def launch(kernel, tiles, *args, M, **constants):
+    """Runs forward_kernel or dx_kernel over `tiles(blocks)` programs."""
+    constants["M_LOG2"] = (M - 1).bit_length()  # tuned again where M doubles
+    if args[0].is_cuda:
+        autotuned(kernel)[lambda blocks: (tiles(blocks),)](*args, M, **constants)
+    else:  # interpreter
+        blocks = dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32)
+        kernel[(tiles(blocks),)](*args, M, **constants, **blocks)
+
+
+def padded_rank(R):
+    """tl.dot wants at least 16."""
+    return max(16, triton.next_power_of_2(R))
+
+
+def triton_forward(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed):
+    """As reference_forward, with the mask made inside.
+
+    With dropout, t has a kernel of its own. Made in every column tile of y, the mask would be drawn 12 times over for ViT-B's
+    q and v, and drawing it costs many times what the tensor cores take for the tile; made once it is one more reading of
+    x, which the main kernel then finds in L2.
+    """
+    (M, K), N, (GR, R), P = x.shape, len(weight), (len(lora_A), lora_B.shape[1]), len(parts)
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    t = torch.empty(GR, M, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        if dropout:
+            block_r = min(64, padded_rank(GR))
+            rank_kernel[(triton.cdiv(M, 64), triton.cdiv(GR, block_r))](
+                x, lora_A, t, seed, round(dropout * 2**31), M, GR=GR, K=K, BLOCK_M=64, BLOCK_K=64, BLOCK_R=block_r)
+        launch(forward_kernel, lambda blocks: triton.cdiv(M, blocks["BLOCK_M"]) * P * triton.cdiv(N // P, blocks["BLOCK_N"]),
+               x, weight, weight if bias is None else bias, lora_A, lora_B, t, y, scale, M=M, N=N, K=K, R=R, P=P,
+               PARTS=sum(adapted << i for i, adapted in enumerate(parts)), HAS_BIAS=bias is not None, MAKE_T=not dropout,
+               BLOCK_R=padded_rank(R))
+    return y, t
+
+
+def triton_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, dropout, seed, needs_dx):
+    """As reference_backward, with the mask made again from the seed. Without dropout dA is one plain matmul."""
+    (M, K), N, (GR, R), P = x.shape, len(weight), (len(lora_A), lora_B.shape[1]), len(parts)
+    threshold = round(dropout * 2**31)
+    dx, dB, u = torch.empty_like(x) if needs_dx else None, torch.empty_like(lora_B), torch.empty_like(t)
+    for columns, rank, rows in adapted_parts(parts, N, R):
+        dB[rows] = (scale * (t[rank].to(dy.dtype) @ dy[:, columns])).t()
+        if not needs_dx:
+            u[rank] = scale * (lora_B[rows].t() @ dy[:, columns].t())
+    with torch.cuda.device_of(x):
+        if needs_dx:
+            launch(dx_kernel, lambda blocks: triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(K, blocks["BLOCK_K"]),
+                   dy, weight, lora_A, lora_B, dx, u, seed, threshold, scale, M=M, N=N, K=K, R=R, P=P,
+                   PARTS=sum(adapted << i for i, adapted in enumerate(parts)), DROPOUT=dropout > 0, BLOCK_R=padded_rank(R))
+        if dropout:
+            rows = max(256, triton.cdiv(triton.cdiv(M, 64), 64) * 64)            # at most 64 splits
+            splits, block_r = triton.cdiv(M, rows), min(64, padded_rank(GR))
+            partial = torch.empty(splits, GR, K, dtype=torch.float32, device=x.device)
+            dA_kernel[(triton.cdiv(K, 64), triton.cdiv(GR, block_r), splits)](
+                u, x, partial, seed, threshold, M, rows, GR=GR, K=K, BLOCK_M=64, BLOCK_K=64, BLOCK_R=block_r)
+            dA = partial.sum(0).to(lora_A.dtype)
+        else:
+            dA = u.to(x.dtype) @ x
+    return dx, dA, dB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Autograd
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """x (M, K) and everything else in one dtype."""
+    """x (M, K), contiguous, and everything else in its dtype. `kernels`: run the kernels or the reference."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed):
-        keep = keep_mask(*x.shape, dropout, seed, x.device) if dropout else None
-        ctx.scale, ctx.parts, ctx.dropout, ctx.seed = scale / (1 - dropout), parts, dropout, seed
-        y, t = reference_forward(x, weight, bias, lora_A, lora_B, ctx.scale, parts, keep)
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels):
+        scale, keep = scale / (1 - dropout), None
+        if kernels:
+            y, t = triton_forward(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed)
+        else:
+            keep = keep_mask(*x.shape, dropout, seed, x.device) if dropout else None
+            y, t = reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep)
         ctx.save_for_backward(x, weight, lora_A, lora_B, t, keep)
+        ctx.rest = scale, parts, dropout, seed, kernels
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, t, keep = ctx.saved_tensors
+        scale, parts, dropout, seed, kernels = ctx.rest
         needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
-        dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, ctx.scale, ctx.parts, keep, needs_dx)
+        if kernels:
+            args = dy.contiguous(), x, weight, lora_A, lora_B, t, scale, parts, dropout, seed, needs_dx
+            dx, dA, dB = triton_backward(*args)
+        else:
+            dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, needs_dx)
         dW = dy.t() @ x if needs_dW else None
         db = dy.sum(0) if needs_db else None
-        return dx, dW, db, dA, dB, None, None, None, None
+        return dx, dW, db, dA, dB, None, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +381,22 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
+    fits = x.dtype != torch.float64 and x.numel() > 0 and lora_B.shape[-1] <= 64
+    return apply(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels=wants_triton(x) and fits)
+
+
+def lora_linear_triton(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None):
+    """`lora_linear` by the kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
+    return apply(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels=True)
+
+
+def lora_linear_reference(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None):
+    """`lora_linear` by the reference, wherever the tensors are."""
+    return apply(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels=False)
+
+
+def apply(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels):
+    """Checks, brings everything to one dtype and x to two dimensions."""
     check(x, weight, bias, lora_A, lora_B, parts, dropout)
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -117,9 +405,11 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
         raise ValueError(f"lora_linear: expected weight of x's dtype {dtype}, found {weight.dtype}")
     if seed is None:
         seed = int(torch.randint(2**31, ())) if dropout else 0
-    bias = bias if bias is None else bias.to(dtype)
-    y = LoRALinearFunction.apply(x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype), bias, lora_A.to(dtype),
-                                 lora_B.to(dtype), float(scale), tuple(map(bool, parts)), float(dropout), seed % 2**31)
+    x_rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()                              # (M, K)
+    weight, lora_A, lora_B = (tensor.to(dtype).contiguous() for tensor in (weight, lora_A, lora_B))
+    bias = bias if bias is None else bias.to(dtype).contiguous()
+    parts = tuple(map(bool, parts))
+    y = LoRALinearFunction.apply(x_rows, weight, bias, lora_A, lora_B, float(scale), parts, float(dropout), seed % 2**31, kernels)
     return y.view(*x.shape[:-1], len(weight))
 
 
