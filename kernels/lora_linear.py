@@ -99,19 +99,17 @@ def products(x, w, a, row, col, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.co
              BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WITH_A: tl.constexpr):
     """x W^T and, WITH_A, x A^T in one pass over a tile of x rows: (BLOCK_M, BLOCK_N) and (BLOCK_M, BLOCK_R) float32."""
     k, r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    x += row[:, None] * K + k[None, :]
-    w += col[None, :] * K + k[:, None]
-    a += r[None, :] * K + k[:, None]
+    x_at, w_at, a_at = row[:, None] * K + k[None, :], col[None, :] * K + k[:, None], r[None, :] * K + k[:, None]
     acc, t = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
-            x_tile, w_tile = tl.load(x), tl.load(w)
+            x_tile, w_tile = tl.load(x + x_at), tl.load(w + w_at)
         else:
-            x_tile = tl.load(x, mask=k[None, :] < K - start, other=0.0)
-            w_tile = tl.load(w, mask=k[:, None] < K - start, other=0.0)
+            x_tile = tl.load(x + x_at, mask=k[None, :] < K - start, other=0.0)
+            w_tile = tl.load(w + w_at, mask=k[:, None] < K - start, other=0.0)
         acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
         if WITH_A:
-            a_tile = tl.load(a, mask=(r[None, :] < R) & (k[:, None] < K - start), other=0.0)
+            a_tile = tl.load(a + a_at, mask=(r[None, :] < R) & (k[:, None] < K - start), other=0.0)
             t = tl.dot(x_tile, a_tile, t, input_precision="ieee")
         x += BLOCK_K
         w += BLOCK_K
@@ -151,7 +149,7 @@ def forward_kernel(x, w, bias, a, b, t, y, scale, M, M_LOG2: tl.constexpr, N: tl
             tl.store(t_at, t_tile, mask=t_mask)
         b_at = b + (group * WIDTH + tile * BLOCK_N + col)[None, :] * R + r[:, None]
         b_tile = tl.load(b_at, mask=(r[:, None] < R) & (col[None, :] < cols_left), other=0.0)
-        acc += scale * tl.dot(t_tile.to(b_tile.dtype), b_tile, input_precision="ieee")
+        acc = tl.dot((scale * t_tile).to(b_tile.dtype), b_tile, acc, input_precision="ieee")
     else:
         acc, t_tile = products(x, w, a, x_row, w_row, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, False)
     if HAS_BIAS:
@@ -186,49 +184,53 @@ def rank_kernel(x, a, t, seed, threshold, M, GR: tl.constexpr, K: tl.constexpr, 
 
 @jit(do_not_specialize=["M", "seed", "threshold"])
 def dx_kernel(dy, w, a, b, dx, u, seed, threshold, scale, M, M_LOG2: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-              R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A program makes one tile of dx: one pass over dy feeds dy W and, in adapted parts, u = scale dy B (kept for dA)."""
+              R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
+              MAKE_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A program makes one tile of dx. u (G*R, M) float32, the groups' ranks side by side, is made here (MAKE_U) or read."""
     WIDTH: tl.constexpr = N // P
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    tiles_m, pid = tl.cdiv(M, BLOCK_M), tl.program_id(0)
-    pid_m, pid_k = tl.swizzle2d(pid // TILES, pid % TILES, tiles_m, TILES, 8)
+    pid_m, pid_k = tl.swizzle2d(tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.cdiv(M, BLOCK_M), TILES, 8)
     first_row, rows_left = (pid_m * BLOCK_M).to(tl.int64), M - pid_m * BLOCK_M
     row, k, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
+    dy += first_row * N
+    w += pid_k * BLOCK_K
+    a += pid_k * BLOCK_K
     k_mask = k[None, :] < K - pid_k * BLOCK_K
-    dy += first_row * N + tl.minimum(row, rows_left - 1)[:, None] * N + n[None, :]
-    w += (pid_k * BLOCK_K).to(tl.int64) + n[:, None] * K + k[None, :]
-    a += pid_k * BLOCK_K + r[:, None] * K + k[None, :]
-    b += n[:, None] * R + r[None, :]
-    u += first_row + r.to(tl.int64)[None, :] * M + row[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    dy_at, w_at = tl.minimum(row, rows_left - 1)[:, None] * N + n[None, :], n[:, None] * K + k[None, :]
+    acc, u_tile, group = tl.zeros((BLOCK_M, BLOCK_K), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32), 0
     for part in tl.static_range(P):
-        u_tile = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for start in range(0, WIDTH, BLOCK_N):
-            n_mask = n < WIDTH - start
-            dy_tile = tl.load(dy + start, mask=n_mask[None, :], other=0.0)
-            w_tile = tl.load(w, mask=n_mask[:, None] & k_mask, other=0.0)
+            if WIDTH % BLOCK_N == 0 and K % BLOCK_K == 0:
+                dy_tile, w_tile = tl.load(dy + start + dy_at), tl.load(w + start * K + w_at)
+            else:
+                dy_tile = tl.load(dy + start + dy_at, mask=n[None, :] < WIDTH - start, other=0.0)
+                w_tile = tl.load(w + start * K + w_at, mask=(n[:, None] < WIDTH - start) & k_mask, other=0.0)
             acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
-            if (PARTS >> part) & 1:
-                b_tile = tl.load(b + start * R, mask=n_mask[:, None] & (r[None, :] < R), other=0.0)
+            if MAKE_U and (PARTS >> part) & 1:
+                own = (r[None, :] // R == group) & (n[:, None] < WIDTH - start)
+                b_tile = tl.load(b + (start + n)[:, None] * R + (r - group * R)[None, :], mask=own, other=0.0)
                 u_tile = tl.dot(dy_tile, b_tile, u_tile, input_precision="ieee")
-            w += BLOCK_N * K
-        if (PARTS >> part) & 1:
-            # dx += keep * (u[rank].t() @ lora_A[rank])
-            u_tile *= scale
-            a_tile = tl.load(a, mask=(r[:, None] < R) & k_mask, other=0.0)
-            delta = tl.dot(u_tile.to(a_tile.dtype), a_tile, input_precision="ieee")
-            if DROPOUT:
-                keep = keep_tile(seed, threshold, first_row + row, pid_k * BLOCK_K, K, BLOCK_K)
-                delta = tl.where(keep, delta, 0.0)
-            acc += delta
-            if pid_k == 0:
-                tl.store(u, u_tile, mask=(r[None, :] < R) & (row[:, None] < rows_left))
-            a += R * K
-            b += WIDTH * R
-            u += R * M.to(tl.int64)
         dy += WIDTH
-        w += (WIDTH - (WIDTH + BLOCK_N - 1) // BLOCK_N * BLOCK_N) * K             # from past the last tile to the next part
+        w += WIDTH * K
+        if (PARTS >> part) & 1:
+            b += WIDTH * R
+            group += 1
+    # dx += keep * (u.t() @ lora_A)
+    for start in tl.static_range(0, G * R, BLOCK_R):
+        u_at = u + first_row + (start + r).to(tl.int64)[None, :] * M + row[:, None]
+        u_mask = (start + r[None, :] < G * R) & (row[:, None] < rows_left)
+        if not MAKE_U:
+            u_tile = tl.load(u_at, mask=u_mask, other=0.0)
+        else:
+            u_tile *= scale
+            if pid_k == 0:
+                tl.store(u_at, u_tile, mask=u_mask)
+        a_tile = tl.load(a + (start + r)[:, None] * K + k[None, :], mask=(start + r[:, None] < G * R) & k_mask, other=0.0)
+        if DROPOUT:
+            keep = keep_tile(seed, threshold, first_row + row, pid_k * BLOCK_K, K, BLOCK_K)
+            acc += tl.where(keep, tl.dot(u_tile.to(a_tile.dtype), a_tile, input_precision="ieee"), 0.0)
+        else:
+            acc = tl.dot(u_tile.to(a_tile.dtype), a_tile, acc, input_precision="ieee")
     dx += first_row * K + pid_k * BLOCK_K
     tl.store(dx + row[:, None] * K + k[None, :], acc, mask=(row[:, None] < rows_left) & k_mask)
 
@@ -310,15 +312,17 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, dropout, see
     (M, K), N, (GR, R), P = x.shape, len(weight), (len(lora_A), lora_B.shape[1]), len(parts)
     threshold = round(dropout * 2**31)
     dx, dB, u = torch.empty_like(x) if needs_dx else None, torch.empty_like(lora_B), torch.empty_like(t)
+    make_u = needs_dx and padded_rank(GR) <= 32  # a wider u costs the main loop more than a matmul that reads dy again
     for columns, rank, rows in adapted_parts(parts, N, R):
         dB[rows] = (scale * (t[rank].to(dy.dtype) @ dy[:, columns])).t()
-        if not needs_dx:
+        if not make_u:
             u[rank] = scale * (lora_B[rows].t() @ dy[:, columns].t())
     with torch.cuda.device_of(x):
         if needs_dx:
             launch(dx_kernel, lambda blocks: triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(K, blocks["BLOCK_K"]),
-                   dy, weight, lora_A, lora_B, dx, u, seed, threshold, scale, M=M, N=N, K=K, R=R, P=P,
-                   PARTS=sum(adapted << i for i, adapted in enumerate(parts)), DROPOUT=dropout > 0, BLOCK_R=padded_rank(R))
+                   dy, weight, lora_A, lora_B, dx, u, seed, threshold, scale, M=M, N=N, K=K, R=R, G=GR // R, P=P,
+                   PARTS=sum(adapted << i for i, adapted in enumerate(parts)), DROPOUT=dropout > 0, MAKE_U=make_u,
+                   BLOCK_R=min(32, padded_rank(GR)))
         if dropout:
             rows = max(256, triton.cdiv(triton.cdiv(M, 64), 64) * 64)            # at most 64 splits
             splits, block_r = triton.cdiv(M, rows), min(64, padded_rank(GR))
