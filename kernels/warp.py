@@ -215,7 +215,7 @@ class WarpFunction(torch.autograd.Function):
 
 
 def warp_triton(image, flow):
-    """`warp` by the kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1. flow float32, image float32 or 16-bit."""
+    """`warp` by the kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1. flow float32, image at most that."""
     return WarpFunction.apply(image, flow)
 
 
