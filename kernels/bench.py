@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from . import triton
+from .dropout import times_dropped
 from .lora_linear import lora_linear_reference, lora_linear_triton
 from .warp import warp_reference, warp_triton
 
@@ -91,6 +92,12 @@ def grid_sample(image, flow):
     cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
     grid = torch.stack(((cols + flow[:, 1]) * (2 / (W - 1)) - 1, (rows + flow[:, 0]) * (2 / (H - 1)) - 1), dim=-1)
     return F.grid_sample(image, grid, padding_mode="border", align_corners=True)
+
+
+def compiled(**functions):
+    """torch.compile of each, compiled anew for the shape at hand: dynamic shapes would be slower than it can be."""
+    torch._dynamo.reset()
+    return {f"{name}, compiled": torch.compile(function, dynamic=False) for name, function in functions.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,22 +177,21 @@ def check(contenders, inputs, tolerance):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The two benchmarks
+# The benchmarks
 
 
 def bench_lora(device, dtype, repeats, matmul):
     """q and v of a ViT's qkv, with dropout and without; W frozen, gradients to x, A and B."""
     contenders = {"frozen linear": frozen_linear, "three matmuls": eager_lora, "grouped convolution": grouped_convolution,
                   "addmm": addmm_lora, "reference": reference_lora}
-    if device == "cuda":
-        contenders |= {"addmm, compiled": torch.compile(addmm_lora), "reference, compiled": torch.compile(reference_lora),
-                       "triton": triton_lora}
     for label, M, K, R in LORA_SHAPES if device == "cuda" else CPU_LORA_SHAPES:
         N = 3 * K
         shapes = ((M, K), 1), ((N, K), K**-0.5), ((N,), 1), ((2 * R, K), K**-0.5), ((2 * K, R), 0.1)
         x, W, b, A, B = (torch.randn(shape, device=device).mul_(std).to(dtype) for shape, std in shapes)
         for tensor in (x, A, B):
             tensor.requires_grad_()
+        if device == "cuda":
+            contenders |= {**compiled(addmm=addmm_lora, reference=reference_lora), "triton": triton_lora}
         check(contenders, (x, W, b, A, B, 0.0), 0.03)
         frozen = 2e3 * M * N * K / matmul
         for p in (DROPOUT, 0.0):
@@ -193,16 +199,29 @@ def bench_lora(device, dtype, repeats, matmul):
                                dict(forward=frozen, backward=frozen, both=2 * frozen), device, repeats)
 
 
+def bench_dA(device, dtype, repeats, copy):
+    """Why dA has a kernel with dropout: against one matmul on a D(x) that was kept from the forward pass, or made again."""
+    for label, M, K, R in LORA_SHAPES if device == "cuda" else ():
+        x, u = torch.randn(M, K, device=device).to(dtype), torch.randn(2 * R, M, device=device)
+        kept = F.dropout(x, DROPOUT)
+        runs = {"matmul, D(x) kept": lambda: u.to(dtype) @ kept,
+                "matmul, D(x) made again": lambda: u.to(dtype) @ F.dropout(x, DROPOUT),
+                "triton": lambda: times_dropped(u, x, round(DROPOUT * 2**31), 0)}
+        times, ideal = measure(runs, device, repeats), 1e3 * x.numel() * x.element_size() / copy
+        for name, run in runs.items():
+            yield ["dA", f"{label}, dropout {DROPOUT}", str(dtype).removeprefix("torch."), name, "backward", *times[name],
+                   peak_memory(run, device), 100 * ideal / times[name][0]]
+
+
 def bench_warp(device, dtype, repeats, copy):
     """Displacements of about 3 pixels that vary smoothly, as a registration network's do."""
-    contenders = {"grid + grid_sample": grid_sample, "reference": warp_reference}
-    if device == "cuda":
-        contenders |= {"grid + grid_sample, compiled": torch.compile(grid_sample),
-                       "reference, compiled": torch.compile(warp_reference), "triton": warp_triton}
+    contenders = {"grid_sample": grid_sample, "reference": warp_reference}
     for B, C, H, W in WARP_SHAPES if device == "cuda" else CPU_WARP_SHAPES:
         image = torch.randn(B, C, H, W, device=device).requires_grad_()
         flow = 3 * F.interpolate(torch.randn(B, 2, 8, 8, device=device), size=(H, W), mode="bicubic")
         inputs = image, flow.contiguous().requires_grad_()
+        if device == "cuda":
+            contenders |= {**compiled(grid_sample=grid_sample, reference=warp_reference), "triton": warp_triton}
         check(contenders, inputs, 0.01)
         forward, backward = (4e3 * B * H * W * numbers / copy for numbers in (2 + 2 * C, 4 + 3 * C))
         yield from rows_of("warp", f"{B} x {C} x {H} x {W}", dtype, contenders, inputs, (0, 1),
@@ -225,7 +244,7 @@ def shown(values):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["lora", "warp"], help="one operation (default: both)")
+    parser.add_argument("--only", choices=["lora", "dA", "warp"], help="one part (default: all)")
     parser.add_argument("--repeats", type=int, default=0, help="timed runs a number (default: 100 on CUDA, 11 on a CPU)")
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of LoRA (default: bf16 on CUDA, fp32 on a CPU)")
     parser.add_argument("--out", default="runs/bench/bench.csv", help="CSV file (default: %(default)s)")
@@ -248,6 +267,7 @@ def main(argv=None):
         writer = csv.writer(file)
         writer.writerow(["hardware", "versions", "matmul_TFLOPs", "copy_GBs", *COLUMNS])
         benches = {"lora": lambda: bench_lora(device, dtype, repeats, matmul),
+                   "dA": lambda: bench_dA(device, dtype, repeats, copy),
                    "warp": lambda: bench_warp(device, torch.float32, repeats, copy)}
         for name, bench in benches.items():
             if args.only in (None, name):
