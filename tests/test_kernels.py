@@ -329,6 +329,17 @@ def test_displacements_that_are_not_finite(f):
     assert flow.grad.isfinite().all() and not flow.grad[0, :, 0, :2].any() and flow.grad[0, 1, 1, 1] == 0
 
 
+@both("warp")
+def test_flows_of_nothing_but_trouble(f):
+    """NaN, infinities and huge values everywhere, in an image wide enough for vector code: no crash, nothing invented."""
+    image, flow, dy = warp_inputs((1, 1, 30, 70))
+    trouble = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2.0**31, -2.0**63], device=DEVICE)
+    flow = trouble[(flow * 1000).long() % len(trouble)]
+    out, dimage, dflow = gradients(f, (image, flow), dy, (0, 1))
+    assert torch.equal(out.isnan(), flow.isnan().any(1, keepdim=True))
+    assert torch.isin(out[~out.isnan()], image[:, :, ::29, ::69].contiguous()).all() and dimage.isfinite().all() and not dflow.any()
+
+
 @needs_triton
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1.0, 3e38])
 def test_image_gradient_cannot_overflow(size):
