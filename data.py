@@ -361,36 +361,34 @@ class Transform:
     """
 
     def __init__(self, rng, size, degrees, percent, elastic=0.0):
-        self.size, sides = size, np.array(size)
+        sides = np.array(size, dtype=np.float32)
         angle, zoom = np.deg2rad(rng.uniform(-degrees, degrees)), 1 + rng.uniform(-percent, percent) / 100
-        self.M = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom
-        self.shift = rng.uniform(-percent, percent, 2) / 100 * sides
-        knots = rng.normal(0, 1, (2, 5, 5)) * sides[:, None, None] * elastic / 100
-        self.e = None
-        if elastic:
-            self.e = F.interpolate(torch.from_numpy(knots)[None], size, mode="bicubic", align_corners=True)[0]
-        self.M, self.shift, self.c = (torch.from_numpy(v) for v in (self.M, self.shift, (sides - 1) / 2))
+        M = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom
+        c, shift = (sides - 1) / 2, rng.uniform(-percent, percent, 2) / 100 * sides
+        self.M, self.offset = torch.from_numpy(M).float(), torch.from_numpy(c + shift - M @ c).float()[:, None]
+        self.back = torch.from_numpy(np.linalg.inv(M)).float()
+        knots = rng.normal(0, elastic / 100, (1, 2, 5, 5)) * sides[:, None, None] if elastic else None
+        self.e = F.interpolate(torch.from_numpy(knots).float(), size, mode="bicubic", align_corners=True)[0] if elastic else None
 
     def bend(self, p):
         """e at positions p (2, H, W)."""
         return 0 if self.e is None else sample(self.e, p, "border")
 
     def __call__(self, p):
-        return torch.einsum("ij,jhw->ihw", self.M, p - self.c[:, None, None]) + (self.c + self.shift)[:, None, None] + self.bend(p)
+        return torch.addmm(self.offset, self.M, p.flatten(1)).view_as(p) + self.bend(p)
 
     def inverse(self, q):
-        """The p with T(p) = q: by iteration p <- M^-1 (q - c - t - e(p)) + c, one round where there is no e."""
-        p, back = q, torch.linalg.inv(self.M)
+        """The p with T(p) = q: by iteration p <- M^-1 (q - e(p) - offset), one round where there is no e."""
+        p = q
         for _ in range(1 if self.e is None else 30):
-            rest = q - (self.c + self.shift)[:, None, None] - self.bend(p)
-            p = torch.einsum("ij,jhw->ihw", back, rest) + self.c[:, None, None]
+            p = (self.back @ ((q - self.bend(p)).flatten(1) - self.offset)).view_as(q)
         return p
 
 
 def sample(image, p, padding="zeros"):
     """image (C, H, W) read bilinearly at the pixel positions p (2, H, W), y first."""
     H, W = image.shape[-2:]
-    grid = torch.stack((p[1] * (2 / (W - 1)) - 1, p[0] * (2 / (H - 1)) - 1), -1)[None].to(image.dtype)
+    grid = torch.stack((p[1] * (2 / (W - 1)) - 1, p[0] * (2 / (H - 1)) - 1), -1)[None]
     return F.grid_sample(image[None], grid, padding_mode=padding, align_corners=True)[0]
 
 
@@ -403,7 +401,7 @@ def misalign(a, b, rng, noise, elastic=0.0):
     for a perfect translation f. From a'[p] = a[Ta(p)] and b'[p] = b[Tb(p)] follows flow(p) = Ta^-1(Tb(p)) - p.
     """
     size = tuple(a.shape[-2:])
-    p = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in size), indexing="ij"))
+    p = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in size), indexing="ij"))
     if noise == 0:
         ta = Transform(rng, size, 1, 2)
         tb = copy.copy(ta)
@@ -411,7 +409,7 @@ def misalign(a, b, rng, noise, elastic=0.0):
     else:
         ta, tb = (Transform(rng, size, noise, 2 * noise, elastic) for _ in range(2))
     pa, pb = ta(p), tb(p)
-    return sample(a + 1, pa) - 1, sample(b + 1, pb) - 1, (ta.inverse(pb) - p).float()
+    return sample(a + 1, pa) - 1, sample(b + 1, pb) - 1, ta.inverse(pb) - p
 
 
 class Pairs(torch.utils.data.Dataset):
