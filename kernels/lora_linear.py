@@ -9,17 +9,20 @@ and for the parts that are not adapted y = x W^T + b. Backward, with t_g = D(x) 
 
     dx = dy W + sum_g keep / (1 - p) * (u_g A_g)        dA_g = u_g^T D(x)        dB_g = s dy_g^T t_g
 
-Nothing is computed for the frozen W and b, and nothing of the size of x or y is kept but x itself.
+Nothing is computed for the frozen W and b, and nothing of the size of x or y is kept but x itself. The low-rank part adds
+R (G K + G N / P) to M rows' N K multiplications each, 0.7 % at ViT-B's qkv and R = 4, yet written with separate operations
+it reads x twice more, writes D(x) and a mask, and writes, reads and adds a delta as large as the adapted part of y. Here x
+is read once (with dropout once more) and y is written once; backward likewise, with dy and dx.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted, R rank.
 """
 import functools
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from . import jit, tl, triton, wants_triton
+from .dropout import keep_mask, keep_tile, padded, times_dropped, times_dropped_transposed
 
 
 def adapted_parts(parts, N, R):
@@ -33,18 +36,6 @@ def adapted_parts(parts, N, R):
 # Reference
 
 
-def keep_mask(M, K, p, seed, device):
-    """(M, K) uint8, 1 where x is kept. Its own generator: the result depends on the arguments only.
-
-    On a CPU from 16 random bits an element (p is met to 2^-17): torch's bernoulli_ takes 20 times as long, an eighth of
-    the projection of a ViT-B.
-    """
-    if device.type != "cpu":
-        return (torch.rand(M, K, generator=torch.Generator(device).manual_seed(seed), device=device) >= p).byte()
-    words = np.random.SFC64(seed).random_raw(-(-M * K // 4)).view(np.int16)[:M * K]
-    return torch.from_numpy(words).view(M, K).ge(round(p * 2**16) - 2**15).view(torch.uint8)
-
-
 def reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep):
     """y (M, N) and t (G*R, M). `keep` (M, K) uint8 or None; 1 / (1 - p) is part of `scale`.
 
@@ -53,7 +44,7 @@ def reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep):
     y = F.linear(x, weight, bias)                                                           # (M, N)
     t = lora_A @ (x if keep is None else x * keep).t()                                      # (G*R, M)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
-        y[:, columns].addmm_(t[rank].t(), lora_B[rows].t(), alpha=scale)                    # added in place, no (M, N) delta
+        y[:, columns].addmm_(t[rank].t(), lora_B[rows].t(), alpha=scale)                    # no delta of y's size
     return y, t
 
 
@@ -75,23 +66,9 @@ def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, nee
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward kernels
 #
-# N, K, R and the parts are compile-time constants (a model has few), M is not. PARTS is a bit mask: bit i for part i. Column
-# tiles are laid out part by part, so none straddles a boundary, and k's tiles take the branch without LoRA.
+# N, K, R and the parts are compile-time constants (a model has few), M is not. PARTS has a bit for each part. Column tiles
+# are laid out part by part, so none straddles a boundary, and k's tiles take the branch without LoRA.
 # Rows of x and W beyond the end are clamped to the last one, which costs nothing in the loop; they are masked on storing.
-
-
-@jit()
-def keep_tile(seed, threshold, rows, col, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Dropout's mask of x[rows, col : col + BLOCK_K]: Philox4x32 with 7 rounds (Salmon et al. 2011), keyed by the seed.
-
-    The counter of a draw is row * ceil(K / 4) + column // 4 in 64 bits, its four words are four neighbouring columns: the
-    mask depends on the element alone, not on the tile it is made in, and a draw serves four elements.
-    """
-    quads = col // 4 + tl.arange(0, BLOCK_K // 4)
-    counter = rows.to(tl.int64)[:, None] * ((K + 3) // 4) + quads[None, :]
-    r0, r1, r2, r3 = tl.randint4x(seed, counter, n_rounds=7)
-    words = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
-    return (words >> 1).to(tl.int32) >= threshold                                # 31 bits, compared as signed
 
 
 @jit()
@@ -118,8 +95,8 @@ def products(x, w, a, row, col, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.co
 
 
 @jit(do_not_specialize=["M"])
-def forward_kernel(x, w, bias, a, b, t, y, scale, M, M_LOG2: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-                   P: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, MAKE_T: tl.constexpr,
+def forward_kernel(x, w, bias, a, b, t, y, scale, M, M_LOG2: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                   R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, MAKE_T: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
     """A program makes one tile of y, and writes it once. t (G*R, M) float32 is made here (MAKE_T) or read."""
     WIDTH: tl.constexpr = N // P
@@ -158,26 +135,6 @@ def forward_kernel(x, w, bias, a, b, t, y, scale, M, M_LOG2: tl.constexpr, N: tl
     tl.store(y + row[:, None] * N + col[None, :], acc, mask=(row[:, None] < rows_left) & (col[None, :] < cols_left))
 
 
-@jit(do_not_specialize=["M", "seed", "threshold"])
-def rank_kernel(x, a, t, seed, threshold, M, GR: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-                BLOCK_R: tl.constexpr):
-    """t = A (keep * x)^T, for all groups at once."""
-    row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first_row = (tl.program_id(0) * BLOCK_M).to(tl.int64)
-    rows_left = M - tl.program_id(0) * BLOCK_M
-    x += first_row * K + tl.minimum(row, rows_left - 1)[:, None] * K + k[None, :]
-    a += r[None, :] * K + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        keep = keep_tile(seed, threshold, first_row + row, start, K, BLOCK_K) & (k[None, :] < K - start)
-        x_tile = tl.load(x + start, mask=keep, other=0.0)                        # (keep * x)
-        a_tile = tl.load(a + start, mask=(r[None, :] < GR) & (k[:, None] < K - start), other=0.0)
-        acc = tl.dot(x_tile, a_tile, acc, input_precision="ieee")
-    t += first_row + r.to(tl.int64)[None, :] * M + row[:, None]
-    tl.store(t, acc, mask=(r[None, :] < GR) & (row[:, None] < rows_left))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Backward kernels
 
@@ -185,8 +142,9 @@ def rank_kernel(x, a, t, seed, threshold, M, GR: tl.constexpr, K: tl.constexpr, 
 @jit(do_not_specialize=["M", "seed", "threshold"])
 def dx_kernel(dy, w, a, b, dx, u, seed, threshold, scale, M, M_LOG2: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
               R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
-              MAKE_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A program makes one tile of dx. u (G*R, M) float32, the groups' ranks side by side, is made here (MAKE_U) or read."""
+              MAKE_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+              BLOCK_R: tl.constexpr):
+    """A program makes one tile of dx. u (G*R, M) float32, the groups' ranks side by side: made here (MAKE_U) or read."""
     WIDTH: tl.constexpr = N // P
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     pid_m, pid_k = tl.swizzle2d(tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.cdiv(M, BLOCK_M), TILES, 8)
@@ -235,25 +193,6 @@ def dx_kernel(dy, w, a, b, dx, u, seed, threshold, scale, M, M_LOG2: tl.constexp
     tl.store(dx + row[:, None] * K + k[None, :], acc, mask=(row[:, None] < rows_left) & k_mask)
 
 
-@jit(do_not_specialize=["M", "seed", "threshold"])
-def dA_kernel(u, x, partial, seed, threshold, M, ROWS, GR: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """partial[split] = u (keep * x) over ROWS rows: (splits, G*R, K) float32, summed by the caller in a fixed order."""
-    row, k = tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first_row = tl.program_id(2).to(tl.int64) * ROWS
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for start in range(0, ROWS, BLOCK_M):
-        rows = first_row + start + row
-        keep = keep_tile(seed, threshold, rows, tl.program_id(0) * BLOCK_K, K, BLOCK_K)
-        x_tile = tl.load(x + rows[:, None] * K + k[None, :], mask=keep & (rows[:, None] < M) & (k[None, :] < K), other=0.0)
-        u_mask = (r[:, None] < GR) & (rows[None, :] < M)
-        u_tile = tl.load(u + r.to(tl.int64)[:, None] * M + rows[None, :], mask=u_mask, other=0.0)
-        acc = tl.dot(u_tile.to(x_tile.dtype), x_tile, acc, input_precision="ieee")
-    partial += tl.program_id(2).to(tl.int64) * GR * K
-    tl.store(partial + r[:, None] * K + k[None, :], acc, mask=(r[:, None] < GR) & (k[None, :] < K))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launches
 
@@ -261,77 +200,64 @@ def dA_kernel(u, x, partial, seed, threshold, M, ROWS, GR: tl.constexpr, K: tl.c
 @functools.cache
 def autotuned(kernel):
     """The kernel with its block shapes chosen by trial, once for each shape. Made on first use: it needs a GPU."""
-    shapes = [(128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 128, 32, 4, 4),
-              (64, 128, 64, 4, 4), (128, 64, 32, 4, 3), (64, 64, 32, 4, 4)]
-    # the second output dimension of dx is K and its loop runs over N
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K") if kernel is forward_kernel else ("BLOCK_M", "BLOCK_K", "BLOCK_N")
-    configs = [triton.Config(dict(zip(names, shape)), num_warps=warps, num_stages=stages) for *shape, warps, stages in shapes]
-    last = "MAKE_T" if kernel is forward_kernel else "DROPOUT"
-    return triton.autotune(configs, key=["M_LOG2", "N", "K", "R", "PARTS", last])(kernel)
+    shapes = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4), (64, 64, 32, 4, 4)]
+    names, flags = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), ["MAKE_T"]
+    if kernel is dx_kernel:  # tiles of M x K, a loop over N
+        names, flags = ("BLOCK_M", "BLOCK_K", "BLOCK_N"), ["MAKE_U", "DROPOUT"]
+    configs = [triton.Config(dict(zip(names, blocks)), num_warps=w, num_stages=s) for *blocks, w, s in shapes]
+    return triton.autotune(configs, key=["M_LOG2", "N", "K", "R", "PARTS", *flags])(kernel)
 
 
-def launch(kernel, tiles, *args, M, **constants):
-    """Runs forward_kernel or dx_kernel over `tiles(blocks)` programs."""
-    constants["M_LOG2"] = (M - 1).bit_length()  # tuned again where M doubles
+def launch(kernel, tiles, *args, **constants):
+    """Runs forward_kernel or dx_kernel on `tiles(blocks)` programs."""
     if args[0].is_cuda:
-        autotuned(kernel)[lambda blocks: (tiles(blocks),)](*args, M, **constants)
+        autotuned(kernel)[lambda blocks: (tiles(blocks),)](*args, **constants)
     else:  # interpreter
         blocks = dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32)
-        kernel[(tiles(blocks),)](*args, M, **constants, **blocks)
+        kernel[(tiles(blocks),)](*args, **constants, **blocks)
 
 
-def padded_rank(R):
-    """tl.dot wants at least 16."""
-    return max(16, triton.next_power_of_2(R))
+def constants_of(x, weight, lora_B, parts):
+    """M_LOG2 has the blocks tuned again where M doubles."""
+    return dict(M_LOG2=(len(x) - 1).bit_length(), N=len(weight), K=x.shape[1], R=lora_B.shape[1], P=len(parts),
+                PARTS=sum(adapted << i for i, adapted in enumerate(parts)))
 
 
-def triton_forward(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed):
-    """As reference_forward, with the mask made inside.
+def triton_forward(x, weight, bias, lora_A, lora_B, scale, parts, threshold, seed):
+    """As reference_forward, with the mask made inside: an element is kept if its 31 random bits reach `threshold`.
 
-    With dropout, t has a kernel of its own. Made in every column tile of y, the mask would be drawn 12 times over for ViT-B's
-    q and v, and drawing it costs many times what the tensor cores take for the tile; made once it is one more reading of
-    x, which the main kernel then finds in L2.
+    With dropout, t has a kernel of its own. In the main kernel every column tile would draw the mask of its rows anew, 12
+    times over for ViT-B's q and v, and drawing costs several times what the tensor cores take for the tile. Drawn once,
+    it is one more reading of x, which leaves x in the L2 cache for the main kernel.
     """
-    (M, K), N, (GR, R), P = x.shape, len(weight), (len(lora_A), lora_B.shape[1]), len(parts)
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    t = torch.empty(GR, M, dtype=torch.float32, device=x.device)
+    M, N, y = len(x), len(weight), x.new_empty(len(x), len(weight))
     with torch.cuda.device_of(x):
-        if dropout:
-            block_r = min(64, padded_rank(GR))
-            rank_kernel[(triton.cdiv(M, 64), triton.cdiv(GR, block_r))](
-                x, lora_A, t, seed, round(dropout * 2**31), M, GR=GR, K=K, BLOCK_M=64, BLOCK_K=64, BLOCK_R=block_r)
-        launch(forward_kernel, lambda blocks: triton.cdiv(M, blocks["BLOCK_M"]) * P * triton.cdiv(N // P, blocks["BLOCK_N"]),
-               x, weight, weight if bias is None else bias, lora_A, lora_B, t, y, scale, M=M, N=N, K=K, R=R, P=P,
-               PARTS=sum(adapted << i for i, adapted in enumerate(parts)), HAS_BIAS=bias is not None, MAKE_T=not dropout,
-               BLOCK_R=padded_rank(R))
+        if threshold:
+            t = times_dropped_transposed(lora_A, x, threshold, seed)
+        else:
+            t = x.new_empty(len(lora_A), M, dtype=torch.float32)
+        launch(forward_kernel, lambda blocks: (triton.cdiv(M, blocks["BLOCK_M"]) * len(parts)
+                                               * triton.cdiv(N // len(parts), blocks["BLOCK_N"])),
+               x, weight, weight if bias is None else bias, lora_A, lora_B, t, y, scale, M, HAS_BIAS=bias is not None,
+               MAKE_T=not threshold, BLOCK_R=padded(lora_B.shape[1]), **constants_of(x, weight, lora_B, parts))
     return y, t
 
 
-def triton_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, dropout, seed, needs_dx):
+def triton_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, threshold, seed, needs_dx):
     """As reference_backward, with the mask made again from the seed. Without dropout dA is one plain matmul."""
-    (M, K), N, (GR, R), P = x.shape, len(weight), (len(lora_A), lora_B.shape[1]), len(parts)
-    threshold = round(dropout * 2**31)
+    (M, K), GR, R = x.shape, len(lora_A), lora_B.shape[1]
     dx, dB, u = torch.empty_like(x) if needs_dx else None, torch.empty_like(lora_B), torch.empty_like(t)
-    make_u = needs_dx and padded_rank(GR) <= 32  # a wider u costs the main loop more than a matmul that reads dy again
-    for columns, rank, rows in adapted_parts(parts, N, R):
+    make_u = needs_dx and padded(GR) <= 32  # a wider u costs the main loop more than a matmul that reads dy again
+    for columns, rank, rows in adapted_parts(parts, len(weight), R):
         dB[rows] = (scale * (t[rank].to(dy.dtype) @ dy[:, columns])).t()
         if not make_u:
             u[rank] = scale * (lora_B[rows].t() @ dy[:, columns].t())
     with torch.cuda.device_of(x):
         if needs_dx:
             launch(dx_kernel, lambda blocks: triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(K, blocks["BLOCK_K"]),
-                   dy, weight, lora_A, lora_B, dx, u, seed, threshold, scale, M=M, N=N, K=K, R=R, G=GR // R, P=P,
-                   PARTS=sum(adapted << i for i, adapted in enumerate(parts)), DROPOUT=dropout > 0, MAKE_U=make_u,
-                   BLOCK_R=min(32, padded_rank(GR)))
-        if dropout:
-            rows = max(256, triton.cdiv(triton.cdiv(M, 64), 64) * 64)            # at most 64 splits
-            splits, block_r = triton.cdiv(M, rows), min(64, padded_rank(GR))
-            partial = torch.empty(splits, GR, K, dtype=torch.float32, device=x.device)
-            dA_kernel[(triton.cdiv(K, 64), triton.cdiv(GR, block_r), splits)](
-                u, x, partial, seed, threshold, M, rows, GR=GR, K=K, BLOCK_M=64, BLOCK_K=64, BLOCK_R=block_r)
-            dA = partial.sum(0).to(lora_A.dtype)
-        else:
-            dA = u.to(x.dtype) @ x
+                   dy, weight, lora_A, lora_B, dx, u, seed, threshold, scale, M, G=GR // R, DROPOUT=threshold > 0,
+                   MAKE_U=make_u, BLOCK_R=min(32, padded(GR)), **constants_of(x, weight, lora_B, parts))
+        dA = times_dropped(u, x, threshold, seed) if threshold else u.to(x.dtype) @ x
     return dx, dA, dB
 
 
@@ -344,28 +270,26 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels):
-        scale, keep = scale / (1 - dropout), None
+        scale = scale / (1 - dropout)
         if kernels:
-            y, t = triton_forward(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed)
+            keep, rest = None, (scale, parts, min(round(dropout * 2**31), 2**31 - 1), seed)
+            y, t = triton_forward(x, weight, bias, lora_A, lora_B, *rest)
         else:
-            keep = keep_mask(*x.shape, dropout, seed, x.device) if dropout else None
-            y, t = reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep)
+            keep, rest = keep_mask(*x.shape, dropout, seed, x.device) if dropout else None, (scale, parts)
+            y, t = reference_forward(x, weight, bias, lora_A, lora_B, *rest, keep)
         ctx.save_for_backward(x, weight, lora_A, lora_B, t, keep)
-        ctx.rest = scale, parts, dropout, seed, kernels
+        ctx.kernels, ctx.rest = kernels, rest
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, lora_A, lora_B, t, keep = ctx.saved_tensors
-        scale, parts, dropout, seed, kernels = ctx.rest
+        *tensors, keep = ctx.saved_tensors
         needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
-        if kernels:
-            args = dy.contiguous(), x, weight, lora_A, lora_B, t, scale, parts, dropout, seed, needs_dx
-            dx, dA, dB = triton_backward(*args)
+        if ctx.kernels:
+            dx, dA, dB = triton_backward(dy.contiguous(), *tensors, *ctx.rest, needs_dx)
         else:
-            dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, needs_dx)
-        dW = dy.t() @ x if needs_dW else None
-        db = dy.sum(0) if needs_db else None
+            dx, dA, dB = reference_backward(dy, *tensors, *ctx.rest, keep, needs_dx)
+        dW, db = dy.t() @ tensors[0] if needs_dW else None, dy.sum(0) if needs_db else None
         return dx, dW, db, dA, dB, None, None, None, None, None
 
 
@@ -382,58 +306,45 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     dropout: probability in [0, 1) of dropping an element of x on its way to A, now: pass 0 in evaluation.
     seed: fixes the mask (taken modulo 2^31); None draws one from torch's CPU generator when dropout > 0.
     Returns (..., N). As F.linear: in x's dtype, or in autocast's; lora_A and lora_B may be of any dtype.
-
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    fits = x.dtype != torch.float64 and x.numel() > 0 and lora_B.shape[-1] <= 64
-    return apply(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels=wants_triton(x) and fits)
+    fits = x.dtype != torch.float64 and x.numel() > 0 and lora_B.dim() == 2 and lora_B.shape[1] <= 64
+    return run(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels=wants_triton(x) and fits)
 
 
-def lora_linear_triton(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None):
-    """`lora_linear` by the kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1."""
-    return apply(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels=True)
-
-
-def lora_linear_reference(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None):
-    """`lora_linear` by the reference, wherever the tensors are."""
-    return apply(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels=False)
-
-
-def apply(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels):
-    """Checks, brings everything to one dtype and x to two dimensions."""
+def run(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None, *, kernels):
+    """lora_linear by the kernels or by the reference: checks, brings everything to one dtype and x to two dimensions."""
     check(x, weight, bias, lora_A, lora_B, parts, dropout)
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
     elif weight.dtype != dtype:
         raise ValueError(f"lora_linear: expected weight of x's dtype {dtype}, found {weight.dtype}")
     if seed is None:
         seed = int(torch.randint(2**31, ())) if dropout else 0
-    x_rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()                              # (M, K)
-    weight, lora_A, lora_B = (tensor.to(dtype).contiguous() for tensor in (weight, lora_A, lora_B))
-    bias = bias if bias is None else bias.to(dtype).contiguous()
-    parts = tuple(map(bool, parts))
-    y = LoRALinearFunction.apply(x_rows, weight, bias, lora_A, lora_B, float(scale), parts, float(dropout), seed % 2**31, kernels)
+    tensors = x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B                      # x (M, K)
+    tensors = [tensor if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
+    y = LoRALinearFunction.apply(*tensors, float(scale), tuple(map(bool, parts)), float(dropout), seed % 2**31, kernels)
     return y.view(*x.shape[:-1], len(weight))
+
+
+lora_linear_reference = functools.partial(run, kernels=False)
+lora_linear_triton = functools.partial(run, kernels=True)  # CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
 
 
 def check(x, weight, bias, lora_A, lora_B, parts, dropout):
     """Raises ValueError with what was expected and what was found."""
-    P, G = len(parts), sum(map(bool, parts))
+    P, G, R = len(parts), sum(map(bool, parts)), lora_B.shape[-1] if lora_B.dim() else 0
     if G == 0:
         raise ValueError(f"lora_linear: expected at least one adapted part, found parts={tuple(parts)}")
     if weight.dim() != 2 or len(weight) % P or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lora_linear: expected x (..., K) and weight (N, K) with N a multiple of {P}, "
                          f"found {tuple(x.shape)} and {tuple(weight.shape)}")
-    (N, K), R = weight.shape, lora_B.shape[-1]
-    for name, tensor, shape in (("bias", bias, (N,)), ("lora_B", lora_B, (G * N // P, R)), ("lora_A", lora_A, (G * R, K))):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"lora_linear: expected {name} {shape} for weight {(N, K)}, rank {R} and {G} of {P} parts, "
-                             f"found {tuple(tensor.shape)}")
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise ValueError(f"lora_linear: expected floating-point {name}, found {tensor.dtype}")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"lora_linear: expected {name} on {x.device} as x is, found {tensor.device}")
+    N, K = weight.shape
+    for name, tensor, shape in (("x", x, x.shape), ("weight", weight, (N, K)), ("bias", bias, (N,)),
+                                ("lora_B", lora_B, (G * N // P, R)), ("lora_A", lora_A, (G * R, K))):
+        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point() or tensor.device != x.device):
+            raise ValueError(f"lora_linear: expected {name} {tuple(shape)}, floating-point, on {x.device} (weight {(N, K)}, "
+                             f"rank {R}, {G} of {P} parts), found {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_linear: expected dropout in [0, 1), found {dropout}")

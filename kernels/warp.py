@@ -42,7 +42,7 @@ def warp_reference(image, flow):
     [-1, 1], and that scaling rounds: at most sizes a zero flow is no longer the identity. On a canvas whose sides are
     powers of two, (2 x + 1) / w - 1 and back is exact for every whole x, so the image is put on one if it is not
     already; the clamp keeps every position inside the image proper. `hardtanh` is a clamp whose gradient is 0 on the
-    bounds too.
+    bounds too. Zero padding tests every read, so that a NaN position is harmless; with padding_mode="border" it crashes.
     """
     H, W = image.shape[-2:]
     h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
@@ -73,8 +73,8 @@ def position(flow, sample, pixel, valid, H, W):
     nan = (y != y) | (x != x)
     inside_y, inside_x = (y > 0) & (y < H - 1), (x > 0) & (x < W - 1)
     # y.clamp(0, H - 1): before the conversion to int, which is undefined for NaN and for what does not fit
-    y = tl.minimum(tl.maximum(tl.where(nan, 0.0, y), 0.0), (H - 1).to(tl.float32))
-    x = tl.minimum(tl.maximum(tl.where(nan, 0.0, x), 0.0), (W - 1).to(tl.float32))
+    y = tl.minimum(tl.maximum(tl.where(nan, 0.0, y), 0.0), H - 1)
+    x = tl.minimum(tl.maximum(tl.where(nan, 0.0, x), 0.0), W - 1)
     y0, x0 = y.to(tl.int32), x.to(tl.int32)
     right, down = tl.where(x0 < W - 1, 1, 0), tl.where(y0 < H - 1, W, 0)  # the border is its own neighbour
     return y0 * W + x0, right, down, y - y0, x - x0, inside_y, inside_x, nan
@@ -83,7 +83,6 @@ def position(flow, sample, pixel, valid, H, W):
 @jit()
 def forward_kernel(image, flow, out, C, H, W, BLOCK: tl.constexpr):
     """A program resamples BLOCK pixels of one sample, in every channel."""
-    H, W = tl.to_tensor(H), tl.to_tensor(W)
     tiles = tl.cdiv(H * W, BLOCK)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -129,7 +128,6 @@ def fixed_point(amax, h, SIGN: tl.constexpr):
 def backward_kernel(dout, image, flow, amax, total, dflow, C, H, W, h, IMAGE: tl.constexpr, FLOW: tl.constexpr,
                     BLOCK: tl.constexpr):
     """The pixels of the forward program: scatters to `total` (int64) if IMAGE, writes `dflow` if FLOW."""
-    H, W = tl.to_tensor(H), tl.to_tensor(W)
     tiles = tl.cdiv(H * W, BLOCK)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -215,7 +213,7 @@ class WarpFunction(torch.autograd.Function):
 
 
 def warp_triton(image, flow):
-    """`warp` by the kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1. flow float32, image float32 or 16-bit."""
+    """`warp` by the kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1. flow float32, image at most that."""
     return WarpFunction.apply(image, flow)
 
 

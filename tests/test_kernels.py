@@ -1,0 +1,507 @@
+"""The kernels and their torch references against float64 formulas written another way.
+
+Without a GPU, Triton's interpreter runs the kernels (conftest.py); with one, the same tests run compiled. The error a
+kernel may make is not a number that happens to pass: at most twice what the torch reference makes in the same dtype, plus
+one rounding of the largest value (tiny cases in which the reference is right by luck).
+"""
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import jit, lora_linear, tl, triton, use_kernels, wants_triton, warp
+from kernels.dropout import keep_mask, keep_tile
+from kernels.lora_linear import lora_linear_reference, lora_linear_triton, reference_backward, reference_forward
+from kernels.warp import warp_reference, warp_triton
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+needs_triton = pytest.mark.skipif(triton is None, reason="no Triton here")
+needs_gpu = pytest.mark.skipif(not CUDA, reason="no CUDA GPU here")
+names = ("result", "first gradient", "second gradient", "third gradient")
+
+
+def assert_as_good(got, reference, truth):
+    """Each of `got` errs at most twice as much as its `reference`, both measured against float64."""
+    for name, a, b, c in zip(names, got, reference, truth):
+        error, allowed = (a.double() - c).abs().max(), 2 * (b.double() - c).abs().max()
+        allowed = allowed + torch.finfo(a.dtype).eps * c.abs().max()
+        assert a.shape == c.shape and error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+QV = (True, False, True)
+# rows, inputs, width of a part, rank, parts: ragged and even tiles, ranks 1 4 5 32 64, one to three groups, one row
+CASES = [(37, 41, 19, 5, QV), (1, 5, 3, 1, (True,)), (70, 64, 32, 4, QV), (33, 100, 40, 32, (True, True, True)),
+         (40, 70, 50, 64, (False, True))]
+SCALE = 1.7
+
+
+def lora_inputs(M, K, width, R, parts, dtype=torch.float32, device=DEVICE):
+    """x, weight, bias, A, B, dy. B is random too: at its initialisation, zero, half of the paths could be missing."""
+    generator = torch.Generator().manual_seed(M + R)
+    N, G = width * len(parts), sum(parts)
+    shapes = [(M, K), (N, K), (N,), (G * R, K), (G * width, R), (M, N)]
+    return [torch.randn(shape, generator=generator).mul_(0.5).to(device, dtype) for shape in shapes]
+
+
+def dense_lora(x, weight, bias, A, B, scale, parts, keep=None, p=0.0):
+    """The definition with the low-rank product written out as an (N, K) matrix, zero where a part is not adapted."""
+    width, R, blocks, g = len(weight) // len(parts), B.shape[1], [], 0
+    for adapted in parts:
+        delta = B[g * width:(g + 1) * width] @ A[g * R:(g + 1) * R] if adapted else weight.new_zeros(width, x.shape[-1])
+        blocks.append(delta)
+        g += adapted
+    dropped = x if keep is None else x * keep / (1 - p)
+    return x @ weight.T + bias + scale * dropped @ torch.cat(blocks).T
+
+
+def gradients(function, tensors, dy, wanted):
+    """(result, gradients of `wanted`) with fresh leaves."""
+    tensors = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    y = function(*tensors)
+    return (y.detach(), *torch.autograd.grad(y, [tensors[i] for i in wanted], dy))
+
+
+def philox_keep(M, K, p, seed, first_row=0):
+    """The kernels' dropout mask, from Philox4x32 as its paper has it (Salmon et al. 2011), 7 rounds, in numpy."""
+    mask32 = np.uint64(0xFFFFFFFF)
+    quads = -(-K // 4)
+    counter = (np.arange(first_row, first_row + M, dtype=np.uint64)[:, None] * np.uint64(quads)
+               + np.arange(quads, dtype=np.uint64)[None, :])
+    c = [counter & mask32, counter >> np.uint64(32), counter * np.uint64(0), counter * np.uint64(0)]
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(7):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]), b & mask32,
+             (a >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]), a & mask32]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    words = np.stack(c, axis=-1).reshape(M, 4 * quads)[:, :K]
+    return torch.from_numpy((words >> np.uint64(1)) >= round(p * 2**31))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lora_kernels(case, p, dtype):
+    """Forward and the gradients of x, A and B; with dropout the mask must be Philox's, forward and in both gradients."""
+    parts, seed = case[-1], 12345
+    *tensors, dy = lora_inputs(*case, dtype=dtype)
+    keep = philox_keep(*tensors[0].shape, p, seed).to(DEVICE) if p else None
+    got = gradients(lambda *a: lora_linear_triton(*a, SCALE, parts, p, seed), tensors, dy, (0, 3, 4))
+    exact = [t.double() for t in tensors]
+    truth = gradients(lambda *a: dense_lora(*a, SCALE, parts, keep, p), exact, dy.double(), (0, 3, 4))
+    x, weight, bias, A, B = tensors
+    keep = keep if keep is None else keep.byte()
+    y, t = reference_forward(x, weight, bias, A, B, SCALE / (1 - p), parts, keep)
+    assert_as_good(got, (y, *reference_backward(dy, x, weight, A, B, t, SCALE / (1 - p), parts, keep)), truth)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lora_reference(case, p):
+    """The reference in float64 equals the definition, for every input that may ask for a gradient."""
+    parts = case[-1]
+    *tensors, dy = lora_inputs(*case, dtype=torch.float64)
+    keep = keep_mask(*tensors[0].shape, p, 5, torch.device(DEVICE)) if p else None
+    got = gradients(lambda *a: lora_linear_reference(*a, SCALE, parts, p, 5), tensors, dy, range(5))
+    truth = gradients(lambda *a: dense_lora(*a, SCALE, parts, keep, p), tensors, dy, range(5))
+    for a, b in zip(got, truth):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_lora_gradcheck(p):
+    *tensors, _ = lora_inputs(3, 4, 2, 2, QV, torch.float64)
+    tensors = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *a: lora_linear_reference(*a, SCALE, QV, p, 7), tensors)
+
+
+@pytest.mark.parametrize("make", [keep_mask, lambda *args: philox_keep(*args[:4])], ids=["reference", "philox"])
+def test_dropout_statistics(make):
+    """P[keep] = 1 - p overall, in each row and in each column, and neighbours are independent; the seed decides."""
+    M, K, p = 512, 1022, 0.1
+    keep = make(M, K, p, 3, torch.device("cpu")).double()
+    sigma = (p * (1 - p)) ** 0.5
+    assert abs(keep.mean() - (1 - p)) < 4 * sigma / (M * K) ** 0.5
+    assert (keep.mean(0) - (1 - p)).abs().max() < 5 * sigma / M**0.5
+    assert (keep.mean(1) - (1 - p)).abs().max() < 5 * sigma / K**0.5
+    z = (keep - (1 - p)) / sigma
+    for pair in (z[:, 1:] * z[:, :-1], z[1:] * z[:-1], z[:, 4:] * z[:, :-4]):
+        assert abs(pair.mean()) < 4 / pair.numel() ** 0.5
+    assert torch.equal(keep, make(M, K, p, 3, torch.device("cpu")).double())
+    assert 0.7 < (keep == make(M, K, p, 4, torch.device("cpu"))).double().mean() < 0.9
+
+
+@jit()
+def keep_kernel(out, seed, threshold, first_row, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    tl.store(out + row[:, None] * BLOCK_K + k[None, :], keep_tile(seed, threshold, first_row + row, 0, K, BLOCK_K).to(tl.int8))
+
+
+@needs_triton
+def test_mask_beyond_32_bits():
+    """Rows whose elements lie beyond 2^31 and 2^33 get counters of their own."""
+    for first_row in (2**31 // 30, 2**35):
+        out = torch.empty(16, 32, dtype=torch.int8, device=DEVICE)
+        keep_kernel[(1,)](out, 9, round(0.5 * 2**31), first_row, K=30, BLOCK_M=16, BLOCK_K=32)
+        assert torch.equal(out[:, :30].bool().cpu(), philox_keep(16, 30, 0.5, 9, first_row))
+
+
+def test_seeds():
+    """torch.manual_seed repeats a run, two calls differ, an explicit seed leaves torch's generator alone."""
+    *tensors, _ = lora_inputs(20, 16, 4, 2, QV)
+    torch.manual_seed(0)
+    first, second = (lora_linear(*tensors, SCALE, QV, 0.5) for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(lora_linear(*tensors, SCALE, QV, 0.5), first) and not torch.equal(first, second)
+    state = torch.get_rng_state()
+    assert torch.equal(lora_linear(*tensors, SCALE, QV, 0.5, seed=3), lora_linear(*tensors, SCALE, QV, 0.5, seed=3 + 2**31))
+    lora_linear(*tensors, SCALE, QV)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def both(name):
+    pair = {"lora": (lora_linear_reference, lora_linear_triton), "warp": (warp_reference, warp_triton)}[name]
+    return pytest.mark.parametrize("f", [pair[0], pytest.param(pair[1], marks=needs_triton)], ids=["reference", "kernels"])
+
+
+@both("lora")
+def test_lora_inputs_of_other_forms(f):
+    """Leading dimensions, a transposed x, no bias, no gradient to x, factors of another dtype, float32 under autocast."""
+    x, weight, bias, A, B, _ = lora_inputs(24, 16, 4, 2, QV)
+    y = f(x, weight, bias, A, B, SCALE, QV)
+    torch.testing.assert_close(f(x.view(2, 3, 4, 16), weight, bias, A, B, SCALE, QV).view(24, 12), y)
+    torch.testing.assert_close(f(x.T.contiguous().T, weight, bias, A, B, SCALE, QV), y)
+    torch.testing.assert_close(f(x, weight, None, A, B, SCALE, QV) + bias, y)
+    half = f(x.half(), weight.half(), bias.half(), A.requires_grad_(), B.requires_grad_(), SCALE, QV)
+    assert half.dtype == torch.float16
+    for p in (0.0, 0.3):
+        y = f(x, weight, bias, A, B, SCALE, QV, p, 1)
+        f(x.clone().requires_grad_(), weight, bias, A, B, SCALE, QV, p, 1).sum().backward()
+        dA, dB = torch.autograd.grad(y.sum(), (A, B))
+        torch.testing.assert_close(dA, A.grad)
+        torch.testing.assert_close(dB, B.grad)
+        A.grad = B.grad = None
+    with torch.autocast(DEVICE, torch.float16):
+        assert f(x, weight, bias, A, B, SCALE, QV).dtype == F.linear(x, weight, bias).dtype == torch.float16
+    assert weight.grad is None
+
+
+def test_lora_frozen_weight_costs_nothing():
+    """What is kept for the backward pass: x, the weight itself, A, B and t."""
+    x, weight, bias, A, B, _ = lora_inputs(30, 16, 4, 2, QV, device="cpu")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linear_reference(x.requires_grad_(), weight, bias, A.requires_grad_(), B.requires_grad_(), SCALE, QV)
+    assert weight.data_ptr() in [t.data_ptr() for t in kept]
+    assert sum(t.numel() for t in kept) == x.numel() + weight.numel() + A.numel() + B.numel() + 4 * 30
+
+
+def test_lora_errors():
+    x, weight, bias, A, B, _ = lora_inputs(6, 8, 4, 2, QV)
+    for args, message in [((x[:, :7], weight, bias, A, B, 1, QV), "expected x"),
+                          ((x, weight, bias[:3], A, B, 1, QV), "expected bias"),
+                          ((x, weight, bias, A[:2], B, 1, QV), "expected lora_A"),
+                          ((x, weight, bias, A, B, 1, (True, True, True)), "expected lora_B"),
+                          ((x, weight, bias, A, B, 1, (False, False, False)), "at least one"),
+                          ((x, weight, bias, A, B, 1, QV, 1.0), "dropout"),
+                          ((x, weight.half(), bias, A, B, 1, QV), "expected weight"),
+                          ((x, weight, bias, A.int(), B, 1, QV), "expected lora_A"),
+                          ((x, weight, bias, A, B.to("meta"), 1, QV), "expected lora_B .* on meta")]:
+        with pytest.raises(ValueError, match=message):
+            lora_linear(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Warp
+
+WARPS = [(2, 3, 5, 7), (1, 1, 37, 41), (1, 2, 1, 9), (2, 1, 16, 32)]
+
+
+def warp_inputs(shape, reach=3.0, device=DEVICE):
+    """image, flow, dy. A reach of 3 pixels has many displacements leave a small image."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    B, _, H, W = shape
+    sizes = (shape, 1), ((B, 2, H, W), reach), (shape, 1)
+    return [scale * torch.randn(size, generator=generator).to(device) for size, scale in sizes]
+
+
+def grid_sample_warp(image, flow):
+    """The usual form: an identity grid, a normalisation, F.grid_sample."""
+    H, W = image.shape[-2:]
+    rows, cols = (torch.arange(n, dtype=flow.dtype, device=flow.device) for n in (H, W))
+    y, x = rows[:, None] + flow[:, 0], cols + flow[:, 1]
+    grid = torch.stack((2 * x / max(W - 1, 1) - 1, 2 * y / max(H - 1, 1) - 1), -1)
+    return F.grid_sample(image, grid, padding_mode="border", align_corners=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", WARPS, ids=str)
+def test_warp_kernels(shape, dtype):
+    """Against F.grid_sample in float64: the image, its gradient and the flow's. One image row leaves y no freedom."""
+    image, flow, dy = warp_inputs(shape)
+    image, dy = image.to(dtype), dy.to(dtype)
+    got = gradients(warp_triton, (image, flow), dy, (0, 1))
+    reference = gradients(warp_reference, (image, flow), dy, (0, 1))
+    truth = gradients(grid_sample_warp, (image.double(), flow.double()), dy.double(), (0, 1))
+    assert_as_good(got, reference, truth)
+
+
+@pytest.mark.parametrize("shape", WARPS, ids=str)
+def test_warp_reference(shape):
+    image, flow, dy = (t.double() for t in warp_inputs(shape))
+    truth = gradients(grid_sample_warp, (image, flow), dy, (0, 1))
+    for a, b in zip(gradients(warp_reference, (image, flow), dy, (0, 1)), truth):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_warp_gradcheck():
+    image, flow, _ = (t.double().requires_grad_() for t in warp_inputs((2, 2, 4, 5)))
+    assert torch.autograd.gradcheck(warp_reference, (image, flow))
+
+
+@both("warp")
+def test_warp_golden(f):
+    """3 x 3, worked on paper.
+
+        image 1 2 3     pixel (0, 0) moves by (1, 1) to (1, 1): 5           pixel (1, 1) by (-0.5, 0.5) to (0.5, 1.5):
+              4 5 6     pixel (2, 0) moves by (0, 0.25) to (2, 0.25): 7.25                  (2 + 3 + 5 + 6) / 4 = 4
+              7 8 9     pixel (0, 2) moves by (-4, 9) out of the image, to its corner (0, 2): 3; the rest stay
+    """
+    image = torch.arange(1.0, 10.0, device=DEVICE).view(1, 1, 3, 3).requires_grad_()
+    flow = torch.zeros(1, 2, 3, 3, device=DEVICE)
+    for (y, x), move in {(0, 0): (1, 1), (1, 1): (-0.5, 0.5), (2, 0): (0, 0.25), (0, 2): (-4, 9)}.items():
+        flow[0, :, y, x] = torch.tensor(move)
+    out = f(image, flow.requires_grad_())
+    assert out[0, 0].tolist() == [[5, 2, 3], [4, 4, 6], [7.25, 8, 9]]
+    out.sum().backward()
+    assert image.grad[0, 0].tolist() == [[0, 1.25, 1.25], [1, 1.25, 1.25], [0.75, 1.25, 1]]
+    # rows are 3 apart, columns 1; 0 on the border itself and beyond it
+    assert flow.grad[0, 0].tolist() == [[3, 0, 0], [3, 3, 3], [0, 0, 0]]
+    assert flow.grad[0, 1].tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 0]]
+
+
+@both("warp")
+def test_whole_pixel_flows_are_exact(f):
+    """Zero flow is the identity and a constant whole flow a shift, to the last bit, at sizes that are no power of two."""
+    for H, W in ((1, 1), (7, 300), (37, 41), (64, 100)):
+        image = torch.randn(1, 2, H, W, device=DEVICE)
+        for dy, dx in ((0, 0), (2, -3), (-H, W)):
+            flow = torch.tensor([dy, dx], dtype=torch.float32, device=DEVICE).view(1, 2, 1, 1).expand(1, 2, H, W)
+            rows, cols = (torch.arange(H) + dy).clamp(0, H - 1), (torch.arange(W) + dx).clamp(0, W - 1)
+            assert torch.equal(f(image, flow), image[:, :, rows[:, None], cols])
+
+
+@both("warp")
+def test_flow_gradient_on_the_border(f):
+    """Whole displacements, onto the border and past it. At 5 x 9 F.grid_sample's grid is exact: its convention shows."""
+    image, flow, dy = warp_inputs((1, 1, 5, 9))
+    truth = gradients(grid_sample_warp, (image, flow.round()), dy, (0, 1))
+    for a, b in zip(gradients(f, (image, flow.round()), dy, (0, 1)), truth):
+        torch.testing.assert_close(a, b)
+
+
+@both("warp")
+def test_displacements_that_are_not_finite(f):
+    """Infinite and huge ones read the border; NaN gives NaN there, in every channel, and passes no gradient."""
+    image = torch.arange(18.0, device=DEVICE).view(1, 2, 3, 3).requires_grad_()
+    flow = torch.zeros(1, 2, 3, 3, device=DEVICE)
+    nan, inf = float("nan"), float("inf")
+    moves = {(0, 0): (nan, 0), (0, 1): (0, nan), (1, 1): (0, inf), (2, 2): (-1e30, 0), (2, 0): (3e38, -inf)}
+    for (y, x), move in moves.items():
+        flow[0, :, y, x] = torch.tensor(move)
+    out = f(image, flow.requires_grad_())
+    assert out[0, 0, 1:].tolist() == [[3, 5, 5], [6, 7, 2]] and out[0, 0, 0, 2] == 2
+    assert out[0, :, 0, :2].isnan().all() and out.isnan().sum() == 4
+    out.backward(torch.ones_like(out))
+    assert image.grad[0, 1].tolist() == [[0, 0, 2], [1, 0, 2], [1, 1, 0]]
+    assert flow.grad.isfinite().all() and not flow.grad[0, :, 0, :2].any() and flow.grad[0, 1, 1, 1] == 0
+
+
+@both("warp")
+def test_flows_of_nothing_but_trouble(f):
+    """NaN, infinities and huge values everywhere, in an image wide enough for vector code: no crash, nothing invented."""
+    image, flow, dy = warp_inputs((1, 1, 30, 70))
+    trouble = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2.0**31, -2.0**63], device=DEVICE)
+    flow = trouble[(flow * 1000).long() % len(trouble)]
+    out, dimage, dflow = gradients(f, (image, flow), dy, (0, 1))
+    assert torch.equal(out.isnan(), flow.isnan().any(1, keepdim=True))
+    assert torch.isin(out[~out.isnan()], image[:, :, ::29, ::69].contiguous()).all() and dimage.isfinite().all() and not dflow.any()
+
+
+@needs_triton
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1.0, 3e38])
+def test_image_gradient_cannot_overflow(size):
+    """Every pixel reads the same place, with gradients of any magnitude; and one plane's magnitude leaves others alone."""
+    image, flow, _ = warp_inputs((1, 2, 40, 50))
+    to_one_place = 20.5 - torch.arange(40.0)[:, None].expand(40, 50), 30 - torch.arange(50.0).expand(40, 50)
+    flow = torch.stack(to_one_place)[None].to(DEVICE)
+    dy = torch.rand(1, 2, 40, 50, device=DEVICE)
+    dy[:, 1] *= size / 1000
+    got = torch.autograd.grad(warp_triton(image.requires_grad_(), flow), image, dy)[0].double()
+    truth = gradients(grid_sample_warp, (image.detach().double(), flow.double()), dy.double(), (0,))[1]
+    quantum = torch.tensor([2.0**-50, max(2.0**-50 * size, 2.0**-126)], device=DEVICE).double()
+    allowed = 2000 * quantum[None, :, None, None] + truth.abs() * 2**-23
+    assert ((got - truth).abs() <= allowed).all() and got[:, 0].any()
+
+
+@needs_triton
+def test_gradients_that_are_not_finite():
+    """A loss scaler has to see them: the image gradient of that plane is NaN, of the others untouched."""
+    image, flow, dy = warp_inputs((2, 2, 5, 6))
+    clean = gradients(warp_triton, (image, flow), dy, (0,))[1]
+    dy[1, 0, 2, 3] = float("inf")
+    got = gradients(warp_triton, (image, flow), dy, (0,))[1]
+    assert got[1, 0].isnan().all() and torch.equal(got[0], clean[0]) and torch.equal(got[1, 1], clean[1, 1])
+
+
+def test_warp_dtypes_and_forms():
+    """16-bit images and flows, float64, one gradient at a time, images that are not contiguous."""
+    image, flow, dy = warp_inputs((1, 2, 6, 8))
+    out = warp(image, flow)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert warp(image.to(dtype), flow).dtype == dtype
+        torch.testing.assert_close(warp(image.to(dtype), flow).float(), out, rtol=0.02, atol=0.02)
+    assert warp(image.double(), flow).dtype == torch.float64
+    assert torch.equal(warp(image.transpose(2, 3).contiguous().transpose(2, 3), flow), out)
+    for f in (warp_reference, *([warp_triton] if triton else [])):
+        all_at_once = gradients(f, (image, flow), dy, (0, 1))
+        assert torch.equal(gradients(f, (image, flow), dy, (0,))[1], all_at_once[1])
+        assert torch.equal(gradients(f, (image, flow), dy, (1,))[1], all_at_once[2])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(warp(image, flow), out)
+
+
+def test_warp_errors():
+    image, flow, _ = warp_inputs((2, 1, 4, 5))
+    for args, message in [((image[0], flow), "expected image"), ((image, flow[:1]), "expected flow"),
+                          ((image, flow[:, :1]), "expected flow"), ((image.int(), flow), "floating-point"),
+                          ((image, flow.to("meta")), "one device")]:
+        with pytest.raises(ValueError, match=message):
+            warp(*args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The package
+
+
+def test_dispatch(monkeypatch):
+    """Triton for CUDA tensors on Ampere and newer, until it is turned off; never for CPU tensors."""
+    monkeypatch.setenv("MEDVISION_NO_KERNELS", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "triton", object())
+    on_gpu = SimpleNamespace(is_cuda=True, device=None)
+    assert wants_triton(on_gpu) and not wants_triton(torch.zeros(1))
+    use_kernels(False)
+    assert os.environ["MEDVISION_NO_KERNELS"] == "1" and not wants_triton(on_gpu)
+    use_kernels(True)
+    assert wants_triton(on_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert not wants_triton(on_gpu)
+
+
+def run_python(code, **environment):
+    environment = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_import_without_triton():
+    """macOS and Windows have no Triton: the package imports, and the references answer."""
+    done = run_python("import sys; sys.modules['triton'] = None; import torch; from kernels import warp, lora_linear; "
+                      "x = torch.ones(1, 1, 3, 3); assert torch.equal(warp(x, torch.zeros(1, 2, 3, 3)), x)")
+    assert done.returncode == 0, done.stderr
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels.dropout import split_kernel, transposed_kernel
+from kernels.lora_linear import dx_kernel, forward_kernel as lora_forward
+from kernels.warp import backward_kernel, finish_kernel, forward_kernel
+
+def build(kernel, data, **constants):
+    signature = {}
+    for name in kernel.arg_names:
+        whole = name in "C H W h HW M ROWS seed threshold".split()
+        float32 = name in "flow amax dflow u t partial".split()
+        signature[name] = ("constexpr" if name in constants else "i32" if whole else "fp32" if name == "scale"
+                           else "*i64" if name == "total" else "*fp32" if float32 else data)
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=2))
+
+for data in ("*fp32", "*fp16", "*bf16"):
+    build(forward_kernel, data, BLOCK=512)
+    build(backward_kernel, data, BLOCK=128, IMAGE=True, FLOW=True)
+    build(finish_kernel, data, BLOCK=1024)
+    block = dict(BLOCK_M=64, BLOCK_K=32, BLOCK_R=16)
+    shape = dict(M_LOG2=6, N=96, K=64, R=4, P=3, PARTS=5, BLOCK_N=32, **block)
+    for flag in (True, False):
+        build(lora_forward, data, HAS_BIAS=flag, MAKE_T=flag, **shape)
+        build(dx_kernel, data, DROPOUT=flag, MAKE_U=flag, G=2, **shape)
+    build(transposed_kernel, data, GR=8, K=64, **block)
+    build(split_kernel, data, GR=8, K=64, **block)
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(CUDA, reason="the other tests compile the kernels here")
+def test_kernels_compile(tmp_path):
+    """Triton's compiler and ptxas need no GPU, and refuse much that the interpreter lets pass."""
+    done = run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU: bfloat16, autotuned tiles, repeatability, more than 2^31 elements
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("case", [(1576, 768, 768, 4, QV), (1576, 768, 768, 32, QV), (333, 200, 72, 16, (True,))], ids=str)
+def test_gpu_lora(case, p, dtype):
+    test_lora_kernels(case, p, dtype)  # at sizes that make many tiles
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_dispatch_and_repeatability():
+    """The public functions take the kernels, and give the same bits run after run: gradients of the image and of A too."""
+    image, flow, dy = warp_inputs((4, 3, 256, 256), reach=20)
+    *tensors, dl = lora_inputs(8 * 197, 768, 768, 8, QV, torch.bfloat16)
+    both_runs = [lambda: gradients(warp, (image, flow), dy, (0, 1)),
+                 lambda: gradients(lambda *a: lora_linear(*a, 2, QV, 0.1, 5), tensors, dl, (0, 3, 4))]
+    first = [run() for run in both_runs]
+    for _ in range(5):
+        for results, run in zip(first, both_runs):
+            assert all(torch.equal(a, b) for a, b in zip(results, run()))
+    assert_as_good(first[0], gradients(warp_reference, (image, flow), dy, (0, 1)),
+                   gradients(grid_sample_warp, (image.double(), flow.double()), dy.double(), (0, 1)))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_beyond_32_bits():
+    """The last rows of a tensor of more than 2^31 elements come out as they do alone."""
+    M, K = 2**31 // 1024 + 4096, 1024
+    x, tail = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda"), torch.randn(256, K, device="cuda").bfloat16()
+    x[-256:] = tail
+    weight, A, B = (torch.randn(s, device="cuda").bfloat16() * 0.05 for s in ((96, K), (8, K), (64, 4)))
+    assert torch.equal(lora_linear(x, weight, None, A, B, 2.0, QV)[-256:], lora_linear(tail, weight, None, A, B, 2.0, QV))
+    image = torch.randn(1, 3, 2**15, 2**15 - 8, device="cuda", dtype=torch.float16)
+    flow = torch.zeros(1, 2, *image.shape[2:], device="cuda")
+    assert torch.equal(warp(image, flow), image)
