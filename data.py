@@ -10,22 +10,34 @@ audit. Nothing here knows a model or a loss.
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W); grey is C = 1.
 """
 import argparse
+import base64
 import copy
+import csv
 import dataclasses
+import functools
 import gzip
+import hashlib
+import heapq
+import io
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors and command lines
@@ -231,25 +243,693 @@ def peak_memory_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def as_picture(image, scale=1):
+    """A PIL picture of an (H, W), (1, H, W) or (3, H, W) image in [0, 1], each pixel `scale` pixels wide."""
+    pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
+    pixels = pixels[None] if pixels.ndim == 2 else pixels
+    picture = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
+
+
+def save_picture(path, picture):
+    atomic_write(path, lambda file: picture.save(file, "PNG"))
+
+
+def save_grid(path, rows, titles=None, captions=None, scale=1):
+    """Writes a PNG of images in rows and columns.
+
+    rows: lists of images, (H, W) or (C, H, W) in [0, 1]; titles: one a column; captions: one a row, wrapped under it.
+    """
+    font, gap, line = ImageFont.load_default(12), 8, 16
+    rows = [[as_picture(image, scale) for image in row] for row in rows]
+    titles = titles or [""] * max(map(len, rows))
+    widths = [max([math.ceil(font.getlength(title))] + [row[i].width for row in rows if i < len(row)])
+              for i, title in enumerate(titles)]
+    total = sum(widths) + gap * (len(widths) + 1)
+    texts = [wrap_text(text, font, total - 2 * gap) for text in captions or [""] * len(rows)]
+    heights = [max(picture.height for picture in row) + line * len(text) + gap for row, text in zip(rows, texts)]
+    canvas = Image.new("RGB", (total, sum(heights) + gap + line * any(titles)), "white")
+    draw, top = ImageDraw.Draw(canvas), gap + line * any(titles)
+    for i, title in enumerate(titles):
+        draw.text((gap + sum(widths[:i]) + gap * i, gap // 2), title, "black", font)
+    for row, text, height in zip(rows, texts, heights):
+        for i, picture in enumerate(row):
+            canvas.paste(picture, (gap + sum(widths[:i]) + gap * i, top))
+        draw.text((gap, top + height - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
+        top += height
+    save_picture(path, canvas)
+
+
+def wrap_text(text, font, width):
+    """Lines of at most `width` pixels (a longer word has a line of its own)."""
+    lines = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def nice_ticks(low, high, count=6):
+    """At most `count` round numbers in [low, high], apart by 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(power * m for m in (1, 2, 5, 10, 20) if (high - low) / (power * m) <= count - 1)
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
+
+
+def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
+    """Writes a PNG of line plots, drawn at twice the size and reduced. Points that are None or not finite are left out.
+
+    curves: {name: (xs, ys)}; diagonal: both axes from 0 to 1 with the line of chance, as for an ROC.
+    """
+    curves = {name: np.array([xs, ys], dtype=float) for name, (xs, ys) in curves.items()}
+    curves = {name: points[:, np.isfinite(points).all(0)] for name, points in curves.items()}
+    points = np.concatenate([*curves.values(), np.zeros((2, 0))], axis=1)
+    low, high = (points.min(1), points.max(1)) if points.size and not diagonal else (np.zeros(2), np.ones(2))
+    high = np.where(high > low, high, low + 1)
+    low, high = (low, high) if diagonal else (low - 0.03 * (high - low), high + 0.03 * (high - low))
+    font, small = ImageFont.load_default(26), ImageFont.load_default(22)
+    left, top, width, height = 120, 70, 900, 680
+    names = max([math.ceil(small.getlength(name)) for name in curves] + [0])
+    canvas = Image.new("RGB", (left + width + 100 + names, top + height + 110), "white")
+    draw = ImageDraw.Draw(canvas)
+
+    def place(x, y):
+        return left + width * (x - low[0]) / (high[0] - low[0]), top + height * (high[1] - y) / (high[1] - low[1])
+
+    for value in nice_ticks(low[0], high[0]):
+        x = place(value, low[1])[0]
+        draw.line((x, top, x, top + height), "#dddddd", 2)
+        draw.text((x, top + height + 8), f"{value:.6g}", "black", small, "ma")
+    for value in nice_ticks(low[1], high[1]):
+        y = place(low[0], value)[1]
+        draw.line((left, y, left + width, y), "#dddddd", 2)
+        draw.text((left - 10, y), f"{value:.6g}", "black", small, "rm")
+    draw.rectangle((left, top, left + width, top + height), outline="black", width=2)
+    if diagonal:
+        draw.line((*place(0, 0), *place(1, 1)), "#999999", 3)
+    for i, (name, values) in enumerate(curves.items()):
+        colour, dots = COLOURS[i % len(COLOURS)], [place(x, y) for x, y in values.T]
+        draw.line(dots, colour, 4, "curve") if len(dots) > 1 else None
+        for x, y in dots if len(dots) < 30 else []:
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), colour)
+        draw.line((left + width + 20, top + 20 + 34 * i, left + width + 50, top + 20 + 34 * i), colour, 5)
+        draw.text((left + width + 60, top + 20 + 34 * i), name, "black", small, "lm")
+    draw.text((left + width / 2, 20), title, "black", font, "ma")
+    draw.text((left + width / 2, top + height + 50), xlabel, "black", font, "ma")
+    draw.text((left, top - 14), ylabel, "black", small, "ls")
+    save_picture(path, canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading images
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".dcm", ".tif", ".tiff", ".bmp")
+
+
+def read_image(path, short_side=None, channels=1):
+    """Reads a PNG, JPEG, .npy or DICOM file (told by content, not by name): float32 (channels, H, W) in [0, 1].
+
+    short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size); a JPEG is decoded at the
+    smallest of its 1/8, 1/4, 1/2 reductions that is not below it. 8 bits are divided by 255, 16 by 65535; the integers of
+    a .npy likewise, any other .npy is kept where it lies within [0, 1], else stretched from its own minimum to maximum.
+    DICOM: modality LUT, VOI LUT or window, MONOCHROME1 inverted, stretched likewise. Colour becomes grey (ITU-R 601) for
+    channels=1, transparency is ignored, grey is repeated for channels=3.
+    Raises InputError for a file that is missing, empty, truncated or of another kind.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(132)
+            file.seek(0)
+            if not head:
+                raise InputError(f"{path}: expected an image, found an empty file; copy or download it again")
+            if head.startswith(b"\x93NUMPY"):
+                pixels = unit_range(np.load(file, allow_pickle=False), path)
+            elif head[128:] == b"DICM" or str(path).lower().endswith(".dcm"):
+                pixels = read_dicom(file, path)
+            else:
+                pixels = read_picture(file, short_side, channels)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except Exception as error:  # damaged files raise a dozen types, depending on the decoder: all mean the same here
+        reason = str(error).replace(f" {file!r}" if "file" in locals() else "\0", "").split("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: not a readable image ({reason}); expected PNG, JPEG, .npy or DICOM, complete") from None
+    image = torch.from_numpy(pixels)  # (H, W) or (H, W, C)
+    if image.ndim == 3 and image.shape[2] == 3 and channels == 1:
+        image = image @ torch.tensor([0.299, 0.587, 0.114])
+    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+    if short_side and short_side != min(image.shape[1:]):
+        image = resize(image, short_side)
+    return image.expand(channels, -1, -1)
+
+
+def read_picture(file, short_side, channels):
+    """What PIL reads: float32 (H, W), or (H, W, 3) of a colour picture for channels=3, in [0, 1]."""
+    with Image.open(file) as picture:
+        if picture.format == "JPEG" and short_side:
+            picture.draft("L" if channels == 1 else None, (short_side, short_side))
+        if picture.mode.startswith(("I", "F")):  # 16 bits; PIL's own conversion to 8 would clip them to white
+            return unit_range(np.asarray(picture).astype(np.float32 if picture.mode == "F" else np.uint16), file.name)
+        grey = channels == 1 or picture.mode in ("1", "L", "LA")
+        picture = picture if picture.mode == "L" else picture.convert("L" if grey else "RGB")
+        return np.asarray(picture).astype(np.float32) / 255
+
+
+def read_dicom(file, path):
+    """The pixels of a DICOM file as they are meant to be seen: float32 (H, W) or (H, W, 3) in [0, 1]."""
+    try:
+        import pydicom
+        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    except ImportError:
+        raise InputError(f"{path}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
+    record = pydicom.dcmread(file, force=True)
+    pixels = apply_voi_lut(apply_modality_lut(record.pixel_array, record), record).astype(np.float64)
+    pixels = unit_range(pixels, path, stretch=True)
+    return 1 - pixels if record.PhotometricInterpretation == "MONOCHROME1" else pixels
+
+
+def unit_range(pixels, path, stretch=False):
+    """An array (H, W), (H, W, 1) or (H, W, 3) as float32 in [0, 1], by the rules that `read_image` states."""
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    if not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3) or not pixels.size or pixels.dtype.kind not in "buif":
+        raise InputError(f"{path}: expected numbers of shape (H, W), (H, W, 1) or (H, W, 3), found {pixels.dtype} {pixels.shape}")
+    if pixels.dtype in (np.uint8, np.uint16):
+        return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+    pixels = pixels.astype(np.float64)
+    low, high = pixels.min(), pixels.max()
+    if not np.isfinite(high - low):
+        raise InputError(f"{path}: expected finite pixel values, found NaN or infinity")
+    if stretch or low < 0 or high > 1:
+        pixels = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
+    return pixels.astype(np.float32)
+
+
+def list_images(folder):
+    """Every image below a folder, sorted paths. Raises InputError where there is none."""
+    paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise InputError(f"{folder}: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), found none")
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lists and reports
 
 
+# The published layouts: the folder of the images below the root, the list of each part (training lists by the percentage
+# of labels), and the classes in the order of the labels. A classes.txt at the root, one name a line, goes before these.
+NIH_CLASSES = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
+               "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
+LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"}, "val": "val_list.txt", "test": "test_list.txt"}
+DATASETS = {
+    "demo": {"images": "images", "classes": None, **LISTS},
+    "csv": {"images": "images", "classes": None, **LISTS},
+    "nih": {"images": "images", "classes": NIH_CLASSES, **LISTS},
+    "rsna": {"images": "", "classes": ["Pneumonia"], **LISTS},
+    "chexpert": {"images": "", "classes": CHEXPERT_CLASSES, **LISTS},
+    "covid": {"images": "images", "classes": ["COVID-19"], "train": {100: "splits/{split}/train.txt"},
+              "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
+}
+NUMBER = re.compile(r"-?\d+(\.\d*)?")
+
+
+def read_text(path):
+    """The text of a file. Raises InputError where it is missing or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a text file in UTF-8, found otherwise ({error})") from None
+
+
+def read_json(path):
+    """The content of a .json file. Raises InputError where it is missing or damaged."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: line {error.lineno}: not readable as JSON ({error.msg})") from None
+
+
+def split_line(line):
+    """`name l1 ... lk` as (name, labels): every number at the end is a label; the name may hold spaces."""
+    words = line.split()
+    count = next((i for i, word in enumerate(reversed(words[1:])) if not NUMBER.fullmatch(word)), len(words) - 1)
+    return line.strip().rsplit(None, count)[0], words[len(words) - count:]
+
+
+def read_list(path, root=None, num_labels=None, skip_bad=False):
+    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)); k = 0 where it lists names only.
+
+    k is `num_labels`, or what most lines have. With a `root`, every image must exist below it (or below its images/).
+    Raises InputError, with the line, for another number of labels, a label that is not 0 or 1 and a name listed twice;
+    `skip_bad` leaves such lines out instead and says so on stderr. Raises it for an empty or missing list in any case.
+    """
+    lines = [(number, *split_line(line)) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    if not lines:
+        raise InputError(f"{path}: expected a line `name label ...` an image, found an empty list")
+    k = Counter(len(labels) for _, _, labels in lines).most_common(1)[0][0] if num_labels is None else num_labels
+    names, rows, bad = {}, [], []
+    for number, name, labels in lines:
+        if len(labels) != k or not set(labels) <= {"0", "1"}:
+            found = " ".join(labels) or "none"
+            bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after {name!r}, found {found}")
+        elif name in names:
+            bad.append(f"line {number}: {name!r} is listed before, in line {names[name]}")
+        else:
+            names[name] = number
+            rows.append([label == "1" for label in labels])
+    if bad and not (skip_bad and names):
+        raise InputError(f"{path}: {bad[0]}; correct the list, or leave out such lines ({len(bad)}) with --skip-bad-lines")
+    if bad:
+        print(f"WARNING: {path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}", file=sys.stderr)
+    names = list(names)
+    if root is not None:
+        find_images("csv", root, names, path)
+    return names, torch.tensor(rows, dtype=torch.float32).reshape(len(names), k)
+
+
+def split_files(data, root, split="", ratio=100):
+    """The list files of a layout: {"train": path, "val": path, "test": path}.
+
+    Raises InputError, saying what there is, where --data, --root, --split and --ratio do not fit together.
+    """
+    layout, root = DATASETS[data], Path(root or ".")
+    if not root.is_dir():
+        raise InputError(f"--root {root}: no such folder")
+    splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
+    if ("{split}" in layout["val"]) != bool(split) or (split and split not in splits):
+        expected = f"--split, one of: {', '.join(splits) or f'(none: {root} has no splits/NAME/train.txt)'}" if "{split}" in layout["val"] else "no --split"
+        raise InputError(f"--data {data} --root {root}: expected {expected}; found {f'--split {split}' if split else 'no --split'}")
+    if ratio not in layout["train"]:
+        raise InputError(f"--data {data}: expected --ratio {' or '.join(map(str, layout['train']))}, found {ratio}")
+    files = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
+    files = {part: root / name.format(split=split) for part, name in files.items()}
+    for path in files.values():
+        if not path.is_file():
+            there = ", ".join(sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())[:12]) or "nothing"
+            raise InputError(f"{path}: no such list, which --data {data} --ratio {ratio} needs; {root} holds {there}")
+    return files
+
+
+def class_names(data, root, split, count):
+    """The names of the `count` classes: of ROOT/classes.txt, of the layout, or numbers. Raises InputError for another count."""
+    path = Path(root or ".") / "classes.txt"
+    classes = DATASETS[data]["classes"] or [f"class {i + 1}" for i in range(count)]
+    if path.exists():
+        classes = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    elif data == "covid" and split.startswith("viral"):
+        classes = ["Viral"]
+    if len(classes) != count:
+        source = path if path.exists() else f"--data {data}"
+        raise InputError(f"{source}: expected {count} classes, as the lists have labels, found {len(classes)}: {', '.join(classes)}")
+    return classes
+
+
+def find_image(data, root, name):
+    """The path of an image named relative to the layout's image folder or to the root, None where there is none.
+
+    A name without an ending may be a .png, .dcm or .jpg.
+    """
+    folders = (os.path.join(root or ".", DATASETS[data]["images"]), str(root or "."))
+    places = (os.path.join(folder, name + suffix) for suffix in ("", ".png", ".dcm", ".jpg") for folder in folders)
+    return next((place for place in places if os.path.isfile(place)), None)
+
+
+def find_images(data, root, names, source):
+    """`find_image` of every name in a list or CSV (`source`). Raises InputError, with the line, where any is missing."""
+    paths, missing = [], []
+    for name in names:
+        paths.append(find_image(data, root, name))
+        missing += [name] if paths[-1] is None else []
+    if missing:
+        lines = enumerate(read_text(source).splitlines(), 1)
+        number = next((number for number, line in lines if line.strip(' "').startswith(missing[0])), 0)
+        raise InputError(f"{source}: line {number}: no image {missing[0]!r} in {os.path.join(root or '.', DATASETS[data]['images'])} "
+                         f"({len(missing)} of {len(names)} images are missing)")
+    return paths
+
+
+def read_csv(path, columns):
+    """Rows of a CSV as (line, value of each of `columns`), header names stripped. Raises InputError with the line."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    csv.field_size_limit(2**31 - 1)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if not set(columns) <= set(header):
+            raise InputError(f"{path}: line 1: expected the columns {', '.join(columns)}, found {', '.join(header) or 'an empty file'}")
+        places = [header.index(name) for name in columns]
+        for row in reader:
+            if row and len(row) <= max(places):
+                raise InputError(f"{path}: line {reader.line_num}: expected {len(header)} fields, found {len(row)}")
+            if row:
+                yield reader.line_num, *(row[place].strip() for place in places)
+    except csv.Error as error:
+        raise InputError(f"{path}: line {reader.line_num}: not readable as CSV ({error})") from None
+
+
+def read_reports(path, root):
+    """The records of a training.csv with columns image_path and report_content: (image paths, reports).
+
+    Raises InputError, with the line, for missing columns, images or reports, and for no record at all.
+    """
+    names, reports = [], []
+    for line, name, report in read_csv(path, ("image_path", "report_content")):
+        if not name or not report:
+            raise InputError(f"{path}: line {line}: expected an image and its report, found no {'report_content' if name else 'image_path'}")
+        names.append(name)
+        reports.append(report)
+    if not reports:
+        raise InputError(f"{path}: expected records below the header, found none")
+    return find_images("csv", root, names, path), reports
+
+
+def record_names(root, paths):
+    """Paths or names as the lists write them: relative to the root, without the layout's images/."""
+    root = os.path.join(str(root or "."), "")
+    return [str(path).removeprefix(root).removeprefix("images/") for path in paths]
+
+
+def patient_ids(root, names):
+    """The patient of each name, None where unknown: from patients.csv or records.csv (columns image_path, patient_id) at
+    the root, else from names as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them."""
+    table = next((path for path in (Path(root) / "patients.csv", Path(root) / "records.csv") if path.exists()), None)
+    known = {}
+    if table:
+        known = {record_names(root, [name])[0]: patient for _, name, patient in read_csv(table, ("image_path", "patient_id"))}
+    written = (re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}\.)", name) for name in names)
+    return [known.get(name) or (match and match[0].strip("/")) for name, match in zip(names, written)]
+
+
+def not_excluded(paths, exclude, root):
+    """Indices of the paths that are neither in the list file `exclude` nor of a patient who has an image in it."""
+    listed = record_names(root, [split_line(line)[0] for line in read_text(exclude).splitlines() if line.strip()])
+    listed, names = set(listed), record_names(root, paths)
+    patients = set(patient_ids(root, listed)) - {None}
+    return [i for i, (name, patient) in enumerate(zip(names, patient_ids(root, names)))
+            if name not in listed and patient not in patients]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The report tokenizer
+
+
+# A byte-level byte-pair encoding trained on the reports at hand and run by tiktoken. Reports are lower-cased and runs of
+# white space become one space: they are short, and case in them says little (Open-I's are in mixed case, others in
+# capitals). A word is a run of letters (anything beyond ASCII counts as one), of digits, or of punctuation, with the
+# space before it; no token crosses words. The vocabulary is the 256 bytes, the merges, then the special tokens.
+WORD = r" ?[^\x00-@\[-`{-\x7f]+| ?[0-9]+| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"  # reads the same in Python's and tiktoken's engine
+SPECIAL = ("<pad>", "<mask>", "<eot>")
+
+
+def split_words(report):
+    """The words of a report, lower-case, each with the space before it; joined, they are what decoding gives back."""
+    return re.findall(WORD, " " + " ".join(report.lower().split()))
+
+
+def make_encoding(merges):
+    """The tiktoken encoding of a list of byte strings, the token's id its place; the special tokens follow."""
+    special = {name: len(merges) + i for i, name in enumerate(SPECIAL)}
+    return tiktoken.Encoding("reports", pat_str=WORD, mergeable_ranks={b: i for i, b in enumerate(merges)}, special_tokens=special)
+
+
+def train_tokenizer(reports, vocab_size):
+    """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens, special ones included.
+
+    Merges the most frequent pair of neighbours within words, ties to the smaller ids, until the vocabulary is full or no
+    pair is left twice. Returns a tiktoken.Encoding. Raises InputError for a vocabulary below the 256 bytes.
+    """
+    if vocab_size < 256 + len(SPECIAL):
+        raise InputError(f"vocabulary size: expected at least {256 + len(SPECIAL)} (every byte and {', '.join(SPECIAL)}), found {vocab_size}")
+    counted = Counter(word for report in reports for word in split_words(report))
+    words, counts = [list(word.encode()) for word in counted], list(counted.values())
+    tokens = [bytes([i]) for i in range(256)]
+    ids = {token: i for i, token in enumerate(tokens)}
+    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and the words that hold (or held) it
+    for w, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[w]
+            where[pair].add(w)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    while heap and len(tokens) < vocab_size - len(SPECIAL):
+        count, pair = heapq.heappop(heap)
+        if pairs[pair] != -count:  # an entry from before the count fell: put back at today's
+            heapq.heappush(heap, (-pairs[pair], pair)) if pairs[pair] > 0 else None
+            continue
+        if count > -2:
+            break
+        token = tokens[pair[0]] + tokens[pair[1]]
+        new = ids.setdefault(token, len(tokens))  # the same bytes may be known from another pair
+        tokens += [token] if new == len(tokens) else []
+        changed = set()
+        for w in where.pop(pair):
+            word, n, i = words[w], counts[w], 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == pair:
+                    word[i:i + 2] = [new]
+                    beside = [((left, pair[0]), (left, new)) for left in word[max(0, i - 1):i]]
+                    beside += [((pair[1], right), (new, right)) for right in word[i + 1:i + 2]]
+                    for old, fresh in beside:
+                        pairs[old] -= n
+                        pairs[fresh] += n
+                        where[fresh].add(w)
+                        changed.add(fresh)
+                i += 1
+        del pairs[pair]
+        for fresh in changed - {pair}:
+            heapq.heappush(heap, (-pairs[fresh], fresh))
+    return make_encoding(tokens)
+
+
+def save_tokenizer(enc, path):
+    """Writes a tokenizer in tiktoken's file format: a line a token, its bytes in base64, a space, its rank."""
+    tokens = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(SPECIAL))]
+    text = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+    atomic_write(path, lambda file: file.write(text))
+
+
+def load_tokenizer(path):
+    """Reads what `save_tokenizer` wrote (tiktoken's own loader would keep a copy by path and miss that the file changed).
+
+    Raises InputError, with the line, where the file is missing or damaged.
+    """
+    tokens = []
+    for number, line in enumerate(read_text(path).splitlines()):
+        try:
+            token, rank = line.split()
+            tokens.append(base64.b64decode(token, validate=True))
+            assert int(rank) == number
+        except (ValueError, AssertionError):
+            raise InputError(f"{path}: line {number + 1}: expected a token in base64 and the rank {number}, found {line[:60]!r}") from None
+    if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
+        raise InputError(f"{path}: expected different tokens, among them all 256 bytes, found otherwise; the file is incomplete")
+    return make_encoding(tokens)
+
+
+def encode_reports(enc, reports, length):
+    """Encodes reports, cut to `length` tokens: (tokens (n, L), words (n, L)), both int64.
+
+    words[i, j] counts the words of report i from 0: that of token j. Behind the end tokens are <pad> and words -1.
+    """
+    tokens = torch.full((len(reports), length), enc.encode_single_token("<pad>"))
+    words = torch.full((len(reports), length), -1)
+    pieces = functools.cache(enc.encode_ordinary)
+    for i, report in enumerate(reports):
+        coded = [(token, w) for w, word in enumerate(split_words(report)) for token in pieces(word)][:length]
+        tokens[i, :len(coded)], words[i, :len(coded)] = torch.tensor(coded).reshape(-1, 2).T
+    return tokens, words
+
+
+def hide_words(enc, tokens, words, ratio, generator=None):
+    """Hides round(ratio * words) words of each report, at least one, all tokens of a word together.
+
+    tokens, words: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask> where hidden (B, L) is True.
+    """
+    count = words.max(1).values + 1  # (B,)
+    share = (ratio * count.double()).round().long().clamp(min=1).minimum(count)
+    order = torch.rand(len(words), max(1, int(count.max())), generator=generator).to(words.device)
+    order[torch.arange(order.shape[1], device=words.device) >= count[:, None]] = 2.0  # words there are not come last
+    chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words)
+    hidden = chosen.gather(1, words.clamp(min=0)) & (words >= 0)
+    return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Augmentations and batches
 
 
+def seeded(*numbers):
+    """A torch.Generator whose stream depends on all the given non-negative numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def normalize(images, mean, std):
+    return (images - mean) / std
+
+
+def resize(images, size):
+    """(..., C, H, W) in [0, 1], resized (antialiased bicubic) to (h, w), or so that the shorter side is an int `size`."""
+    height, width = images.shape[-2:]
+    if isinstance(size, int):
+        size = round(height * size / min(height, width)), round(width * size / min(height, width))
+    batch = images.reshape(-1, *images.shape[-3:])
+    return F.interpolate(batch, size, mode="bicubic", antialias=True).clamp_(0, 1).reshape(*images.shape[:-2], *size)
+
+
+def resample_weights(start, length, inputs, outputs):
+    """Weights (B, outputs, inputs) that resize pixels [start, start + length) of a line of `inputs` pixels to `outputs`.
+
+    Keys' cubic (a = -1/2), widened by the reduction where it reduces: what PIL and torch call antialiased bicubic.
+    start, length: (B,), in pixels.
+    """
+    start, length = start[:, None, None], length[:, None, None]
+    pixel = torch.arange(inputs, device=start.device) + 0.5
+    centre = start + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * (length / outputs)
+    x = ((pixel - centre) / (length / outputs).clamp(min=1)).abs_().clamp_(max=2)  # (B, outputs, inputs)
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+    weights *= (pixel > start) & (pixel < start + length)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def crop_resize(images, boxes, size):
+    """Cuts a box (top, left, height, width) out of each image and resizes it to (size, size), all in two matrix products.
+
+    images (B, C, H, W), boxes (B, 4) float in pixels; returns (B, C, size, size) clamped to [0, 1].
+    """
+    top, left, height, width = boxes.to(images).T
+    rows = resample_weights(top, height, images.shape[2], size)[:, None]
+    columns = resample_weights(left, width, images.shape[3], size)[:, None]
+    return (rows @ images @ columns.transpose(2, 3)).clamp_(0, 1)
+
+
+def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
+    """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size), another for each image.
+
+    images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size). Sampled as torchvision's
+    RandomResizedCrop does: of ten tries the first that fits, else the central crop of the nearest aspect.
+    """
+    sizes = torch.tensor([image.shape[-2:] for image in images]).double()
+    if not torch.is_tensor(images):
+        height, width = sizes.max(0).values.int().tolist()
+        images = torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
+    h, w = sizes.T
+    draw = torch.rand(4, len(sizes), 10, dtype=torch.float64, generator=generator)
+    area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draw[1])
+    heights, widths = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (heights <= h[:, None]) & (widths <= w[:, None]) & (heights > 0) & (widths > 0)
+    first, fits = fits.int().argmax(1, keepdim=True), fits.any(1)
+    height = torch.where(fits, heights.gather(1, first)[:, 0], torch.minimum(h, (w / ratio[0]).round()))
+    width = torch.where(fits, widths.gather(1, first)[:, 0], torch.minimum(w, (h * ratio[1]).round()))
+    top = torch.where(fits, (draw[2, :, 0] * (h - height + 1)).floor(), ((h - height) / 2).floor())
+    left = torch.where(fits, (draw[3, :, 0] * (w - width + 1)).floor(), ((w - width) / 2).floor())
+    return crop_resize(images, torch.stack([top, left, height, width], 1), size)
+
+
+def random_flip(images, generator=None):
+    """Mirrors each of (B, C, H, W) with probability 1/2. Never for images whose labels or reports know left from right."""
+    chosen = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """Grey images of which the shorter side is `size`, as 8 bits (16-bit sources are rounded), read when asked for.
+
+    set[i] is (image (1, size, size), i); set[indices, draw] is (images (B, 1, size, size), indices): a whole batch, passed
+    through `augment(images, generator)`, the generator seeded by (seed, draw), so that neither workers nor resuming change
+    it. `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ. Without it: the centre crop.
+    """
+
+    def __init__(self, paths, size, augment=None, seed=0):
+        self.paths, self.size, self.augment, self.seed, self.cache = list(paths), size, augment, seed, None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, index):
+        """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
+        return (read_image(self.paths[index], self.size) * 255).round_().byte()
+
+    def preload(self, limit=2 * 2**30):
+        """Decodes every image into memory if they take less than `limit` bytes; returns self. Decoders release Python's
+        lock, so threads share the cores."""
+        if self.cache is None and len(self) * self.size**2 * 1.25 < limit:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                images = list(tqdm(pool.map(self.read, range(len(self))), "reading images", len(self), leave=False, delay=1))
+            self.cache = torch.stack(images) if len({image.shape for image in images}) == 1 else images
+        return self
+
+    def __getitem__(self, key):
+        if not isinstance(key, tuple):
+            if not 0 <= key < len(self):
+                raise IndexError(key)
+            return self.crop([self.read(key) if self.cache is None else self.cache[key]])[0], key
+        indices, draw = torch.as_tensor(key[0]), key[1]
+        if torch.is_tensor(self.cache):
+            images = self.cache[indices]
+        else:
+            images = [self.read(i) if self.cache is None else self.cache[i] for i in indices.tolist()]
+        if self.augment is None:
+            return self.crop(images), indices
+        images = images.float() / 255 if torch.is_tensor(images) else [image.float() / 255 for image in images]
+        return self.augment(images, seeded(self.seed, draw)), indices
+
+    def crop(self, images):
+        """The central (B, 1, size, size) of images of any shape."""
+        return torch.stack([image[:, (image.shape[1] - self.size) // 2:, (image.shape[2] - self.size) // 2:]
+                            [:, :self.size, :self.size] for image in images]).float().div_(255)
+
+
+def load_batches(dataset, keys, workers):
+    """dataset[key] for each key, in this process or prepared ahead by `workers` others."""
+    if not workers:
+        yield from map(dataset.__getitem__, keys)
+        return
+    context = "fork" if sys.platform == "linux" else None
+    try:
+        yield from torch.utils.data.DataLoader(dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                                               multiprocessing_context=context)
+    except InputError as error:  # a worker's error arrives with its traceback: the last line is the message
+        raise InputError(str(error).strip().split("\n")[-1].partition("InputError: ")[2]) from None
+
+
+def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0):
+    """Batches of the steps start_step ... steps - 1: (images, indices (B,)), `batch_size` a process.
+
+    The images of all steps are one endless row of epochs, each a permutation seeded by (seed, epoch), of which a step
+    takes the next world * batch_size: what a step holds depends on its number alone.
+    """
+    @functools.lru_cache(maxsize=2)
+    def permutation(epoch):
+        return np.random.default_rng((seed, epoch)).permutation(len(dataset))
+
+    def keys():
+        for step in range(start_step, steps):
+            places = (step * world + rank) * batch_size + np.arange(batch_size)
+            yield [int(permutation(place // len(dataset))[place % len(dataset)]) for place in places.tolist()], step * world + rank
+
+    return load_batches(dataset, keys(), workers)
+
+
+def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
+    """Every image of this process's share once, in order: (images, indices (B,)); the last batch may be smaller."""
+    share = range(rank, len(dataset), world)
+    keys = [(list(share[i:i + batch_size]), 0) for i in range(0, len(share), batch_size)]
+    return load_batches(dataset, keys, workers)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A/B pairs
-
 
 SLICE_SUFFIXES = (".npy", ".png", ".jpg", ".jpeg", ".nii", ".nii.gz")
 
@@ -353,7 +1033,7 @@ def list_pairs(folder):
     return sorted(a)
 
 
-class Transform:
+class RandomTransform:
     """A random map T from output to input positions, T(p) = M (p - c) + c + t + e(p), in pixels (y, x).
 
     M rotates by up to `degrees` and zooms within `percent` %, t shifts by up to `percent` % of the sides; e is a bicubic
@@ -372,7 +1052,7 @@ class Transform:
 
     def bend(self, p):
         """e at positions p (2, H, W)."""
-        return 0 if self.e is None else sample(self.e, p, "border")
+        return 0 if self.e is None else sample_at(self.e, p, "border")
 
     def __call__(self, p):
         return torch.addmm(self.offset, self.M, p.flatten(1)).view_as(p) + self.bend(p)
@@ -385,7 +1065,7 @@ class Transform:
         return p
 
 
-def sample(image, p, padding="zeros"):
+def sample_at(image, p, padding="zeros"):
     """image (C, H, W) read bilinearly at the pixel positions p (2, H, W), y first."""
     H, W = image.shape[-2:]
     grid = torch.stack((p[1] * (2 / (W - 1)) - 1, p[0] * (2 / (H - 1)) - 1), -1)[None]
@@ -403,13 +1083,13 @@ def misalign(a, b, rng, noise, elastic=0.0):
     size = tuple(a.shape[-2:])
     p = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in size), indexing="ij"))
     if noise == 0:
-        ta = Transform(rng, size, 1, 2)
+        ta = RandomTransform(rng, size, 1, 2)
         tb = copy.copy(ta)
-        ta.e, tb.e = (Transform(rng, size, 0, 0, elastic).e for _ in range(2))
+        ta.e, tb.e = (RandomTransform(rng, size, 0, 0, elastic).e for _ in range(2))
     else:
-        ta, tb = (Transform(rng, size, noise, 2 * noise, elastic) for _ in range(2))
+        ta, tb = (RandomTransform(rng, size, noise, 2 * noise, elastic) for _ in range(2))
     pa, pb = ta(p), tb(p)
-    return sample(a + 1, pa) - 1, sample(b + 1, pb) - 1, ta.inverse(pb) - p
+    return sample_at(a + 1, pa) - 1, sample_at(b + 1, pb) - 1, ta.inverse(pb) - p
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -438,16 +1118,19 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.names)
 
     def read(self, name):
-        return [fit(read_slice(self.folder / side / name, span), self.size) for side, span in zip("AB", self.rescale)]
+        return [fit_square(read_slice(self.folder / side / name, span), self.size) for side, span in zip("AB", self.rescale)]
 
-    def __getitem__(self, key):
-        epoch, index = key
+    def __getitem__(self, keys):
+        """The batch of a list of (epoch, index): (a, b) or (a, b, flow), each stacked to (B, C, H, W)."""
+        return [torch.stack(parts) for parts in zip(*(self.item(epoch, index) for epoch, index in keys))]
+
+    def item(self, epoch, index):
         a, b = self.read(self.names[index])
         if self.noise is None:
             return a, b
         return misalign(a, b, np.random.default_rng([self.seed, epoch, index]), self.noise, self.elastic)
 
-    def batches(self, batch, epochs=1, shuffle=False, seed=0, start=0, rank=0, world=1, workers=0, drop=False):
+    def batches(self, batch, epochs=1, shuffle=False, seed=0, start=0, rank=0, world=1, workers=0):
         """Yields batches from the `start`-th on, the same ones whatever `start` and `workers`. The last may be smaller.
 
         In training (`shuffle`) every process gets equally many, the first items filling up; otherwise no item comes twice.
@@ -458,7 +1141,7 @@ class Pairs(torch.utils.data.Dataset):
             order = np.resize(order, -(-len(order) // world) * world) if shuffle else order
             order = order[rank::world]
             keys += [[(epoch, int(i)) for i in order[k:k + batch]] for k in range(0, len(order), batch)]
-        return torch.utils.data.DataLoader(self, batch_sampler=keys[start:], num_workers=workers, generator=torch.Generator())
+        return load_batches(self, keys[start:], workers)
 
 
 def parse_rescale(text):
@@ -473,7 +1156,7 @@ def parse_rescale(text):
     return spans
 
 
-def fit(image, size):
+def fit_square(image, size):
     """Scales the longer side of (C, H, W) to `size` with anti-aliasing and pads to a square with background; 0 leaves it."""
     if not size or tuple(image.shape[1:]) == (size, size):
         return image
@@ -490,14 +1173,13 @@ def fit(image, size):
 # ---------------------------------------------------------------------------------------------------------------------
 # Demo brain pairs
 
-
 # Relative brightness of a tissue in the two contrasts. No curve turns one into the other: CSF and bone are equally dark in
 # T1 and opposite in T2, fat shines like white matter in T1 only, a lesion has the T1 of grey matter and the T2 of fluid.
 BRAIN_TISSUES = {"air": (0, 0), "fat": (0.86, 0.42), "bone": (0.12, 0.10), "csf": (0.14, 0.95), "grey": (0.50, 0.58),
                  "white": (0.80, 0.36), "nuclei": (0.60, 0.47), "lesion": (0.50, 0.85)}
 
 
-def smooth_noise(rng, shape, size):
+def random_surface(rng, shape, size):
     """A random surface through `shape` control points with standard deviation 1, bicubic, on `size` pixels."""
     knots = torch.from_numpy(rng.normal(0, 1, (1, 1, *shape)))
     return F.interpolate(knots, size, mode="bicubic", align_corners=True)[0, 0].numpy()
@@ -520,7 +1202,7 @@ def draw_brain(rng, level, size=64, detail=3):
     x, y = x / (width * shrink), y / (length * shrink)
 
     # gyri: a surface in polar coordinates whose ridges run inwards; high ridges are sulci, filled with CSF and lined with grey
-    folds = smooth_noise(rng, (6, 44), (64, 1024))
+    folds = random_surface(rng, (6, 44), (64, 1024))
     folds = np.concatenate([folds[:, :512], folds[:, 511::-1] * 0.8 + folds[:, 512:] * 0.2], 1)  # closed, nearly symmetric
     turn = (theta / (2 * np.pi) + 0.75 + 0.25 * level * (1 - r)) % 1
     fold = folds[np.clip(r * 48, 0, 63).astype(int), np.clip(turn * 1024, 0, 1023).astype(int)]
@@ -531,7 +1213,7 @@ def draw_brain(rng, level, size=64, detail=3):
         u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)
         return np.hypot(u / ry, v / rx) < 1 + 0.12 * wobble
 
-    wobble = smooth_noise(rng, (9, 9), (n, n))
+    wobble = random_surface(rng, (9, 9), (n, n))
     tissue = np.full((n, n), "air", dtype="<U6")
     scalp, skull = rng.uniform(0.17, 0.23), rng.uniform(0.08, 0.11)
     tissue[r < 1 + scalp] = "fat"
@@ -557,7 +1239,7 @@ def draw_brain(rng, level, size=64, detail=3):
         image = np.zeros((n, n))
         for name, brightness in BRAIN_TISSUES.items():
             image[tissue == name] = brightness[contrast] * (1 + rng.normal(0, 0.02) * (brightness[contrast] > 0))
-        image *= np.exp(0.06 * smooth_noise(rng, (3, 3), (n, n)))  # uneven coil sensitivity
+        image *= np.exp(0.06 * random_surface(rng, (3, 3), (n, n)))  # uneven coil sensitivity
         image = image.reshape(size, detail, size, detail).mean((1, 3))
         inside = image > 0.02
         image += rng.normal(0, 0.012, image.shape)
@@ -599,3 +1281,82 @@ def demo_pairs(root, size=64, slices=4, subjects=(("train", 30), ("val", 5), ("t
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Audit and command line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditConfig:
+    root: str = option("", "folder of the data set")
+    data: str = option("", "layout of the data set (none: covid where there is ROOT/splits, else demo)", choices=["", *DATASETS])
+    split: str = option("", "of a layout with several splits, this one only")
+
+
+def audit(config):
+    """Prints images, patients and positives of every part, then what is wrong: a patient or the same pixels in two parts,
+    files that are missing or unreadable, bad lines. Returns 1 where anything is, else 0. Raises InputError for no lists."""
+    if not config.root:
+        raise InputError("audit: expected --root DIR, found none")
+    root = Path(config.root)
+    data = config.data or ("covid" if (root / "splits").is_dir() else "demo")
+    layout = DATASETS[data]
+    splits = [config.split]
+    if "{split}" in layout["val"] and not config.split:
+        splits = sorted(path.name for path in root.glob("splits/*") if path.is_dir()) or [""]
+    patients, digests, positives, problems = {}, {}, {}, []
+    for split in splits:
+        split_files(data, root, split, max(layout["train"]))  # explains what does not fit
+        for name in [*layout["train"].values(), layout["val"], layout["test"]]:
+            path = root / name.format(split=split)
+            if path.exists():
+                key = (split, path.stem)
+                try:
+                    positives[key] = read_list(path)
+                except InputError as error:
+                    problems.append(str(error))
+                    positives[key] = read_list(path, skip_bad=True)
+                patients[key] = patient_ids(root, positives[key][0])
+
+    @functools.cache
+    def digest(name):
+        """(hash of the decoded pixels, "") or ("", what is wrong)."""
+        try:
+            image = read_image(find_image(data, root, name) or name)
+            return hashlib.sha256(image.numpy().tobytes() + str(image.shape).encode()).hexdigest(), ""
+        except InputError as error:
+            return "", str(error)
+
+    names = sorted({name for listed, _ in positives.values() for name in listed})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = dict(zip(names, tqdm(pool.map(digest, names), "reading images", len(names), leave=False, delay=1)))
+    problems += [wrong for _, wrong in digests.values() if wrong]
+    print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
+    for (split, part), (listed, labels) in positives.items():
+        known = set(patients[split, part]) - {None}
+        counts = ", ".join(f"{name} {int(n)}" for name, n in zip(class_names(data, root, split, labels.shape[1]), labels.sum(0)))
+        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{len(known) or '?':>10}  {counts}")
+    for (a, b) in itertools.combinations(positives, 2):
+        if a[0] != b[0] or a[1].startswith("train") and b[1].startswith("train"):
+            continue
+        both = f"{a[0]} {a[1]} and {b[1]}".strip()
+        shared = sorted(set(patients[a]) & set(patients[b]) - {None})
+        same = {digests[name][0]: name for name in positives[a][0] if digests[name][0]}
+        same = [f"{same[digests[name][0]]} = {name}" for name in positives[b][0] if digests[name][0] in same]
+        problems += [f"{both}: {len(shared)} patients in both: {', '.join(shared[:5])}"] if shared else []
+        problems += [f"{both}: {len(same)} images with the same pixels in both: {', '.join(same[:5])}"] if same else []
+    print("\n".join(problems) if problems else "nothing wrong: no patient and no image in two parts, every file readable")
+    return int(bool(problems))
+
+
+COMMANDS = {"audit": (AuditConfig, audit)}  # name: (options, function of them; what it returns is the exit status)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] not in COMMANDS:
+        print(f"{__doc__}\nusage: python data.py {{{','.join(COMMANDS)}}} [-h] [options]")
+        sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
+    config_class, command = COMMANDS[argv[0]]
+    sys.exit(command(parse_config(config_class, argv[1:], f"python data.py {argv[0]}")))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -613,11 +613,11 @@ def draw_run(out, model, config, aligned, misaligned, device, rows=4):
     model.eval()
     pictures = []
     for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
-        a, b = (x.to(device)[None] for x in aligned[0, i])
+        a, b = (x.to(device)[None] for x in aligned.item(0, i))
         fake = model.translate(a)
         row = [a, b, fake, (fake - b).abs() - 1]
         if config.reg:
-            a, b, _ = (x.to(device)[None] for x in misaligned[0, i])
+            a, b, _ = (x.to(device)[None] for x in misaligned.item(0, i))
             fake = model.translate(a)
             flow = model.registration(fake, b)
             moved = warp(fake, flow)
