@@ -1,0 +1,759 @@
+"""RegGAN: image-to-image translation learnt from misaligned pairs. Training, testing, translating, comparing.
+
+Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurIPS 2021 (arXiv:2110.06465). Supervised
+translation wants pixel-aligned pairs, unsupervised translation wants none and has no unique solution. RegGAN takes pairs as
+they are and calls the misalignment label noise: a registration network R predicts the flow that carries G(a) onto b, and G
+is corrected through it. R explains the noise away during training; only G is used afterwards.
+
+    python reggan.py                                    # NC + registration on the demo pairs, drawn on first use
+    python reggan.py --host cycle --no-reg --noise 3 --root DIR --paper
+    python reggan.py --compare --levels 0,3,5,elastic --seeds 3
+    python reggan.py --translate DIR --weights RUN
+
+Where this departs from the paper's official code (Kid-Liet/Reg-GAN), and why:
+ 1. The generator runs once a step: the discriminator's step uses the same fake, detached. (Officially a second forward.)
+ 2. The discriminators are frozen in the generator's step, and biases before an instance norm, which subtracts them, always.
+ 3. Learning rate: constant, then linear to 0 over the second half, and a pool of 50 old fakes for unconditional
+    discriminators, as in CycleGAN. (Official yamls name a decay that no trainer runs; the pool is missing from NC + R.)
+ 4. R is shallower for small images, so that its lowest level has 2 x 2 pixels or more; its last layer is exactly zero.
+ 5. Misalignment is resampled bilinearly. (Officially to the nearest pixel, with the global generator reseeded.)
+ 6. MAE and PSNR exclude the background of every pixel. (Officially PSNR indexes `fake[x][y]`, whole rows.)
+ 7. NICE-GAN: G's step comes first, as in the other hosts; adaptive norm from pooled features; shallower discriminators.
+ 8. Nothing is selected on the images that are reported: best.pt is chosen on val/ and reported on test/ where there is
+    one; otherwise val/ is reported with the last weights.
+
+Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1; flow (B, 2, H, W) in pixels.
+"""
+import csv
+import dataclasses
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+import data
+from data import InputError, Pairs, RunConfig, RunLog, load_checkpoint, option, parse_config, save_checkpoint, start_run
+from kernels import warp
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of the paper
+
+
+def normed(conv):
+    """A convolution that an instance norm follows: the norm subtracts the bias, so it is kept for the keys, untrained."""
+    if conv.bias is not None:
+        conv.bias.requires_grad_(False)
+    return [conv, nn.InstanceNorm2d(conv.out_channels)]
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv_block = nn.Sequential(nn.ReflectionPad2d(1), *normed(nn.Conv2d(width, width, 3)), nn.ReLU(True),
+                                        nn.ReflectionPad2d(1), *normed(nn.Conv2d(width, width, 3)))
+
+    def forward(self, x):
+        return x + self.conv_block(x)
+
+
+class Generator(nn.Module):
+    """7 x 7 stem, stride-2 convolutions (two in the paper), residual blocks, as many transposed convolutions, tanh.
+    State-dict keys are Reg-GAN's, so its published netG_A2B.pth loads. Any H, W: padded inside, cropped back."""
+
+    def __init__(self, in_chans=1, out_chans=1, width=64, blocks=9, downs=2):
+        super().__init__()
+        self.multiple, widths = 2**downs, [width * 2**k for k in range(downs + 1)]
+        head = [nn.ReflectionPad2d(3), *normed(nn.Conv2d(in_chans, width, 7)), nn.ReLU(True)]
+        tail = [nn.ReflectionPad2d(3), nn.Conv2d(width, out_chans, 7), nn.Tanh()]
+        for i, o in zip(widths, widths[1:]):
+            head += [*normed(nn.Conv2d(i, o, 3, stride=2, padding=1)), nn.ReLU(True)]
+            tail = [*normed(nn.ConvTranspose2d(o, i, 3, stride=2, padding=1, output_padding=1)), nn.ReLU(True)] + tail
+        self.model_head = nn.Sequential(*head)
+        self.model_body = nn.Sequential(*(Residual(widths[-1]) for _ in range(blocks)))
+        self.model_tail = nn.Sequential(*tail)
+
+    def forward(self, x):
+        H, W = x.shape[-2:]
+        if H % self.multiple or W % self.multiple:
+            x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
+        x = self.model_head(x)                                                              # (B, 4w, H/4, W/4)
+        return self.model_tail(self.model_body(x))[..., :H, :W].float()                     # (B, C, H, W)
+
+
+class Discriminator(nn.Module):
+    """4 x 4 PatchGAN whose verdicts are averaged to one number an image: (B, 1). Keys are Reg-GAN's."""
+
+    def __init__(self, in_chans=1, width=64):
+        super().__init__()
+        w = width
+        self.model = nn.Sequential(
+            nn.Conv2d(in_chans, w, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True),
+            *normed(nn.Conv2d(w, 2 * w, 4, stride=2, padding=1)), nn.LeakyReLU(0.2, True),
+            *normed(nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1)), nn.LeakyReLU(0.2, True),
+            *normed(nn.Conv2d(4 * w, 8 * w, 4, padding=1)), nn.LeakyReLU(0.2, True),
+            nn.Conv2d(8 * w, 1, 4, padding=1))
+
+    def forward(self, x):
+        return self.model(x).float().mean((2, 3))
+
+
+class Registration(nn.Module):
+    """Residual U-Net (fake, real) -> flow (B, 2, H, W) with warp(fake, flow) ~ real. Zero flow at the start.
+
+    Up to 7 levels as in the paper, fewer for small images: the lowest has at least 2 x 2 pixels. H, W >= 32."""
+
+    def __init__(self, chans, size, width=64):
+        super().__init__()
+        widths = [width // 2] + [width] * (min(7, min(size).bit_length() - 2) - 1)
+        ins = [2 * chans] + widths[:-1]
+        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.LeakyReLU(0.2, True), Residual(o))
+                                  for i, o in zip(ins, widths))
+        self.bottom = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.LeakyReLU(0.2, True),
+                                    *(Residual(2 * width) for _ in range(3)),
+                                    nn.Conv2d(2 * width, width, 1), nn.LeakyReLU(0.2, True))
+        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(i + s, s, 3, padding=1), nn.LeakyReLU(0.2, True))
+                                for i, s in zip([width] + widths[:0:-1], widths[::-1]))
+        self.refine = nn.Sequential(Residual(widths[0]), nn.Conv2d(widths[0], widths[0], 1), nn.LeakyReLU(0.2, True))
+        self.output = nn.Conv2d(widths[0], 2, 3, padding=1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, a=0.2)
+                nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(self, fake, real):
+        x, skips = torch.cat((fake, real), 1), []
+        for block in self.down:
+            skips.append(block(x))
+            x = F.max_pool2d(skips[-1], 2)
+        x = self.bottom(x)
+        for block, skip in zip(self.up, reversed(skips)):
+            x = block(torch.cat((F.interpolate(x, skip.shape[-2:], mode="bilinear"), skip), 1))
+        return self.output(self.refine(x)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of NICE-GAN (Chen et al., "Reusing Discriminators for Encoding", CVPR 2020)
+
+
+class LayerInstanceNorm(nn.Module):
+    """rho * instance norm + (1 - rho) * layer norm, rho a learnt share a channel; then gamma, beta: learnt, or given."""
+
+    def __init__(self, width, rho, adaptive):
+        super().__init__()
+        self.rho = nn.Parameter(torch.full((1, width, 1, 1), rho))
+        if not adaptive:
+            self.gamma, self.beta = nn.Parameter(torch.ones(1, width, 1, 1)), nn.Parameter(torch.zeros(1, width, 1, 1))
+
+    def forward(self, x, gamma=None, beta=None):
+        rho = self.rho.clamp(0, 1)
+        x = rho * F.instance_norm(x) + (1 - rho) * F.layer_norm(x, x.shape[1:])
+        return x * self.gamma + self.beta if gamma is None else x * gamma + beta
+
+
+class NiceResidual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1, padding_mode="reflect", bias=False) for _ in "12")
+        self.norm1, self.norm2 = (LayerInstanceNorm(width, 0.9, True) for _ in "12")
+
+    def forward(self, x, gamma, beta):
+        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x), gamma, beta))), gamma, beta)
+
+
+class NiceGenerator(nn.Module):
+    """Decodes an encoding (B, 2w, H/4, W/4) that a discriminator made: the generator has no encoder of its own."""
+
+    def __init__(self, out_chans=1, width=64, blocks=6):
+        super().__init__()
+        w = width
+        self.enter = nn.Sequential(nn.Conv2d(2 * w, 4 * w, 3, padding=1, padding_mode="reflect"))
+        self.norm = LayerInstanceNorm(4 * w, 0.1, False)
+        self.style = nn.Sequential(nn.Linear(4 * w, 4 * w), nn.ReLU(True), nn.Linear(4 * w, 8 * w))
+        self.blocks = nn.ModuleList(NiceResidual(4 * w) for _ in range(blocks))
+        self.up = nn.Sequential(
+            nn.Conv2d(4 * w, 8 * w, 3, padding=1, padding_mode="reflect"), nn.PixelShuffle(2), LayerInstanceNorm(2 * w, 0.1, False),
+            nn.ReLU(True),
+            nn.Conv2d(2 * w, 4 * w, 3, padding=1, padding_mode="reflect"), nn.PixelShuffle(2), LayerInstanceNorm(w, 0.1, False),
+            nn.ReLU(True), nn.ReflectionPad2d(3), nn.Conv2d(w, out_chans, 7), nn.Tanh())
+
+    def forward(self, z, size):
+        x = F.relu(self.norm(self.enter(z)))
+        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)               # (B, 4w, 1, 1) each
+        for block in self.blocks:
+            x = block(x, 1 + gamma, beta)
+        return self.up(x)[..., :size[0], :size[1]].float()
+
+
+class NiceDiscriminator(nn.Module):
+    """Encoder, class-activation attention and two classifiers, 16 and 4 times coarser. The encoding also feeds a generator."""
+
+    def __init__(self, in_chans=1, width=64):
+        super().__init__()
+        w = width
+
+        def conv(i, o, k=4, stride=2):
+            return [spectral_norm(nn.Conv2d(i, o, k, stride, 1)), nn.LeakyReLU(0.2)]
+
+        self.encoder = nn.Sequential(*conv(in_chans, w), *conv(w, 2 * w))
+        self.cam = spectral_norm(nn.Linear(4 * w, 1, bias=False))
+        self.merge = nn.Conv2d(4 * w, 2 * w, 1)
+        self.share = nn.Parameter(torch.zeros(()))
+        self.shared = nn.Sequential(*conv(2 * w, 4 * w))
+        self.local = nn.Sequential(*conv(4 * w, 8 * w, 3, 1), *conv(8 * w, 1, 3, 1)[:1])
+        self.overall = nn.Sequential(*conv(4 * w, 8 * w), *conv(8 * w, 16 * w), *conv(16 * w, 1, 3, 1)[:1])
+
+    def encode(self, x):
+        """(encoding (B, 2w, H/4, W/4), class activation (B, 1)): channels that tell real from fake count more."""
+        H, W = x.shape[-2:]
+        x = self.encoder(F.pad(x, (0, -W % 4, 0, -H % 4), mode="replicate"))
+        pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)                             # (B, 4w)
+        weight = self.cam.weight                                                            # (1, 4w)
+        attended = self.merge(torch.cat((x, x), 1) * weight[:, :, None, None])
+        return F.leaky_relu(x + self.share * attended, 0.2), F.linear(pooled, weight)
+
+    def forward(self, x):
+        z, activation = self.encode(x)
+        h = self.shared(z)
+        return [self.local(h).float(), self.overall(h).float(), activation.float()], z
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and hosts
+
+
+def lsgan(verdict, real):
+    """Least-squares GAN: mean (verdict - target)^2, target 1 for real and 0 for fake; summed over several verdicts."""
+    if isinstance(verdict, list):
+        return sum(lsgan(v, real) for v in verdict)
+    return (verdict - float(real)).square().mean()
+
+
+def smoothness(flow):
+    """mean (flow[y + 1, x] - flow[y, x])^2 + mean (flow[y, x + 1] - flow[y, x])^2 over both components (paper, eq. 5)."""
+    return flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean()
+
+
+class NC(nn.Module):
+    """One direction, adversarial loss only ("noise correction" when registration joins it: RegGAN).
+
+    A host is an nn.Module whose parts are named netG... and netD... (that prefix decides which optimiser trains them), with
+    three methods: `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), fakes["B"] the translation of a, the losses
+    weighted and ready to sum; `discriminator_losses(a, b, fakes)` -> losses, fakes detached, those named in `pooled` mixed
+    with old ones. Add a class to HOSTS and it has the training loop, registration, resuming, metrics and the comparison.
+    """
+
+    pooled = ("B",)
+
+    def __init__(self, config, in_chans, out_chans):
+        super().__init__()
+        self.netG_A2B = Generator(in_chans, out_chans, config.width, config.blocks, config.downs)
+        self.netD_B = Discriminator(out_chans, config.width)
+
+    def translate(self, a):
+        return self.netG_A2B(a)
+
+    def generator_losses(self, a, b):
+        fake = self.netG_A2B(a)
+        return {"B": fake}, {"adversarial": lsgan(self.netD_B(fake), True)}
+
+    def discriminator_losses(self, a, b, fakes):
+        return {"d": lsgan(self.netD_B(b), True) + lsgan(self.netD_B(fakes["B"]), False)}
+
+
+class Pix2Pix(NC):
+    """Isola et al. 2017: the discriminator sees (a, b), and an L1 loss of weight 100 takes the pairs at their word."""
+
+    pooled = ()
+
+    def __init__(self, config, in_chans, out_chans):
+        super().__init__(config, in_chans, out_chans)
+        self.netD_B = Discriminator(in_chans + out_chans, config.width)
+
+    def generator_losses(self, a, b):
+        fake = self.netG_A2B(a)
+        return {"B": fake}, {"adversarial": lsgan(self.netD_B(torch.cat((a, fake), 1)), True),
+                             "l1": 100 * F.l1_loss(fake, b)}
+
+    def discriminator_losses(self, a, b, fakes):
+        return {"d": lsgan(self.netD_B(torch.cat((a, b), 1)), True)
+                + lsgan(self.netD_B(torch.cat((a, fakes["B"]), 1)), False)}
+
+
+class Cycle(NC):
+    """CycleGAN (Zhu et al. 2017): both directions, and there and back again must be the identity (L1, weight 10)."""
+
+    pooled = ("A", "B")
+
+    def __init__(self, config, in_chans, out_chans):
+        super().__init__(config, in_chans, out_chans)
+        self.netG_B2A = Generator(out_chans, in_chans, config.width, config.blocks, config.downs)
+        self.netD_A = Discriminator(in_chans, config.width)
+
+    def generator_losses(self, a, b):
+        fake_b, fake_a = self.netG_A2B(a), self.netG_B2A(b)
+        return {"A": fake_a, "B": fake_b}, {
+            "adversarial": lsgan(self.netD_B(fake_b), True) + lsgan(self.netD_A(fake_a), True),
+            "cycle": 10 * (F.l1_loss(self.netG_B2A(fake_b), a) + F.l1_loss(self.netG_A2B(fake_a), b))}
+
+    def discriminator_losses(self, a, b, fakes):
+        return {"d": sum(lsgan(d(real), True) + lsgan(d(fake), False)
+                         for d, real, fake in ((self.netD_A, a, fakes["A"]), (self.netD_B, b, fakes["B"])))}
+
+
+class Nice(nn.Module):
+    """NICE-GAN: the discriminators' encoders serve the generators, and only the discriminators' losses train them. Both
+    directions, cycle and identity (L1, weight 10)."""
+
+    pooled = ()
+
+    def __init__(self, config, in_chans, out_chans):
+        super().__init__()
+        blocks = max(1, config.blocks * 2 // 3)  # 6 where the paper's generator has 9
+        self.netG_A2B, self.netG_B2A = (NiceGenerator(c, config.width, blocks) for c in (out_chans, in_chans))
+        self.netD_A, self.netD_B = (NiceDiscriminator(c, config.width) for c in (in_chans, out_chans))
+
+    def translate(self, a):
+        return self.netG_A2B(self.netD_A.encode(a)[0], a.shape[-2:])
+
+    def generator_losses(self, a, b):
+        size = a.shape[-2:]
+        with torch.no_grad():
+            z_a, z_b = self.netD_A.encode(a)[0], self.netD_B.encode(b)[0]
+        fake_b, fake_a = self.netG_A2B(z_a, size), self.netG_B2A(z_b, size)
+        (verdict_b, z_fake_b), (verdict_a, z_fake_a) = self.netD_B(fake_b), self.netD_A(fake_a)
+        return {"A": fake_a, "B": fake_b}, {
+            "adversarial": lsgan(verdict_b, True) + lsgan(verdict_a, True),
+            "cycle": 10 * (F.l1_loss(self.netG_B2A(z_fake_b, size), a) + F.l1_loss(self.netG_A2B(z_fake_a, size), b)),
+            "identity": 10 * (F.l1_loss(self.netG_B2A(z_a, size), a) + F.l1_loss(self.netG_A2B(z_b, size), b))}
+
+    def discriminator_losses(self, a, b, fakes):
+        return {"d": sum(lsgan(d(real)[0], True) + lsgan(d(fake)[0], False)
+                         for d, real, fake in ((self.netD_A, a, fakes["A"]), (self.netD_B, b, fakes["B"])))}
+
+
+HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle, "nice": Nice}
+
+
+class Pool:
+    """The last `size` fakes: half of the time an old one goes to the discriminator instead (Shrivastava et al. 2017)."""
+
+    def __init__(self, size=50):
+        self.size, self.images = size, []
+
+    def __call__(self, fakes):
+        out = []
+        for fake in fakes:
+            swap = len(self.images) == self.size and torch.rand(()) < 0.5
+            k = int(torch.randint(self.size, ())) if swap else len(self.images)
+            out.append(self.images[k] if swap else fake)
+            self.images[k:k + 1] = [fake] if swap or k < self.size else []
+        return torch.stack(out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def metrics(fake, real):
+    """MAE, PSNR and SSIM of fake and real (B, C, H, W) in [-1, 1]: a dict of (B,) tensors, one number an image.
+
+    On [0, 1], that is halved: mae = mean |f - r| / 2 and psnr = -10 log10 mean ((f - r) / 2)^2, at most 100, over the
+    foreground real != -1 as the paper defines them; ssim over the whole image (7 x 7 uniform window, sample covariance,
+    K 0.01 and 0.03, mean where the window fits, as in scikit-image). mae_whole and psnr_whole take every pixel,
+    ssim_foreground the foreground's windows. Foreground metrics of an empty foreground are NaN.
+    """
+    f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
+    inside = (real != -1).double()
+
+    def mean(x, mask):
+        return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+
+    def pool(x):
+        return F.avg_pool2d(x, 7, stride=1)
+
+    n, whole = 49 / 48, torch.ones_like(inside)
+    mf, mr = pool(f), pool(r)
+    vf, vr, vfr = (n * (pool(x * y) - mx * my) for x, y, mx, my in ((f, f, mf, mf), (r, r, mr, mr), (f, r, mf, mr)))
+    ssim = (2 * mf * mr + 1e-4) * (2 * vfr + 9e-4) / ((mf**2 + mr**2 + 1e-4) * (vf + vr + 9e-4))
+    out = {"ssim": ssim.mean((1, 2, 3)), "ssim_foreground": mean(ssim, inside[..., 3:-3, 3:-3])}
+    for name, mask in (("", inside), ("_whole", whole)):
+        out["mae" + name] = mean((f - r).abs(), mask)
+        out["psnr" + name] = -10 * mean((f - r).square(), mask).clamp(min=1e-10).log10()
+    return out
+
+
+def registration_metrics(flow, true_flow, real):
+    """Of a flow (B, 2, H, W) in pixels, (B,) each: registration_error, the mean length of flow - true_flow over the
+    foreground of real; misalignment, the same of a zero flow; folding, the share of pixels whose map p + flow(p) has a
+    Jacobian determinant <= 0 (forward differences)."""
+    inside = (real != -1).any(1)
+
+    def mean(x):
+        return (x.norm(dim=1) * inside).sum((1, 2)) / inside.sum((1, 2))
+
+    dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]                      # (B, 2, H-1, W-1)
+    determinant = (1 + dy[:, 0]) * (1 + dx[:, 1]) - dy[:, 1] * dx[:, 0]
+    return {"registration_error": mean(flow - true_flow), "misalignment": mean(true_flow),
+            "folding": (determinant <= 0).double().mean((1, 2))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    root: str = option("", "folder with train/A, train/B, val/A, val/B and perhaps test/A, test/B (default: the demo pairs)")
+    host: str = option("nc", "the translation method", choices=list(HOSTS))
+    reg: bool = option(True, "registration, which makes any host RegGAN; --no-reg leaves the host alone")
+    noise: float = option(3.0, "misalignment level n of the training pairs: rotation n degrees, shift and zoom 2n %")
+    elastic: float = option(0.0, "bending misalignment on top: standard deviation in % of the image side")
+    size: int = option(0, "scale every image to this many pixels a side (0: as they are)")
+    rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
+    paper: bool = option(False, "the paper's networks and schedule instead of small ones: width 64, 9 blocks, batch 1, lr 1e-4")
+    width: int = option(16, "channels of the first layer")
+    downs: int = option(1, "times the generator halves the image; 2 in the paper")
+    blocks: int = option(3, "residual blocks of the generator")
+    batch: int = option(8, "pairs a step")
+    lr: float = option(1e-3, "learning rate of Adam, constant, then linear to 0 over the second half")
+    epochs: int = option(80, "passes over the training pairs")
+    correction: float = option(20.0, "weight of |warp(G(a), R(G(a), b)) - b|")
+    smooth: float = option(10.0, "weight of the flow's squared gradient")
+    compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
+    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the table, +r with registration")
+    levels: str = option("0,3,5,elastic", "columns of the table: misalignment levels, or elastic (level 0 and 3 % bending)")
+    seeds: int = option(3, "runs a cell")
+    translate: str = option("", "translate the images of this folder with --weights into --out")
+    weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth")
+
+
+PAPER = {"width": 64, "downs": 2, "blocks": 9, "batch": 1, "lr": 1e-4}
+
+
+def trainable(module, *prefixes):
+    return [p for name, p in module.named_parameters() if p.requires_grad and name.startswith(prefixes)]
+
+
+def descend(losses, optimizer, world):
+    """One step down the sum of the losses; under torchrun along the mean gradient of all processes."""
+    optimizer.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    if world > 1:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        torch.distributed.all_reduce(flat)
+        for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
+    optimizer.step()
+
+
+def build(config, in_chans, out_chans, size):
+    """The networks of a run: an nn.Module with the host's netG..., netD... and, with --reg, `registration`."""
+    model = HOSTS[config.host](config, in_chans, out_chans)
+    if config.reg:
+        model.registration = Registration(out_chans, size, max(16, config.width))
+    return model
+
+
+def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=torch.no_grad, world=1):
+    """One step of any host with or without registration: first G (and R), then D on the same fakes. Returns the losses."""
+    d_parameters = opt_d.param_groups[0]["params"]
+    for p in d_parameters:
+        p.requires_grad_(False)  # G's step needs D's gradient to its input only
+    with autocast():
+        fakes, losses = model.generator_losses(a, b)
+        if config.reg:
+            flow = model.registration(fakes["B"], b)
+            losses["correction"] = config.correction * F.l1_loss(warp(fakes["B"], flow), b)
+            losses["smooth"] = config.smooth * smoothness(flow)
+    descend(losses, opt_g, world)
+    for p in d_parameters:
+        p.requires_grad_(True)
+    fakes = {side: pools[side](fake.detach()) if side in pools else fake.detach() for side, fake in fakes.items()}
+    with autocast():
+        d_losses = model.discriminator_losses(a, b, fakes)
+    descend(d_losses, opt_d, world)
+    return {name: loss.detach() for name, loss in (losses | d_losses).items()}
+
+
+def make_pairs(config, part, misaligned=False):
+    """The pairs of a part; `misaligned` as in training, drawn once and the same for every host."""
+    noise = {"noise": config.noise, "elastic": config.elastic, "seed": config.seed} if misaligned else {}
+    return Pairs(Path(config.root or data.demo_pairs("demo")) / part, size=config.size, rescale=config.rescale, **noise)
+
+
+@torch.no_grad()
+def evaluate(model, config, aligned, misaligned, device, autocast, rank=0, world=1):
+    """Metrics of G on aligned pairs and of R on misaligned ones, averaged over images: a dict of floats."""
+    model.eval()
+    rows = []
+    for pairs in [aligned] + [misaligned] * config.reg:
+        for a, b, *true_flow in pairs.batches(config.batch, rank=rank, world=world):
+            a, b = a.to(device), b.to(device)
+            with autocast():
+                fake = model.translate(a)
+                flow = model.registration(fake, b) if true_flow else None
+            scores = registration_metrics(flow, true_flow[0].to(device), b) if true_flow else metrics(fake, b)
+            rows += [(name, float(v)) for name, values in scores.items() for v in values]
+    model.train()
+    if world > 1:
+        parts = [None] * world
+        torch.distributed.all_gather_object(parts, rows)
+        rows = sum(parts, [])
+    out = {}
+    for name, value in rows:
+        out.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in out.items()}
+
+
+def train(config):
+    """Trains one host on one misalignment level and tests it. Returns what result.json holds."""
+    if config.paper:
+        default = {field.name: field.default for field in dataclasses.fields(Config)}
+        config = dataclasses.replace(config, **{k: v for k, v in PAPER.items() if getattr(config, k) == default[k]})
+    for name in ("epochs", "batch", "width", "lr"):
+        if getattr(config, name) <= 0:
+            raise InputError(f"--{name} {getattr(config, name)}: expected a positive number")
+    if config.noise < 0 or config.elastic < 0 or config.noise > 25:
+        raise InputError(f"--noise {config.noise} --elastic {config.elastic}: expected 0 to 25 and 0 or more")
+    device, autocast, rank, world = start_run(config)
+    pairs = make_pairs(config, "train", misaligned=True)
+    part = "test" if (pairs.folder.parent / "test").is_dir() else "val"
+    val, test = ([make_pairs(config, p), make_pairs(config, p, misaligned=True)] for p in ("val", part))
+    for other in val + test:
+        if (other.in_chans, other.out_chans) != (pairs.in_chans, pairs.out_chans):
+            raise InputError(f"{other.folder}: {other.in_chans} and {other.out_chans} channels, "
+                             f"{pairs.folder} has {pairs.in_chans} and {pairs.out_chans}")
+    model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
+    opt_g = torch.optim.Adam(trainable(model, "netG", "registration"), config.lr, betas=(0.5, 0.999))
+    opt_d = torch.optim.Adam(trainable(model, "netD"), config.lr, betas=(0.5, 0.999))
+    pools = {side: Pool() for side in model.pooled}
+    log = RunLog(config.out or "runs/reggan", config, rank, config.resume)
+    step, best, seconds = 0, float("inf"), 0.0
+    meta = {"in_chans": pairs.in_chans, "out_chans": pairs.out_chans, "shape": list(pairs.shape)}
+    if config.resume:
+        state = load_checkpoint(log.out / "last.pt")
+        check_same(state["config"], config, log.out / "last.pt")
+        model.load_state_dict(state["model"])
+        opt_g.load_state_dict(state["opt_g"])
+        opt_d.load_state_dict(state["opt_d"])
+        for side, pool in pools.items():
+            pool.images = [image.to(device) for image in state["pools"][side]]
+        step, best, seconds = state["step"], state["best"], state["seconds"]
+        data.set_random_state(state["random"])
+    per_epoch = -(-(-(-len(pairs) // world)) // config.batch)
+    steps, every = config.epochs * per_epoch, max(1, config.epochs // 10) * per_epoch
+    batches = iter(pairs.batches(config.batch, config.epochs, True, config.seed, step, rank, world, config.workers))
+    began, waited, images = time.time(), 0.0, 0
+    while step < steps:
+        clock = time.time()
+        a, b, _ = next(batches)
+        waited += time.time() - clock
+        for group in opt_g.param_groups + opt_d.param_groups:
+            group["lr"] = config.lr * min(1.0, 2 * (1 - step / steps))
+        losses = training_step(model, config, a.to(device), b.to(device), opt_g, opt_d, pools, autocast, world)
+        step, images = step + 1, images + len(a) * world
+        if step % max(1, per_epoch // 3) == 0 or step == steps:
+            values = {name: float(loss) for name, loss in losses.items()}
+            if not all(map(math.isfinite, values.values())):
+                raise InputError(f"{log.out}: the losses left the numbers at step {step} ({values}): lower --lr")
+            log.line(step=step, epoch=step / per_epoch, lr=opt_g.param_groups[0]["lr"], **values)
+        if step % every == 0 or step == steps:
+            scores = evaluate(model, config, *val, device, autocast, rank, world)
+            log.line(step=step, epoch=step / per_epoch, val=scores)
+            if rank == 0:
+                print(f"epoch {step / per_epoch:g} of {config.epochs}: val mae {scores['mae']:.4f} psnr {scores['psnr']:.2f} "
+                      f"ssim {scores['ssim']:.4f}" + (f" registration error {scores['registration_error']:.2f} px of "
+                      f"{scores['misalignment']:.2f}" if config.reg else ""), flush=True)
+                saved = {"model": model.state_dict(), "config": dataclasses.asdict(config), **meta}
+                if scores["mae"] < best:
+                    save_checkpoint(log.out / "best.pt", saved)
+                best = min(best, scores["mae"])
+                save_checkpoint(log.out / "last.pt", saved | {
+                    "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict(), "step": step, "best": best,
+                    "pools": {side: pool.images for side, pool in pools.items()}, "random": data.random_state(),
+                    "seconds": seconds + time.time() - began})
+    if part == "test":
+        model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
+    clock = time.time() - began
+    result = evaluate(model, config, *test, device, autocast, rank, world)
+    result |= {"host": config.host, "registration": config.reg, "noise": config.noise, "elastic": config.elastic, "part": part,
+               "weights": "best.pt (chosen on val)" if part == "test" else "last.pt (nothing chosen)", "images": len(test[0]),
+               "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "seconds": seconds + clock,
+               "images_per_second": images / max(clock, 1e-9), "waiting_for_data": waited / max(clock, 1e-9),
+               "peak_memory_mib": data.peak_memory_mib(device)}
+    log.json("result.json", result)
+    if rank == 0:
+        draw_run(log.out, model, config, *test, device)
+    return result
+
+
+def check_same(saved, config, path):
+    """Raises InputError where a run cannot go on because an option that shapes it has changed."""
+    for name, now in dataclasses.asdict(config).items():
+        if name not in ("out", "resume", "device", "workers", "kernels") and saved.get(name) != now:
+            raise InputError(f"{path}: that run has --{name} {saved.get(name)}, not {now}: --resume goes on with the same options")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, translating, comparing
+
+
+@torch.no_grad()
+def draw_run(out, model, config, aligned, misaligned, device, rows=4):
+    """OUT/translation.png: pairs of the test part, their translations and what registration made of a misaligned one;
+    OUT/curves.png: losses and validation."""
+    model.eval()
+    pictures = []
+    for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
+        a, b = (x.to(device)[None] for x in aligned.item(0, i))
+        fake = model.translate(a)
+        row = [a, b, fake, (fake - b).abs() - 1]
+        if config.reg:
+            a, b, _ = (x.to(device)[None] for x in misaligned.item(0, i))
+            fake = model.translate(a)
+            flow = model.registration(fake, b)
+            moved = warp(fake, flow)
+            lines = torch.full_like(b[:, :1], -0.8)
+            lines[:, :, ::6], lines[:, :, :, ::6] = 1.0, 1.0
+            row += [a, b, moved, (moved - b).abs() - 1, warp(lines, flow)]
+        pictures.append([(x[0].cpu() + 1) / 2 for x in row])
+    titles = ["A", "B", "G(A)", "|G(A) - B|"] + ["A moved", "B moved", "G(A) warped", "|warped - B|", "flow"] * config.reg
+    data.save_grid(out / "translation.png", pictures, titles=titles[:len(pictures[0])], scale=max(1, 128 // aligned.shape[1]))
+    curves = {}
+    for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
+        for name, value in (line if "val" not in line else {"val mae x 100": 100 * line["val"]["mae"]}).items():
+            if name not in ("step", "epoch", "lr", "seconds"):
+                curves.setdefault(name, []).append((line["epoch"], value))
+    data.save_plot(out / "curves.png", curves, f"{config.host}{' + R' * config.reg}", "epoch", "loss")
+
+
+def load_generator(path):
+    """(translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN generator (netG_A2B.pth)."""
+    path = Path(path)
+    state = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    if "model_head.1.weight" in state:
+        width, in_chans = state["model_head.1.weight"].shape[:2]
+        blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
+        config = Config(width=width, blocks=blocks)
+        model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
+        translate = model
+    elif "model" in state and "config" in state:
+        config, in_chans = Config(**state["config"]), state["in_chans"]
+        model = build(config, in_chans, state["out_chans"], state["shape"])
+        translate, state = model.translate, state["model"]
+    else:
+        raise InputError(f"{path}: neither a checkpoint of reggan.py nor a Reg-GAN generator (keys model_head.*)")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights do not fit: {' '.join(str(error).split())[:200]}") from None
+    return model, translate, config, in_chans
+
+
+@torch.no_grad()
+def translate_folder(config):
+    """Writes the translation of every image of --translate under the same name, format and bit depth into --out."""
+    if not config.weights:
+        raise InputError("--translate needs --weights RUN: a run's folder, its best.pt, or a Reg-GAN netG_A2B.pth")
+    model, translate, trained, in_chans = load_generator(config.weights)
+    device, autocast, rank, world = start_run(config)
+    model.to(device).eval()
+    spans = data.parse_rescale(config.rescale or trained.rescale)
+    folder, out = Path(config.translate), Path(config.out or "runs/translate")
+    images = {name: data.read_slice(folder / name, spans[0]) for name in data.list_slices(folder)}
+    for name, image in images.items():
+        if len(image) != in_chans:
+            raise InputError(f"{folder / name}: {len(image)} channels, the generator takes {in_chans}")
+    for name, image in images.items():
+        H, W = image.shape[1:]
+        scale = (trained.size or max(H, W)) / max(H, W)  # the size that the generator was trained on
+        a = F.interpolate(image[None].to(device), (round(H * scale), round(W * scale)), mode="bilinear", antialias=scale < 1)
+        with autocast():
+            fake = translate(a)
+        data.write_slice(out / name, F.interpolate(fake, (H, W), mode="bilinear")[0], folder / name, spans[1])
+    print(f"{len(images)} images translated into {out}")
+
+
+def compare(config):
+    """The paper's table: every row of --hosts at every level of --levels with every seed, each cell a run of its own in
+    OUT/cells that is kept, so the command goes on where it was stopped. Writes OUT/table.csv and OUT/table.md."""
+    out, table = Path(config.out or "runs/reggan-compare"), []
+    hosts, levels = config.hosts.split(","), config.levels.split(",")
+    for row in hosts:
+        if row.removesuffix("+r") not in HOSTS:
+            raise InputError(f"--hosts {row}: expected {', '.join(HOSTS)}, with +r for registration")
+    noises = {}
+    for level in levels:
+        try:
+            noises[level] = (0.0, config.elastic or 3.0) if level == "elastic" else (float(level), config.elastic)
+        except ValueError:
+            raise InputError(f"--levels {level}: expected numbers or elastic") from None
+    for seed in range(config.seed, config.seed + config.seeds):
+        for level in levels:
+            for row in hosts:
+                cell = out / "cells" / f"{row}_{level}_{seed}"
+                run = dataclasses.replace(
+                    config, compare=False, out=str(cell), host=row.removesuffix("+r"), reg=row.endswith("+r"), seed=seed,
+                    noise=noises[level][0], elastic=noises[level][1], hosts="", levels="", seeds=0, resume=(cell / "last.pt").exists())
+                if (cell / "result.json").exists():
+                    check_same(json.loads((cell / "config.json").read_text()), run, cell / "config.json")
+                    result = json.loads((cell / "result.json").read_text())
+                else:
+                    print(f"{row}, level {level}, seed {seed}", flush=True)
+                    result = train(run)
+                table.append({"row": row, "level": level, "seed": seed} | result)
+                write_tables(out, table, hosts, levels)
+    print((out / "table.md").read_text())
+    return table
+
+
+def write_tables(out, table, hosts, levels):
+    """table.csv: a line a run; table.md: mean and standard deviation over the seeds."""
+    names = ("psnr", "mae", "ssim", "registration_error", "folding")
+
+    def write(file):
+        text = io.TextIOWrapper(file, newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(k for r in table for k in r)), restval="")
+        writer.writeheader()
+        writer.writerows(table)
+        text.flush()
+        text.detach()
+
+    def cell(row, level, name):
+        values = [r[name] for r in table if (r["row"], r["level"]) == (row, level) and name in r]
+        if not values:
+            return ""
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+        digits = 2 if name in ("psnr", "registration_error") else 4
+        return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+    lines = []
+    for name in names:
+        lines += [f"{name}", "", "| method | " + " | ".join(f"level {level}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
+        lines += [f"| {row} | " + " | ".join(cell(row, level, name) for level in levels) + " |" for row in hosts] + [""]
+    data.atomic_write(out / "table.csv", write)
+    data.atomic_write(out / "table.md", lambda file: file.write("\n".join(lines).encode()))
+
+
+def main():
+    config = parse_config(Config, description=__doc__)
+    if config.translate:
+        translate_folder(config)
+    elif config.compare:
+        compare(config)
+    else:
+        result = train(config)
+        print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    data.run_script(main)
