@@ -1646,7 +1646,7 @@ def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
         raise InputError(f"demo records: expected at least 50 patients (no part empty) and 32 pixels, found {patients} and {size}")
     temporary, old = (Path(f"{os.path.abspath(out)}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"pairs"}):
             raise InputError(f"{out}: expected demo records (demo.json) or nothing, found something else: not overwritten")
         for name in ("images", "masks"):
             (temporary / name).mkdir(parents=True)
@@ -1669,6 +1669,8 @@ def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
         (temporary / "classes.txt").write_text("\n".join(DEMO_CLASSES) + "\n")
         (temporary / "demo.json").write_text(json.dumps({"patients": patients, "size": size, "seed": seed}) + "\n")
         if out.exists():
+            if (out / "pairs").exists():  # the demo pairs live there too
+                os.rename(out / "pairs", temporary / "pairs")
             os.rename(out, old)
         os.rename(temporary, out)
     except OSError as error:
@@ -1677,6 +1679,17 @@ def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
     return out
+
+
+def demo_root(root=""):
+    """The folder of the demo records (default: demo), drawn there on first use. Under torchrun one process draws."""
+    root, rank = Path(root or "demo"), int(os.environ.get("RANK", 0))
+    if rank == 0 and not (root / "demo.json").exists():
+        print(f"drawing the demo records into {root}")
+        write_demo_records(root)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.barrier()
+    return root
 
 
 def write_csv(path, header, rows):
@@ -1850,7 +1863,20 @@ def audit(config):
     return int(bool(problems))
 
 
-COMMANDS = {"audit": (AuditConfig, audit)}  # name: (options, function of them; what it returns is the exit status)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    out: str = option("demo", "folder to draw the demo records and pairs into")
+    seed: int = option(0, "seed of the drawing")
+    patients: int = option(2400, "patients, about 2.5 films each")
+
+
+def draw_demo(config):
+    """Draws the demo records, and the demo pairs beside them where there are none."""
+    root = write_demo_records(config.out, config.patients, seed=config.seed)
+    print(f"{root}: {len(list((root / 'images').iterdir()))} films; {demo_pairs(root, seed=config.seed)}: pairs")
+
+
+COMMANDS = {"audit": (AuditConfig, audit), "demo": (DemoConfig, draw_demo)}  # name: (options, function of them; what it returns is the exit status)
 
 
 def main(argv=None):

@@ -289,8 +289,8 @@ def finetune(config):
         images = data.random_resized_crop(images, side, crop, generator=generator)
         return data.random_flip(images, generator) if config.flip else images
 
-    train_set = cached_images(paths[0], 2 * side, augment, config.seed)
-    val_set, test_set = (cached_images(part, side) for part in paths[1:])
+    train_set = cached_images(tuple(paths[0]), 2 * side, augment, config.seed)
+    val_set, test_set = (cached_images(tuple(part), side) for part in paths[1:])
     per_step = recipe["batch_size"] * world
     steps = recipe["steps"] or max(1, round(recipe["epochs"] * len(names[0]) / per_step))
     step, best = 0, {"auroc": -1.0, "step": 0, "state": None}
