@@ -1207,7 +1207,7 @@ ANATOMY = {  # what a patient keeps from visit to visit, uniform between two num
     "dome": (0.07, 0.12), "left_lower": (-0.01, 0.04),  # depth of the costophrenic angle; left dome below the right one
     "ctr": (0.39, 0.475), "droop": (0.20, 0.50), "pedicle": (0.055, 0.080), "knob": (0.035, 0.060),  # heart, aorta
     "neck": (0.11, 0.16), "shoulder": (0.02, 0.11), "trunk": (0.42, 0.56), "fat": (-0.12, 0.18), "breast": (-0.2, 0.2),
-    "rib": (0.10, 0.20), "rib_gap": (0.068, 0.086), "rib_phase": (0.0, 1.0), "clavicle": (0.12, 0.20),
+    "rib": (0.08, 0.16), "rib_gap": (0.068, 0.086), "rib_phase": (0.0, 1.0), "clavicle": (0.12, 0.20),
     "marks": (0.7, 1.25),  # strength of the vessels
 }
 HARDWARE = {  # name: how it is reported, then strands (width, x0, y0, x1, y1, ...)
@@ -1381,30 +1381,30 @@ def edema(c, f):  # bat's wings: patchy haze around both hila, a coarse intersti
 
 def consolidation(c, f):  # fluffy, patchy, within one zone; ends at the pleura
     x, y = spot(c, f)
-    near = np.exp(-((c.x - x) ** 2 + ((c.y - y) / c.rng.uniform(0.8, 1.1)) ** 2) / (0.085 + 0.06 * f.severity) ** 2)
+    near = np.exp(-((c.x - x) ** 2 + ((c.y - y) / c.rng.uniform(0.8, 1.1)) ** 2) / (0.10 + 0.07 * f.severity) ** 2)
     patchy = np.maximum(1 + 0.5 * smooth_noise(c.rng, c.size, c.size // 8), 0.4)
-    c.water += np.minimum(1.4 * near * patchy, 1) * c.on[f.side] * (0.34 + 0.14 * f.severity)
+    c.water += np.minimum(1.4 * near * patchy, 1) * c.on[f.side] * (0.50 + 0.15 * f.severity)
 
 
 def nodule(c, f):
     x, y = spot(c, f)
-    c.water += ball(((c.x - x) ** 2 + (c.y - y) ** 2) / (0.041 + 0.022 * f.severity) ** 2) * (0.40 + 0.08 * f.severity)
+    c.water += ball(((c.x - x) ** 2 + (c.y - y) ** 2) / (0.055 + 0.030 * f.severity) ** 2) * (0.62 + 0.10 * f.severity)
 
 
 def atelectasis(c, f):  # one to three plates, nearly horizontal (the raised diaphragm is in `outlines`)
     x, y = spot(c, f)
     for k in range(1 + f.grade):
         off = c.y - y - 0.05 * k - c.rng.uniform(-0.45, 0.45) * (c.x - x)
-        plate = np.exp(-((off / 0.015) ** 2)) * ramp(0.08 + 0.06 * f.severity - np.abs(c.x - x), 0.03)
-        c.water += plate * c.on[f.side] * (0.28 + 0.08 * f.severity)
+        plate = np.exp(-((off / 0.022) ** 2)) * ramp(0.11 + 0.06 * f.severity - np.abs(c.x - x), 0.03)
+        c.water += plate * c.on[f.side] * (0.48 + 0.08 * f.severity)
 
 
 def pneumothorax(c, f):  # air between ribs and lung, most at the apex: no vessels out there; the pleura is a thin line
-    gap = (0.045 + 0.10 * f.severity) * (1.25 - 0.8 * np.clip((c.y - c.apex) / c.height, 0, 1))
+    gap = (0.07 + 0.11 * f.severity) * (1.25 - 0.8 * np.clip((c.y - c.apex) / c.height, 0, 1))
     outside = ramp(gap - c.wall, 0.008) * c.on[f.side]
     c.mask = (outside > 0.5) & (c.wall > 0) & (c.above > 0) & (c.solid < 0.5)
     c.marks, c.texture, c.water = c.marks * (1 - outside), c.texture * (1 - outside), c.water * (1 - outside)
-    c.water += (0.16 * np.exp(-(((c.wall - gap) / 0.008) ** 2)) + (0.03 + 0.10 * f.severity) * (1 - outside)) * c.on[f.side]
+    c.water += (0.16 * np.exp(-(((c.wall - gap) / 0.008) ** 2)) + (0.08 + 0.10 * f.severity) * (1 - outside)) * c.on[f.side]
     c.air = c.air * (1 + 0.15 * outside)
 
 
@@ -1454,7 +1454,7 @@ def chest_film(rng, anatomy, vessels, findings, ap, devices, size):
         if draw.__name__.capitalize() in findings:
             draw(c, findings[draw.__name__.capitalize()])
     body = soft_tissue(c)
-    lung = np.minimum(c.water, 0.5) + 0.14 * c.marks + 0.022 * c.texture + 0.06 * smooth_noise(rng, size, 4) - 0.55
+    lung = np.minimum(c.water, 0.7) + 0.14 * c.marks + 0.022 * c.texture + 0.06 * smooth_noise(rng, size, 4) - 0.55
     total = body + (bones(c) + 0.16 * c.solid) * ramp(body - 0.3, 0.4) + lung * c.air * (body > 0.2)
     for device in devices:
         loose = c.place(rng.normal(0, 0.02, 2)) - c.place(np.zeros(2))

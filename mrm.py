@@ -370,13 +370,13 @@ def resize_positions(positions, length):
 BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768, decoder_depth=4,
             decoder_heads=6, report_dim=384, report_depth=6, report_heads=6, report_length=100)
 PRESETS = {  # the model; the recipe
-    "tiny": (dict(img_size=64, patch_size=8, embed_dim=192, depth=6, num_heads=6, decoder_dim=96, decoder_depth=1,
-                  decoder_heads=3, report_dim=128, report_depth=1, report_heads=4, report_length=100, report_dropout=0.0),
-             dict(vocab_size=1000, steps=400, epochs=0, warmup=0.1, batch_size=64, base_lr=4e-3, min_crop=0.6)),
+    "tiny": (dict(img_size=64, patch_size=16, embed_dim=128, depth=3, num_heads=4, decoder_dim=64, decoder_depth=1,
+                  decoder_heads=2, report_dim=96, report_depth=1, report_heads=3, report_length=100, report_dropout=0.0),
+             dict(vocab_size=600, steps=2000, epochs=0, warmup=0.03, batch_size=32, base_lr=1.6e-2, min_crop=0.7, mask_ratio=0.5)),
     "small": (BASE | dict(embed_dim=384, num_heads=6, decoder_dim=384, report_depth=4),
-              dict(vocab_size=8000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2)),
+              dict(vocab_size=8000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75)),
     "base": (BASE,
-             dict(vocab_size=30000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2)),
+             dict(vocab_size=30000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75)),
 }
 MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR, the official code's
 
@@ -390,7 +390,7 @@ class MRMConfig(RunConfig):
     weights: str = option("", "start from this checkpoint's encoder (the paper starts from MAE's)")
     image_only: bool = option(False, "ablation: restore images only")
     report_only: bool = option(False, "ablation: restore reports only")
-    mask_ratio: float = option(0.75, "share of image patches hidden")
+    mask_ratio: float = option(0.0, "share of image patches hidden (0: the preset's; 0.75 in the paper)")
     word_ratio: float = option(0.5, "share of report words hidden")
     steps: int = option(0, "optimiser steps (0: the preset's)")
     epochs: float = option(0, "passes over the records, instead of --steps")
@@ -424,7 +424,7 @@ def hide(tokenizer, tokens, words, ratio, generator=None):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, images, tokens, words, config, autocast, device):
+def evaluate(model, tokenizer, images, tokens, words, config, mask_ratio, autocast, device):
     """Losses on held-out records with a fixed draw of hidden patches and words, and the share of words guessed right."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
@@ -433,7 +433,7 @@ def evaluate(model, tokenizer, images, tokens, words, config, autocast, device):
     if not config.image_only:
         report = [part.to(device) for part in hide(tokenizer, tokens, words, config.word_ratio, generator)]
     with autocast():
-        image_loss, report_loss = model(images, report, not config.report_only, config.mask_ratio, noise)
+        image_loss, report_loss = model(images, report, not config.report_only, mask_ratio, noise)
     model.train()
     return {"heldout_image_loss": image_loss.item(), "heldout_report_loss": report_loss.item()}
 
@@ -442,6 +442,7 @@ def pretrain(config):
     """Trains an MRM as `config` says and leaves last.pt, tokenizer.tiktoken, log.jsonl, result.json and pictures in
     `config.out`. Returns the result. Raises InputError for data, weights or folders that cannot be used."""
     sizes, recipe = PRESETS[config.preset]
+    mask_ratio = config.mask_ratio or recipe["mask_ratio"]
     out = Path(config.out or "runs/mrm")
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
@@ -499,7 +500,7 @@ def pretrain(config):
 
     def save(step):
         if rank == 0:
-            state = {"model": model.state_dict(), "arguments": arguments, "mean": MEAN, "std": STD, "step": step,
+            state = {"model": model.state_dict(), "arguments": arguments, "mean": MEAN, "std": STD, "mask_ratio": mask_ratio, "step": step,
                      "optimizer": optimizer.state_dict(), "random": data.random_state()}
             data.save_checkpoint(out / "last.pt", state)
 
@@ -520,7 +521,7 @@ def pretrain(config):
             if not config.image_only:
                 report = [part.to(device) for part in hide(tokenizer, tokens[index], words[index], config.word_ratio)]
             with autocast():
-                image_loss, report_loss = parallel(images, report, not config.report_only, config.mask_ratio)
+                image_loss, report_loss = parallel(images, report, not config.report_only, mask_ratio)
             ((image_loss + report_loss) / config.accumulate).backward()
             losses += torch.stack([image_loss, report_loss]).detach().float() / config.accumulate
         optimizer.step()
@@ -532,7 +533,7 @@ def pretrain(config):
             line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss,
                     "lr": optimizer.param_groups[0]["lr"],
                     "images_per_second": (step + 1 - first) * effective / (time.time() - began)}
-            line |= evaluate(model, tokenizer, heldout, tokens[train:], words[train:], config, autocast, device)
+            line |= evaluate(model, tokenizer, heldout, tokens[train:], words[train:], config, mask_ratio, autocast, device)
             history.append(line)
             log.line(**line)
             save(step + 1)
@@ -601,7 +602,7 @@ def reconstruct(config, count=6):
     paths, reports = paths[-config.holdout:][:count], reports[-config.holdout:][:count]
     images = torch.stack([image for image, _ in data.ImageSet(paths, 2 * model.img_size)]).to(device)
     images = data.normalize(images, saved["mean"], saved["std"])
-    latent, mask, ids_restore = model.encode(half_size(images), config.mask_ratio)
+    latent, mask, ids_restore = model.encode(half_size(images), config.mask_ratio or saved["mask_ratio"])
 
     # Restored: hidden patches as predicted, visible ones as they are, at the target's own mean and deviation
     patch = 2 * model.patch_size

@@ -24,6 +24,7 @@ Where this departs from the paper's official code (Kid-Liet/Reg-GAN), and why:
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1; flow (B, 2, H, W) in pixels.
 """
+import contextlib
 import csv
 import dataclasses
 import io
@@ -462,7 +463,7 @@ def build(config, in_chans, out_chans, size):
     return model
 
 
-def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=torch.no_grad, world=1):
+def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.nullcontext, world=1):
     """One step of any host with or without registration: first G (and R), then D on the same fakes. Returns the losses."""
     d_parameters = opt_d.param_groups[0]["params"]
     for p in d_parameters:
@@ -532,8 +533,8 @@ def train(config):
             raise InputError(f"{other.folder}: {other.in_chans} and {other.out_chans} channels, "
                              f"{pairs.folder} has {pairs.in_chans} and {pairs.out_chans}")
     model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
-    opt_g = torch.optim.Adam(trainable(model, "netG", "registration"), config.lr, betas=(0.5, 0.999))
-    opt_d = torch.optim.Adam(trainable(model, "netD"), config.lr, betas=(0.5, 0.999))
+    opt_g = torch.optim.Adam(trainable(model, "netG", "registration"), config.lr, betas=(0.5, 0.999), fused=True)
+    opt_d = torch.optim.Adam(trainable(model, "netD"), config.lr, betas=(0.5, 0.999), fused=True)
     pools = {side: Pool() for side in model.pooled}
     log = RunLog(config.out or "runs/reggan", config, rank, config.resume)
     step, best, seconds = 0, float("inf"), 0.0
@@ -631,7 +632,9 @@ def draw_run(out, model, config, aligned, misaligned, device, rows=4):
     for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
         for name, value in (line if "val" not in line else {"val mae x 100": 100 * line["val"]["mae"]}).items():
             if name not in ("step", "epoch", "lr", "seconds"):
-                curves.setdefault(name, []).append((line["epoch"], value))
+                xs, ys = curves.setdefault(name, ([], []))
+                xs.append(line["epoch"])
+                ys.append(value)
     data.save_plot(out / "curves.png", curves, f"{config.host}{' + R' * config.reg}", "epoch", "loss")
 
 

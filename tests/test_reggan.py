@@ -1,0 +1,244 @@
+"""reggan.py: losses against formulas, metrics against scikit-image, registration, every host, resuming, bad input."""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import data
+import reggan
+from kernels import warp
+
+SMALL = dict(width=4, blocks=1, batch=2, epochs=1, device="cpu")
+
+
+def smooth_image(n, seed, size=32):
+    """n smooth random images (n, 1, size, size) in (-1, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(n, 1, 6, 6, generator=generator)
+    return torch.tanh(F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A/B folders of 3 training and 2 validation pairs: B is the negative of A, both with background -1 at the rim."""
+    for part, n, seed in (("train", 3, 0), ("val", 2, 1)):
+        for side, sign in (("A", 1), ("B", -1)):
+            (tmp_path / part / side).mkdir(parents=True)
+            for i, image in enumerate(smooth_image(n, seed)):
+                image = F.pad(sign * image[0, 2:-2, 2:-2], (2,) * 4, value=-1.0)
+                np.save(tmp_path / part / side / f"s{i}.npy", image.numpy().astype(np.float16))
+    return tmp_path
+
+
+def test_smoothness_and_lsgan_in_float64():
+    flow = np.random.default_rng(0).normal(size=(2, 2, 5, 7))
+    expected = np.mean((flow[:, :, 1:] - flow[:, :, :-1]) ** 2) + np.mean((flow[..., 1:] - flow[..., :-1]) ** 2)
+    assert reggan.smoothness(torch.from_numpy(flow)).item() == pytest.approx(expected, rel=1e-12)
+    verdict = torch.tensor([[0.3], [-0.5]], dtype=torch.float64)
+    assert reggan.lsgan(verdict, True).item() == pytest.approx((0.7**2 + 1.5**2) / 2)
+    assert reggan.lsgan([verdict, verdict], False).item() == pytest.approx(0.3**2 + 0.5**2)
+
+
+def test_metrics_against_scikit_image():
+    real, fake = smooth_image(2, 0), smooth_image(2, 1)
+    real[:, :, :6] = -1
+    scores = reggan.metrics(fake, real)
+    for i in range(2):
+        r, f = ((x[i, 0].double().numpy() + 1) / 2 for x in (real, fake))
+        inside = r > 0
+        assert scores["mae"][i].item() == pytest.approx(np.abs(r - f)[inside].mean())
+        assert scores["mae_whole"][i].item() == pytest.approx(np.abs(r - f).mean())
+        assert scores["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(r[inside], f[inside], data_range=1))
+        assert scores["psnr_whole"][i].item() == pytest.approx(peak_signal_noise_ratio(r, f, data_range=1))
+        mean, field = structural_similarity(r, f, data_range=1, full=True)
+        assert scores["ssim"][i].item() == pytest.approx(mean)
+        inner = np.s_[3:-3, 3:-3]
+        assert scores["ssim_foreground"][i].item() == pytest.approx(field[inner][inside[inner]].mean())
+
+
+def test_registration_metrics_of_known_flows():
+    real = torch.zeros(1, 1, 8, 8)
+    shift = torch.full((1, 2, 8, 8), 3.0)
+    scores = reggan.registration_metrics(torch.zeros_like(shift), shift, real)
+    assert scores["registration_error"].item() == scores["misalignment"].item() == pytest.approx(3 * 2**0.5)
+    assert scores["folding"].item() == 0
+    y = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
+    fold = torch.cat([-2 * y, torch.zeros(1, 1, 8, 8)], 1)  # p -> -p along y
+    assert reggan.registration_metrics(fold, fold, real)["folding"].item() == 1
+
+
+def test_the_true_displacement_registers_the_pair():
+    """f(a')[p + flow] = b' with f the identity: a and b are one image, misaligned apart."""
+    image = smooth_image(1, 3, 64)[0]
+    for noise, elastic in ((3, 0.0), (5, 0.0), (0, 3.0), (3, 3.0)):
+        a, b, flow = data.misalign(image, image, np.random.default_rng(1), noise, elastic)
+        inner = np.s_[..., 14:-14, 14:-14]
+        before = (a - b)[inner].abs().mean()
+        after = (warp(a[None], flow[None])[0] - b)[inner].abs().mean()
+        assert after < 0.1 * before
+
+
+def test_level_zero_moves_both_alike_and_the_global_generator_is_left_alone():
+    image = smooth_image(1, 3, 64)[0]
+    torch.manual_seed(7)
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    a, b, flow = data.misalign(image, image, np.random.default_rng(1), 0)
+    assert torch.equal(a, b) and flow.abs().max() < 1e-3
+    assert torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numpy_state).all()
+
+
+def reggan_keys(blocks=9):
+    """Kid-Liet/Reg-GAN's Generator: convolutions at 1, 4, 7 of the head, 1 and 5 of a block, 0, 3, 7 of the tail."""
+    layers = [f"model_head.{i}" for i in (1, 4, 7)] + [f"model_tail.{i}" for i in (0, 3, 7)]
+    layers += [f"model_body.{b}.conv_block.{i}" for b in range(blocks) for i in (1, 5)]
+    return {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+def test_state_dict_keys_are_reg_gans():
+    assert set(reggan.Generator(1, 1).state_dict()) == reggan_keys()
+    keys = {f"model.{i}.{kind}" for i in (0, 2, 5, 8, 11) for kind in ("weight", "bias")}
+    assert set(reggan.Discriminator(1).state_dict()) == keys
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 48)])
+def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
+    a, b = torch.randn(3, 1, *size), torch.randn(3, 1, *size)
+    flow = reggan.Registration(1, size, 8)(a, b)
+    assert flow.shape == (3, 2, *size) and not flow.any()
+    assert torch.equal(warp(a, flow), a)
+    fake = reggan.Generator(1, 2, 4, 1)(a)
+    assert fake.shape == (3, 2, *size) and fake.abs().max() <= 1
+    assert reggan.Discriminator(1, 4)(a).shape == (3, 1)
+
+
+def test_registration_alone_recovers_a_translation():
+    torch.manual_seed(0)
+    b = smooth_image(4, 5)
+    true = torch.tensor([2.0, -1.5]).view(1, 2, 1, 1).expand(4, 2, 32, 32)
+    a = warp(b, -true)
+    R = reggan.Registration(1, (32, 32), 16)
+    optimizer = torch.optim.Adam(R.parameters(), 2e-3)
+    for _ in range(150):
+        flow = R(a, b)
+        loss = 20 * F.l1_loss(warp(a, flow), b) + 10 * reggan.smoothness(flow)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    error = (flow - true)[..., 6:-6, 6:-6].norm(dim=1).mean().item()
+    assert error < 0.5, error
+
+
+@pytest.mark.parametrize("reg", [True, False])
+@pytest.mark.parametrize("host", list(reggan.HOSTS))
+def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, reg):
+    torch.manual_seed(0)
+    config = reggan.Config(host=host, reg=reg, **SMALL)
+    model = reggan.build(config, 1, 1, (32, 32))
+    with torch.no_grad():
+        for p in model.parameters():  # R's last layer is zero, which stops the gradient to all before it
+            p.add_(0.02 * torch.randn_like(p))
+    opt_g = torch.optim.Adam(reggan.trainable(model, "netG", "registration"), 1e-2)
+    opt_d = torch.optim.Adam(reggan.trainable(model, "netD"), 1e-2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pools = {side: reggan.Pool() for side in model.pooled}
+    losses = reggan.training_step(model, config, smooth_image(2, 0), smooth_image(2, 1), opt_g, opt_d, pools)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert ("correction" in losses) == ("smooth" in losses) == reg
+    same = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
+    assert not same, same
+
+
+def test_overfits_one_pair(root):
+    for part in ("train", "val"):
+        for side in "AB":
+            for path in sorted((root / part / side).iterdir())[1:]:
+                path.unlink()
+    for side in "AB":
+        (root / "val" / side / "s0.npy").write_bytes((root / "train" / side / "s0.npy").read_bytes())
+    result = reggan.train(reggan.Config(root=str(root), out=str(root / "run"), host="pix2pix", reg=False, noise=0,
+                                        width=8, blocks=1, batch=1, epochs=150, lr=4e-3, device="cpu"))
+    negative = np.load(root / "val" / "B" / "s0.npy").astype(np.float64)
+    inside = negative != -1
+    constant = np.abs(negative[inside] - np.median(negative[inside])).mean() / 2  # the best constant image
+    assert result["mae"] < 0.5 * constant
+
+
+def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
+    config = reggan.Config(root=str(root), out=str(root / "whole"), **SMALL | dict(epochs=4))
+    whole = reggan.train(config)
+    for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "result.json"):
+        assert (root / "whole" / name).exists(), name
+    assert {"mae", "psnr", "ssim", "host", "registration", "noise"} <= json.loads((root / "whole" / "result.json").read_text()).keys()
+
+    real_save, saves = reggan.save_checkpoint, []
+
+    def save_then_stop(path, state):
+        real_save(path, state)
+        if path.name == "last.pt":
+            saves.append(state["step"])
+            if len(saves) == 2:
+                raise KeyboardInterrupt
+
+    part = dataclasses.replace(config, out=str(root / "part"))
+    monkeypatch.setattr(reggan, "save_checkpoint", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        reggan.train(part)
+    monkeypatch.setattr(reggan, "save_checkpoint", real_save)
+    again = reggan.train(dataclasses.replace(part, resume=True))
+    assert again["mae"] == whole["mae"] and again["psnr"] == whole["psnr"]
+    a, b = (data.load_checkpoint(root / run / "last.pt")["model"] for run in ("whole", "part"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_translate_keeps_names_formats_and_depth(root):
+    reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
+    reggan.translate_folder(reggan.Config(translate=str(root / "val" / "A"), weights=str(root / "run"), out=str(root / "out"),
+                                          device="cpu"))
+    for name in ("s0.npy", "s1.npy"):
+        source, made = np.load(root / "val" / "A" / name), np.load(root / "out" / name)
+        assert made.shape == source.shape and made.dtype == source.dtype and np.abs(made).max() <= 1
+
+
+def save(path, array):
+    np.save(path, array)
+
+
+BAD = {
+    "unmatched names": (lambda r: (r / "train/B/s0.npy").rename(r / "train/B/other.npy"), r"same file names.*s0\.npy.*other\.npy"),
+    "mixed sizes": (lambda r: [save(r / f"train/{s}/s1.npy", smooth_image(1, 0, 40)[0, 0].numpy()) for s in "AB"], r"s1\.npy.*--size"),
+    "a volume": (lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32, 5), np.float32)), r"s0\.npy: expected a 2-D array.*\(32, 32, 5\)"),
+    "NaN": (lambda r: save(r / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32)), r"s0\.npy: 1024 of 1024 values are NaN"),
+    "a constant image": (lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32), np.float32)), r"s0\.npy: a constant image"),
+    "an empty folder": (lambda r: [p.unlink() for p in (r / "train/A").iterdir()], r"train/A: no image in this folder"),
+    "a truncated file": (lambda r: (r / "train/A/s0.npy").write_bytes((r / "train/A/s0.npy").read_bytes()[:200]), r"s0\.npy: not a readable image"),
+    "values out of range": (lambda r: save(r / "train/A/s0.npy", 300 * smooth_image(1, 0)[0, 0].numpy()), r"s0\.npy: values from .* expected -1 to 1: --rescale"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(root, case):
+    spoil, message = BAD[case]
+    spoil(root)
+    with pytest.raises(data.InputError, match=message) as error:
+        reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
+    assert "\n" not in str(error.value) and not (root / "run").exists()
+
+
+def test_an_unknown_host_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.parse_config(reggan.Config, ["--host", "munit"])
+    assert stop.value.code == 2 and "munit" in capsys.readouterr().err
+
+
+def test_demo_pairs_are_apart_deterministic_and_not_a_lookup(tmp_path):
+    few = (("train", 2), ("val", 1), ("test", 1))
+    one, two = (data.demo_pairs(tmp_path / name, size=64, subjects=few) for name in "xy")
+    names = {part: {path.name.split("_")[0] for path in (one / part / "A").iterdir()} for part in ("train", "val", "test")}
+    assert not (names["train"] & names["val"] | names["train"] & names["test"] | names["val"] & names["test"])
+    for path in one.rglob("*.npy"):
+        array = np.load(path)
+        assert (array == np.load(two / path.relative_to(one))).all() and array.min() == -1 and array.max() <= 1
