@@ -69,15 +69,21 @@ def auroc(scores, labels, resamples=1000, seed=0):
     for rows in np.array_split(np.arange(resamples), max(1, resamples * n // 4_000_000)):  # bounds the memory
         counts = generator.multinomial(n, np.full(n, 1 / n), size=len(rows)).astype(np.float32)
         draws.append([weighted_auroc(scores[:, c], labels[:, c], counts) for c in defined])
-    per_class, points = [None] * k, []
+    per_class = [None] * k
     if not defined:
         return float("nan"), (float("nan"), float("nan")), per_class
     draws = np.concatenate(draws, axis=1)  # (defined, resamples)
-    for c, resampled in zip(defined, draws):
-        points.append(weighted_auroc(scores[:, c], labels[:, c], np.ones((1, n)))[0])
-        per_class[c] = (float(points[-1]), *np.nanpercentile(resampled, [2.5, 97.5]).tolist())
-    low, high = np.nanpercentile(np.nanmean(draws, axis=0), [2.5, 97.5])
-    return float(np.mean(points)), (float(low), float(high)), per_class
+    points = [weighted_auroc(scores[:, c], labels[:, c], np.ones((1, n)))[0] for c in defined]
+    intervals = np.nanpercentile(np.vstack([draws, draws.mean(0)]), [2.5, 97.5], axis=1).T.tolist()
+    for c, point, interval in zip(defined, points, intervals):
+        per_class[c] = (float(point), *interval)
+    return float(np.mean(points)), tuple(intervals[-1]), per_class
+
+
+def mean_auroc(scores, labels):
+    """Mean AUROC over the classes that have both labels, without intervals; NaN where none has."""
+    values = [weighted_auroc(scores[:, c], labels[:, c], np.ones((1, len(scores))))[0] for c in range(scores.shape[1])]
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
 
 
 def roc_curve(scores, labels):
@@ -332,7 +338,7 @@ def finetune(config):
             if not np.isfinite(running):
                 raise InputError(f"step {step + 1}: the loss is not finite; lower --lr or use --dtype fp32")
             scores = predict(model, val_set, mean, std, device, autocast, rank, world, config.workers)
-            score = auroc(scores.numpy(), labels[1].numpy(), resamples=0)[0]
+            score = mean_auroc(scores.numpy(), labels[1].numpy())
             line = {"step": step + 1, "loss": running, "val_auroc": score,
                     "val_loss": F.binary_cross_entropy_with_logits(scores, labels[1]).item(),
                     "images_per_second": (step + 1 - first) * per_step / (time.time() - began)}
@@ -355,8 +361,8 @@ def finetune(config):
     elif rank == 0:
         data.save_checkpoint(out / "best.pt", {"model": model.state_dict(), **about})
     scores = predict(model, test_set, mean, std, device, autocast, rank, world, config.workers).numpy()
-    mean_auroc, interval, per_class = auroc(scores, labels[2].numpy())
-    result = {"auroc": mean_auroc, "auroc_ci": interval,
+    test_auroc, interval, per_class = auroc(scores, labels[2].numpy())
+    result = {"auroc": test_auroc, "auroc_ci": interval,
               "auroc_per_class": {c: v and v[0] for c, v in zip(classes, per_class)},
               "auroc_per_class_ci": {c: v and v[1:] for c, v in zip(classes, per_class)},
               "val_auroc": best["auroc"], "best_step": best["step"], "split": config.split or config.data, "ratio": ratio,

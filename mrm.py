@@ -203,8 +203,8 @@ class ReportDecoder(nn.Module):
             for _ in range(depth))  # post-norm, as in BERT
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(init_weights)
-        nn.init.normal_(self.token_embed.weight, std=0.02)
-        nn.init.normal_(self.position_embed.weight, std=0.02)
+        for layer in (self.image_embed, self.token_embed, self.position_embed):
+            nn.init.normal_(layer.weight, std=0.02)  # BERT's; a larger image vector would drown the words
 
     def forward(self, image_tokens, inputs, hidden, padding):
         """image_tokens (B, V, D), inputs (B, L) token ids, hidden and padding (B, L) bool -> logits (hidden.sum(), vocab)."""
@@ -371,8 +371,8 @@ BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, 
             decoder_heads=6, report_dim=384, report_depth=6, report_heads=6, report_length=100)
 PRESETS = {  # the model; the recipe
     "tiny": (dict(img_size=64, patch_size=16, embed_dim=128, depth=3, num_heads=4, decoder_dim=64, decoder_depth=1,
-                  decoder_heads=2, report_dim=96, report_depth=1, report_heads=3, report_length=100, report_dropout=0.0),
-             dict(vocab_size=600, steps=2000, epochs=0, warmup=0.03, batch_size=32, base_lr=1.6e-2, min_crop=0.7, mask_ratio=0.5)),
+                  decoder_heads=2, report_dim=64, report_depth=1, report_heads=2, report_length=64, report_dropout=0.0),
+             dict(vocab_size=1200, steps=1100, epochs=0, warmup=0.03, batch_size=32, base_lr=1.6e-2, min_crop=0.7, mask_ratio=0.5)),
     "small": (BASE | dict(embed_dim=384, num_heads=6, decoder_dim=384, report_depth=4),
               dict(vocab_size=8000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75)),
     "base": (BASE,
