@@ -418,12 +418,12 @@ class Config(RunConfig):
     size: int = option(0, "scale every image to this many pixels a side (0: as they are)")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones: width 64, 9 blocks, batch 1, lr 1e-4")
-    width: int = option(16, "channels of the first layer")
+    width: int = option(8, "channels of the first layer")
     downs: int = option(1, "times the generator halves the image; 2 in the paper")
     blocks: int = option(3, "residual blocks of the generator")
-    batch: int = option(8, "pairs a step")
-    lr: float = option(1e-3, "learning rate of Adam, constant, then linear to 0 over the second half")
-    epochs: int = option(80, "passes over the training pairs")
+    batch: int = option(4, "pairs a step")
+    lr: float = option(2e-3, "learning rate of Adam, constant, then linear to 0 over the second half")
+    epochs: int = option(40, "passes over the training pairs; 80 in the paper")
     correction: float = option(20.0, "weight of |warp(G(a), R(G(a), b)) - b|")
     smooth: float = option(10.0, "weight of the flow's squared gradient")
     compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
@@ -434,7 +434,7 @@ class Config(RunConfig):
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth")
 
 
-PAPER = {"width": 64, "downs": 2, "blocks": 9, "batch": 1, "lr": 1e-4}
+PAPER = {"width": 64, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4}
 
 
 def trainable(module, *prefixes):
@@ -532,8 +532,8 @@ def train(config):
             raise InputError(f"{other.folder}: {other.in_chans} and {other.out_chans} channels, "
                              f"{pairs.folder} has {pairs.in_chans} and {pairs.out_chans}")
     model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
-    opt_g = torch.optim.Adam(trainable(model, "netG", "registration"), config.lr, betas=(0.5, 0.999))
-    opt_d = torch.optim.Adam(trainable(model, "netD"), config.lr, betas=(0.5, 0.999))
+    opt_g = torch.optim.Adam(trainable(model, "netG", "registration"), config.lr, betas=(0.5, 0.999), fused=True)
+    opt_d = torch.optim.Adam(trainable(model, "netD"), config.lr, betas=(0.5, 0.999), fused=True)
     pools = {side: Pool() for side in model.pooled}
     log = RunLog(config.out or "runs/reggan", config, rank, config.resume)
     step, best, seconds = 0, float("inf"), 0.0
@@ -631,7 +631,9 @@ def draw_run(out, model, config, aligned, misaligned, device, rows=4):
     for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
         for name, value in (line if "val" not in line else {"val mae x 100": 100 * line["val"]["mae"]}).items():
             if name not in ("step", "epoch", "lr", "seconds"):
-                curves.setdefault(name, []).append((line["epoch"], value))
+                xs, ys = curves.setdefault(name, ([], []))
+                xs.append(line["epoch"])
+                ys.append(value)
     data.save_plot(out / "curves.png", curves, f"{config.host}{' + R' * config.reg}", "epoch", "loss")
 
 
