@@ -22,21 +22,24 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,10 +162,14 @@ def atomic_write(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own error hides a full disk's
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path}: cannot be written: {cause.strerror or cause}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def save_checkpoint(path, state):
@@ -251,10 +258,6 @@ def as_picture(image, scale=1):
     return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
 
 
-def save_picture(path, picture):
-    atomic_write(path, lambda file: picture.save(file, "PNG"))
-
-
 def save_grid(path, rows, titles=None, captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
 
@@ -277,7 +280,7 @@ def save_grid(path, rows, titles=None, captions=None, scale=1):
             canvas.paste(picture, (gap + sum(widths[:i]) + gap * i, top))
         draw.text((gap, top + height - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
         top += height
-    save_picture(path, canvas)
+    atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
 def wrap_text(text, font, width):
@@ -298,7 +301,8 @@ def nice_ticks(low, high, count=6):
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"]
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+           "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040"]
 
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
@@ -342,7 +346,8 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
     draw.text((left + width / 2, 20), title, "black", font, "ma")
     draw.text((left + width / 2, top + height + 50), xlabel, "black", font, "ma")
     draw.text((left, top - 14), ylabel, "black", small, "ls")
-    save_picture(path, canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS))
+    canvas = canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS)
+    atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,74 +372,107 @@ def read_image(path, short_side=None, channels=1):
             head = file.read(132)
             file.seek(0)
             if not head:
-                raise InputError(f"{path}: expected an image, found an empty file; copy or download it again")
+                raise InputError(f"{path}: expected an image, found an empty file; copy it again")
             if head.startswith(b"\x93NUMPY"):
-                pixels = unit_range(np.load(file, allow_pickle=False), path)
+                pixels = unit_range(np.load(file, allow_pickle=False))
             elif head[128:] == b"DICM" or str(path).lower().endswith(".dcm"):
-                pixels = read_dicom(file, path)
+                pixels = read_dicom(file)
             else:
                 pixels = read_picture(file, short_side, channels)
-    except InputError:
-        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
-    except Exception as error:  # damaged files raise a dozen types, depending on the decoder: all mean the same here
-        reason = str(error).replace(f" {file!r}" if "file" in locals() else "\0", "").split("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a readable image ({reason}); expected PNG, JPEG, .npy or DICOM, complete") from None
-    image = torch.from_numpy(pixels)  # (H, W) or (H, W, C)
-    if image.ndim == 3 and image.shape[2] == 3 and channels == 1:
-        image = image @ torch.tensor([0.299, 0.587, 0.114])
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file raises one of a dozen types, depending on the decoder
+        reason = "another kind of file" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
+        reason = reason or type(error).__name__
+        raise InputError(f"{path}: expected a complete PNG, JPEG, .npy or DICOM image, found {reason}") from None
+    image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     if short_side and short_side != min(image.shape[1:]):
         image = resize(image, short_side)
+    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    if len(image) > channels:
+        image = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
     return image.expand(channels, -1, -1)
 
 
 def read_picture(file, short_side, channels):
-    """What PIL reads: float32 (H, W), or (H, W, 3) of a colour picture for channels=3, in [0, 1]."""
+    """The pixels that PIL reads: uint8 (H, W), or (H, W, 3) for channels=3; float32 in [0, 1] where they have 16 bits."""
     with Image.open(file) as picture:
         if picture.format == "JPEG" and short_side:
             picture.draft("L" if channels == 1 else None, (short_side, short_side))
-        if picture.mode.startswith(("I", "F")):  # 16 bits; PIL's own conversion to 8 would clip them to white
-            return unit_range(np.asarray(picture).astype(np.float32 if picture.mode == "F" else np.uint16), file.name)
-        grey = channels == 1 or picture.mode in ("1", "L", "LA")
-        picture = picture if picture.mode == "L" else picture.convert("L" if grey else "RGB")
-        return np.asarray(picture).astype(np.float32) / 255
+        picture.load()
+        if picture.mode.startswith("I"):  # PIL's own conversion to 8 bits would clip them to white
+            return unit_range(np.array(picture).clip(0, 65535).astype(np.uint16))
+        if picture.mode == "F":
+            return unit_range(np.array(picture))
+        mode = "L" if channels == 1 or picture.mode in ("1", "L", "LA") else "RGB"
+        return np.array(picture if picture.mode == mode else picture.convert(mode))
 
 
-def read_dicom(file, path):
+def read_dicom(file):
     """The pixels of a DICOM file as they are meant to be seen: float32 (H, W) or (H, W, 3) in [0, 1]."""
     try:
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
-        raise InputError(f"{path}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
+        raise InputError(f"{file.name}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
     record = pydicom.dcmread(file, force=True)
-    pixels = apply_voi_lut(apply_modality_lut(record.pixel_array, record), record).astype(np.float64)
-    pixels = unit_range(pixels, path, stretch=True)
+    pixels = apply_voi_lut(apply_modality_lut(record.pixel_array, record), record)
+    pixels = unit_range(pixels.astype(np.float64), stretch=True)
     return 1 - pixels if record.PhotometricInterpretation == "MONOCHROME1" else pixels
 
 
-def unit_range(pixels, path, stretch=False):
-    """An array (H, W), (H, W, 1) or (H, W, 3) as float32 in [0, 1], by the rules that `read_image` states."""
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3) or not pixels.size or pixels.dtype.kind not in "buif":
-        raise InputError(f"{path}: expected numbers of shape (H, W), (H, W, 1) or (H, W, 3), found {pixels.dtype} {pixels.shape}")
-    if pixels.dtype in (np.uint8, np.uint16):
-        return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+def unit_range(pixels, stretch=False):
+    """(H, W), (H, W, 1) or (H, W, 3) as float32 in [0, 1], by `read_image`'s rules. Raises ValueError for anything else."""
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    grey_or_colour = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    if not grey_or_colour or not pixels.size or pixels.dtype.kind not in "buif":
+        raise ValueError(f"{pixels.dtype} of shape {pixels.shape} instead of numbers (H, W), (H, W, 1) or (H, W, 3)")
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
+        return pixels.astype(np.float32) / (256**pixels.dtype.itemsize - 1)
     pixels = pixels.astype(np.float64)
     low, high = pixels.min(), pixels.max()
     if not np.isfinite(high - low):
-        raise InputError(f"{path}: expected finite pixel values, found NaN or infinity")
+        raise ValueError("pixels that are NaN or infinite")
     if stretch or low < 0 or high > 1:
-        pixels = (pixels - low) / (high - low) if high > low else np.zeros_like(pixels)
+        pixels = (pixels - low) / (high - low or 1)
     return pixels.astype(np.float32)
+
+
+def over_images(function, paths):
+    """[function(path) for path in paths], many of them by one process a core, with a progress bar; `function` is picklable.
+
+    (Threads would take twice the time of none on small images: they fight for Python's lock.)
+    """
+    bar = functools.partial(tqdm, desc="reading images", total=len(paths), leave=False, delay=1)
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if processes == 1 or len(paths) < 200:
+        return list(bar(map(function, paths)))
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with context.Pool(processes, torch.set_num_threads, (1,)) as pool:
+        return list(bar(pool.imap(function, paths, chunksize=16)))
+
+
+def read_bytes(path, short_side):
+    """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
+    return (read_image(path, short_side) * 255).round_().byte().numpy()
+
+
+def pixel_hash(path):
+    """(hash of the decoded pixels, "") of an image, ("", what is wrong) of one that cannot be read."""
+    try:
+        pixels = read_image(path).numpy()
+        return hashlib.sha256(pixels.tobytes() + str(pixels.shape).encode()).hexdigest(), ""
+    except InputError as error:
+        return "", str(error)
 
 
 def list_images(folder):
     """Every image below a folder, sorted paths. Raises InputError where there is none."""
-    paths = sorted(str(path) for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(str(path) for path in found if path.name[0] != ".")
     if not paths:
         raise InputError(f"{folder}: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), found none")
     return paths
@@ -449,7 +487,8 @@ def list_images(folder):
 NIH_CLASSES = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
                "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
-LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"}, "val": "val_list.txt", "test": "test_list.txt"}
+LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"}, "val": "val_list.txt",
+         "test": "test_list.txt"}
 DATASETS = {
     "demo": {"images": "images", "classes": None, **LISTS},
     "csv": {"images": "images", "classes": None, **LISTS},
@@ -527,9 +566,11 @@ def split_files(data, root, split="", ratio=100):
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder")
     splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
-    if ("{split}" in layout["val"]) != bool(split) or (split and split not in splits):
-        expected = f"--split, one of: {', '.join(splits) or f'(none: {root} has no splits/NAME/train.txt)'}" if "{split}" in layout["val"] else "no --split"
-        raise InputError(f"--data {data} --root {root}: expected {expected}; found {f'--split {split}' if split else 'no --split'}")
+    if "{split}" in layout["val"] and split not in splits:
+        there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
+        raise InputError(f"--data {data} --root {root}: expected --split {there}, found {split or 'none'}")
+    if split and "{split}" not in layout["val"]:
+        raise InputError(f"--data {data}: expected no --split, found {split}; the data with splits: covid")
     if ratio not in layout["train"]:
         raise InputError(f"--data {data}: expected --ratio {' or '.join(map(str, layout['train']))}, found {ratio}")
     files = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
@@ -542,7 +583,8 @@ def split_files(data, root, split="", ratio=100):
 
 
 def class_names(data, root, split, count):
-    """The names of the `count` classes: of ROOT/classes.txt, of the layout, or numbers. Raises InputError for another count."""
+    """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers. Raises InputError for another
+    count."""
     path = Path(root or ".") / "classes.txt"
     classes = DATASETS[data]["classes"] or [f"class {i + 1}" for i in range(count)]
     if path.exists():
@@ -551,7 +593,8 @@ def class_names(data, root, split, count):
         classes = ["Viral"]
     if len(classes) != count:
         source = path if path.exists() else f"--data {data}"
-        raise InputError(f"{source}: expected {count} classes, as the lists have labels, found {len(classes)}: {', '.join(classes)}")
+        raise InputError(f"{source}: expected {count} classes, as the lists have labels, found {len(classes)}: "
+                         f"{', '.join(classes)}")
     return classes
 
 
@@ -572,10 +615,11 @@ def find_images(data, root, names, source):
         paths.append(find_image(data, root, name))
         missing += [name] if paths[-1] is None else []
     if missing:
-        lines = enumerate(read_text(source).splitlines(), 1)
-        number = next((number for number, line in lines if line.strip(' "').startswith(missing[0])), 0)
-        raise InputError(f"{source}: line {number}: no image {missing[0]!r} in {os.path.join(root or '.', DATASETS[data]['images'])} "
-                         f"({len(missing)} of {len(names)} images are missing)")
+        whole = re.compile(rf"(?<![\w./-]){re.escape(missing[0])}(?![\w.-])")
+        number = next((i for i, line in enumerate(read_text(source).splitlines(), 1) if whole.search(line)), "?")
+        folder = os.path.join(root or ".", DATASETS[data]["images"])
+        raise InputError(f"{source}: line {number}: no image {missing[0]!r} in {folder} "
+                         f"({len(missing)} of {len(names)} are missing)")
     return paths
 
 
@@ -586,7 +630,8 @@ def read_csv(path, columns):
     try:
         header = [name.strip() for name in next(reader, [])]
         if not set(columns) <= set(header):
-            raise InputError(f"{path}: line 1: expected the columns {', '.join(columns)}, found {', '.join(header) or 'an empty file'}")
+            found = ", ".join(header) or "an empty file"
+            raise InputError(f"{path}: line 1: expected the columns {', '.join(columns)}, found {found}")
         places = [header.index(name) for name in columns]
         for row in reader:
             if row and len(row) <= max(places):
@@ -605,7 +650,8 @@ def read_reports(path, root):
     names, reports = [], []
     for line, name, report in read_csv(path, ("image_path", "report_content")):
         if not name or not report:
-            raise InputError(f"{path}: line {line}: expected an image and its report, found no {'report_content' if name else 'image_path'}")
+            empty = "report_content" if name else "image_path"
+            raise InputError(f"{path}: line {line}: expected an image and its report, found no {empty}")
         names.append(name)
         reports.append(report)
     if not reports:
@@ -623,9 +669,8 @@ def patient_ids(root, names):
     """The patient of each name, None where unknown: from patients.csv or records.csv (columns image_path, patient_id) at
     the root, else from names as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them."""
     table = next((path for path in (Path(root) / "patients.csv", Path(root) / "records.csv") if path.exists()), None)
-    known = {}
-    if table:
-        known = {record_names(root, [name])[0]: patient for _, name, patient in read_csv(table, ("image_path", "patient_id"))}
+    rows = read_csv(table, ("image_path", "patient_id")) if table else ()
+    known = {record_names(root, [name])[0]: patient for _, name, patient in rows}
     written = (re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}\.)", name) for name in names)
     return [known.get(name) or (match and match[0].strip("/")) for name, match in zip(names, written)]
 
@@ -647,7 +692,8 @@ def not_excluded(paths, exclude, root):
 # white space become one space: they are short, and case in them says little (Open-I's are in mixed case, others in
 # capitals). A word is a run of letters (anything beyond ASCII counts as one), of digits, or of punctuation, with the
 # space before it; no token crosses words. The vocabulary is the 256 bytes, the merges, then the special tokens.
-WORD = r" ?[^\x00-@\[-`{-\x7f]+| ?[0-9]+| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"  # reads the same in Python's and tiktoken's engine
+# The pattern reads the same in Python's and in tiktoken's engine.
+WORD = r" ?[^\x00-@\[-`{-\x7f]+| ?[0-9]+| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"
 SPECIAL = ("<pad>", "<mask>", "<eot>")
 
 
@@ -658,8 +704,8 @@ def split_words(report):
 
 def make_encoding(merges):
     """The tiktoken encoding of a list of byte strings, the token's id its place; the special tokens follow."""
-    special = {name: len(merges) + i for i, name in enumerate(SPECIAL)}
-    return tiktoken.Encoding("reports", pat_str=WORD, mergeable_ranks={b: i for i, b in enumerate(merges)}, special_tokens=special)
+    return tiktoken.Encoding("reports", pat_str=WORD, mergeable_ranks={token: i for i, token in enumerate(merges)},
+                             special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)})
 
 
 def train_tokenizer(reports, vocab_size):
@@ -669,7 +715,8 @@ def train_tokenizer(reports, vocab_size):
     pair is left twice. Returns a tiktoken.Encoding. Raises InputError for a vocabulary below the 256 bytes.
     """
     if vocab_size < 256 + len(SPECIAL):
-        raise InputError(f"vocabulary size: expected at least {256 + len(SPECIAL)} (every byte and {', '.join(SPECIAL)}), found {vocab_size}")
+        raise InputError(f"vocabulary size: expected at least {256 + len(SPECIAL)} (the bytes and {', '.join(SPECIAL)}), "
+                         f"found {vocab_size}")
     counted = Counter(word for report in reports for word in split_words(report))
     words, counts = [list(word.encode()) for word in counted], list(counted.values())
     tokens = [bytes([i]) for i in range(256)]
@@ -706,7 +753,7 @@ def train_tokenizer(reports, vocab_size):
                         changed.add(fresh)
                 i += 1
         del pairs[pair]
-        for fresh in changed - {pair}:
+        for fresh in changed:
             heapq.heappush(heap, (-pairs[fresh], fresh))
     return make_encoding(tokens)
 
@@ -728,11 +775,14 @@ def load_tokenizer(path):
         try:
             token, rank = line.split()
             tokens.append(base64.b64decode(token, validate=True))
-            assert int(rank) == number
-        except (ValueError, AssertionError):
-            raise InputError(f"{path}: line {number + 1}: expected a token in base64 and the rank {number}, found {line[:60]!r}") from None
+            ranked = int(rank) == number
+        except ValueError:
+            ranked = False
+        if not ranked:
+            raise InputError(f"{path}: line {number + 1}: expected a token in base64 and its rank {number}, "
+                             f"found {line[:60]!r}")
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
-        raise InputError(f"{path}: expected different tokens, among them all 256 bytes, found otherwise; the file is incomplete")
+        raise InputError(f"{path}: expected different tokens, all 256 bytes among them; the file is damaged: write it again")
     return make_encoding(tokens)
 
 
@@ -769,47 +819,27 @@ def hide_words(enc, tokens, words, ratio, generator=None):
 
 
 def seeded(*numbers):
-    """A torch.Generator whose stream depends on all the given non-negative numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+    """A torch.Generator whose stream depends on all the given integers."""
+    state = np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def normalize(images, mean, std):
+    """Images of any shape, centred and scaled by the mean and standard deviation that their model was trained with."""
     return (images - mean) / std
 
 
 def resize(images, size):
-    """(..., C, H, W) in [0, 1], resized (antialiased bicubic) to (h, w), or so that the shorter side is an int `size`."""
-    height, width = images.shape[-2:]
+    """(B, C, H, W) or (C, H, W), uint8 or in [0, 1], resized to (h, w), or so that the shorter side is an int `size`.
+
+    Antialiased bicubic (Keys' with a = -1/2, widened where it reduces), as PIL's.
+    """
     if isinstance(size, int):
-        size = round(height * size / min(height, width)), round(width * size / min(height, width))
-    batch = images.reshape(-1, *images.shape[-3:])
-    return F.interpolate(batch, size, mode="bicubic", antialias=True).clamp_(0, 1).reshape(*images.shape[:-2], *size)
-
-
-def resample_weights(start, length, inputs, outputs):
-    """Weights (B, outputs, inputs) that resize pixels [start, start + length) of a line of `inputs` pixels to `outputs`.
-
-    Keys' cubic (a = -1/2), widened by the reduction where it reduces: what PIL and torch call antialiased bicubic.
-    start, length: (B,), in pixels.
-    """
-    start, length = start[:, None, None], length[:, None, None]
-    pixel = torch.arange(inputs, device=start.device) + 0.5
-    centre = start + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * (length / outputs)
-    x = ((pixel - centre) / (length / outputs).clamp(min=1)).abs_().clamp_(max=2)  # (B, outputs, inputs)
-    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
-    weights *= (pixel > start) & (pixel < start + length)
-    return weights / weights.sum(-1, keepdim=True)
-
-
-def crop_resize(images, boxes, size):
-    """Cuts a box (top, left, height, width) out of each image and resizes it to (size, size), all in two matrix products.
-
-    images (B, C, H, W), boxes (B, 4) float in pixels; returns (B, C, size, size) clamped to [0, 1].
-    """
-    top, left, height, width = boxes.to(images).T
-    rows = resample_weights(top, height, images.shape[2], size)[:, None]
-    columns = resample_weights(left, width, images.shape[3], size)[:, None]
-    return (rows @ images @ columns.transpose(2, 3)).clamp_(0, 1)
+        size = [round(side * size / min(images.shape[-2:])) for side in images.shape[-2:]]
+    batch = images if images.ndim == 4 else images[None]
+    batch = F.interpolate(batch, size, mode="bicubic", antialias=True)
+    batch = batch if batch.dtype == torch.uint8 else batch.clamp_(0, 1)
+    return batch if images.ndim == 4 else batch[0]
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
@@ -818,22 +848,20 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size). Sampled as torchvision's
     RandomResizedCrop does: of ten tries the first that fits, else the central crop of the nearest aspect.
     """
-    sizes = torch.tensor([image.shape[-2:] for image in images]).double()
-    if not torch.is_tensor(images):
-        height, width = sizes.max(0).values.int().tolist()
-        images = torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
-    h, w = sizes.T
-    draw = torch.rand(4, len(sizes), 10, dtype=torch.float64, generator=generator)
+    h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
+    draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
-    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draw[1])
-    heights, widths = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** draw[1]
+    heights, widths = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()  # (B, 10)
     fits = (heights <= h[:, None]) & (widths <= w[:, None]) & (heights > 0) & (widths > 0)
     first, fits = fits.int().argmax(1, keepdim=True), fits.any(1)
-    height = torch.where(fits, heights.gather(1, first)[:, 0], torch.minimum(h, (w / ratio[0]).round()))
-    width = torch.where(fits, widths.gather(1, first)[:, 0], torch.minimum(w, (h * ratio[1]).round()))
-    top = torch.where(fits, (draw[2, :, 0] * (h - height + 1)).floor(), ((h - height) / 2).floor())
-    left = torch.where(fits, (draw[3, :, 0] * (w - width + 1)).floor(), ((w - width) / 2).floor())
-    return crop_resize(images, torch.stack([top, left, height, width], 1), size)
+    height = torch.where(fits, heights.gather(1, first)[:, 0], h.minimum((w / ratio[0]).round()))
+    width = torch.where(fits, widths.gather(1, first)[:, 0], w.minimum((h * ratio[1]).round()))
+    top = torch.where(fits, draw[2, :, 0] * (h - height + 1), (h - height) / 2)
+    left = torch.where(fits, draw[3, :, 0] * (w - width + 1), (w - width) / 2)
+    boxes = torch.stack([top, left, height, width]).T.int().tolist()
+    return torch.stack([resize(image[:, y:y + height, x:x + width], (size, size))
+                        for image, (y, x, height, width) in zip(images, boxes)])
 
 
 def random_flip(images, generator=None):
@@ -845,9 +873,9 @@ def random_flip(images, generator=None):
 class ImageSet(torch.utils.data.Dataset):
     """Grey images of which the shorter side is `size`, as 8 bits (16-bit sources are rounded), read when asked for.
 
-    set[i] is (image (1, size, size), i); set[indices, draw] is (images (B, 1, size, size), indices): a whole batch, passed
-    through `augment(images, generator)`, the generator seeded by (seed, draw), so that neither workers nor resuming change
-    it. `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ. Without it: the centre crop.
+    set[indices, draw] is (images (B, 1, size, size), indices): a batch, passed through `augment(images, generator)` with a
+    generator seeded by (seed, draw), so that neither workers nor resuming change it; without `augment`, the centre crops.
+    set[i] is (image (1, size, size), i). `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ.
     """
 
     def __init__(self, paths, size, augment=None, seed=0):
@@ -858,36 +886,30 @@ class ImageSet(torch.utils.data.Dataset):
 
     def read(self, index):
         """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
-        return (read_image(self.paths[index], self.size) * 255).round_().byte()
+        return torch.from_numpy(read_bytes(self.paths[index], self.size)) if self.cache is None else self.cache[index]
 
     def preload(self, limit=2 * 2**30):
-        """Decodes every image into memory if they take less than `limit` bytes; returns self. Decoders release Python's
-        lock, so threads share the cores."""
+        """Decodes every image into memory, if they take less than `limit` bytes; returns self."""
         if self.cache is None and len(self) * self.size**2 * 1.25 < limit:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                images = list(tqdm(pool.map(self.read, range(len(self))), "reading images", len(self), leave=False, delay=1))
-            self.cache = torch.stack(images) if len({image.shape for image in images}) == 1 else images
+            images = over_images(functools.partial(read_bytes, short_side=self.size), self.paths)
+            same = len({image.shape for image in images}) == 1
+            self.cache = torch.from_numpy(np.stack(images)) if same else [torch.from_numpy(image) for image in images]
         return self
 
     def __getitem__(self, key):
         if not isinstance(key, tuple):
             if not 0 <= key < len(self):
                 raise IndexError(key)
-            return self.crop([self.read(key) if self.cache is None else self.cache[key]])[0], key
+            return self[[key], 0][0][0], key
         indices, draw = torch.as_tensor(key[0]), key[1]
-        if torch.is_tensor(self.cache):
-            images = self.cache[indices]
-        else:
-            images = [self.read(i) if self.cache is None else self.cache[i] for i in indices.tolist()]
+        images = self.cache[indices] if torch.is_tensor(self.cache) else [self.read(i) for i in indices.tolist()]
         if self.augment is None:
-            return self.crop(images), indices
+            s = self.size
+            corners = [((image.shape[1] - s) // 2, (image.shape[2] - s) // 2) for image in images]
+            crops = torch.stack([image[:, y:y + s, x:x + s] for image, (y, x) in zip(images, corners)])
+            return crops.float() / 255, indices
         images = images.float() / 255 if torch.is_tensor(images) else [image.float() / 255 for image in images]
         return self.augment(images, seeded(self.seed, draw)), indices
-
-    def crop(self, images):
-        """The central (B, 1, size, size) of images of any shape."""
-        return torch.stack([image[:, (image.shape[1] - self.size) // 2:, (image.shape[2] - self.size) // 2:]
-                            [:, :self.size, :self.size] for image in images]).float().div_(255)
 
 
 def load_batches(dataset, keys, workers):
@@ -895,10 +917,10 @@ def load_batches(dataset, keys, workers):
     if not workers:
         yield from map(dataset.__getitem__, keys)
         return
-    context = "fork" if sys.platform == "linux" else None
     try:
-        yield from torch.utils.data.DataLoader(dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                                               multiprocessing_context=context)
+        yield from torch.utils.data.DataLoader(
+            dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None)
     except InputError as error:  # a worker's error arrives with its traceback: the last line is the message
         raise InputError(str(error).strip().split("\n")[-1].partition("InputError: ")[2]) from None
 
@@ -911,12 +933,13 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
     """
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
-        return np.random.default_rng((seed, epoch)).permutation(len(dataset))
+        return torch.randperm(len(dataset), generator=seeded(seed, epoch)).tolist()
 
     def keys():
         for step in range(start_step, steps):
-            places = (step * world + rank) * batch_size + np.arange(batch_size)
-            yield [int(permutation(place // len(dataset))[place % len(dataset)]) for place in places.tolist()], step * world + rank
+            draw = step * world + rank
+            places = range(draw * batch_size, (draw + 1) * batch_size)
+            yield [permutation(place // len(dataset))[place % len(dataset)] for place in places], draw
 
     return load_batches(dataset, keys(), workers)
 
@@ -1168,6 +1191,510 @@ def fit_square(image, size):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Demo chest radiographs
+#
+# Chest films are drawn as a sum of X-ray attenuations along each ray (soft tissue, minus air, plus bone and metal), put
+# through a film's S-shaped response: overlaps then look as they do on film.
+#
+# Legend. x runs across the patient, 0 on the spine and positive to the patient's LEFT (the picture's right); y runs down
+# from 0, the film's top edge, to 1; X = |x| serves both sides at once. Lengths are fractions of the picture's side (0.01
+# is 1.28 pixels of 128), attenuations fractions of a thick chest wall's. Maps are float32 (H, W). A side is -1 right,
+# 1 left, 0 both. Everything that can vary is drawn from the patient's own generator.
+
+DEMO_CLASSES = ("Atelectasis", "Cardiomegaly", "Effusion", "Nodule", "Pneumothorax", "Consolidation", "Edema")
+DEMO_RATES = (0.12, 0.10, 0.11, 0.14, 0.12, 0.12, 0.08)  # of turning up at a visit, heart failure aside
+ANATOMY = {  # what a patient keeps from visit to visit, uniform between two numbers
+    "chest": (0.33, 0.42), "apex": (0.07, 0.15), "height": (0.54, 0.67),  # half width, top of the lungs, length to the dome
+    "dome": (0.07, 0.12), "left_lower": (-0.01, 0.04),  # depth of the costophrenic angle; left dome below the right one
+    "ctr": (0.39, 0.475), "droop": (0.20, 0.50), "pedicle": (0.055, 0.080), "knob": (0.035, 0.060),  # heart, aorta
+    "neck": (0.11, 0.16), "shoulder": (0.02, 0.11), "trunk": (0.42, 0.56), "fat": (-0.12, 0.18), "breast": (-0.2, 0.2),
+    "rib": (0.08, 0.16), "rib_gap": (0.068, 0.086), "rib_phase": (0.0, 1.0), "clavicle": (0.12, 0.20),
+    "marks": (0.7, 1.25),  # strength of the vessels
+}
+HARDWARE = {  # name: how it is reported, then strands (width, x0, y0, x1, y1, ...)
+    "ecg": (("ECG leads overlie the chest.", "Monitoring leads project over the thorax."), (
+        (0.024, -0.26, 0.25, -0.24, 0.25), (0.007, -0.25, 0.25, -0.29, 0.14, -0.36, 0.05, -0.38, -0.2),
+        (0.024, 0.25, 0.29, 0.27, 0.29), (0.007, 0.26, 0.29, 0.21, 0.15, 0.22, 0.06, 0.27, -0.2),
+        (0.024, 0.22, 0.71, 0.24, 0.71), (0.007, 0.23, 0.71, 0.13, 0.78, 0.10, 0.90, 0.13, 1.2))),
+    "pacemaker": (("Left chest pacemaker with lead in the right ventricle.", "A left-sided pacemaker is in place."), (
+        (0.07, 0.24, 0.25, 0.30, 0.26),
+        (0.008, 0.25, 0.22, 0.18, 0.18, 0.10, 0.18, 0.02, 0.21, -0.04, 0.30, -0.05, 0.45, -0.04, 0.56, 0.01, 0.63, 0.08, 0.65))),
+    "central line": (("Right central venous catheter with tip in the SVC.", "A right jugular line ends over the SVC."), (
+        (0.009, -0.10, -0.1, -0.09, 0.05, -0.06, 0.16, -0.04, 0.26, -0.045, 0.36, -0.045, 0.44),)),
+}
+MARKERS = {1: ((0.02, -0.02, -0.03, -0.02, 0.03, 0.02, 0.03),),  # L and R, strands about the letter's middle
+           -1: ((0.02, -0.02, 0.03, -0.02, -0.03, 0.01, -0.03, 0.02, -0.015, 0.01, 0.0, -0.02, 0.0, 0.02, 0.03),)}
+
+
+@dataclasses.dataclass
+class Finding:
+    """What is drawn and reported. Zone 0 upper, 1 mid, 2 lower; severity 0 (just visible) to 1; `at`: place in the zone."""
+
+    side: int
+    zone: int
+    severity: float
+    at: tuple
+
+    @property
+    def grade(self):
+        return min(2, int(3 * self.severity))
+
+
+def draw_findings(rng, before):
+    """One visit's {class: Finding}. Findings of the visit before mostly stay, and get better or worse."""
+    failing = rng.random() < 0.08  # heart failure: a large heart, oedema and effusions together
+    now = {}
+    for name, rate in zip(DEMO_CLASSES, DEMO_RATES):
+        side, zone, severity = int(rng.choice([-1, 1])), int(rng.integers(3)), rng.random()
+        at, chance, drift, both = tuple(rng.random(2).tolist()), rng.random(), rng.normal(0, 0.25), rng.random() < 0.25
+        if name in before:
+            if chance < 0.65:
+                severity = min(max(before[name].severity + drift, 0.0), 1.0)
+                now[name] = dataclasses.replace(before[name], severity=severity)
+        elif chance < (0.7 if failing and name in ("Cardiomegaly", "Effusion", "Edema") else rate):
+            if name in ("Cardiomegaly", "Edema") or (name == "Effusion" and both):
+                side = 0
+            now[name] = Finding(side, max(zone, 1) if name == "Atelectasis" else zone, severity, at)
+    return now
+
+
+# ---- Drawing
+
+
+def smooth_noise(rng, size, cells):
+    """Random field (size, size) of about unit variance whose bumps are size / cells wide: drawn small, scaled up."""
+    small = Image.fromarray(rng.standard_normal((cells, cells), np.float32))
+    return np.asarray(small.resize((size, size), Image.BICUBIC))
+
+
+def ramp(distance, width):
+    """0 outside, 1 inside, linear over `width` around distance 0."""
+    return np.clip(distance / width + 0.5, 0, 1)
+
+
+def ball(q):
+    """Chord through an ellipsoid whose quadratic form is q (1 on its outline): 1 at the centre, 0 outside."""
+    return np.sqrt(np.maximum(1 - q, 0))
+
+
+def tube(distance, radius):
+    """Across a bone: a hollow cylinder, so its edges (cortex) are brighter than its middle (marrow)."""
+    q = (distance / radius) ** 2
+    return ball(q) - 0.7 * ball(1.7 * q)
+
+
+def strokes(size, segments, place):
+    """Draws segments (n, 5) of x0 y0 x1 y1 width, thick over thin, at twice the size; `place` maps points to the picture."""
+    picture = Image.new("L", (2 * size, 2 * size))
+    draw = ImageDraw.Draw(picture)
+    segments = segments[np.argsort(segments[:, 4], kind="stable")]
+    ends = 2 * size * place(segments[:, :4].reshape(-1, 2)).reshape(-1, 4)
+    widths = np.maximum(1, np.rint(2 * size * segments[:, 4])).astype(int)
+    shades = np.minimum(255, 23000 * segments[:, 4]).astype(int)  # a vessel is round: the thinner, the fainter
+    for end, shade, width in zip(ends.tolist(), shades.tolist(), widths.tolist()):
+        draw.line(end, shade, width)
+    return np.asarray(picture.reduce(2), np.float32) / 255
+
+
+def polylines(strands):
+    """HARDWARE's strands as segments (n, 5)."""
+    return np.array([(*strand[i : i + 4], strand[0]) for strand in strands for i in range(1, len(strand) - 3, 2)])
+
+
+def vessel_tree(rng):
+    """Segments (n, 5) of both lungs' vessels: from each hilum six trunks that fork three times."""
+    side = np.repeat([-1.0, 1.0], 6)
+    angle = np.tile(np.linspace(-1.35, 1.45, 6), 2) + rng.normal(0, 0.15, 12)  # 0 points outward, positive down
+    x, y, width, tree = side * 0.07, np.where(side > 0, 0.40, 0.43) + 0.03 * np.tanh(angle), 0.017, []
+    for _ in range(4):
+        length, fork = rng.uniform(0.06, 0.13, len(x)), rng.uniform(0.15, 0.5, len(x))
+        ends = x + side * length * np.cos(angle), y + length * np.sin(angle)
+        tree.append(np.stack([x, y, *ends, np.full(len(x), width)], 1))
+        x, y, side, width = np.tile(ends[0], 2), np.tile(ends[1], 2), np.tile(side, 2), 0.65 * width
+        angle = np.concatenate([angle - fork, angle + fork])
+    return np.concatenate(tree)
+
+
+def outlines(rng, anatomy, findings, ap, size):
+    """The chest `c` that everything hangs on: this exposure's coordinates, rib cage, diaphragm, heart and the air inside."""
+    c = SimpleNamespace(**anatomy, rng=rng, size=size, findings=findings)
+    fit = min(0.46 / c.chest, 0.48 / (c.apex + c.height + c.dome + c.left_lower - 0.5))  # ribs and sinuses just on the film
+    turn, scale, shift = math.radians(rng.normal(0, 3.5)), fit * rng.uniform(0.76, 1.02), 0.5 + rng.uniform(-0.085, 0.085, 2)
+    matrix = scale * np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    c.place = lambda points: (points - [0, 0.5]) @ matrix + shift  # patient (n, 2) to picture
+    (a, b), (d, e) = np.linalg.inv(matrix).tolist()
+    pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
+    u, v = pixel[None, :] - float(shift[0]), pixel[:, None] - float(shift[1])
+    c.x = u * a + v * d + 0.006 * smooth_noise(rng, size, 5)  # the noise bends every outline a little
+    c.y = u * b + v * e + 0.006 * smooth_noise(rng, size, 5) + 0.5
+    c.X = np.abs(c.x)
+    left = ramp(c.x, 0.06)
+    c.on = {-1: 1 - left, 0: 1.0, 1: left}
+
+    breath = rng.uniform(-0.02, 0.03) - 0.03 * ap
+    floor = c.apex + c.height + breath  # of the right lung
+    c.floor = floor + c.left_lower * left
+    if "Atelectasis" in findings:  # volume loss pulls the diaphragm up
+        c.floor = c.floor - c.on[findings["Atelectasis"].side] * (0.03 + 0.05 * findings["Atelectasis"].severity)
+    c.middle, c.base = 0.45 * c.chest, c.apex + 0.72 * c.height  # crest of the dome; where the cage is widest
+    c.across = (c.X - c.middle) / (c.chest - c.middle)  # 0 at the crest, 1 at the chest wall
+    rise = np.maximum(c.base - c.y, 0) / (c.base - c.apex)
+    inward = (c.middle - c.X) / (1.1 * c.middle)
+    radius = np.sqrt(rise**2 + np.where(c.X > c.middle, c.across, inward) ** 2)
+    c.wall = (1 - radius) * (c.chest - c.middle)  # depth inside the ribs
+    c.above = c.floor + c.dome * c.across**2 * (0.6 + 0.4 * c.across**2) - c.y  # height above the diaphragm
+
+    large = findings.get("Cardiomegaly")
+    ctr = 0.53 + 0.13 * large.severity if large else c.ctr  # cardiothoracic ratio: up to 0.5 is normal
+    swing = rng.normal(0, 0.02)  # turned about the spine, the heart, in front, moves sideways on the film
+    c.half, c.tall = ctr * c.chest, 0.155 + 0.15 * (ctr - 0.4)
+    c.heart_x, c.heart_y = 0.34 * c.half + swing, floor - 0.06
+    slanted = c.x - c.heart_x - c.droop * (c.y - c.heart_y)
+    heart = ball((slanted / math.sqrt(c.half**2 - (c.droop * c.tall) ** 2)) ** 2 + ((c.y - c.heart_y) / c.tall) ** 2)
+    c.knob_y = c.apex + 0.36 * c.height
+    knob = ball(((c.x - swing - c.pedicle + 0.35 * c.knob) / c.knob) ** 2 + ((c.y - c.knob_y) / (1.3 * c.knob)) ** 2)
+    below = np.maximum(c.y - c.knob_y, 0)
+    pedicle = ramp(c.pedicle + 0.1 * below - np.abs(c.x - swing - 0.1 * below), 0.03) * ramp(c.heart_y - c.y, 0.1)
+    c.solid = np.minimum(np.maximum(1.6 * np.maximum(heart, 0.7 * knob), 0.8 * pedicle), 1)
+    depth = np.maximum(c.wall, 0)
+    c.air = depth / (depth + 0.03) * ramp(c.above, 0.015) * (1 - 0.85 * c.solid)
+    c.abdomen, c.water, c.mask = ramp(-c.above, 0.02), 0.0, np.zeros((size, size), bool)
+    return c
+
+
+def spot(c, finding):
+    """A point in the visible lung: down from the apex by zone, then out from the heart's border towards the ribs."""
+    y = c.apex + c.height * (0.18 + 0.26 * (finding.zone + 0.8 * finding.at[1]))
+    ribs = c.middle + (c.chest - c.middle) * math.sqrt(1 - (max(c.base - y, 0) / (c.base - c.apex)) ** 2) - 0.05
+    t = (y - c.heart_y) / c.tall
+    border = finding.side * (c.heart_x + c.droop * (y - c.heart_y)) + c.half * math.sqrt(max(1 - t * t, 0))
+    inner = max(0.10, border + 0.03 if abs(t) < 1 else 0)
+    return finding.side * (inner + max(ribs - inner, 0.02) * finding.at[0]), y
+
+
+def edema(c, f):  # bat's wings: patchy haze around both hila, a coarse interstitium
+    x, y = c.rng.uniform(0.13, 0.19), c.apex + c.rng.uniform(0.50, 0.66) * c.height
+    wing = np.exp(-(((c.X - x) / 0.10) ** 2) - ((c.y - y) / 0.17) ** 2)
+    wing = wing * (1 + c.rng.uniform(-0.2, 0.2) * (2 * c.on[1] - 1))  # never quite symmetric
+    c.water += wing * (0.18 + 0.22 * f.severity) * np.maximum(1 + 0.25 * smooth_noise(c.rng, c.size, c.size // 4), 0.4)
+    c.texture = c.texture * (1 + (1.2 + 1.5 * f.severity) * wing)
+
+
+def consolidation(c, f):  # fluffy, patchy, within one zone; ends at the pleura
+    x, y = spot(c, f)
+    near = np.exp(-((c.x - x) ** 2 + ((c.y - y) / c.rng.uniform(0.8, 1.1)) ** 2) / (0.10 + 0.07 * f.severity) ** 2)
+    patchy = np.maximum(1 + 0.5 * smooth_noise(c.rng, c.size, c.size // 8), 0.4)
+    c.water += np.minimum(1.4 * near * patchy, 1) * c.on[f.side] * (0.50 + 0.15 * f.severity)
+
+
+def nodule(c, f):
+    x, y = spot(c, f)
+    c.water += ball(((c.x - x) ** 2 + (c.y - y) ** 2) / (0.055 + 0.030 * f.severity) ** 2) * (0.62 + 0.10 * f.severity)
+
+
+def atelectasis(c, f):  # one to three plates, nearly horizontal (the raised diaphragm is in `outlines`)
+    x, y = spot(c, f)
+    for k in range(1 + f.grade):
+        off = c.y - y - 0.05 * k - c.rng.uniform(-0.45, 0.45) * (c.x - x)
+        plate = np.exp(-((off / 0.022) ** 2)) * ramp(0.11 + 0.06 * f.severity - np.abs(c.x - x), 0.03)
+        c.water += plate * c.on[f.side] * (0.48 + 0.08 * f.severity)
+
+
+def pneumothorax(c, f):  # air between ribs and lung, most at the apex: no vessels out there; the pleura is a thin line
+    gap = (0.07 + 0.11 * f.severity) * (1.25 - 0.8 * np.clip((c.y - c.apex) / c.height, 0, 1))
+    outside = ramp(gap - c.wall, 0.008) * c.on[f.side]
+    c.mask = (outside > 0.5) & (c.wall > 0) & (c.above > 0) & (c.solid < 0.5)
+    c.marks, c.texture, c.water = c.marks * (1 - outside), c.texture * (1 - outside), c.water * (1 - outside)
+    c.water += (0.16 * np.exp(-(((c.wall - gap) / 0.008) ** 2)) + (0.08 + 0.10 * f.severity) * (1 - outside)) * c.on[f.side]
+    c.air = c.air * (1 + 0.15 * outside)
+
+
+def effusion(c, f):  # fluid fills the lowest part and climbs the wall, a meniscus; dense as the abdomen, it hides the dome
+    height = 0.065 + 0.30 * f.severity**1.3
+    climb = 0.35 * np.clip(c.across, 0, 1.1) ** 2
+    level = c.floor + c.dome - height * (0.75 + climb) - 0.05 * np.exp(-np.maximum(c.wall, 0) / 0.02)
+    fluid = ramp(c.y - level, 0.025) * c.on[f.side] * ramp(c.X - 0.02, 0.04)
+    c.abdomen = np.maximum(c.abdomen, fluid * ramp(c.wall, 0.02))
+    c.air, c.mask = c.air * (1 - 0.95 * fluid), c.mask & (fluid < 0.5)
+
+
+def bones(c):
+    """Posterior ribs arch out and down from the spine, front ribs down and inward; then spine, clavicles, scapulae."""
+    r = c.X / c.chest
+    back = (c.y - 0.10 * r**2 * (0.4 + r**2) + 0.02 * r) / c.rib_gap + c.rib_phase
+    front = (c.y + 0.28 * (r - 1)) / (1.25 * c.rib_gap) + c.rib_phase
+    ribs = tube(back - np.floor(back) - 0.5, 0.24) * ramp(c.X - 0.03, 0.03)
+    ribs = ribs + 0.55 * tube(front - np.floor(front) - 0.5, 0.22) * ramp(r - 0.5, 0.3)
+    spine = ramp(0.034 - c.X, 0.02) * (0.85 + 0.15 * np.cos(c.y * (2 * math.pi / 0.055)))
+    bow = c.clavicle - 0.10 * c.X * (1 + c.X) + 0.016 * np.sin(11 * c.X)
+    clavicles = tube(c.y - bow, 0.017) * ramp(c.X - 0.035, 0.02)
+    blades = ramp(c.X - 0.38 + 0.25 * (c.y - 0.3), 0.015) * ramp(0.56 - c.X, 0.1)
+    blades = blades * ramp(c.y - c.clavicle - 0.02, 0.06) * ramp(0.50 - c.y, 0.10)
+    ribs = ribs * ramp(c.wall + 0.02, 0.02) * ramp(0.86 - c.y, 0.2)
+    return c.rib * ribs + 0.07 * spine + 0.20 * clavicles + 0.07 * blades
+
+
+def soft_tissue(c):
+    """Neck, shoulders and trunk, thickest in the middle; abdomen, breasts, stomach bubble, trachea and main bronchi."""
+    outline = c.neck + ramp(c.y - c.shoulder - 0.03, 0.16) * (0.62 - c.neck) - ramp(c.y - 0.55, 0.35) * (0.62 - c.trunk)
+    body = ball((c.x / outline) ** 2) * (0.95 + c.fat) + 0.20 * c.abdomen
+    if c.breast > 0:
+        body += c.breast * ball(((c.X - 0.20) / 0.16) ** 2 + ((c.y - c.apex - 0.88 * c.height) / 0.14) ** 2)
+    if c.rng.random() < 0.5:
+        bubble = ball(((c.x - 0.17) / 0.06) ** 2 + ((c.y - c.heart_y - c.rng.uniform(0.15, 0.18)) / 0.035) ** 2)
+        body -= 0.25 * bubble * ramp(-c.above - 0.01, 0.02)
+    fork = np.abs(np.abs(c.x - 0.008) - 0.9 * np.maximum(c.y - c.knob_y - 0.03, 0))
+    return body - 0.10 * ball((fork / 0.018) ** 2) * ramp(c.knob_y + 0.09 - c.y, 0.06)
+
+
+def chest_film(rng, anatomy, vessels, findings, ap, devices, size):
+    """One film: pixels and pneumothorax mask, uint8 (H, W)."""
+    c = outlines(rng, anatomy, findings, ap, size)
+    c.marks, c.texture = c.marks * strokes(size, vessels, c.place), smooth_noise(rng, size, size // 3)
+    for draw in (edema, consolidation, nodule, atelectasis, pneumothorax, effusion):  # the pleural space over the lung
+        if draw.__name__.capitalize() in findings:
+            draw(c, findings[draw.__name__.capitalize()])
+    body = soft_tissue(c)
+    lung = np.minimum(c.water, 0.7) + 0.14 * c.marks + 0.022 * c.texture + 0.06 * smooth_noise(rng, size, 4) - 0.55
+    total = body + (bones(c) + 0.16 * c.solid) * ramp(body - 0.3, 0.4) + lung * c.air * (body > 0.2)
+    for device in devices:
+        loose = c.place(rng.normal(0, 0.02, 2)) - c.place(np.zeros(2))
+        total += 0.9 * strokes(size, polylines(HARDWARE[device][1]), lambda points: c.place(points) + loose)
+    side = int(rng.choice([-1, 1]))
+    corner = [0.5 + side * rng.uniform(0.38, 0.45), rng.uniform(0.05, 0.20)]
+    total += (rng.random() < 0.7) * strokes(size, polylines(MARKERS[side]), lambda points: points + corner)
+    total += 0.05 * smooth_noise(rng, size, 2)  # uneven exposure
+    # N quanta ~ exp(-attenuation) reach a pixel, so log N has the noise exp(attenuation / 2). Then the film's response.
+    total += rng.uniform(0.006, 0.015) * np.exp(0.5 * total) * rng.standard_normal((size, size), np.float32)
+    film = 1 / (1 + np.exp((rng.uniform(0.50, 0.85) - total) * rng.uniform(3.5, 6.0)))
+    film = film ** rng.uniform(0.75, 1.3) * rng.uniform(0.85, 1.0)
+    return (255 * film).astype(np.uint8), c.mask.astype(np.uint8) * 255
+
+
+# ---- Reports. A phrase's slots: {grade} and {gradely} severity, {side}, {place} side and zone, {s} {there} {a} number.
+
+DEGREE = (("mild", "slight"), ("moderate",), ("severe", "marked"))
+SIZE = (("small", "minor"), ("moderate",), ("large", "sizeable"))
+ZONES = (("upper lobe", "upper zone", "upper lung"), ("mid zone", "mid lung", "midlung field"),
+         ("lower lobe", "lower zone", "base"))
+PHRASES = {  # class: grades, noun, then sentences that state it, conclude it and deny it
+    "Atelectasis": (DEGREE, "atelectasis", (
+        "{grade} plate-like atelectasis in the {place}.",
+        "There is {grade} discoid atelectasis with volume loss in the {place}.",
+        "Linear opacities in the {place} are consistent with {grade} subsegmental atelectasis.",
+        "Band-like opacity at the {place}, likely {grade} atelectasis with elevation of the hemidiaphragm."),
+        ("{grade} {place} atelectasis.", "{place} opacity, favor {grade} atelectasis."),
+        ("No atelectasis is seen.", "No volume loss or atelectasis.")),
+    "Cardiomegaly": (DEGREE, "cardiomegaly", (
+        "There is {grade} cardiomegaly.", "The heart is {gradely} enlarged.",
+        "The cardiac silhouette is {gradely} enlarged.",
+        "{grade} enlargement of the cardiac silhouette."),
+        ("{grade} cardiomegaly.", "{gradely} enlarged heart."),
+        ("The heart size is normal.", "The cardiac silhouette is within normal limits.", "Heart normal in size.",
+        "No cardiomegaly.")),
+    "Effusion": (SIZE, "pleural effusion", (
+        "{there} {grade} {side} pleural effusion{s}.",
+        "{a}{grade} {side} pleural effusion{s} blunting the costophrenic angle{s}.",
+        "Blunting of the {side} costophrenic angle{s} is compatible with {a}{grade} pleural effusion{s}.",
+        "Layering fluid with a meniscus, consistent with {a}{grade} {side} pleural effusion{s}."),
+        ("{grade} {side} pleural effusion{s}.", "{side} pleural effusion{s}, {grade}."),
+        ("No pleural effusion.", "The costophrenic angles are sharp.", "There is no evidence of pleural fluid.")),
+    "Nodule": (SIZE, "nodule", (
+        "There is a {grade} nodule in the {place}.", "A {grade} rounded nodule projects over the {place}.",
+        "{grade} well-circumscribed nodular opacity in the {place}.",
+        "Rounded opacity in the {place}, suspicious for a {grade} nodule."),
+        ("{grade} {place} nodule, recommend CT.", "{grade} nodule of the {place}."),
+        ("No pulmonary nodule.", "No suspicious nodules are identified.")),
+    "Pneumothorax": (SIZE, "pneumothorax", (
+        "There is a {grade} {side} pneumothorax.", "{grade} {side} pneumothorax with a visible pleural line.",
+        "A {side} pleural line without peripheral lung markings indicates a {grade} pneumothorax.",
+        "{grade} pneumothorax on the {side}, largest at the apex."),
+        ("{grade} {side} pneumothorax.", "{side} pneumothorax, {grade}."),
+        ("No pneumothorax.", "There is no evidence of pneumothorax.", "No pneumothorax is identified.")),
+    "Consolidation": (DEGREE, "consolidation", (
+        "{grade} patchy consolidation in the {place}.",
+        "There is {grade} airspace consolidation in the {place}, suspicious for infection.",
+        "{grade} airspace opacity at the {place}, likely consolidation.",
+        "Ill-defined opacities in the {place} represent {grade} consolidation."),
+        ("{grade} {place} consolidation.", "{grade} consolidation of the {place}, possibly infectious."),
+        ("No focal consolidation.", "There is no focal airspace consolidation.", "No consolidation is present.")),
+    "Edema": (DEGREE, "pulmonary edema", (
+        "There is {grade} pulmonary edema.", "Bilateral perihilar haze and indistinct vessels suggest {grade} edema.",
+        "{grade} interstitial edema with a bat-wing distribution.",
+        "Perihilar opacities in both lungs are in keeping with {grade} pulmonary edema."),
+        ("{grade} pulmonary edema.", "Findings of {grade} edema."),
+        ("No pulmonary edema.", "The pulmonary vasculature is normal without edema.", "No evidence of edema.")),
+}
+CHANGES = {  # against the visit before
+    "new": "The {what} is new since the prior study.", "worse": "Compared with the prior, the {what} has increased.",
+    "better": "Compared with the prior, the {what} has decreased.",
+    "same": "The {what} is unchanged from the prior study.",
+    "gone": "The previously seen {what} has resolved.",
+}
+INDICATIONS = ("Chest pain.", "Shortness of breath.", "Cough and fever.", "Preoperative evaluation.", "Dyspnea.",
+    "Fall.", "Follow-up.")
+ASIDES = (
+    "The mediastinal contours are unremarkable.", "The osseous structures are intact.", "The trachea is midline.",
+    "Visualized upper abdomen is unremarkable.", "No acute bony abnormality.", "Degenerative changes of the spine.",
+)
+CLEAR = ("The lungs are clear.", "Both lungs are clear and well expanded.", "Clear lungs bilaterally.")
+NORMAL = ("No acute cardiopulmonary abnormality.", "No acute disease.", "Normal chest radiograph.",
+    "Unremarkable examination of the chest.")
+
+
+def write_report(rng, findings, before, ap, devices):
+    """The report of one film: every finding with side, place and grade; some of the absent ones denied."""
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    def say(name, options):
+        f = findings[name]
+        grade, side = pick(PHRASES[name][0][f.grade]), ("right", "bilateral", "left")[f.side + 1]
+        several = f.side == 0
+        return pick(options).format(
+            grade=grade, gradely=grade + "ly", side=side, place=f"{side} {pick(ZONES[f.zone])}", s="s" * several,
+            there="There are" if several else "There is a", a="" if several else "a ")
+
+    absent = [name for name in PHRASES if name not in findings]
+    positive = [say(name, PHRASES[name][2]) for name in findings]
+    denied = [name for name in absent if rng.random() < (0.6 if len(findings) < 2 else 0.4)]
+    rng.shuffle(denied)
+    other = []
+    if len(denied) > 2 and rng.random() < 0.6:  # "No pneumothorax, consolidation or pleural effusion."
+        nouns = [PHRASES[name][1] for name in denied[:3]]
+        other, denied = [f"No {', '.join(nouns[:-1])} or {nouns[-1]}."], denied[3:]
+    other += [pick(PHRASES[name][4]) for name in denied] + [pick(HARDWARE[device][0]) for device in devices]
+    if not {"Atelectasis", "Nodule", "Consolidation", "Edema"} & set(findings) and rng.random() < 0.5:
+        other.append(pick(CLEAR))
+    known = [name for name in PHRASES if before is not None and (name in findings or name in before)]
+    if known and rng.random() < 0.3:
+        name = pick(known)
+        was, now = before.get(name), findings.get(name)
+        step = 0 if None in (was, now) else now.severity - was.severity
+        change = "worse" if step > 0.1 else "better" if step < -0.1 else "same"
+        change = "new" if was is None else "gone" if now is None else change
+        side = ("right ", "", "left ")[(now or was).side + 1]
+        positive.append(CHANGES[change].format(what=side + PHRASES[name][1]))
+    rng.shuffle(positive)
+    rng.shuffle(other)
+    body = positive + other if rng.random() < 0.7 else other + positive
+    conclusion = [say(name, PHRASES[name][3]) for name in findings] or [pick(NORMAL)]
+    if len(conclusion) > 3:
+        conclusion = ["Multiple abnormalities as described above."]
+    sections = [("FINDINGS:", body), ("IMPRESSION:", conclusion)]
+    if before is not None and rng.random() < 0.4:
+        sections.insert(0, ("COMPARISON:", ["Prior chest radiograph."]))
+    if rng.random() < 0.3:
+        sections.insert(0, ("INDICATION:", [pick(INDICATIONS)]))
+    asides = [ASIDES[i] for i in rng.permutation(len(ASIDES))] + ["Portable AP view." if ap else "PA view of the chest."]
+    while asides and (len(" ".join(body + conclusion).split()) < 17 or rng.random() < 0.15):
+        body.append(asides.pop())
+    return " ".join(f"{head} {' '.join(text[0].upper() + text[1:] for text in lines)}" for head, lines in sections)
+
+
+# ---- The folder
+
+
+def draw_patient(folder, seed, size, patient):
+    """Draws all films of one patient into folder/images and folder/masks. Returns [(file name, findings, report)]."""
+    rng = np.random.default_rng([seed, patient])
+    anatomy = {name: rng.uniform(*limits) for name, limits in ANATOMY.items()}
+    vessels, before, rows = vessel_tree(rng), None, []
+    for visit in range(rng.integers(1, 5)):
+        findings = draw_findings(rng, before or {})
+        ap = bool(rng.random() < 0.35)
+        devices = [device for device in HARDWARE if rng.random() < (0.15 if ap else 0.05)]
+        film, mask = chest_film(rng, anatomy, vessels, findings, ap, devices, size)
+        name = f"{patient:08d}_{visit:03d}.png"
+        Image.fromarray(film).save(folder / "images" / name, compress_level=1)
+        if "Pneumothorax" in findings:
+            Image.fromarray(mask).save(folder / "masks" / name, compress_level=1)
+        rows.append((name, list(findings), write_report(rng, findings, before, ap, devices)))
+        before = findings
+    return rows
+
+
+def split_patients(rng, patients):
+    """Cuts a random order of the patients (lists of rows) where 70 % and 80 % of the images are reached: {list: rows}.
+
+    train_1 and train_10 begin the same order at 1 % and 10 % of the training images. So that train_1 has positives of
+    every class, the order is the best of 200 in the count of train_1's rarest class.
+    """
+    images = np.array([len(rows) for rows in patients])
+    counts = np.array([[sum(name in row[1] for row in rows) for name in DEMO_CLASSES] for rows in patients])
+
+    def cut(order, share):
+        return int(np.searchsorted(np.cumsum(images[order]), share * images.sum())) + 1
+
+    orders = [rng.permutation(len(patients)) for _ in range(200)]
+    order = max(orders, key=lambda order: counts[order[: cut(order, 0.007)]].sum(0).min())
+    train, val = cut(order, 0.7), cut(order, 0.8)
+    parts = {"train_1": order[: cut(order, 0.007)], "train_10": order[: cut(order, 0.07)], "train_list": order[:train],
+             "val_list": order[train:val], "test_list": order[val:]}
+    return {name: [row for i in sorted(part) for row in patients[i]] for name, part in parts.items()}
+
+
+def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
+    """Draws the demo records into the folder `out`: about 2.5 films a patient, in the published formats.
+
+    images/, masks/ (pneumothorax), train_1.txt ... test_list.txt, training.csv (the training part's reports), classes.txt,
+    patients.csv, demo.json (the arguments). The same seed gives the same files whatever the number of processes (default:
+    one a core). A demo already at `out` is replaced, anything else there is not; `out` appears only when complete.
+    Raises InputError for a folder that cannot be written or is not a demo, and for fewer than 50 patients or 32 pixels.
+    """
+    out = Path(out)
+    if patients < 50 or size < 32:
+        raise InputError(f"demo records: expected at least 50 patients (no part empty) and 32 pixels, found {patients} and {size}")
+    temporary, old = (Path(f"{os.path.abspath(out)}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"pairs"}):
+            raise InputError(f"{out}: expected demo records (demo.json) or nothing, found something else: not overwritten")
+        for name in ("images", "masks"):
+            (temporary / name).mkdir(parents=True)
+        draw = partial(draw_patient, temporary, seed, size)
+        processes = min(processes or os.cpu_count() or 1, patients)
+        bar = partial(tqdm, total=patients, desc="drawing demo records", unit="patient", leave=False, disable=None)
+        if processes == 1:
+            records = list(bar(map(draw, range(1, patients + 1))))
+        else:
+            # spawn, the same on Linux, macOS and Windows; Ctrl-C is this process's business
+            with multiprocessing.get_context("spawn").Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+                records = list(bar(pool.imap(draw, range(1, patients + 1), chunksize=8)))
+        for part, rows in split_patients(np.random.default_rng(seed), records).items():
+            lines = [" ".join([name] + [str(int(c in findings)) for c in DEMO_CLASSES]) for name, findings, _ in rows]
+            (temporary / f"{part}.txt").write_text("\n".join(lines) + "\n")
+            if part == "train_list":
+                write_csv(temporary / "training.csv", ("image_path", "report_content"), [(name, text) for name, _, text in rows])
+        names = [(name, name.split("_")[0]) for rows in records for name, _, _ in rows]
+        write_csv(temporary / "patients.csv", ("image_path", "patient_id"), names)
+        (temporary / "classes.txt").write_text("\n".join(DEMO_CLASSES) + "\n")
+        (temporary / "demo.json").write_text(json.dumps({"patients": patients, "size": size, "seed": seed}) + "\n")
+        if out.exists():
+            if (out / "pairs").exists():  # the demo pairs live there too
+                os.rename(out / "pairs", temporary / "pairs")
+            os.rename(out, old)
+        os.rename(temporary, out)
+    except OSError as error:
+        raise InputError(f"{out}: demo records cannot be written: {error.strerror or error}") from None
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def demo_root(root=""):
+    """The folder of the demo records (default: demo), drawn there on first use. Under torchrun one process draws."""
+    root, rank = Path(root or "demo"), int(os.environ.get("RANK", 0))
+    if rank == 0 and not (root / "demo.json").exists():
+        print(f"drawing the demo records into {root}")
+        write_demo_records(root)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.barrier()
+    return root
+
+
+def write_csv(path, header, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1286,7 +1813,8 @@ def demo_pairs(root, size=64, slices=4, subjects=(("train", 30), ("val", 5), ("t
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     root: str = option("", "folder of the data set")
-    data: str = option("", "layout of the data set (none: covid where there is ROOT/splits, else demo)", choices=["", *DATASETS])
+    data: str = option("", "layout of the data set (default: covid where there is ROOT/splits, else demo)",
+                       choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
 
 
@@ -1301,52 +1829,54 @@ def audit(config):
     splits = [config.split]
     if "{split}" in layout["val"] and not config.split:
         splits = sorted(path.name for path in root.glob("splits/*") if path.is_dir()) or [""]
-    patients, digests, positives, problems = {}, {}, {}, []
+    lists, problems = {}, []
     for split in splits:
         split_files(data, root, split, max(layout["train"]))  # explains what does not fit
         for name in [*layout["train"].values(), layout["val"], layout["test"]]:
             path = root / name.format(split=split)
             if path.exists():
-                key = (split, path.stem)
                 try:
-                    positives[key] = read_list(path)
+                    lists[split, path.stem] = read_list(path)
                 except InputError as error:
                     problems.append(str(error))
-                    positives[key] = read_list(path, skip_bad=True)
-                patients[key] = patient_ids(root, positives[key][0])
-
-    @functools.cache
-    def digest(name):
-        """(hash of the decoded pixels, "") or ("", what is wrong)."""
-        try:
-            image = read_image(find_image(data, root, name) or name)
-            return hashlib.sha256(image.numpy().tobytes() + str(image.shape).encode()).hexdigest(), ""
-        except InputError as error:
-            return "", str(error)
-
-    names = sorted({name for listed, _ in positives.values() for name in listed})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = dict(zip(names, tqdm(pool.map(digest, names), "reading images", len(names), leave=False, delay=1)))
+                    lists[split, path.stem] = read_list(path, skip_bad=True)
+    names = sorted({name for listed, _ in lists.values() for name in listed})
+    patients = dict(zip(names, patient_ids(root, names)))
+    digests = dict(zip(names, over_images(pixel_hash, [find_image(data, root, name) or name for name in names])))
     problems += [wrong for _, wrong in digests.values() if wrong]
+    known = {key: {patients[name] for name in listed} - {None} for key, (listed, _) in lists.items()}
     print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
-    for (split, part), (listed, labels) in positives.items():
-        known = set(patients[split, part]) - {None}
-        counts = ", ".join(f"{name} {int(n)}" for name, n in zip(class_names(data, root, split, labels.shape[1]), labels.sum(0)))
-        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{len(known) or '?':>10}  {counts}")
-    for (a, b) in itertools.combinations(positives, 2):
+    for (split, part), (listed, labels) in lists.items():
+        classes = class_names(data, root, split, labels.shape[1])
+        counts = ", ".join(f"{name} {int(count)}" for name, count in zip(classes, labels.sum(0)))
+        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{len(known[split, part]) or '?':>10}  {counts}")
+    for a, b in itertools.combinations(lists, 2):
         if a[0] != b[0] or a[1].startswith("train") and b[1].startswith("train"):
             continue
         both = f"{a[0]} {a[1]} and {b[1]}".strip()
-        shared = sorted(set(patients[a]) & set(patients[b]) - {None})
-        same = {digests[name][0]: name for name in positives[a][0] if digests[name][0]}
-        same = [f"{same[digests[name][0]]} = {name}" for name in positives[b][0] if digests[name][0] in same]
-        problems += [f"{both}: {len(shared)} patients in both: {', '.join(shared[:5])}"] if shared else []
+        twice = sorted(known[a] & known[b])
+        first = {digests[name][0]: name for name in lists[a][0] if digests[name][0]}
+        same = [f"{first[digests[name][0]]} = {name}" for name in lists[b][0] if digests[name][0] in first]
+        problems += [f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}"] if twice else []
         problems += [f"{both}: {len(same)} images with the same pixels in both: {', '.join(same[:5])}"] if same else []
-    print("\n".join(problems) if problems else "nothing wrong: no patient and no image in two parts, every file readable")
+    print("\n".join(problems) or "nothing wrong: no patient and no image in two parts, every file readable")
     return int(bool(problems))
 
 
-COMMANDS = {"audit": (AuditConfig, audit)}  # name: (options, function of them; what it returns is the exit status)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    out: str = option("demo", "folder to draw the demo records and pairs into")
+    seed: int = option(0, "seed of the drawing")
+    patients: int = option(2400, "patients, about 2.5 films each")
+
+
+def draw_demo(config):
+    """Draws the demo records, and the demo pairs beside them where there are none."""
+    root = write_demo_records(config.out, config.patients, seed=config.seed)
+    print(f"{root}: {len(list((root / 'images').iterdir()))} films; {demo_pairs(root, seed=config.seed)}: pairs")
+
+
+COMMANDS = {"audit": (AuditConfig, audit), "demo": (DemoConfig, draw_demo)}  # name: (options, function of them; what it returns is the exit status)
 
 
 def main(argv=None):

@@ -24,6 +24,7 @@ Where this departs from the paper's official code (Kid-Liet/Reg-GAN), and why:
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1; flow (B, 2, H, W) in pixels.
 """
+import contextlib
 import csv
 import dataclasses
 import io
@@ -462,7 +463,7 @@ def build(config, in_chans, out_chans, size):
     return model
 
 
-def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=torch.no_grad, world=1):
+def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.nullcontext, world=1):
     """One step of any host with or without registration: first G (and R), then D on the same fakes. Returns the losses."""
     d_parameters = opt_d.param_groups[0]["params"]
     for p in d_parameters:

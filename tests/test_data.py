@@ -1,0 +1,793 @@
+"""Tests of data.py (reading, lists, reports, tokenizer, batches, pictures, audit, checkpoints) against PIL, scikit-image,
+pydicom, tiktoken's loader and a naive byte-pair encoding; every kind of bad input has its one line."""
+import argparse
+import dataclasses
+import io
+import json
+import math
+import pickle
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import skimage.transform
+import tiktoken.load
+import torch
+from PIL import Image
+
+import data
+from data import InputError
+
+SHARED = Path(__file__).resolve().parents[1] / "../shared"
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """A real grey picture with fine detail, uint8 (512, 512)."""
+    return skimage.data.camera()
+
+
+def one_line(error):
+    """The message, after checking that it is one line."""
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def fails(call, *parts):
+    with pytest.raises(InputError) as error:
+        call()
+    for part in parts:
+        assert str(part) in one_line(error), str(error.value)
+
+
+# ---- Command lines, schedule, checkpoints
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(data.RunConfig):
+    rank: int = data.option(4, "rank")
+    share: float = data.option(0.5, "a share, 100 % is all")
+    flip: bool = data.option(False, "mirror")
+    kind: str = data.option("a", "which", choices=["a", "b"])
+
+
+def test_parse_config(capsys):
+    assert data.parse_config(Config, []) == Config()
+    config = data.parse_config(Config, "--rank 8 --flip --no-kernels --out runs/x --share .1 --kind b".split())
+    assert config == Config(rank=8, flip=True, kernels=False, out="runs/x", share=0.1, kind="b")
+    with pytest.raises(SystemExit):
+        data.parse_config(Config, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "rank (default: 4)" in text and "a share, 100 % is all (default: 0.5)" in text
+    for wrong in (["--kind", "c"], ["--rank", "x"], ["--unknown"]):
+        with pytest.raises(SystemExit) as stop:
+            data.parse_config(Config, wrong)
+        assert stop.value.code == 2
+
+
+def test_run_script_prints_one_line_and_exits_with_2(capsys):
+    def main():
+        raise InputError("a.txt: line 3: wrong")
+    with pytest.raises(SystemExit) as stop:
+        data.run_script(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: a.txt: line 3: wrong\n"
+
+
+def test_cosine_lr():
+    rates = [data.cosine_lr(step, 100, 10, 2.0, 0.2) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.1) and rates[100] == pytest.approx(0.2)
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert data.cosine_lr(0, 10, 0, 1.0) == 1.0
+
+
+def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "sub" / "a.bin"
+    data.atomic_write(path, lambda file: file.write(b"old"))
+
+    def crash(file):
+        file.write(b"half")
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        data.atomic_write(path, crash)
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+    fails(lambda: data.atomic_write(path / "below", lambda file: None), path / "below", "cannot be written")
+
+
+def test_atomic_write_keeps_the_old_checkpoint_on_a_full_disk(tmp_path):
+    resource = pytest.importorskip("resource")
+    code = f"""if True:
+        import resource, signal, torch, data
+        data.save_checkpoint({str(tmp_path / 'a.pt')!r}, {{"model": torch.ones(2)}})
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        data.run_script(lambda: data.save_checkpoint({str(tmp_path / 'a.pt')!r}, {{"model": torch.ones(10**6)}}))"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(data.__file__).parent)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "cannot be written" in run.stderr, run.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"] and data.load_checkpoint(tmp_path / "a.pt")["model"].shape == (2,)
+
+
+def test_checkpoints(tmp_path):
+    path = tmp_path / "a.pt"
+    state = {"model": {"w": torch.randn(3, 4)}, "step": 7, "random": data.random_state(), "args": argparse.Namespace(lr=0.1)}
+    expected = torch.rand(3)
+    data.save_checkpoint(path, state)
+    loaded = data.load_checkpoint(path)
+    assert torch.equal(loaded["model"]["w"], state["model"]["w"]) and loaded["step"] == 7 and loaded["args"].lr == 0.1
+    data.set_random_state(loaded["random"])
+    assert torch.equal(torch.rand(3), expected)
+
+    whole = path.read_bytes()
+    for wrong in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
+        path.write_bytes(wrong)
+        fails(lambda: data.load_checkpoint(path), path, "not a readable checkpoint")
+    fails(lambda: data.load_checkpoint(tmp_path / "none.pt"), "none.pt: no such checkpoint")
+    fails(lambda: data.load_checkpoint(tmp_path), tmp_path)
+    torch.save([1, 2], path)
+    fails(lambda: data.load_checkpoint(path), path, "expected a dict", "list")
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path(self.__dict__["path"]),))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_checkpoint_runs_no_code(tmp_path):
+    evil = Evil()
+    evil.path = str(tmp_path / "owned")
+    torch.save({"model": evil}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps({"model": evil}))
+    for name in ("a.pt", "b.pt"):
+        fails(lambda: data.load_checkpoint(tmp_path / name), name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_run_log(tmp_path):
+    log = data.RunLog(tmp_path / "run", Config(rank=2))
+    log.line(step=1, loss=torch.tensor(0.5))
+    data.RunLog(tmp_path / "run", Config(), resume=True).line(step=2)
+    log.json("result.json", {"auroc": np.float32(0.5)})
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == 0.5
+    assert data.read_json(tmp_path / "run/result.json") == {"auroc": 0.5}
+    data.RunLog(tmp_path / "other", Config(), rank=1).line(step=1)
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "file").write_text("")
+    fails(lambda: data.RunLog(tmp_path / "file", Config()), tmp_path / "file", "cannot be written")
+    (tmp_path / "broken.json").write_text('{"a": 1,\n')
+    fails(lambda: data.read_json(tmp_path / "broken.json"), "broken.json: line 2")
+    fails(lambda: data.read_json(tmp_path / "none.json"), "none.json: no such file")
+
+
+# ---- Reading images
+
+
+def test_png_of_every_kind(tmp_path, photo):
+    path = tmp_path / "a.png"
+    colour = np.stack([photo, photo.T, 255 - photo], -1)
+
+    def read(picture, **kwargs):
+        picture.save(path)
+        image = data.read_image(path, **kwargs)
+        assert image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
+        return image.numpy()
+
+    grey = photo[None] / np.float32(255)
+    assert np.array_equal(read(Image.fromarray(photo)), grey)
+    deep = photo.astype(np.uint16) * 257 - photo % 7 * (photo > 0)  # 16 bits that 8 cannot hold
+    assert np.allclose(read(Image.fromarray(deep)), deep[None] / 65535, atol=1e-7)
+    assert np.array_equal(read(Image.fromarray(photo > 100)), (photo > 100)[None])
+    assert np.array_equal(read(Image.fromarray(photo).convert("P")), grey)
+    alpha = np.dstack([photo, photo, photo, photo.T])
+    assert np.array_equal(read(Image.fromarray(alpha)), grey)
+    assert np.abs(read(Image.fromarray(colour))[0] - colour @ [0.299, 0.587, 0.114] / 255).max() < 1 / 255
+    assert np.array_equal(read(Image.fromarray(colour), channels=3), colour.transpose(2, 0, 1) / np.float32(255))
+    assert np.array_equal(read(Image.fromarray(photo), channels=3), np.repeat(grey, 3, 0))
+    assert read(Image.fromarray(deep), channels=3).shape == (3, 512, 512)
+
+
+def test_resizing_agrees_with_pil(tmp_path, photo):
+    photo = photo[:300]  # (300, 512)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    for short in (299, 128, 33, 400):
+        image = data.read_image(tmp_path / "a.png", short)
+        size = (round(512 * short / 300), short)
+        assert image.shape == (1, size[1], size[0])
+        assert np.abs(image[0].numpy() * 255 - np.asarray(Image.fromarray(photo).resize(size, Image.BICUBIC))).max() <= 1.01
+    floats = torch.from_numpy(photo[None] / np.float32(255))
+    expected = np.asarray(Image.fromarray(floats[0].numpy()).resize((171, 100), Image.BICUBIC)).clip(0, 1)
+    assert np.abs(data.resize(floats, 100)[0].numpy() - expected).max() < 1e-4
+    assert data.resize(floats[None], (40, 50)).shape == (1, 1, 40, 50)
+
+
+def test_jpeg_is_decoded_at_reduced_size(tmp_path, photo, monkeypatch):
+    big = np.asarray(Image.fromarray(photo).resize((1600, 1200), Image.BICUBIC))
+    Image.fromarray(big).save(tmp_path / "a.jpg", quality=92)
+    Image.fromarray(np.dstack([big] * 3)).save(tmp_path / "colour.jpg", quality=92)
+    reference = skimage.transform.resize(big / 255, (240, 320), anti_aliasing=True)
+    decoded, load = [], Image.Image.load
+    monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(self.size) or load(self))
+    for name in ("a.jpg", "colour.jpg"):
+        image = data.read_image(tmp_path / name, 240)
+        assert image.shape == (1, 240, 320) and np.abs(image[0].numpy() - reference).mean() < 0.01
+        assert np.corrcoef(image[0].numpy().ravel(), reference.ravel())[0, 1] > 0.995  # and not shifted
+    assert (400, 300) in decoded and (1600, 1200) not in decoded
+    assert data.read_image(tmp_path / "a.jpg").shape == (1, 1200, 1600)
+    assert data.read_image(tmp_path / "colour.jpg", 240, channels=3).shape == (3, 240, 320)
+
+
+@pytest.mark.parametrize("array, expected", [
+    (np.array([[0, 255]], np.uint8), [[0, 1]]),
+    (np.array([[0, 65535, 13107]], np.uint16), [[0, 1, 0.2]]),
+    (np.array([[0, 65535]], ">u2"), [[0, 1]]),
+    (np.array([[0.25, 0.5]], np.float16), [[0.25, 0.5]]),  # within [0, 1]: kept
+    (np.array([[-1, 0, 1]], np.float32), [[0, 0.5, 1]]),  # else stretched
+    (np.array([[-1000, 0, 1000]], np.int16), [[0, 0.5, 1]]),
+    (np.array([[5.0, 5.0]]), [[0, 0]]),
+    (np.array([[[0.5], [0.25]]]), [[0.5, 0.25]]),
+])
+def test_npy(tmp_path, array, expected):
+    np.save(tmp_path / "a.npy", array)
+    image = data.read_image(tmp_path / "a.npy")
+    assert image.shape == (1, 1, len(expected[0])) and np.allclose(image[0], expected, atol=1e-6)
+
+
+def write_dicom(path, pixels, **attributes):
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.1"
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    record = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    record.Rows, record.Columns = pixels.shape
+    record.SamplesPerPixel, record.PixelRepresentation, record.PhotometricInterpretation = 1, 0, "MONOCHROME2"
+    record.BitsAllocated, record.BitsStored, record.HighBit = 16, 12, 11
+    record.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in attributes.items():
+        setattr(record, name, value)
+    record.save_as(path, enforce_file_format=True)
+
+
+def test_dicom(tmp_path, photo, monkeypatch):
+    pytest.importorskip("pydicom")
+    path, raw = tmp_path / "a.dcm", photo.astype(np.uint16) * 16
+    whole = (raw - raw.min()) / np.ptp(raw)
+    write_dicom(path, raw)
+    assert np.allclose(data.read_image(path)[0], whole, atol=1e-5)
+    write_dicom(path, raw, PhotometricInterpretation="MONOCHROME1")
+    assert np.allclose(data.read_image(path)[0], 1 - whole, atol=1e-5)
+    write_dicom(path, raw, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=2000, WindowWidth=3000)
+    windowed = ((raw * 2.0 - 1000 - 1999.5) / 2999 + 0.5).clip(0, 1)  # DICOM PS3.3 C.11.2.1.2
+    assert np.allclose(data.read_image(path)[0], windowed, atol=1e-5)
+    path.rename(tmp_path / "without_ending")  # told by content
+    assert data.read_image(tmp_path / "without_ending", 64).shape == (1, 64, 64)
+    (tmp_path / "junk.dcm").write_bytes(b"junk" * 100)
+    fails(lambda: data.read_image(tmp_path / "junk.dcm"), "junk.dcm", "expected a complete")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    fails(lambda: data.read_image(tmp_path / "without_ending"), "without_ending", "pip install")
+
+
+def test_unreadable_images_have_one_clear_line(tmp_path, photo):
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(photo).save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        for part in (20, len(whole) // 2, len(whole) - 40):
+            (tmp_path / name).write_bytes(whole[:part])
+            fails(lambda: data.read_image(tmp_path / name, 64), tmp_path / name, "expected a complete")
+    (tmp_path / "empty.png").write_bytes(b"")
+    fails(lambda: data.read_image(tmp_path / "empty.png"), "empty.png", "empty file")
+    (tmp_path / "text.png").write_text("this is text" * 20)
+    fails(lambda: data.read_image(tmp_path / "text.png"), "text.png", "another kind of file")
+    fails(lambda: data.read_image(tmp_path / "none.png"), "none.png: no such image")
+    fails(lambda: data.read_image(tmp_path), tmp_path)
+    for array in (np.zeros((2, 3, 4, 5)), np.array([[np.nan]]), np.array([["a"]]), np.zeros((0, 3))):
+        np.save(tmp_path / "a.npy", array)
+        fails(lambda: data.read_image(tmp_path / "a.npy"), "a.npy")
+    np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
+    fails(lambda: data.read_image(tmp_path / "pickled.npy"), "pickled.npy")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["png", "jpg", "npy", "dcm"])
+def test_damaged_images_are_read_or_refused(tmp_path, photo, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "npy":
+        np.save(path, photo[:40, :40])
+    elif kind == "dcm":
+        pytest.importorskip("pydicom")
+        write_dicom(path, photo[:40, :40].astype(np.uint16))
+    else:
+        Image.fromarray(photo[:40, :40]).save(path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole) if rng.random() < 0.5 else 200, 3):
+            damaged[place % len(whole)] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            image = data.read_image(path, 16)
+            assert image.ndim == 3 and len(image) == 1 and min(image.shape[1:]) == 16 and 0 <= image.min() and image.max() <= 1
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_list_images(tmp_path, photo):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.png", "sub/a.JPG", ".hidden.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert data.list_images(tmp_path) == [str(tmp_path / "b.png"), str(tmp_path / "sub/a.JPG")]
+    fails(lambda: data.list_images(tmp_path / "none"), "none", "found none")
+
+
+# ---- Lists and reports
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_read_list(tmp_path):
+    text = "\ufeffa.png 0 1 1 \n\nchest 1 of 2.png 1 0 0\nsub/b.dcm\t0 0 0\n"  # byte order mark, blank line, spaces, tab
+    path = write(tmp_path / "l.txt", text)
+    names, labels = data.read_list(path)
+    assert names == ["a.png", "chest 1 of 2.png", "sub/b.dcm"] and labels.dtype == torch.float32
+    assert labels.tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 0]]
+    names, labels = data.read_list(write(path, "1.2.276.0.7230010\n1.2.276.0.7230011\n"))  # SIIM
+    assert names == ["1.2.276.0.7230010", "1.2.276.0.7230011"] and labels.shape == (2, 0)
+
+
+@pytest.mark.parametrize("text, line, found", [
+    ("a.png 0 1\nb.png 1\nc.png 0 0\n", 2, "found 1"),
+    ("a.png 0 1\nb.png 1 1 1\nc.png 0 0\n", 2, "found 1 1 1"),
+    ("a.png 11\nb.png 1\nc.png 0\n", 1, "found 11"),
+    ("a.png 0\nb.png -1\nc.png 0\n", 2, "found -1"),
+    ("a.png 0\nb.png\nc.png 0\n", 2, "found none"),
+    ("a.png 0\nb.png x\nc.png 0\n", 2, "'b.png x'"),
+    ("a.png 0\nb.png 1\na.png 0\n", 3, "listed before, in line 1"),
+])
+def test_a_bad_line_is_named_or_left_out(tmp_path, capsys, text, line, found):
+    path = write(tmp_path / "l.txt", text)
+    fails(lambda: data.read_list(path), path, f"line {line}:", found, "--skip-bad-lines")
+    names, labels = data.read_list(path, skip_bad=True)
+    assert len(names) == len(labels) == 2
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and f"line {line}:" in warning and "1 of 3" in warning
+
+
+def test_unusable_lists(tmp_path):
+    fails(lambda: data.read_list(tmp_path / "none.txt"), "none.txt: no such file")
+    for text in ("", "\n \n"):
+        fails(lambda: data.read_list(write(tmp_path / "l.txt", text), skip_bad=True), "l.txt", "empty list")
+    fails(lambda: data.read_list(write(tmp_path / "l.txt", "a.png 0\n"), num_labels=2), "line 1", "expected 2 labels")
+    fails(lambda: data.read_list(write(tmp_path / "l.txt", "a.png 7\n"), skip_bad=True), "line 1")  # none left
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
+    fails(lambda: data.read_list(tmp_path / "b.txt"), "b.txt", "UTF-8")
+
+
+def make_folder(root, photo, lists, files=()):
+    """A small data set: lists {file: {name: labels}}, each image with different pixels."""
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(dict.fromkeys(name for rows in lists.values() for name in rows)):
+        Image.fromarray(np.roll(photo[:64, :64], i, 0)).save(root / "images" / name)
+    for file, rows in lists.items():
+        write(root / file, "".join(f"{name} {labels}\n" for name, labels in rows.items()))
+    for name, text in dict(files).items():
+        write(root / name, text)
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path, photo):
+    return make_folder(tmp_path / "set", photo, {
+        "train_1.txt": {"a0.png": "0 1"}, "train_list.txt": {"a0.png": "0 1", "a1.png": "1 0"},
+        "val_list.txt": {"b0.png": "1 1"}, "test_list.txt": {"c0.png": "0 0", "c1.png": "1 0"},
+    }, {"classes.txt": "Edema\nNodule\n",
+        "patients.csv": "image_path,patient_id\na0.png,1\na1.png,1\nb0.png,2\nc0.png,3\nimages/c1.png,4\n"})
+
+
+def test_split_files(folder, tmp_path, photo):
+    files = data.split_files("nih", folder, "", 1)
+    assert files == {"train": folder / "train_1.txt", "val": folder / "val_list.txt", "test": folder / "test_list.txt"}
+    fails(lambda: data.split_files("nih", folder, "", 10), "train_10.txt: no such list", "--ratio 10", "train_1.txt")
+    fails(lambda: data.split_files("nih", folder, "", 5), "expected --ratio 1 or 10 or 100, found 5")
+    fails(lambda: data.split_files("nih", tmp_path / "none"), "--root", "no such folder")
+    fails(lambda: data.split_files("nih", folder, "covid1"), "expected no --split, found covid1")
+    fails(lambda: data.split_files("covid", folder, "covid1"), "none there")
+    lists = [f"splits/{split}/{part}.txt" for split in ("covid1", "viral2") for part in ("train", "val", "test")]
+    covid = make_folder(tmp_path / "covid", photo, dict.fromkeys(lists, {"a.png": "0", "b.png": "1"}))
+    assert data.split_files("covid", covid, "viral2")["val"] == covid / "splits/viral2/val.txt"
+    for split in ("", "covid9"):
+        fails(lambda: data.split_files("covid", covid, split), "expected --split covid1 or viral2")
+    assert data.class_names("covid", covid, "viral2", 1) == ["Viral"]
+    assert data.class_names("covid", covid, "covid1", 1) == ["COVID-19"]
+
+
+def test_class_names(folder):
+    assert data.class_names("demo", folder, "", 2) == ["Edema", "Nodule"]
+    fails(lambda: data.class_names("demo", folder, "", 3), folder / "classes.txt", "expected 3 classes", "found 2")
+    (folder / "classes.txt").unlink()
+    assert data.class_names("demo", folder, "", 2) == ["class 1", "class 2"]
+    assert data.class_names("nih", folder, "", 14)[13] == "Hernia"
+    fails(lambda: data.class_names("chexpert", folder, "", 14), "--data chexpert", "expected 14")
+
+
+def test_find_images(folder):
+    found = data.find_images("nih", folder, ["a0.png", "images/a1.png", "b0"], None)
+    assert found == [str(folder / "images" / name) for name in ("a0.png", "a1.png", "b0.png")]
+    path = write(folder / "l.txt", "aa0.png 0\na1.png 0\n0.png 1\n")
+    fails(lambda: data.find_images("nih", folder, ["a1.png", "0.png", "x.png"], path), path, "line 3:", "'0.png'", "2 of 3")
+    fails(lambda: data.read_list(path, root=folder), path, "line 1:", "'aa0.png'")
+
+
+def test_read_reports(folder):
+    path = folder / "training.csv"
+    write(path, '\ufeff study , image_path , report_content\n1, a0.png ,"Heart size normal, ""clear"" lungs.\nNo effusion."\n\n'
+                "2,images/b0.png,Edema.\n")
+    paths, reports = data.read_reports(path, folder)
+    assert paths == [str(folder / "images/a0.png"), str(folder / "images/b0.png")]
+    assert reports == ['Heart size normal, "clear" lungs.\nNo effusion.', "Edema."]
+    head = "image_path,report_content\n"
+    for text, parts in {
+        "": ["line 1", "image_path, report_content", "an empty file"],
+        "image,report\n": ["line 1", "found image, report"],
+        head: ["found none"],
+        head + "a0.png,Edema.\nb0.png,\n": ["line 3", "report_content"],
+        head + ",Edema.\n": ["line 2", "image_path"],
+        head + "a0.png,Edema.\nb0.png\n": ["line 3", "expected 2 fields, found 1"],
+        head + "a0.png,x\nz.png,y\n": ["line 3", "'z.png'"],
+    }.items():
+        fails(lambda: data.read_reports(write(path, text), folder), path, *parts)
+    fails(lambda: data.read_reports(folder / "none.csv", folder), "none.csv: no such file")
+
+
+def test_patients_and_exclusion(folder):
+    assert data.patient_ids(folder, ["a0.png", "c1.png", "z.png"]) == ["1", "4", None]
+    (folder / "patients.csv").rename(folder / "other.csv")
+    names = ["00000013_005.png", "images/00000013_006.png", "CheXpert/train/patient00007/study1/view1_frontal.jpg", "x.png"]
+    assert data.patient_ids(folder, names) == ["00000013", "00000013", "patient00007", None]
+    (folder / "other.csv").rename(folder / "patients.csv")
+    paths = [str(folder / "images" / name) for name in ("a0.png", "a1.png", "b0.png", "c0.png")]
+    exclude = write(folder / "exclude.txt", "a1.png 11\nc0.png 1\n")  # a label that is no label still names an image to leave out
+    assert data.not_excluded(paths, exclude, folder) == [2]
+
+
+# ---- The tokenizer
+
+TEXTS = ["The heart is normal in size. The lungs are clear.", "Small left pleural effusion; no pneumothorax.",
+         "2.5 cm nodule, right upper lobe (RUL).", "Épanchement pleural gauche.\n\nNo   edema", "心影增大 <mask> <pad>",
+         "aaaa aaaaa aa abab ababab", "the the the theth"]
+
+
+def naive_tokenizer(texts, size):
+    """Byte-pair encoding as the definition says it, recounting everything before each merge: the list of tokens."""
+    words = [[bytes([b]) for b in word.encode()] for text in texts for word in data.split_words(text)]
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < size:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not pairs or max(pairs.values()) < 2:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], tokens.index(pair[0]), tokens.index(pair[1])))
+        tokens += [best[0] + best[1]] * (best[0] + best[1] not in tokens)
+        for word in words:
+            i = 0
+            while i < len(word) - 1:
+                if (word[i], word[i + 1]) == best:
+                    word[i:i + 2] = [best[0] + best[1]]
+                i += 1
+    return tokens
+
+
+def naive_encode(tokens, word):
+    """Merges the neighbours that make the earliest token until none do."""
+    parts, rank = [bytes([b]) for b in word.encode()], {token: i for i, token in enumerate(tokens)}
+    while True:
+        ranked = [(rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in rank]
+        if not ranked:
+            return [rank[part] for part in parts]
+        i = min(ranked)[1]
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+def random_texts(seed, count):
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(list("aab .b"), 12)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS * 3, random_texts(0, 40), random_texts(1, 200)], ids=["texts", "thrice", "few", "many"])
+def test_tokenizer_equals_a_naive_one(texts):
+    enc, tokens = data.train_tokenizer(texts, 340), naive_tokenizer(texts, 340 - len(data.SPECIAL))
+    assert [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(data.SPECIAL))] == tokens
+    assert [enc.encode_single_token(name) for name in data.SPECIAL] == [len(tokens) + i for i in range(len(data.SPECIAL))]
+    rows, owners = data.encode_reports(enc, texts, 120)
+    for text, row, owner in zip(texts, rows, owners):
+        words = data.split_words(text)
+        expected = [(token, i) for i, word in enumerate(words) for token in naive_encode(tokens, word)]
+        row = [(token, i) for token, i in zip(row.tolist(), owner.tolist()) if i >= 0]
+        assert row == expected
+        assert [token for token, _ in row] == enc.encode_ordinary("".join(words))
+        assert enc.decode([token for token, _ in row]).strip() == " ".join(text.lower().split())
+
+
+def test_words_are_split_off_their_punctuation():
+    assert data.split_words("No  Edema, (2.5 cm)\nÉtat") == [" no", " edema", ",", " (", "2", ".", "5", " cm", ")", " état"]
+    assert data.split_words("") == data.split_words(" \n") == []
+
+
+def test_tokenizer_file(tmp_path):
+    enc, path = data.train_tokenizer(TEXTS * 2, 300), tmp_path / "t.tiktoken"
+    data.save_tokenizer(enc, path)
+    again = data.load_tokenizer(path)
+    assert again.n_vocab == enc.n_vocab == 300 and tiktoken.load.load_tiktoken_bpe(str(path)) == again._mergeable_ranks
+    assert torch.equal(data.encode_reports(enc, TEXTS, 50)[0], data.encode_reports(again, TEXTS, 50)[0])
+    assert data.train_tokenizer(TEXTS * 2, 300)._mergeable_ranks == enc._mergeable_ranks
+    lines = path.read_text().splitlines()
+    for wrong, part in ((lines[:270] + ["!!! 270"], "line 271"), (lines[:5] + lines[6:], "line 6"),
+                        (lines[:200], "256 bytes"), (lines + [""], "line 298")):
+        fails(lambda: data.load_tokenizer(write(path, "\n".join(wrong) + "\n")), path, part)
+    fails(lambda: data.load_tokenizer(tmp_path / "none"), "no such file")
+    fails(lambda: data.train_tokenizer(TEXTS, 200), "vocabulary size", "200")
+    assert data.train_tokenizer([], 1000).n_vocab == 256 + len(data.SPECIAL)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5, 1.0])
+def test_hidden_words(ratio):
+    enc = data.train_tokenizer(TEXTS, 280)
+    tokens, words = data.encode_reports(enc, TEXTS + ["", "one"], 60)
+    inputs, hidden = data.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))
+    mask = enc.encode_single_token("<mask>")
+    assert torch.equal(inputs, torch.where(hidden, mask, tokens)) and hidden.dtype == torch.bool and not hidden[words < 0].any()
+    for owner, row in zip(words, hidden):
+        count = int(owner.max()) + 1
+        chosen = {int(w) for w in owner[row]}
+        assert len(chosen) == min(count, max(1, round(ratio * count)))
+        assert all(row[owner == w].all() for w in chosen)  # all pieces together
+    assert torch.equal(hidden, data.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))[1])
+    assert data.hide_words(enc, tokens[-2:-1], words[-2:-1], ratio)[1].sum() == 0  # an empty report
+
+
+def test_every_word_is_hidden_equally_often():
+    enc = data.train_tokenizer(TEXTS, 280)
+    tokens, words = data.encode_reports(enc, ["one two three four five"] * 4000, 40)
+    hidden = data.hide_words(enc, tokens, words, 0.4, torch.Generator().manual_seed(0))[1].float()
+    shares = torch.stack([hidden[:, words[0] == w].mean() for w in range(5)])
+    assert ((shares - 0.4).abs() < 0.03).all()
+
+
+# ---- Augmentations and batches
+
+
+def test_random_resized_crop_follows_torchvisions_rule(monkeypatch):
+    boxes, resize = [], data.resize
+    coordinates = torch.stack(torch.meshgrid(torch.arange(90.0), torch.arange(160.0), indexing="ij"))  # a pixel knows its place
+    monkeypatch.setattr(data, "resize", lambda image, size: boxes.append(image) or resize(image, size))
+    crops = data.random_resized_crop(coordinates.expand(2000, -1, -1, -1), 8, (0.1, 0.6), generator=torch.Generator().manual_seed(0))
+    assert crops.shape == (2000, 2, 8, 8)
+    h, w = torch.tensor([box.shape[1:] for box in boxes]).T
+    share, aspect = h * w / (90 * 160), w / h
+    assert 0.09 < share.min() and share.max() < 0.61 and 0.3 < share.mean() < 0.4  # uniform, less what does not fit
+    assert aspect.min() > 0.72 and aspect.max() < 1.38 and abs(aspect.log().mean()) < 0.05
+    top, left = torch.stack([box[:, 0, 0] for box in boxes]).T
+    assert abs((top / (90 - h).clamp(min=1)).mean() - 0.5) < 0.03 and abs((left / (160 - w)).mean() - 0.5) < 0.03
+    boxes.clear()  # nothing of that area fits: the central crop of the nearest aspect
+    data.random_resized_crop(coordinates[None], 8, (1.0, 1.0))
+    assert boxes[0].shape == (2, 90, 120) and boxes[0][1, 0, 0] == 20
+
+
+def test_crops_repeat_differ_and_take_any_shape(photo):
+    image = torch.from_numpy(photo[None] / np.float32(255))
+    draw = lambda images: data.random_resized_crop(images, 96, generator=torch.Generator().manual_seed(3))
+    crops = draw(image.expand(5, -1, -1, -1))
+    assert torch.equal(crops, draw([image] * 5)) and 0 <= crops.min() and crops.max() <= 1
+    assert len({crop.numpy().tobytes() for crop in crops}) == 5
+    assert draw([image[:, :100], image[:, :, :200]]).shape == (2, 1, 96, 96)
+    whole = data.random_resized_crop(image[None], 128, (1.0, 1.0), (1.0, 1.0))[0]
+    assert torch.equal(whole, data.resize(image, 128))
+
+
+def test_random_flip():
+    images = torch.arange(12.0).reshape(1, 1, 3, 4).expand(400, -1, -1, -1)
+    flipped = data.random_flip(images, torch.Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(-1)).all((1, 2, 3))
+    assert ((flipped == images).all((1, 2, 3)) ^ mirrored).all() and 150 < mirrored.sum() < 250
+
+
+def test_normalize():
+    assert torch.equal(data.normalize(torch.full((1, 1, 2, 2), 0.75), 0.5, 0.25), torch.ones(1, 1, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, photo):
+    """11 images of 48 x 48; and 3 of other shapes and depths."""
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(11):
+        Image.fromarray(photo[i * 40:i * 40 + 48, :48]).save(folder / f"{i:02d}.png")
+    np.save(folder / "wide.npy", photo[:48, :90])
+    Image.fromarray(photo[:100, :60].astype(np.uint16) * 257).save(folder / "x_tall.png")
+    Image.fromarray(photo).save(folder / "y_big.jpg")
+    return data.list_images(folder)
+
+
+def crop32(images, generator):
+    return data.random_resized_crop(images, 32, generator=generator)
+
+
+def test_image_set(paths):
+    same, mixed = data.ImageSet(paths[:11], 48), data.ImageSet(paths, 40)
+    for image_set in (same, mixed):
+        before = [image for image, _ in image_set]
+        assert len(before) == len(image_set) and all(image.shape == (1, image_set.size, image_set.size) for image in before)
+        assert image_set.preload() is image_set and image_set.cache is not None
+        assert all(torch.equal(a, b) for a, (b, _) in zip(before, image_set))
+        images, indices = image_set[[2, 0, 5], 0]
+        assert torch.equal(images, torch.stack([before[i] for i in (2, 0, 5)])) and indices.tolist() == [2, 0, 5]
+    assert torch.equal(data.ImageSet(paths[:1], 48)[0][0], data.read_image(paths[0]))
+    wide = data.read_image(paths[11])[:, :, 21:69]  # centre crop
+    assert torch.equal(data.ImageSet(paths[11:12], 48)[0][0], wide)
+    assert data.ImageSet(paths, 40).preload(limit=1000).cache is None  # too large: read when asked for
+    many = data.ImageSet(paths * 20, 40).preload()  # by several processes, in order
+    assert all(torch.equal(a, b) for a, b in zip(many.cache, mixed.cache * 20)) and len(many.cache) == 280
+
+
+@pytest.mark.parametrize("preload", [False, True])
+def test_train_batches_depend_on_the_step_alone(paths, preload):
+    def steps(start, stop, workers=0, rank=0, world=1):
+        image_set = data.ImageSet(paths, 48, crop32, seed=5)
+        image_set.preload() if preload else None
+        return list(data.train_batches(image_set, 4, start, stop, 5, rank, world, workers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a machine of one core warns of two workers
+        first, later, worked = steps(0, 9), steps(5, 9), steps(0, 9, workers=2)
+    assert first[0][0].shape == (4, 1, 32, 32) and first[0][0].dtype == torch.float32
+    for (a, i), (b, j) in list(zip(first[5:], later)) + list(zip(first, worked)):
+        assert torch.equal(a, b) and i.tolist() == j.tolist()
+    order = torch.cat([index for _, index in first]).tolist()
+    assert sorted(order[:14]) == sorted(order[14:28]) == list(range(14)) and order[:14] != order[14:28]
+    shares = [torch.cat([index for _, index in steps(0, 4, rank=rank, world=2)]).reshape(4, 4) for rank in range(2)]
+    assert torch.cat(shares, 1).flatten()[:28].tolist() == order[:28]  # two processes take turns in the same row
+    assert not torch.equal(first[0][0][0], steps(0, 9)[3][0][0])
+
+
+def test_eval_batches_cover_everything_once(paths):
+    image_set = data.ImageSet(paths, 48)
+    batches = list(data.eval_batches(image_set, 4))
+    assert [len(images) for images, _ in batches] == [4, 4, 4, 2]
+    assert torch.cat([i for _, i in batches]).tolist() == list(range(14))
+    shares = [torch.cat([i for _, i in data.eval_batches(image_set, 4, rank, 3)]).tolist() for rank in range(3)]
+    assert sorted(sum(shares, [])) == list(range(14)) and shares[1] == [1, 4, 7, 10, 13]
+
+
+def test_a_truncated_image_ends_a_run_with_its_line(paths, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(Path(paths[0]).read_bytes()[:300])
+    image_set = data.ImageSet([paths[0], str(bad)], 48)
+    fails(image_set.preload, bad)
+    fails(data.ImageSet(paths * 20 + [str(bad)], 48).preload, bad)  # so many are read by several processes
+    for workers in (0, 1):
+        fails(lambda: list(data.eval_batches(image_set, 2, workers=workers)), bad, "expected a complete")
+
+
+# ---- Pictures
+
+
+def test_save_grid(tmp_path):
+    red, grey = torch.zeros(3, 20, 30), torch.full((20, 30), 0.5)
+    red[0] = 1
+    data.save_grid(tmp_path / "g.png", [[red, grey], [grey[None]]], ["red", "grey"], ["a report " * 20, ""], scale=2)
+    picture = np.asarray(Image.open(tmp_path / "g.png"))
+    assert (picture == [255, 0, 0]).all(-1).sum() == 40 * 60 and (picture == [128] * 3).all(-1).sum() >= 2 * 40 * 60
+    assert (picture[0] == 255).all() and (picture[-1] == 255).all() and (picture[:, 0] == 255).all()
+    assert (picture.sum(-1) < 200).sum() > 100  # text
+    data.save_grid(tmp_path / "h.png", [[grey]])
+    assert Image.open(tmp_path / "h.png").size == (46, 36)
+    fails(lambda: data.save_grid(tmp_path / "g.png/x.png", [[grey]]), "cannot be written")
+
+
+def test_save_plot(tmp_path):
+    curves = {"loss": (range(5), [4, 3, None, math.nan, 1]), "empty": ([], []), "point": ([2], [2.0])}
+    data.save_plot(tmp_path / "p.png", curves, "title", "step", "loss")
+    data.save_plot(tmp_path / "q.png", {"Edema 0.5": ([0, 1], [0, 1])}, "ROC", "x", "y", diagonal=True)
+    data.save_plot(tmp_path / "r.png", {}, "nothing", "x", "y")
+    data.save_plot(tmp_path / "s.png", {"flat": ([1, 2], [0.5, 0.5])}, "flat", "x", "y")
+    for name in "pqrs":
+        assert Image.open(tmp_path / f"{name}.png").size[1] == 430
+    blue = (np.abs(np.asarray(Image.open(tmp_path / "p.png")).astype(int) - [31, 119, 180]).sum(-1) < 60).sum()
+    assert blue > 300
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 7.1), (0.001, 0.00137), (0, 123456), (5, 5.5)])
+def test_ticks_are_few_round_and_inside(low, high):
+    ticks = data.nice_ticks(low, high)
+    assert 2 <= len(ticks) <= 6 and low - 1e-9 <= ticks[0] and ticks[-1] <= high * (1 + 1e-9)
+    assert len({f"{tick:.6g}" for tick in ticks}) == len(ticks)
+
+
+# ---- Audit
+
+
+def run_audit(*arguments):
+    run = subprocess.run([sys.executable, "data.py", "audit", *map(str, arguments)], capture_output=True, text=True,
+                         cwd=Path(data.__file__).parent)
+    return run.returncode, run.stdout, run.stderr
+
+
+def audit(root, capsys, **options):
+    status = data.audit(data.AuditConfig(root=str(root), **options))
+    return status, capsys.readouterr().out
+
+
+def test_audit_of_clean_lists(folder, capsys):
+    status, text = audit(folder, capsys)
+    assert status == 0 and "nothing wrong" in text
+    assert "train_1                        1         1  Edema 0, Nodule 1" in text
+    assert "test_list                      2         2  Edema 1, Nodule 0" in text
+
+
+def test_audit_finds_leaks_and_unreadable_files(folder, capsys):
+    write(folder / "test_list.txt", "c0.png 0 0\nc1.png 1 0\na1.png 1 0\nnone.png 0 0\nd.png 0 1\nc1.png 0 0\n")
+    Image.open(folder / "images/b0.png").save(folder / "images/d.png", compress_level=0)  # other bytes, the same pixels
+    (folder / "images/c0.png").write_bytes((folder / "images/c0.png").read_bytes()[:500])
+    status, text = audit(folder, capsys)
+    assert status == 1
+    assert "train_list and test_list: 1 patients in both: 1" in text
+    assert "train_list and test_list: 1 images with the same pixels in both: a1.png = a1.png" in text
+    assert "val_list and test_list: 1 images with the same pixels in both: b0.png = d.png" in text
+    assert "none.png: no such image" in text and "c0.png: expected a complete" in text
+    assert "line 6: 'c1.png' is listed before" in text
+    assert "train_1 and train_list" not in text
+
+
+def test_audit_command_line(folder, tmp_path):
+    assert run_audit("--root", folder)[0] == 0
+    status, _, error = run_audit("--root", tmp_path / "none")
+    assert status == 2 and error.startswith("error: --root") and error.count("\n") == 1
+    status, _, error = run_audit()
+    assert status == 2 and "--root" in error
+
+
+# ---- Real data
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not (SHARED / "covid").is_dir(), reason="no ../shared")
+class TestShared:
+    def test_published_lists(self):
+        root = SHARED / "covid"
+        for split, sizes in {"covid1": (314, 46, 84), "viral2": (266, 42, 83)}.items():
+            for (part, path), size in zip(data.split_files("covid", root, split).items(), sizes):
+                names, labels = data.read_list(path)
+                assert labels.shape == (size, 1) and len(data.find_images("covid", root, names, path)) == size
+        fails(lambda: data.read_list(root / "splits/viral1/test.txt"), "line 1", "found 11", "--skip-bad-lines")
+
+    def test_reports_less_the_test_part(self):
+        paths, reports = data.read_reports(SHARED / "covid/training.csv", SHARED / "covid")
+        kept = data.not_excluded(paths, SHARED / "covid/splits/covid1/test.txt", SHARED / "covid")
+        assert len(paths) == len(reports) == 464 and 300 < len(kept) < 464
+
+    def test_formats(self):
+        pytest.importorskip("pydicom")
+        assert data.read_image(SHARED / "formats/Fake_MONOHR1.dcm", 224).shape == (1, 224, 224)
+        assert data.read_image(SHARED / "formats/00000001_000.png").shape == (1, 512, 512)
+        assert data.read_image(SHARED / "covid/images/000001-1.jpg", 224).shape[1:].count(224) >= 1
+
+    def test_tokenizer_on_real_reports(self):
+        reports = (SHARED / "openi/reports.txt").read_text().splitlines()
+        enc = data.train_tokenizer(reports, 2000)
+        tokens, words = data.encode_reports(enc, reports, 100)
+        real = words >= 0
+        assert enc.n_vocab == 2000 and real.sum() / (words.max(1).values + 1).sum() < 1.35  # tokens a word
+        for report, row in zip(reports[::200], tokens[::200]):
+            full = enc.encode_ordinary("".join(data.split_words(report)))[:100]
+            assert row[:len(full)].tolist() == full
+
+    def test_audit(self, capsys):
+        status, text = audit(SHARED / "covid", capsys, split="covid1")
+        assert status == 0 and "nothing wrong" in text

@@ -1,0 +1,216 @@
+"""The demo chest radiographs: the folder is complete, reproducible and honest (lists, masks and reports agree)."""
+import csv
+import hashlib
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+
+PATIENTS = 120
+LISTS = ("train_1", "train_10", "train_list", "val_list", "test_list")
+MENTIONS = {  # what a sentence about a class contains
+    "Atelectasis": "atelectasis", "Cardiomegaly": r"cardiomegaly|heart|cardiac silhouette", "Effusion": r"effusion|pleural fluid|angles are",
+    "Nodule": "nodul", "Pneumothorax": "pneumothorax", "Consolidation": "consolidation", "Edema": "edema",
+}
+DENIALS = r"^no |there is no |without edema|is normal|normal in size|normal limits|sharp|resolved"
+GRADES = (r"\b(mild|slight|small|minor)(ly)?\b", r"\bmoderate(ly)?\b", r"\b(severe|marked|large|sizeable)(ly)?\b")
+
+
+def digest(folder):
+    """{relative path: hash of the bytes} of every file below a folder."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def read_list(folder, name):
+    rows = [line.split() for line in (folder / f"{name}.txt").read_text().splitlines()]
+    return {row[0]: tuple(int(label) for label in row[1:]) for row in rows}
+
+
+def sentences(report):
+    return [text.strip().lower() for text in re.split(r"[.:]", report)]
+
+
+def states(report, name):
+    """The sentences that state a class, by plain rules: it is mentioned and nothing denies it."""
+    said = [text for text in sentences(report) if re.search(MENTIONS[name], text)]
+    return [text for text in said if not re.search(DENIALS, text)], said
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return data.write_demo_records(tmp_path_factory.mktemp("demo") / "records", patients=PATIENTS, seed=3, processes=1)
+
+
+@pytest.fixture(scope="module")
+def visits():
+    """200 patients' findings and reports without the drawing: [(findings, report)]."""
+    found = []
+    for patient in range(200):
+        rng, before = np.random.default_rng([5, patient]), None
+        for _ in range(3):
+            findings = data.draw_findings(rng, before or {})
+            found.append((findings, data.write_report(rng, findings, before, patient % 2 == 0, list(data.HARDWARE)[: patient % 3])))
+            before = findings
+    return found
+
+
+def test_layout(demo):
+    assert {path.name for path in demo.iterdir()} == {
+        "images", "masks", "training.csv", "classes.txt", "patients.csv", "demo.json", *(f"{name}.txt" for name in LISTS)}
+    assert (demo / "classes.txt").read_text().split() == list(data.DEMO_CLASSES)
+    lists = {name: read_list(demo, name) for name in LISTS}
+    with open(demo / "patients.csv", newline="") as file:
+        patient = {row["image_path"]: row["patient_id"] for row in csv.DictReader(file)}
+    images = {path.name for path in (demo / "images").iterdir()}
+    assert images == set(patient) == set().union(*lists.values())
+    assert all(len(labels) == 7 and set(labels) <= {0, 1} for part in lists.values() for labels in part.values())
+    parts = [{patient[name] for name in lists[part]} for part in ("train_list", "val_list", "test_list")]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2]) and sum(map(len, parts)) == PATIENTS
+    assert set(lists["train_1"]) < set(lists["train_10"]) < set(lists["train_list"])
+    train = len(lists["train_list"])
+    assert abs(train / len(images) - 0.7) < 0.02 and abs(len(lists["test_list"]) / len(images) - 0.2) < 0.03
+    assert 0.01 * train <= len(lists["train_1"]) <= 0.01 * train + 4 and 0.1 * train - 1 <= len(lists["train_10"]) <= 0.1 * train + 4
+    with open(demo / "training.csv", newline="", encoding="utf-8") as file:
+        assert [row["image_path"] for row in csv.DictReader(file)] == list(lists["train_list"])  # no val or test report
+
+
+def test_images_and_masks(demo):
+    labels = {name: row for part in ("train_list", "val_list", "test_list") for name, row in read_list(demo, part).items()}
+    has = data.DEMO_CLASSES.index("Pneumothorax")
+    assert {path.name for path in (demo / "masks").iterdir()} == {name for name, row in labels.items() if row[has]}
+    means = []
+    for name in labels:
+        image = Image.open(demo / "images" / name)
+        pixels = np.asarray(image)
+        assert image.mode == "L" and pixels.shape == (128, 128)
+        assert pixels.std() > 15 and np.percentile(pixels, 95) - np.percentile(pixels, 5) > 50
+        means.append(pixels.mean())
+        if labels[name][has]:
+            mask = np.asarray(Image.open(demo / "masks" / name))
+            assert mask.shape == (128, 128) and set(np.unique(mask)) == {0, 255} and 0.003 < (mask > 0).mean() < 0.25
+    assert np.std(means) > 10  # exposure varies
+    prevalence = np.mean(list(labels.values()), 0)
+    assert (prevalence > 0.08).all() and (prevalence < 0.35).all(), prevalence
+
+
+def test_same_seed_same_bytes_for_any_number_of_processes_and_another_seed_replaces_them(tmp_path):
+    out = tmp_path / "records"
+    first, again, other = (digest(data.write_demo_records(out, patients=50, size=32, seed=seed, processes=processes))
+                           for seed, processes in ((1, 1), (1, 2), (2, 1)))
+    assert first == again
+    assert not {first[name] for name in first if "images" in name} & set(other.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["records"]
+
+
+def test_labels_follow_from_the_reports(demo):
+    labels = read_list(demo, "train_list")
+    with open(demo / "training.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, label in zip(data.DEMO_CLASSES, labels[row["image_path"]]):
+                assert bool(states(row["report_content"], name)[0]) == bool(label), (name, row)
+
+
+def test_reports_say_what_is_drawn(visits):
+    denied = 0
+    for findings, report in visits:
+        for name in data.DEMO_CLASSES:
+            stated, said = states(report, name)
+            assert bool(stated) == (name in findings), (name, report)
+            denied += name not in findings and bool(said)
+            if name in findings:
+                grades = {grade for text in stated for grade in range(3) if re.search(GRADES[grade], text)}
+                assert grades == {findings[name].grade}, (name, report)
+                sides = {side for text in stated for side in ("left", "right") if re.search(rf"\b{side}\b", text)}
+                assert sides == {-1: {"right"}, 0: set(), 1: {"left"}}[findings[name].side], (name, report)
+                if name in ("Atelectasis", "Nodule", "Consolidation"):
+                    assert re.search(("upper", "mid", "lower|base")[findings[name].zone], " ".join(stated))
+            if name not in findings or findings[name].side:
+                assert len(stated) == len([text for text in said if text in stated])
+    assert 0.4 < denied / sum(len(data.DEMO_CLASSES) - len(findings) for findings, _ in visits) < 0.8
+
+
+def test_reports_vary(visits):
+    reports = [report for _, report in visits]
+    words = [len(report.split()) for report in reports]
+    assert min(words) >= 15 and 25 < np.mean(words) < 60 and np.percentile(words, 95) <= 75 and max(words) <= 120
+    assert len(set(reports)) > 0.98 * len(reports)
+    assert all(" prior" in report for report in reports if "unchanged" in report)
+
+
+def test_findings_change_the_film_where_they_should():
+    """The same patient and the same random numbers with and without a finding: it shows, on its side only, and grows."""
+    anatomy = {name: sum(limits) / 2 for name, limits in data.ANATOMY.items()}
+
+    vessels = data.vessel_tree(np.random.default_rng(1))
+
+    def film(findings):
+        rng = np.random.default_rng(2)
+        return data.chest_film(rng, anatomy, vessels, findings, False, [], 128)
+
+    normal, empty = film({})
+    assert not empty.any()
+    for side in (-1, 1):
+        half = slice(0, 50) if side < 0 else slice(78, 128)
+        other = slice(78, 128) if side < 0 else slice(0, 50)
+        for name in ("Effusion", "Nodule", "Pneumothorax"):
+            for severity in (0.0, 1.0):
+                pixels, mask = film({name: data.Finding(side, 1, severity, (0.5, 0.5))})
+                change = pixels.astype(int) - normal
+                assert np.abs(change[:, half]).max() > 20
+                assert np.abs(change[:, other]).max() < 10
+                assert mask[:, half].any() == (name == "Pneumothorax") and not mask[:, other].any()
+    ratio = [film({"Cardiomegaly": data.Finding(0, 0, s, (0.5, 0.5))})[0].astype(int) - normal for s in (0.0, 1.0)]
+    assert (ratio[1] > 25).sum() > 2 * (ratio[0] > 25).sum() > 0
+
+
+def test_pixels_alone_do_not_solve_it(demo):
+    """A linear probe of a few hundred films, 32 x 32: better than chance in places, far from the task's ceiling."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    def load(part):
+        rows = read_list(demo, part)
+        films = [np.asarray(Image.open(demo / "images" / name).resize((32, 32), Image.BOX)).ravel() / 255 for name in rows]
+        return np.array(films), np.array(list(rows.values()))
+
+    train, val, test = (load(part) for part in ("train_list", "val_list", "test_list"))
+    images, labels = np.concatenate([val[0], test[0]]), np.concatenate([val[1], test[1]])
+    mean, scale = train[0].mean(0), train[0].std(0) + 1e-6
+    aurocs = []
+    for k in range(labels.shape[1]):
+        probe = LogisticRegression(C=1e-3, max_iter=200).fit((train[0] - mean) / scale, train[1][:, k])
+        aurocs.append(roc_auc_score(labels[:, k], probe.decision_function((images - mean) / scale)))
+    assert np.mean(aurocs) < 0.78, dict(zip(data.DEMO_CLASSES, aurocs))
+
+
+def test_bad_arguments_and_folders(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    for out in ("file", "file/records", "other"):
+        with pytest.raises(data.InputError) as error:
+            data.write_demo_records(tmp_path / out, patients=50, size=32, processes=1)
+        assert str(tmp_path / out) in str(error.value) and "\n" not in str(error.value)
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+    with pytest.raises(data.InputError, match="50 patients"):
+        data.write_demo_records(tmp_path / "few", patients=5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
+
+
+def test_interrupted_draw_leaves_nothing(tmp_path, monkeypatch):
+    drawn = []
+
+    def film(*args):
+        drawn.append(1)
+        if len(drawn) > 20:
+            raise KeyboardInterrupt
+        return np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.uint8)
+
+    monkeypatch.setattr(data, "chest_film", film)
+    with pytest.raises(KeyboardInterrupt):
+        data.write_demo_records(tmp_path / "records", patients=50, size=32, processes=1)
+    assert len(drawn) > 20 and not list(tmp_path.iterdir())
