@@ -419,12 +419,12 @@ class Config(RunConfig):
     size: int = option(0, "scale every image to this many pixels a side (0: as they are)")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones: width 64, 9 blocks, batch 1, lr 1e-4")
-    width: int = option(16, "channels of the first layer")
+    width: int = option(8, "channels of the first layer")
     downs: int = option(1, "times the generator halves the image; 2 in the paper")
     blocks: int = option(3, "residual blocks of the generator")
-    batch: int = option(8, "pairs a step")
-    lr: float = option(1e-3, "learning rate of Adam, constant, then linear to 0 over the second half")
-    epochs: int = option(80, "passes over the training pairs")
+    batch: int = option(4, "pairs a step")
+    lr: float = option(2e-3, "learning rate of Adam, constant, then linear to 0 over the second half")
+    epochs: int = option(40, "passes over the training pairs; 80 in the paper")
     correction: float = option(20.0, "weight of |warp(G(a), R(G(a), b)) - b|")
     smooth: float = option(10.0, "weight of the flow's squared gradient")
     compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
@@ -435,7 +435,7 @@ class Config(RunConfig):
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth")
 
 
-PAPER = {"width": 64, "downs": 2, "blocks": 9, "batch": 1, "lr": 1e-4}
+PAPER = {"width": 64, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4}
 
 
 def trainable(module, *prefixes):

@@ -242,3 +242,69 @@ def test_demo_pairs_are_apart_deterministic_and_not_a_lookup(tmp_path):
     for path in one.rglob("*.npy"):
         array = np.load(path)
         assert (array == np.load(two / path.relative_to(one))).all() and array.min() == -1 and array.max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses of the hosts, batches, the comparison
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    return data.demo_pairs(tmp_path_factory.mktemp("drawn"), size=32, slices=2, subjects=(("train", 3), ("val", 1), ("test", 2)))
+
+
+def config(root="", **options):
+    return reggan.Config(**({"root": str(root), "width": 8, "blocks": 1, "batch": 4, "device": "cpu", "dtype": "fp32"} | options))
+
+
+def blob(size, seed=0):
+    """A smooth image (1, 1, size, size) that is not constant anywhere."""
+    knots = torch.from_numpy(np.random.default_rng(seed).normal(0, 0.5, (1, 1, 7, 7))).float()
+    return F.interpolate(knots, (size, size), mode="bicubic", align_corners=True).clamp(-0.99, 1)
+
+
+@pytest.mark.parametrize("host", reggan.HOSTS)
+def test_host_losses_follow_their_formulas(host):
+    torch.manual_seed(0)
+    model = reggan.build(config(host=host, reg=False), 1, 1, (32, 32)).eval()
+    a, b = blob(32), blob(32, 1)
+    with torch.no_grad():
+        fakes, losses = model.generator_losses(a, b)
+        assert torch.equal(fakes["B"], model.translate(a))
+        if host == "pix2pix":
+            assert torch.isclose(losses["l1"], 100 * (fakes["B"] - b).abs().mean())
+            assert torch.isclose(losses["adversarial"], (model.netD_B(torch.cat((a, fakes["B"]), 1)) - 1).square().mean())
+        if host == "nc":
+            assert torch.isclose(losses["adversarial"], (model.netD_B(fakes["B"]) - 1).square().mean())
+        if host == "cycle":
+            there = (model.netG_B2A(fakes["B"]) - a).abs().mean() + (model.netG_A2B(fakes["A"]) - b).abs().mean()
+            assert torch.isclose(losses["cycle"], 10 * there)
+        d = model.discriminator_losses(a, b, fakes)["d"]
+        if host == "nc":
+            assert torch.isclose(d, (model.netD_B(b) - 1).square().mean() + model.netD_B(fakes["B"]).square().mean())
+
+
+def test_misalignment_is_redrawn_by_epoch_and_the_same_every_time(drawn):
+    pairs = data.Pairs(drawn / "train", noise=3, seed=1)
+    first, again, later = pairs.item(0, 1), pairs.item(0, 1), pairs.item(1, 1)
+    assert all(torch.equal(x, y) for x, y in zip(first, again)) and not torch.equal(first[0], later[0])
+
+
+def test_batches_resume_and_divide(drawn):
+    pairs = data.Pairs(drawn / "train", noise=2)
+    everything = list(pairs.batches(4, epochs=2, shuffle=True))
+    assert [len(batch[0]) for batch in everything] == [4, 2, 4, 2]
+    assert torch.equal(everything[3][0], next(iter(pairs.batches(4, epochs=2, shuffle=True, start=3)))[0])
+    assert sum(len(batch[0]) for rank in (0, 1) for batch in pairs.batches(4, rank=rank, world=2)) == len(pairs)
+
+
+def test_compare_goes_on_and_writes_tables(drawn, tmp_path):
+    c = config(drawn, epochs=1, compare=True, hosts="nc,nc+r", levels="0,elastic", seeds=1, out=str(tmp_path / "t"))
+    reggan.compare(c)
+    stamp = (tmp_path / "t/cells/nc+r_0_0/result.json").stat().st_mtime_ns
+    reggan.compare(c)
+    assert (tmp_path / "t/cells/nc+r_0_0/result.json").stat().st_mtime_ns == stamp
+    assert "| nc+r |" in (tmp_path / "t/table.md").read_text()
+    assert len((tmp_path / "t/table.csv").read_text().splitlines()) == 5
+    with pytest.raises(data.InputError, match="munit"):
+        reggan.compare(dataclasses.replace(c, hosts="munit"))
