@@ -93,6 +93,7 @@ def add_lora(model, rank=4, alpha=32, dropout=0.1, targets={"qkv": (True, False,
         new = LoRALinear(layer.in_features, layer.out_features, rank, alpha, dropout, targets[child],
                          layer.bias is not None, device=layer.weight.device, dtype=layer.weight.dtype)
         new.weight, new.bias = layer.weight, layer.bias
+        new.train(layer.training)
         setattr(model.get_submodule(parent), child, new)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or name.split(".")[0] in train)

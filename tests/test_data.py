@@ -2,7 +2,6 @@
 pydicom, tiktoken's loader and a naive byte-pair encoding; every kind of bad input has its one line."""
 import argparse
 import dataclasses
-import io
 import json
 import math
 import pickle
