@@ -160,7 +160,6 @@ class FinetuneConfig(RunConfig):
 # One run
 
 
-@functools.lru_cache(maxsize=8)
 def read_split(name, root, split, ratio, skip_bad):
     """({part: (names, paths, labels (n, k))} of train, val, test; class names), checked before any time is spent.
 
@@ -283,7 +282,7 @@ def finetune(config):
     if method == "lora":
         if state is None:  # an adapter needs the random weights it was trained on
             source = about["weights"] = str(out / "base.pt")
-            data.save_checkpoint(source, {"model": mrm.plain_state(model), "arguments": sizes})
+            data.save_checkpoint(source, {"model": lora.frozen_state_dict(model), "arguments": sizes})
         about["fingerprint"] = fingerprint(model)
     count = lora.count_parameters(model)
     optimizer = make_optimizer(model, recipe)
@@ -414,9 +413,8 @@ def write_csv(path, rows):
 def fingerprint(model):
     """A hash of the frozen backbone, by which an adapter recognises the weights it was trained on."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if "lora_" not in name and name.split(".")[0] not in ("fc_norm", "head"):
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for _, tensor in sorted(lora.frozen_state_dict(model).items()):
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

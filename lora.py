@@ -138,6 +138,12 @@ def lora_state_dict(model):
             if "lora_" in name or name.split(".")[0] in ("fc_norm", "head")}
 
 
+def frozen_state_dict(model):
+    """The rest: the backbone an adapter was trained on, under plain ViT keys."""
+    adapter = lora_state_dict(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in adapter}
+
+
 def save_adapter(path, model, **extra):
     """Writes LoRA + fc_norm + head + what rebuilds them (rank, alpha, dropout, targets) + `extra` plain values."""
     layers = {name.rpartition(".")[2]: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
