@@ -58,6 +58,7 @@ class LoRALinear(nn.Linear):
         dropout = self.dropout if self.training else 0.0
         return kernels.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.parts, dropout)
 
+    @torch.no_grad()
     def delta(self):
         """What merging adds to `weight`: scale * B_g A_g on adapted parts, 0 elsewhere, (out, in) in float64."""
         delta = torch.zeros_like(self.weight, dtype=torch.float64)
@@ -154,14 +155,24 @@ def save_adapter(path, model, **extra):
     data.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
 
 
+def read_adapter_file(path):
+    """The dict of an adapter file; InputError where it is none."""
+    state = data.load_checkpoint(path)
+    if not {"adapter", "lora"} <= state.keys():
+        raise InputError(f"{path}: expected an adapter (entries 'adapter' and 'lora'), found {sorted(state)[:5]}")
+    if not isinstance(state["adapter"], dict) or not any(name.endswith(".lora_A") for name in state["adapter"]):
+        raise InputError(f"{path}: expected tensors of LoRA in 'adapter', found none")
+    if not isinstance(state["lora"], dict) or not {"rank", "alpha", "dropout", "targets"} <= state["lora"].keys():
+        raise InputError(f"{path}: expected rank, alpha, dropout and targets in 'lora', found {state['lora']}")
+    return state
+
+
 def load_adapter(model, path):
     """Adds LoRA as the file says and loads it, fc_norm and head into `model`; returns the file's dict.
 
     Raises InputError where the file is no adapter or was trained on a model of another size.
     """
-    state = data.load_checkpoint(path)
-    if "adapter" not in state or "lora" not in state:
-        raise InputError(f"{path}: expected an adapter (entries 'adapter' and 'lora'), found {sorted(state)[:5]}")
+    state = read_adapter_file(path)
     if not lora_layers(model):
         add_lora(model, **state["lora"])
     own = lora_state_dict(model)
@@ -189,17 +200,24 @@ class LoRAConfig:
 
 def read_adapter(config):
     """(base state dict, adapter's dict) of a command line; InputError where either cannot be used."""
-    saved = data.load_checkpoint(config.adapter)
-    if "adapter" not in saved or "lora" not in saved:
-        raise InputError(f"{config.adapter}: expected an adapter (entries 'adapter' and 'lora'), found {sorted(saved)[:5]}")
+    saved = read_adapter_file(config.adapter)
+    if not config.weights and "weights" not in saved:
+        raise InputError(f"{config.adapter}: names no base weights; give them with --weights")
     source = Path(config.weights or saved["weights"])
-    base = data.load_checkpoint(source / "last.pt" if source.is_dir() else source)
+    if source.is_dir():
+        source = next((source / name for name in ("best.pt", "last.pt") if (source / name).exists()), source / "last.pt")
+    base = data.load_checkpoint(source)
     base = base.get("model", base)
-    for name in saved["adapter"]:
+    for name, A in saved["adapter"].items():
         if name.endswith(".lora_A"):
-            weight, A = base.get(name[:-6] + "weight"), saved["adapter"][name]
+            weight, B = base.get(name[:-6] + "weight"), saved["adapter"].get(name[:-1] + "B")
             if weight is None or weight.shape[1] != A.shape[1]:
-                raise InputError(f"{source}: {name[:-6]}weight does not fit {config.adapter}: other weights than it was trained on")
+                raise InputError(f"{source}: {name[:-6]}weight does not fit {config.adapter}: other weights than it was "
+                                 "trained on")
+            parts, rank = saved["lora"]["targets"][name.split(".")[-2]], saved["lora"]["rank"]
+            if B is None or B.shape != (sum(parts) * len(weight) // len(parts), rank) or len(A) != sum(parts) * rank:
+                found = "no such tensor" if B is None else tuple(B.shape)
+                raise InputError(f"{config.adapter}: {name[:-1]}B does not fit {name} and the weights ({found})")
     return base, saved
 
 
