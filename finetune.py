@@ -428,7 +428,8 @@ def load_run(run):
     if path.is_dir():
         path = next((path / name for name in ("adapter.pt", "best.pt") if (path / name).exists()), path / "best.pt")
     saved = data.load_checkpoint(path)
-    if "classes" not in saved:
+    needed = {"weights", "fingerprint"} if "adapter" in saved else {"model"}
+    if not needed | {"sizes", "classes", "mean", "std"} <= saved.keys():
         raise InputError(f"{path}: expected the adapter.pt or best.pt of a fine-tuning run, found entries {sorted(saved)[:6]}")
     model = mrm.ViT(**saved["sizes"], num_classes=len(saved["classes"]))
     if "adapter" in saved:
@@ -437,8 +438,12 @@ def load_run(run):
             raise InputError(f"{path}: {saved['weights']} are not the weights this adapter was trained on; they have changed since")
         lora.load_adapter(model, path)
         lora.merge_lora(model)
-    else:
-        model.load_state_dict(saved["model"])
+    else:  # of three channels or another grid where `lora.py merge` kept the base's
+        mrm.load_encoder(model, saved["model"], path)
+        for name, tensor in lora.lora_state_dict(model).items():  # fc_norm and head
+            if name not in saved["model"] or saved["model"][name].shape != tensor.shape:
+                raise InputError(f"{path}: expected {name} of shape {tuple(tensor.shape)} for {len(saved['classes'])} classes, "
+                                 "found none that fits")
     return model.eval(), saved
 
 

@@ -577,7 +577,7 @@ def weights_of(path):
     """The checkpoint of a run's folder, or a file: (its state dict, the whole file's dict)."""
     path = Path(path)
     if path.is_dir():
-        path = next((path / name for name in ("last.pt", "best.pt") if (path / name).exists()), path / "last.pt")
+        path = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "last.pt")
     state = data.load_checkpoint(path)
     return state.get("model", state), state
 
