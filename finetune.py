@@ -256,6 +256,9 @@ def finetune(config):
     method = "lora" if config.lora else config.method
     ratio = config.ratio or (10 if config.data == "demo" else 100)
     out = Path(config.out or "runs/finetune")
+    if config.evaluations < 1 or config.steps < 0 or config.epochs < 0:
+        raise InputError(f"expected --evaluations from 1 and --steps and --epochs from 0, found {config.evaluations}, "
+                         f"{config.steps} and {config.epochs:g}")
     _, _, rank, world = data.start_run(config)
     log = data.RunLog(out, config, rank, config.resume)
     root = data.demo_root(config.root) if config.data == "demo" else config.root
@@ -274,7 +277,10 @@ def finetune(config):
     mean, std = config.mean or saved.get("mean", mrm.MEAN), config.std or saved.get("std", mrm.STD)
     device, autocast, rank, world = data.start_run(config)  # seeds again: pretraining above must not change this run
     recipe = recipe_for(config, method, ratio, sizes["embed_dim"])
-    model = build_model(config, method, recipe, sizes, classes)
+    try:
+        model = build_model(config, method, recipe, sizes, classes)
+    except ValueError as error:  # sizes or a rank that do not fit
+        raise InputError(f"{source}: {error}") from None
     if state is not None:
         mrm.load_encoder(model, state, source)
     model = model.to(device)
@@ -469,6 +475,12 @@ def compare(config):
     demo records, once a seed, unless --weights is given.
     """
     out = Path(config.out or "runs/compare")
+    known = {"inits": ["mrm", "image-only", "report-only", "scratch"], "methods": list(SMALL), "ratios": ["1", "10", "100"]}
+    for name, values in known.items():
+        if other := [value for value in getattr(config, name).split(",") if value not in values]:
+            raise InputError(f"--{name}: expected some of {','.join(values)}, found {other[0]!r}")
+    if config.seeds < 1:
+        raise InputError(f"--seeds: expected 1 or more, found {config.seeds}")
     rows = []
     for init in config.inits.split(","):
         for method in config.methods.split(","):
