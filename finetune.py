@@ -284,12 +284,14 @@ def finetune(config):
     if state is not None:
         mrm.load_encoder(model, state, source)
     model = model.to(device)
+    start = fingerprint(model)
     about = {"sizes": sizes, "classes": classes, "mean": mean, "std": std, "weights": source, "method": method}
     if method == "lora":
         if state is None:  # an adapter needs the random weights it was trained on
             source = about["weights"] = str(out / "base.pt")
-            data.save_checkpoint(source, {"model": lora.frozen_state_dict(model), "arguments": sizes})
-        about["fingerprint"] = fingerprint(model)
+            if not config.resume:
+                data.save_checkpoint(source, {"model": lora.frozen_state_dict(model), "arguments": sizes})
+        about["fingerprint"] = start
     count = lora.count_parameters(model)
     optimizer = make_optimizer(model, recipe)
 
@@ -305,8 +307,13 @@ def finetune(config):
     per_step = recipe["batch_size"] * world
     steps = recipe["steps"] or max(1, round(recipe["epochs"] * len(names[0]) / per_step))
     step, best = 0, {"auroc": -1.0, "step": 0, "state": None}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if config.resume:
-        last = data.load_checkpoint(out / "last.pt")
+        last, own = data.load_checkpoint(out / "last.pt"), model.state_dict()
+        same = {n: t.shape for n, t in last.get("trained", {}).items()} == {n: own[n].shape for n in trained}
+        if not same or last.get("start", start) != start:
+            raise InputError(f"{out / 'last.pt'}: expected the state of a run of --method {method} with the same rank, seed and "
+                             "weights, found another")
         model.load_state_dict(last["trained"], strict=False)
         optimizer.load_state_dict(last["optimizer"])
         data.set_random_state(last["random"])
@@ -316,7 +323,6 @@ def finetune(config):
               f"{count['total']:,} (LoRA {count['lora']:,} = {100 * count['lora'] / (count['total'] - count['head']):.2f} % "
               f"of the backbone, fc_norm + head {count['head']:,}); {steps} steps of {per_step}, {device}")
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     # Train
     targets = labels[0].to(device)
@@ -355,7 +361,7 @@ def finetune(config):
                 best = {"auroc": score, "step": step + 1, "state": now}
             if rank == 0:
                 data.save_checkpoint(out / "last.pt", {"trained": now, "optimizer": optimizer.state_dict(), "best": best,
-                                                       "random": data.random_state(), "step": step + 1})
+                                                       "random": data.random_state(), "step": step + 1, "start": start})
             running = 0.0
     seconds = time.time() - began
 
