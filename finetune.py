@@ -196,7 +196,8 @@ def recipe_for(config, method, ratio, embed_dim):
     recipe = RECIPES.get((method, config.data, ratio)) if embed_dim == 768 else None
     recipe = dict(recipe or SMALL[method])
     for name in ("optimizer", "lr", "rank", "layer_decay", "batch_size"):
-        recipe[name] = getattr(config, name) or recipe[name]
+        if getattr(config, name):
+            recipe[name] = getattr(config, name)
     if config.steps or config.epochs:
         recipe |= dict(steps=config.steps, epochs=config.epochs)
     return {"steps": 0, "epochs": 0} | recipe
