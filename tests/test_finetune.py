@@ -16,6 +16,7 @@ from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 import data
 import finetune
+import lora
 import mrm
 from finetune import FinetuneConfig
 
@@ -40,14 +41,31 @@ def test_auroc_against_scikit_learn():
     assert np.isnan(finetune.auroc(scores, 0 * labels)[0]) and np.isnan(finetune.mean_auroc(scores, 0 * labels))
 
 
+def test_auroc_worked_on_paper():
+    """Positives 3 and 1, negatives 2 and 1: of four pairs two are won, one lost and one tied: 2.5 / 4."""
+    scores, labels = np.array([[3.0], [1.0], [2.0], [1.0]]), np.array([[1.0], [1.0], [0.0], [0.0]])
+    assert finetune.auroc(scores, labels)[0] == finetune.mean_auroc(scores, labels) == 0.625
+    for sign, expected in ((1, 1.0), (-1, 0.0)):
+        mean, interval, _ = finetune.auroc(sign * labels, labels)
+        assert mean == expected and interval == (expected, expected)
+
+
+def test_weights_count_as_repetitions():
+    scores, labels = scored(n=40, k=1)
+    counts = np.random.default_rng(2).integers(0, 4, (5, 40))
+    ours = finetune.weighted_auroc(scores[:, 0], labels[:, 0], counts.astype(np.float64))
+    theirs = [roc_auc_score(labels[:, 0].repeat(c), scores[:, 0].repeat(c)) for c in counts]
+    np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
 def test_bootstrap_interval_against_resampling_by_hand():
     scores, labels = scored(k=1)
     _, (low, high), _ = finetune.auroc(scores, labels, resamples=4000)
     rng, draws = np.random.default_rng(1), []
-    for _ in range(2000):
+    for _ in range(1000):
         rows = rng.integers(len(scores), size=len(scores))
         draws.append(roc_auc_score(labels[rows, 0], scores[rows, 0]))
-    assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.006)
+    assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.01)
 
 
 def test_roc_curve_against_scikit_learn():
@@ -66,8 +84,23 @@ def test_papers_recipes():
     for (name, ratio), (lr, rank) in lora.items():
         recipe = cell["lora", name, ratio]
         assert (recipe["lr"], recipe["rank"], recipe["batch_size"], recipe["epochs"]) == (lr, rank, 64, 100)
-    full = cell["full", "nih", 10]
-    assert (full["steps"], round(full["warmup"] * full["steps"]), full["lr"], full["batch_size"]) == (30000, 500, 3e-3, 96)
+    steps = {"nih": [(3000, 50, 3e-2), (30000, 500, 3e-3), (200000, 5000, 3e-3)],
+             "rsna": [(2000, 50, 3e-3), (10000, 200, 5e-4), (50000, 2000, 5e-4)],
+             "chexpert": [(2000, 150, 3e-3), (60000, 1500, 5e-4), (200000, 15000, 5e-4)]}
+    full = {(name, ratio): row for name, rows in steps.items() for ratio, row in zip((1, 10, 100), rows)}
+    for (name, ratio), expected in (full | {("covid", 100): (1000, 50, 3e-2)}).items():
+        recipe = finetune.recipe_for(FinetuneConfig(data=name), "full", ratio, 768)
+        assert (recipe["steps"], round(recipe["warmup"] * recipe["steps"]), recipe["lr"]) == expected
+        assert (recipe["batch_size"], recipe["optimizer"], recipe["drop_path"]) == (96, "sgd", 0.1)
+
+
+def test_options_go_before_the_recipe_and_small_models_have_their_own():
+    options = FinetuneConfig(data="nih", lr=0.7, rank=6, batch_size=3, optimizer="adamw", layer_decay=0.3, epochs=2)
+    recipe = finetune.recipe_for(options, "lora", 10, 768)
+    assert [recipe[name] for name in ("lr", "rank", "batch_size", "optimizer", "layer_decay", "epochs", "steps")] == [
+        0.7, 6, 3, "adamw", 0.3, 2, 0]
+    assert finetune.recipe_for(FinetuneConfig(data="nih"), "lora", 10, 128).items() >= finetune.SMALL["lora"].items()
+    assert finetune.recipe_for(FinetuneConfig(data="nih", steps=7), "lora", 10, 768)["steps"] == 7
 
 
 def test_layer_decay_and_no_decay_on_biases():
@@ -77,6 +110,12 @@ def test_layer_decay_and_no_decay_on_biases():
     assert scale[id(model.head.weight)] == (1, 0.1) and scale[id(model.head.bias)] == (1, 0)
     assert scale[id(model.blocks[1].mlp.fc1.weight)] == (0.5, 0.1) and scale[id(model.blocks[0].norm1.bias)] == (0.25, 0)
     assert scale[id(model.patch_embed.proj.bias)] == (0.125, 0)
+    assert set(scale) == {id(p) for p in model.parameters() if p.requires_grad}
+    for p in model.blocks.parameters():
+        p.requires_grad_(False)
+    optimizer = finetune.make_optimizer(model, dict(optimizer="sgd", weight_decay=0.0, layer_decay=1.0, lr=1.0))
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(g["momentum"] == 0.9 and g["lr_scale"] == 1 for g in optimizer.param_groups)
 
 
 def square(rng, positive):
@@ -106,6 +145,7 @@ def easy(tmp_path_factory):
     (root / "demo.json").write_text("{}")
     rows = "".join(f"{i:04d}.png,no square\n" for i in range(64))
     (root / "training.csv").write_text("image_path,report_content\n" + rows)
+    (root / "patients.csv").write_text("image,patient\n" + "".join(f"{i:04d}.png,{i}\n" for i in range(count)))
     return root
 
 
@@ -135,6 +175,32 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     again = {r["image"]: float(r["Square"]) for r in csv.DictReader((tmp_path / "p" / "predictions.csv").open())}
     assert len(again) == 112
     assert [again[r["image"]] for r in rows] == pytest.approx(scores, abs=2e-5)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4] and max(line["val_auroc"] for line in lines) == saved["val_auroc"]
+    assert saved["images"] == {"train": 64, "val": 24, "test": 24} and saved["method"] == method
+    lora, head = saved["lora_parameters"], saved["head_parameters"]
+    assert head == 2 * 128 + 2 * 128 + 2 and lora == (3 * 2 * (128 * 4 + 4 * 128) if method == "lora" else 0)
+    trainable = {"full": saved["total_parameters"], "lora": lora + head, "linear": head}
+    assert saved["trainable_parameters"] == trainable[method]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_overfits_one_batch():
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(np.stack([square(rng, i % 2) for i in range(16)])).float()[:, None] / 128 - 1
+    labels = torch.stack([torch.arange(16) % 2, torch.randint(2, (16,))], 1).float()  # the second: to be learned by heart
+    sizes = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=4)
+    for method, lr in (("full", 3e-3), ("lora", 3e-2)):
+        recipe = finetune.SMALL[method] | dict(lr=lr, layer_decay=1.0, rank=4)
+        model = finetune.build_model(FinetuneConfig(dropout=0.0), method, recipe, sizes, ["a", "b"])
+        optimizer = finetune.make_optimizer(model, recipe)
+        for _ in range(150):
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss < 0.05, (method, loss)  # chance is 0.69
 
 
 def test_full_fine_tuning_learns(easy, tmp_path):
@@ -142,23 +208,73 @@ def test_full_fine_tuning_learns(easy, tmp_path):
     assert result["auroc_per_class"]["Square"] > 0.9
 
 
-def test_resume_is_bit_identical(easy, tmp_path, monkeypatch):
-    whole = finetune.finetune(config(easy, tmp_path / "whole", method="lora"))
-    save, saves = data.save_checkpoint, []
+def interrupted(monkeypatch, run):
+    """A run that ends right after its first evaluation has been saved."""
+    save = data.save_checkpoint
 
     def save_and_stop(path, state):
         save(path, state)
         if Path(path).name == "last.pt":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        finetune.finetune(config(easy, tmp_path / "part", method="lora"))
-    monkeypatch.setattr(data, "save_checkpoint", save)
-    part = finetune.finetune(config(easy, tmp_path / "part", method="lora", resume=True))
-    assert part["auroc"] == whole["auroc"] and part["val_auroc"] == whole["val_auroc"]
-    a, b = (data.load_checkpoint(tmp_path / run / "adapter.pt")["adapter"] for run in ("whole", "part"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "save_checkpoint", save_and_stop)
+        finetune.finetune(run)
+
+
+@pytest.mark.parametrize("options", [dict(method="lora"), dict(method="full", optimizer="sgd", lr=0.01), dict(method="linear")],
+                         ids=["lora", "full", "linear"])
+def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
+    whole = finetune.finetune(config(easy, tmp_path / "whole", **options))
+    interrupted(monkeypatch, config(easy, tmp_path / "part", **options))
+    assert data.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2 and not (tmp_path / "part/result.json").exists()
+    part = finetune.finetune(config(easy, tmp_path / "part", resume=True, **options))
+    timed = {"images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds", "weights"}
+    assert {n: v for n, v in part.items() if n not in timed} == {n: v for n, v in whole.items() if n not in timed}
+    a, b = (data.load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "part"))
+    assert a["step"] == b["step"] == 4 and all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])
+    assert (tmp_path / "whole/predictions.csv").read_bytes() == (tmp_path / "part/predictions.csv").read_bytes()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "part/log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4]
+    again = finetune.finetune(config(easy, tmp_path / "part", resume=True, **options))  # of a finished run: tests again
+    assert again["auroc"] == whole["auroc"]
+
+
+@pytest.mark.parametrize("other", [dict(method="linear"), dict(rank=2), dict(seed=3)], ids=["method", "rank", "seed"])
+def test_resume_refuses_another_runs_state(easy, tmp_path, other):
+    finetune.finetune(config(easy, tmp_path, method="lora"))
+    with pytest.raises(data.InputError, match=r"last\.pt: expected the state of a run of --method"):
+        finetune.finetune(config(easy, tmp_path, **dict(method="lora", resume=True) | other))
+    finetune.load_run(tmp_path)  # the weights of the finished run are still there
+
+
+def rgb_weights(path):
+    torch.manual_seed(7)
+    state = mrm.ViT(64, 16, 3, 64, 2, 4).state_dict()
+    data.save_checkpoint(path, {"model": {name: tensor for name, tensor in state.items() if name.split(".")[0] != "fc_norm"}})
+    return str(path)
+
+
+def test_a_merged_adapter_predicts_as_its_run_does(easy, tmp_path):
+    """Published weights have three channels and no sizes beside them; the run is at another size."""
+    weights = rgb_weights(tmp_path / "rgb.pt")
+    finetune.finetune(config(easy, tmp_path / "run", method="lora", weights=weights, img_size=32, num_heads=4, lr=0.02))
+    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt")))
+    images = torch.randn(3, 1, 32, 32)
+    run, merged = finetune.load_run(tmp_path / "run")[0], finetune.load_run(tmp_path / "run/merged.pt")[0]
+    torch.testing.assert_close(run(images), merged(images), atol=1e-6, rtol=1e-5)
+    saved = data.load_checkpoint(tmp_path / "run/adapter.pt")["adapter"]
+    assert any(tensor.any() for name, tensor in saved.items() if name.endswith("lora_B"))
+    finetune.finetune(config(easy, tmp_path / "next", method="linear", weights=str(tmp_path / "run/merged.pt")))
+
+
+def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "full"))
+    state = data.load_checkpoint(tmp_path / "full/best.pt")["model"]
+    finetune.finetune(config(easy, tmp_path / "lora", method="lora", weights=str(tmp_path / "full")))
+    base = finetune.load_run(tmp_path / "lora")[0].state_dict()
+    assert torch.equal(base["blocks.0.mlp.fc1.weight"], state["blocks.0.mlp.fc1.weight"])
+    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "lora/adapter.pt")))
 
 
 def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path):
@@ -185,6 +301,12 @@ BAD = {
     "unreadable checkpoint": (lambda r: (r / "bad.pt").write_bytes(b"no"), {"weights": "bad.pt"}, r"bad\.pt: not a readable checkpoint"),
     "no ViT": (lambda r: data.save_checkpoint(r / "bad.pt", {"model": {"x": torch.ones(1)}}), {"weights": "bad.pt"}, r"bad\.pt: expected a ViT"),
     "missing checkpoint": (lambda r: None, {"weights": "none.pt"}, r"none\.pt: no such checkpoint"),
+    "only an adapter": (lambda r: data.save_checkpoint(r / "bad.pt", {"adapter": {}, "lora": {}, "sizes": dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)}), {"weights": "bad.pt"}, r"bad\.pt: the encoder does not fit"),
+    "no class has both labels": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 1 1\n"), {}, r"train_10\.txt: expected both labels"),
+    "listed twice": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 0 1\n0000.png 1 1\n"), {}, r"train_10\.txt: line 3"),
+    "missing list": (lambda r: (r / "test_list.txt").unlink(), {}, r"test_list\.txt: no such list"),
+    "other classes": (lambda r: (r / "classes.txt").write_text("Square\n"), {}, r"classes\.txt: expected 2 classes"),
     "unwritable folder": (lambda r: (r / "file").write_text(""), {"out": "file/run"}, r"file"),
 }
 
@@ -202,6 +324,49 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(easy, tmp_path, c
     assert not [path for path in root.rglob("*.tmp")] and not (root / "run" / "result.json").exists()
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(ratio=5), "expected --ratio 1 or 10 or 100, found 5"), (dict(evaluations=0), "--evaluations from 1"),
+    (dict(steps=-1), "--steps and --epochs from 0"), (dict(img_size=33), "img_size 33 must be a multiple"),
+    (dict(method="lora", rank=-1), "rank >= 1"), (dict(split="covid1"), "expected no --split"),
+    (dict(lr=1e30, steps=6, evaluations=6), "the loss is not finite; lower --lr"), (dict(resume=True), r"last\.pt: no such checkpoint")],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, message):
+    with pytest.raises(data.InputError, match=message) as error:
+        finetune.finetune(config(easy, tmp_path, **options))
+    assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(inits="imagenet"), "--inits: expected some of mrm,.* found 'imagenet'"), (dict(methods="full,lorra"), "found 'lorra'"),
+    (dict(ratios="1,5"), "found '5'"), (dict(seeds=0), "--seeds: expected 1 or more")], ids=["inits", "methods", "ratios", "seeds"])
+def test_compare_refuses_what_it_does_not_know_before_any_run(easy, tmp_path, options, message):
+    with pytest.raises(data.InputError, match=message):
+        finetune.compare(config(easy, tmp_path / "table", **dict(inits="scratch") | options))
+    assert not (tmp_path / "table").exists()
+
+
+def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
+    saved, images = data.load_checkpoint(tmp_path / "run/best.pt"), str(easy / "images")
+    data.save_checkpoint(tmp_path / "headless.pt", saved | {"model": {n: t for n, t in saved["model"].items() if n != "head.bias"}})
+    data.save_checkpoint(tmp_path / "sizeless.pt", {n: v for n, v in saved.items() if n != "sizes"})
+    data.save_checkpoint(tmp_path / "bare.pt", {"model": saved["model"]})
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    for options, message in [
+        (dict(weights="", predict=images), "--predict needs --weights RUN"),
+        (dict(weights=str(tmp_path), predict=images), r"best\.pt: no such checkpoint"),
+        (dict(weights=str(tmp_path / "bare.pt"), predict=images), r"bare\.pt: expected the adapter\.pt or best\.pt"),
+        (dict(weights=str(tmp_path / "sizeless.pt"), predict=images), r"sizeless\.pt: expected the adapter\.pt or best\.pt"),
+        (dict(weights=str(tmp_path / "headless.pt"), predict=images), r"headless\.pt: expected head\.bias of shape \(2,\)"),
+        (dict(weights=run, predict=str(tmp_path / "none")), "none: expected a folder with images"),
+        (dict(weights=run, predict=images, out=run + "/best.pt/out"), r"predictions\.csv: cannot be written"),
+    ]:
+        with pytest.raises(data.InputError, match=message) as error:
+            finetune.predict_folder(FinetuneConfig(**dict(out=out, device="cpu") | options))
+        assert "\n" not in str(error.value)
+    assert not Path(out).exists() and not list(tmp_path.rglob("*.tmp"))
+
+
 def test_weights_of_another_width_and_changed_weights_are_refused(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path, method="lora"))
     other = mrm.ViT(64, 16, 1, 64, 3, 4)
@@ -217,8 +382,9 @@ def test_weights_of_another_width_and_changed_weights_are_refused(easy, tmp_path
 def test_pretraining_refuses_a_csv_without_the_columns(easy, tmp_path):
     root = shutil.copytree(easy, tmp_path / "root")
     (root / "training.csv").write_text("image,text\n0000.png,clear\n")
-    with pytest.raises(data.InputError, match=r"training\.csv.*image_path"):
+    with pytest.raises(data.InputError, match=r"training\.csv: line 1: .*image_path") as error:
         mrm.pretrain(mrm.MRMConfig(data="csv", root=str(root), out=str(root / "run"), device="cpu"))
+    assert "\n" not in str(error.value) and not list(root.rglob("*.tmp")) and not (root / "run/last.pt").exists()
 
 
 def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
