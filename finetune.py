@@ -119,8 +119,8 @@ RECIPES = {
     ("full", "covid", 100): FULL | dict(steps=1000, warmup=0.05, lr=3e-2),
 }
 ADAMW = dict(optimizer="adamw", weight_decay=0.05, layer_decay=1.0, batch_size=32, warmup=0.1, min_crop=0.6, drop_path=0.0, rank=4)
-SMALL = {"full": ADAMW | dict(epochs=20, lr=5e-4, layer_decay=0.75), "lora": ADAMW | dict(epochs=20, lr=2e-3),
-         "linear": ADAMW | dict(epochs=20, lr=5e-3)}
+SMALL = {"full": ADAMW | dict(steps=800, lr=5e-4, layer_decay=0.75), "lora": ADAMW | dict(steps=800, lr=5e-3),
+         "linear": ADAMW | dict(steps=800, lr=5e-3)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ class FinetuneConfig(RunConfig):
     steps: int = option(0, "optimiser steps (0: the recipe's)")
     epochs: float = option(0.0, "passes over the training list, instead of --steps")
     flip: bool = option(False, "flip training images left-right at random (sides in the labels or reports forbid it)")
-    mean: float = option(0.0, "mean of the normalisation in [0, 1] (0: the weights', else MIMIC-CXR's 0.4978)")
+    mean: float = option(0.0, "mean of the normalisation in [0, 1] (0: the weights', else MIMIC-CXR's 0.4978; tiny: each image's own)")
     std: float = option(0.0, "its standard deviation (0: the weights', else 0.2449; CXR-MAE: 0.4785, 0.2834)")
     img_size: int = option(0, "side of the input in pixels (0: the weights')")
     num_heads: int = option(0, "attention heads, for weights that do not say (0: width / 64)")
@@ -269,13 +269,15 @@ def finetune(config):
     # Model
     source = config.weights or demo_weights(config)
     if source == "scratch":
-        state, saved = None, {}
-        sizes = {name: value for name, value in mrm.PRESETS["tiny"][0].items() if name in mrm.ENCODER}
+        state, (sizes, saved) = None, mrm.PRESETS["tiny"]
+        sizes = {name: value for name, value in sizes.items() if name in mrm.ENCODER}
     else:
         state, saved = mrm.weights_of(source)
         sizes = mrm.encoder_sizes(state, saved, source, config.num_heads)
     sizes["img_size"] = config.img_size or sizes["img_size"]
-    mean, std = config.mean or saved.get("mean", mrm.MEAN), config.std or saved.get("std", mrm.STD)
+    mean, std = saved.get("mean", mrm.MEAN), saved.get("std", mrm.STD)
+    if config.mean or config.std:
+        mean, std = config.mean or mean or mrm.MEAN, config.std or std or mrm.STD
     device, autocast, rank, world = data.start_run(config)  # seeds again: pretraining above must not change this run
     recipe = recipe_for(config, method, ratio, sizes["embed_dim"])
     try:

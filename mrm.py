@@ -121,7 +121,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, images):
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
+        """(B, C, H, W) -> (B, N, D). One matrix product: a convolution whose stride is its kernel, faster on a CPU."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), as `patchify` orders a patch
+        return F.linear(patchify(images, self.proj.kernel_size[0]), weight, self.proj.bias)
 
 
 class ViT(nn.Module):
@@ -186,34 +188,44 @@ def init_weights(module):
 
 
 class ReportDecoder(nn.Module):
-    """Fills the hidden words of a report in, given the image: a small BERT (paper section 3.2).
+    """Fills the hidden words of a report in, given the image: a small BERT (paper section 3.2), pre-norm.
 
-    The image enters as one vector added to every token embedding. The vocabulary head shares the embedding's weights.
+    The image enters as one normalised vector added to every token embedding. The vocabulary head shares the embedding's
+    weights.
     """
 
     def __init__(self, vocab_size, image_dim, dim=384, depth=6, num_heads=6, max_length=100, dropout=0.1):
         super().__init__()
+        self.image_norm = nn.LayerNorm(image_dim)
         self.image_embed = nn.Linear(image_dim, dim)
         self.token_embed = nn.Embedding(vocab_size, dim)
         self.position_embed = nn.Embedding(max_length, dim)
-        self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(dim, num_heads, 4 * dim, dropout, activation="gelu", batch_first=True)
-            for _ in range(depth))  # post-norm, as in BERT
+            nn.TransformerEncoderLayer(dim, num_heads, 4 * dim, dropout, activation="gelu", batch_first=True, norm_first=True)
+            for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(init_weights)
-        for layer in (self.image_embed, self.token_embed, self.position_embed):
-            nn.init.normal_(layer.weight, std=0.02)  # BERT's; a larger image vector would drown the words
+        nn.init.normal_(self.image_embed.weight, std=0.02)  # BERT's; a larger image vector would drown the words
+        for embedding in (self.token_embed, self.position_embed):
+            nn.init.normal_(embedding.weight, std=dim**-0.5)
 
     def forward(self, image_tokens, inputs, hidden, padding):
         """image_tokens (B, V, D), inputs (B, L) token ids, hidden and padding (B, L) bool -> logits (hidden.sum(), vocab)."""
-        image = self.image_embed(image_tokens).mean(1, keepdim=True)  # (B, 1, dim)
-        x = self.token_embed(inputs) + self.position_embed.weight[: inputs.shape[1]] + image
-        x = self.dropout(self.norm(x))
+        image = self.image_embed(self.image_norm(image_tokens.mean(1, keepdim=True)))  # (B, 1, dim)
+        x = self.dropout(self.token_embed(inputs) + self.position_embed.weight[: inputs.shape[1]] + image)
         for block in self.blocks:
             x = block(x, src_key_padding_mask=padding)
-        return F.linear(x[hidden], self.token_embed.weight, self.bias)
+        return F.linear(self.norm(x[hidden]), self.token_embed.weight, self.bias)
+
+
+def normalised(patches):
+    """Patches (..., P) with mean 0 and variance 1 each (MAE's `norm_pix_loss`), their mean and deviation (..., 1)."""
+    mean = patches.mean(-1, keepdim=True)
+    centred = patches - mean
+    std = (centred.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1) + 1e-6).sqrt()
+    return centred / std, mean, std
 
 
 def half_size(images):
@@ -279,21 +291,14 @@ class MRM(ViT):
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
-    def normalised_patches(self, target_images):
-        """Target patches (B, N, (2p)^2 C), their mean and standard deviation (B, N, 1): MAE's `norm_pix_loss`."""
-        patches = patchify(target_images, 2 * self.patch_size)
-        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
-        std = (variance + 1e-6).sqrt()
-        return (patches - mean) / std, mean, std
-
     def image_loss(self, target_images, prediction, mask):
         """Mean squared error on hidden patches (paper equation 1): sum_n mask_n mean((pred_n - target_n)^2) / sum mask.
 
         target_images (B, C, 2H, 2W), prediction (B, N, (2p)^2 C), mask (B, N).
         """
-        target, _, _ = self.normalised_patches(target_images)
-        error = (prediction.float() - target).square().mean(-1)  # (B, N)
-        return (error * mask).sum() / mask.sum()
+        hidden = mask.bool()
+        target, _, _ = normalised(patchify(target_images, 2 * self.patch_size)[hidden])
+        return (prediction[hidden].float() - target).square().mean()
 
     def forward(self, images, report=None, image=True, mask_ratio=0.75, noise=None):
         """The two losses of a batch of records (paper equation 3 adds them 1:1).
@@ -367,18 +372,21 @@ def resize_positions(positions, length):
 # ---------------------------------------------------------------------------------------------------------------------
 # Pretraining
 
+MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR, the official code's
 BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768, decoder_depth=4,
             decoder_heads=6, report_dim=384, report_depth=6, report_heads=6, report_length=100)
 PRESETS = {  # the model; the recipe
-    "tiny": (dict(img_size=64, patch_size=16, embed_dim=128, depth=3, num_heads=4, decoder_dim=64, decoder_depth=1,
-                  decoder_heads=2, report_dim=64, report_depth=1, report_heads=2, report_length=64, report_dropout=0.0),
-             dict(vocab_size=1200, steps=1600, epochs=0, warmup=0.03, batch_size=32, base_lr=1.6e-2, min_crop=0.7, mask_ratio=0.5)),
+    "tiny": (dict(img_size=48, patch_size=12, embed_dim=128, depth=1, num_heads=4, decoder_dim=64, decoder_depth=1,
+                  decoder_heads=2, report_dim=64, report_depth=1, report_heads=2, report_length=56, report_dropout=0.0),
+             dict(vocab_size=800, steps=2900, epochs=0, warmup=0.02, batch_size=32, base_lr=1.6e-2, min_crop=0.7,
+                  mask_ratio=0.25, word_ratio=0.9, mean=None, std=None)),
     "small": (BASE | dict(embed_dim=384, num_heads=6, decoder_dim=384, report_depth=4),
-              dict(vocab_size=8000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75)),
+              dict(vocab_size=8000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75,
+                   word_ratio=0.5, mean=MEAN, std=STD)),
     "base": (BASE,
-             dict(vocab_size=30000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75)),
+             dict(vocab_size=30000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75,
+                  word_ratio=0.5, mean=MEAN, std=STD)),
 }
-MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR, the official code's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -391,7 +399,7 @@ class MRMConfig(RunConfig):
     image_only: bool = option(False, "ablation: restore images only")
     report_only: bool = option(False, "ablation: restore reports only")
     mask_ratio: float = option(0.0, "share of image patches hidden (0: the preset's; 0.75 in the paper)")
-    word_ratio: float = option(0.5, "share of report words hidden")
+    word_ratio: float = option(0.0, "share of report words hidden (0: the preset's; 0.5 in the paper)")
     steps: int = option(0, "optimiser steps (0: the preset's)")
     epochs: float = option(0, "passes over the records, instead of --steps")
     batch_size: int = option(0, "records a step and process (0: the preset's)")
@@ -424,7 +432,7 @@ def hide(tokenizer, tokens, words, ratio, generator=None):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, images, tokens, words, config, mask_ratio, autocast, device):
+def evaluate(model, tokenizer, images, tokens, words, config, autocast, device):
     """Losses on held-out records with a fixed draw of hidden patches and words, and the share of words guessed right."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
@@ -433,7 +441,7 @@ def evaluate(model, tokenizer, images, tokens, words, config, mask_ratio, autoca
     if not config.image_only:
         report = [part.to(device) for part in hide(tokenizer, tokens, words, config.word_ratio, generator)]
     with autocast():
-        image_loss, report_loss = model(images, report, not config.report_only, mask_ratio, noise)
+        image_loss, report_loss = model(images, report, not config.report_only, config.mask_ratio, noise)
     model.train()
     return {"heldout_image_loss": image_loss.item(), "heldout_report_loss": report_loss.item()}
 
@@ -442,7 +450,9 @@ def pretrain(config):
     """Trains an MRM as `config` says and leaves last.pt, tokenizer.tiktoken, log.jsonl, result.json and pictures in
     `config.out`. Returns the result. Raises InputError for data, weights or folders that cannot be used."""
     sizes, recipe = PRESETS[config.preset]
-    mask_ratio = config.mask_ratio or recipe["mask_ratio"]
+    config = dataclasses.replace(config, mask_ratio=config.mask_ratio or recipe["mask_ratio"],
+                                 word_ratio=config.word_ratio or recipe["word_ratio"])
+    mean, std = recipe["mean"], recipe["std"]
     out = Path(config.out or "runs/mrm")
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
@@ -470,7 +480,7 @@ def pretrain(config):
     image_set = data.ImageSet(paths[:train], side, augment, config.seed)
     image_set.preload()
     heldout = torch.stack([image for image, _ in data.ImageSet(paths[train:], side)]).to(device)
-    heldout = data.normalize(heldout, MEAN, STD)
+    heldout = data.normalize(heldout, mean, std)
 
     # Model and optimiser: AdamW, no weight decay on biases, norms and tokens
     arguments = sizes | dict(vocab_size=0 if config.image_only else tokenizer.n_vocab)
@@ -500,8 +510,8 @@ def pretrain(config):
 
     def save(step):
         if rank == 0:
-            state = {"model": model.state_dict(), "arguments": arguments, "mean": MEAN, "std": STD, "mask_ratio": mask_ratio, "step": step,
-                     "optimizer": optimizer.state_dict(), "random": data.random_state()}
+            state = {"model": model.state_dict(), "arguments": arguments, "mean": mean, "std": std, "step": step,
+                     "mask_ratio": config.mask_ratio, "word_ratio": config.word_ratio, "optimizer": optimizer.state_dict(), "random": data.random_state()}
             data.save_checkpoint(out / "last.pt", state)
 
     batches = iter(data.train_batches(image_set, batch_size, step * config.accumulate, steps * config.accumulate,
@@ -516,12 +526,12 @@ def pretrain(config):
             moment = time.time()
             images, index = next(batches)
             waited += time.time() - moment
-            images = data.normalize(images.to(device, non_blocking=True), MEAN, STD)
+            images = data.normalize(images.to(device, non_blocking=True), mean, std)
             report = None
             if not config.image_only:
                 report = [part.to(device) for part in hide(tokenizer, tokens[index], words[index], config.word_ratio)]
             with autocast():
-                image_loss, report_loss = parallel(images, report, not config.report_only, mask_ratio)
+                image_loss, report_loss = parallel(images, report, not config.report_only, config.mask_ratio)
             ((image_loss + report_loss) / config.accumulate).backward()
             losses += torch.stack([image_loss, report_loss]).detach().float() / config.accumulate
         optimizer.step()
@@ -533,7 +543,7 @@ def pretrain(config):
             line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss,
                     "lr": optimizer.param_groups[0]["lr"],
                     "images_per_second": (step + 1 - first) * effective / (time.time() - began)}
-            line |= evaluate(model, tokenizer, heldout, tokens[train:], words[train:], config, mask_ratio, autocast, device)
+            line |= evaluate(model, tokenizer, heldout, tokens[train:], words[train:], config, autocast, device)
             history.append(line)
             log.line(**line)
             save(step + 1)
@@ -601,24 +611,26 @@ def reconstruct(config, count=6):
     paths, reports = read_records(config)
     paths, reports = paths[-config.holdout:][:count], reports[-config.holdout:][:count]
     images = torch.stack([image for image, _ in data.ImageSet(paths, 2 * model.img_size)]).to(device)
-    images = data.normalize(images, saved["mean"], saved["std"])
+    grey_mean, grey_std = data.statistics(images, saved["mean"], saved["std"])
+    images = data.normalize(images, grey_mean, grey_std)
     latent, mask, ids_restore = model.encode(half_size(images), config.mask_ratio or saved["mask_ratio"])
 
     # Restored: hidden patches as predicted, visible ones as they are, at the target's own mean and deviation
     patch = 2 * model.patch_size
-    _, mean, std = model.normalised_patches(images)
-    prediction = model.decode_image(latent, ids_restore).float() * std + mean
+    prediction = model.decode_image(latent, ids_restore).float()
     patches, unseen = patchify(images, patch), mask[..., None]
+    _, mean, std = normalised(patches)
+    prediction = prediction * std + mean
     grey = torch.full_like(patches, patches.mean())
     pictures = [images, unpatchify(patches * (1 - unseen) + grey * unseen, patch),
                 unpatchify(patches * (1 - unseen) + prediction * unseen, patch)]
-    pictures = [(picture * saved["std"] + saved["mean"]).clamp(0, 1).cpu() for picture in pictures]
+    pictures = [(picture * grey_std + grey_mean).clamp(0, 1).cpu() for picture in pictures]
 
     captions = [""] * count
     if hasattr(model, "report_decoder"):
         tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken")
         tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
-        tokens, inputs, hidden, padding = report = hide(tokenizer, tokens, words, config.word_ratio)
+        tokens, inputs, hidden, padding = report = hide(tokenizer, tokens, words, config.word_ratio or saved["word_ratio"])
         guesses = tokens.clone()
         guesses[hidden] = model.report_decoder(latent[:, 1:], *(part.to(device) for part in report[1:])).argmax(-1).cpu()
         right = (guesses == tokens)[hidden].float().mean().item()

@@ -179,7 +179,7 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     assert [line["step"] for line in lines] == [2, 4] and max(line["val_auroc"] for line in lines) == saved["val_auroc"]
     assert saved["images"] == {"train": 64, "val": 24, "test": 24} and saved["method"] == method
     lora, head = saved["lora_parameters"], saved["head_parameters"]
-    assert head == 2 * 128 + 2 * 128 + 2 and lora == (3 * 2 * (128 * 4 + 4 * 128) if method == "lora" else 0)
+    assert head == 2 * 128 + 2 * 128 + 2 and lora == (2 * (128 * 4 + 4 * 128) if method == "lora" else 0)
     trainable = {"full": saved["total_parameters"], "lora": lora + head, "linear": head}
     assert saved["trainable_parameters"] == trainable[method]
     assert not list(tmp_path.rglob("*.tmp"))
