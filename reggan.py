@@ -720,7 +720,8 @@ def compare(config):
 
 def write_tables(out, table, hosts, levels):
     """table.csv: a line a run; table.md: mean and standard deviation over the seeds."""
-    names = ("psnr", "mae", "ssim", "registration_error", "folding")
+    names = {"psnr": "PSNR over the foreground, dB", "mae": "MAE over the foreground", "ssim": "SSIM",
+             "registration_error": "registration error, pixels", "folding": "share of pixels where the flow folds"}
 
     def write(file):
         text = io.TextIOWrapper(file, newline="")
@@ -740,9 +741,10 @@ def write_tables(out, table, hosts, levels):
         return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
     lines = []
-    for name in names:
-        lines += [f"{name}", "", "| method | " + " | ".join(f"level {level}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
-        lines += [f"| {row} | " + " | ".join(cell(row, level, name) for level in levels) + " |" for row in hosts] + [""]
+    for name, title in names.items():
+        lines += [title, "", "| method | " + " | ".join(f"level {level}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
+        lines += [f"| {row} | " + " | ".join(cell(row, level, name) for level in levels) + " |"
+                  for row in hosts if any(cell(row, level, name) for level in levels)] + [""]
     data.atomic_write(out / "table.csv", write)
     data.atomic_write(out / "table.md", lambda file: file.write("\n".join(lines).encode()))
 
