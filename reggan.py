@@ -424,7 +424,7 @@ class Config(RunConfig):
     blocks: int = option(3, "residual blocks of the generator")
     batch: int = option(8, "pairs a step")
     lr: float = option(3e-3, "learning rate of Adam, constant, then linear to 0 over the second half")
-    epochs: int = option(45, "passes over the training pairs; 80 in the paper")
+    epochs: int = option(70, "passes over the training pairs; 80 in the paper")
     correction: float = option(20.0, "weight of |warp(G(a), R(G(a), b)) - b|")
     smooth: float = option(10.0, "weight of the flow's squared gradient")
     compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
