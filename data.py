@@ -11,6 +11,7 @@ Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (
 """
 import argparse
 import base64
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -29,6 +30,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from functools import partial
@@ -214,14 +216,26 @@ def set_random_state(state):
 # Run logs and pictures
 
 
+def check_writable(out):
+    """Raises InputError where the folder `out` cannot be written, before any time is spent. Leaves nothing new in it."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+    with contextlib.suppress(OSError):
+        Path(out).rmdir()  # where it was not there, or empty
+
+
 class RunLog:
     """The `--out` folder of a run: config.json at the start, a line of log.jsonl a call, result.json at the end.
 
-    Only rank 0 writes. Raises InputError at once where the folder cannot be written, before any time is spent.
+    To be made once nothing can be refused any more: it replaces the log of a run that was there. Only rank 0 writes.
+    `start` is the time that seconds count from (default: now).
     """
 
-    def __init__(self, out, config, rank=0, resume=False):
-        self.out, self.rank, self.start = Path(out), rank, time.time()
+    def __init__(self, out, config, rank=0, resume=False, start=None):
+        self.out, self.rank, self.start = Path(out), rank, start or time.time()
         if rank == 0:
             self.json("config.json", dataclasses.asdict(config))
             if not resume:

@@ -187,6 +187,7 @@ def demo_weights(config, variant="mrm", seed=0):
         print(f"no --weights given: pretraining the tiny {variant} on the demo records first, into {out}")
         mrm.pretrain(mrm.MRMConfig(out=str(out), root=config.root if config.data == "demo" else "", seed=seed,
                                    image_only=variant == "image-only", report_only=variant == "report-only",
+                                   mask_ratio=0.75 if variant == "image-only" else 0.0,  # the best of 0.25, 0.5, 0.75
                                    device=config.device, dtype=config.dtype, workers=config.workers))
     return str(out)
 
@@ -260,8 +261,10 @@ def finetune(config):
     if config.evaluations < 1 or config.steps < 0 or config.epochs < 0:
         raise InputError(f"expected --evaluations from 1 and --steps and --epochs from 0, found {config.evaluations}, "
                          f"{config.steps} and {config.epochs:g}")
+    start_time = time.time()
     _, _, rank, world = data.start_run(config)
-    log = data.RunLog(out, config, rank, config.resume)
+    if rank == 0:
+        data.check_writable(out)
     root = data.demo_root(config.root) if config.data == "demo" else config.root
     parts, classes = read_split(config.data, str(root), config.split, ratio, config.skip_bad_lines)
     names, paths, labels = zip(*(parts[part] for part in ("train", "val", "test")))
@@ -269,8 +272,8 @@ def finetune(config):
     # Model
     source = config.weights or demo_weights(config)
     if source == "scratch":
-        state, (sizes, saved) = None, mrm.PRESETS["tiny"]
-        sizes = {name: value for name, value in sizes.items() if name in mrm.ENCODER}
+        state, (arguments, saved) = None, mrm.PRESETS["tiny"]  # the recipe knows the normalisation, as a checkpoint does
+        sizes = {name: value for name, value in arguments.items() if name in mrm.ENCODER}
     else:
         state, saved = mrm.weights_of(source)
         sizes = mrm.encoder_sizes(state, saved, source, config.num_heads)
@@ -292,8 +295,6 @@ def finetune(config):
     if method == "lora":
         if state is None:  # an adapter needs the random weights it was trained on
             source = about["weights"] = str(out / "base.pt")
-            if not config.resume:
-                data.save_checkpoint(source, {"model": lora.frozen_state_dict(model), "arguments": sizes})
         about["fingerprint"] = start
     count = lora.count_parameters(model)
     optimizer = make_optimizer(model, recipe)
@@ -328,6 +329,9 @@ def finetune(config):
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     # Train
+    log = data.RunLog(out, config, rank, config.resume, start_time)
+    if rank == 0 and state is None and method == "lora" and not config.resume:
+        data.save_checkpoint(source, {"model": lora.frozen_state_dict(model), "arguments": sizes})
     targets = labels[0].to(device)
     batches = iter(data.train_batches(train_set, recipe["batch_size"], step, steps, config.seed, rank, world, config.workers))
     every = max(1, steps // config.evaluations)

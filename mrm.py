@@ -437,7 +437,7 @@ def hide(tokenizer, tokens, words, ratio, generator=None):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, images, tokens, words, config, autocast, device):
-    """Losses on held-out records with a fixed draw of hidden patches and words, and the share of words guessed right."""
+    """Losses on held-out records with a fixed draw of hidden patches and words."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(images), model.pos_embed.shape[1] - 1, generator=generator).to(device)
@@ -460,8 +460,15 @@ def pretrain(config):
     out = Path(config.out or "runs/mrm")
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
+    if not 0 < config.word_ratio <= 1:
+        raise InputError(f"--word-ratio {config.word_ratio:g}: expected a share above 0 and up to 1")
+    patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
+    if not 1 <= int(patches * (1 - config.mask_ratio)) < patches:
+        raise InputError(f"--mask-ratio {config.mask_ratio:g}: expected a share that leaves 1 to {patches - 1} of {patches} patches visible")
+    start_time = time.time()
     device, autocast, rank, world = data.start_run(config)
-    log = data.RunLog(out, config, rank, config.resume)
+    if rank == 0:
+        data.check_writable(out)
     paths, reports = read_records(config)
     saved = data.load_checkpoint(out / "last.pt") if config.resume else None
 
@@ -471,8 +478,6 @@ def pretrain(config):
         tokenizer = data.load_tokenizer(out / "tokenizer.tiktoken")
     else:
         tokenizer = data.train_tokenizer(reports[:train], recipe["vocab_size"])
-        if rank == 0:
-            data.save_tokenizer(tokenizer, out / "tokenizer.tiktoken")
     tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
     side = 2 * sizes["img_size"]
     crop = (recipe["min_crop"], 1.0)
@@ -491,6 +496,9 @@ def pretrain(config):
     model = MRM(**arguments).to(device)
     if config.weights and not saved:
         load_encoder(model, weights_of(config.weights)[0], config.weights)
+    log = data.RunLog(out, config, rank, config.resume, start_time)
+    if rank == 0 and not saved:
+        data.save_tokenizer(tokenizer, out / "tokenizer.tiktoken")
     effective = batch_size * config.accumulate * world
     epochs = config.epochs or (0 if config.steps else recipe["epochs"])
     steps = round(epochs * train / effective) if epochs else config.steps or recipe["steps"]
@@ -515,7 +523,8 @@ def pretrain(config):
     def save(step):
         if rank == 0:
             state = {"model": model.state_dict(), "arguments": arguments, "mean": mean, "std": std, "step": step,
-                     "mask_ratio": config.mask_ratio, "word_ratio": config.word_ratio, "optimizer": optimizer.state_dict(), "random": data.random_state()}
+                     "mask_ratio": config.mask_ratio, "word_ratio": config.word_ratio,
+                     "optimizer": optimizer.state_dict(), "random": data.random_state()}
             data.save_checkpoint(out / "last.pt", state)
 
     batches = iter(data.train_batches(image_set, batch_size, step * config.accumulate, steps * config.accumulate,
@@ -611,7 +620,10 @@ def reconstruct(config, count=6):
     folder = run if run.is_dir() else run.parent
     device, autocast, _, _ = data.start_run(config)
     model = MRM(**saved["arguments"]).to(device).eval()
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{run}: the weights do not fit this version's MRM: {' '.join(str(error).split())[:200]}") from None
     paths, reports = read_records(config)
     paths, reports = paths[-config.holdout:][:count], reports[-config.holdout:][:count]
     images = torch.stack([image for image, _ in data.ImageSet(paths, 2 * model.img_size)]).to(device)
@@ -621,10 +633,9 @@ def reconstruct(config, count=6):
 
     # Restored: hidden patches as predicted, visible ones as they are, at the target's own mean and deviation
     patch = 2 * model.patch_size
-    prediction = model.decode_image(latent, ids_restore).float()
     patches, unseen = patchify(images, patch), mask[..., None]
     _, mean, std = normalised(patches)
-    prediction = prediction * std + mean
+    prediction = model.decode_image(latent, ids_restore).float() * std + mean
     grey = torch.full_like(patches, patches.mean())
     pictures = [images, unpatchify(patches * (1 - unseen) + grey * unseen, patch),
                 unpatchify(patches * (1 - unseen) + prediction * unseen, patch)]

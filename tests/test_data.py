@@ -600,6 +600,11 @@ def test_random_flip():
 
 def test_normalize():
     assert torch.equal(data.normalize(torch.full((1, 1, 2, 2), 0.75), 0.5, 0.25), torch.ones(1, 1, 2, 2))
+    images = torch.rand(3, 1, 20, 20, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.5, 0.0])[:, None, None, None]
+    own = data.normalize(images).numpy()  # each image by itself; one of a single grey stays finite
+    for image, found in zip(images.numpy(), own):
+        np.testing.assert_allclose(found, (image - image.mean()) / (image.std() + 1e-3), atol=1e-5)
+    assert np.allclose(own[:2].std((1, 2, 3)), 1, atol=0.01) and not own[2].any()
 
 
 @pytest.fixture(scope="module")

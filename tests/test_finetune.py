@@ -321,7 +321,15 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(easy, tmp_path, c
     with pytest.raises(data.InputError, match=message) as error:
         finetune.finetune(config(root, **options))
     assert "\n" not in str(error.value)
-    assert not [path for path in root.rglob("*.tmp")] and not (root / "run" / "result.json").exists()
+    assert not [path for path in root.rglob("*.tmp")] and not (root / "run").exists()
+
+
+def test_a_refused_run_leaves_the_one_before_it_alone(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "run", steps=2, evaluations=1))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(data.InputError):
+        finetune.finetune(config(easy, tmp_path / "run", weights=str(tmp_path / "none.pt")))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 @pytest.mark.parametrize("options, message", [
@@ -384,7 +392,17 @@ def test_pretraining_refuses_a_csv_without_the_columns(easy, tmp_path):
     (root / "training.csv").write_text("image,text\n0000.png,clear\n")
     with pytest.raises(data.InputError, match=r"training\.csv: line 1: .*image_path") as error:
         mrm.pretrain(mrm.MRMConfig(data="csv", root=str(root), out=str(root / "run"), device="cpu"))
-    assert "\n" not in str(error.value) and not list(root.rglob("*.tmp")) and not (root / "run/last.pt").exists()
+    assert "\n" not in str(error.value) and not (root / "run").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(word_ratio=2.0), "--word-ratio 2: expected a share"), (dict(word_ratio=-1.0), "--word-ratio -1: expected a share"),
+    (dict(mask_ratio=0.99), "--mask-ratio 0.99: expected .* leaves 1 to 15 of 16 patches"), (dict(mask_ratio=-0.5), "--mask-ratio -0.5")],
+    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "")
+def test_pretraining_refuses_ratios_that_hide_nothing_or_everything(tmp_path, options, message):
+    with pytest.raises(data.InputError, match=message):
+        mrm.pretrain(mrm.MRMConfig(out=str(tmp_path / "run"), device="cpu", **options))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_script_prints_one_line_and_exits_with_2(tmp_path):

@@ -94,6 +94,13 @@ def test_patchify_order_and_round_trip():
     assert torch.equal(mrm.unpatchify(mrm.patchify(images, 4), 4, channels=2), images)
 
 
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_patch_embedding_is_the_strided_convolution(in_chans):
+    embed, images = mrm.PatchEmbed(4, in_chans, 24), torch.randn(2, in_chans, 16, 12)
+    expected = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embed(images), expected)
+
+
 def test_sincos_positions_against_the_formula():
     table = mrm.sincos_positions(16, 3)
     assert table.shape == (1, 10, 16) and not table[0, 0].any()
