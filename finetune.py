@@ -281,7 +281,7 @@ def finetune(config):
     mean, std = saved.get("mean", mrm.MEAN), saved.get("std", mrm.STD)
     if config.mean or config.std:
         mean, std = config.mean or mean or mrm.MEAN, config.std or std or mrm.STD
-    device, autocast, rank, world = data.start_run(config)  # seeds again: pretraining above must not change this run
+    device, autocast, rank, world = data.start_run(config, sizes["embed_dim"])  # seeds again: pretraining above must not change this run
     recipe = recipe_for(config, method, ratio, sizes["embed_dim"])
     try:
         model = build_model(config, method, recipe, sizes, classes)
@@ -470,8 +470,8 @@ def predict_folder(config):
     """Writes OUT/predictions.csv: the probability of each class for every image below the folder `config.predict`."""
     if not config.weights:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
-    device, autocast, _, _ = data.start_run(config)
     model, saved = load_run(config.weights)
+    device, autocast, _, _ = data.start_run(config, saved["sizes"]["embed_dim"])
     paths = data.list_images(config.predict)
     image_set = data.ImageSet(paths, model.img_size)
     scores = predict(model.to(device), image_set, saved["mean"], saved["std"], device, autocast, workers=config.workers)
