@@ -119,7 +119,7 @@ RECIPES = {
     ("full", "covid", 100): FULL | dict(steps=1000, warmup=0.05, lr=3e-2),
 }
 ADAMW = dict(optimizer="adamw", weight_decay=0.05, layer_decay=1.0, batch_size=32, warmup=0.1, min_crop=0.6, drop_path=0.0, rank=4)
-SMALL = {"full": ADAMW | dict(steps=800, lr=5e-4, layer_decay=0.75), "lora": ADAMW | dict(steps=800, lr=5e-3),
+SMALL = {"full": ADAMW | dict(steps=800, lr=5e-4, layer_decay=0.75), "lora": ADAMW | dict(steps=800, lr=1e-2),
          "linear": ADAMW | dict(steps=800, lr=5e-3)}
 
 

@@ -384,7 +384,7 @@ BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, 
 PRESETS = {  # the model; the recipe
     "tiny": (dict(img_size=48, patch_size=12, embed_dim=128, depth=1, num_heads=4, decoder_dim=32, decoder_depth=1,
                   decoder_heads=2, report_dim=64, report_depth=1, report_heads=2, report_length=40, report_dropout=0.0),
-             dict(vocab_size=800, steps=5000, epochs=0, warmup=0.02, batch_size=32, base_lr=1.6e-2, min_crop=0.7,
+             dict(vocab_size=800, steps=4800, epochs=0, warmup=0.02, batch_size=32, base_lr=1.6e-2, min_crop=0.85,
                   mask_ratio=0.125, word_ratio=0.9, mean=None, std=None)),
     "small": (BASE | dict(embed_dim=384, num_heads=6, decoder_dim=384, report_depth=4),
               dict(vocab_size=8000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75,

@@ -17,6 +17,7 @@ import skimage.data
 import skimage.transform
 import tiktoken.load
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -589,6 +590,14 @@ def test_crops_repeat_differ_and_take_any_shape(photo):
     assert draw([image[:, :100], image[:, :, :200]]).shape == (2, 1, 96, 96)
     whole = data.random_resized_crop(image[None], 128, (1.0, 1.0), (1.0, 1.0))[0]
     assert torch.equal(whole, data.resize(image, 128))
+
+
+def test_narrow_models_stay_in_float32_on_a_cpu():
+    config = data.RunConfig(device="cpu")
+    for width, wanted in ((128, False), (768, torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())):
+        _, autocast, _, _ = data.start_run(config, width)
+        with autocast():
+            assert (F.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype == torch.bfloat16) == wanted
 
 
 def test_random_flip():

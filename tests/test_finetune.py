@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -246,6 +247,35 @@ def test_resume_refuses_another_runs_state(easy, tmp_path, other):
     with pytest.raises(data.InputError, match=r"last\.pt: expected the state of a run of --method"):
         finetune.finetune(config(easy, tmp_path, **dict(method="lora", resume=True) | other))
     finetune.load_run(tmp_path)  # the weights of the finished run are still there
+
+
+def test_two_processes_predict_every_test_image_once(easy, tmp_path):
+    """Under torchrun: one run folder, and what the processes gathered is what one process predicts with the saved model."""
+    sizes = "--steps 4 --evaluations 2 --batch-size 4 --device cpu --weights scratch --lora".split()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPOSITORY / "finetune.py"),
+               "--root", str(easy), "--out", str(tmp_path / "run"), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    rows = list(csv.reader((tmp_path / "run" / "predictions.csv").open()))
+    names, _ = data.read_list(easy / "test_list.txt")
+    assert [row[0] for row in rows[1:]] == names
+    model, saved = finetune.load_run(tmp_path / "run")
+    test_set = data.ImageSet([str(easy / "images" / name) for name in names], model.img_size)
+    with torch.no_grad():
+        images = torch.stack([image for image, _ in test_set])
+        expected = model(data.normalize(images, saved["mean"], saved["std"])).sigmoid()
+    np.testing.assert_allclose(np.array([row[1:3] for row in rows[1:]], dtype=float), expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.skipif(not data.multiplies_bf16("cpu", 768), reason="bfloat16 is emulated here, and slow")
+def test_bfloat16_follows_float32(easy, tmp_path):
+    runs = [finetune.finetune(config(easy, tmp_path / dtype, method="lora", steps=10, evaluations=1, dtype=dtype))
+            for dtype in ("fp32", "bf16")]
+    losses = [json.loads((tmp_path / dtype / "log.jsonl").read_text().splitlines()[-1])["val_loss"] for dtype in ("fp32", "bf16")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
+    assert runs[0]["trainable_parameters"] == runs[1]["trainable_parameters"]
 
 
 def rgb_weights(path):

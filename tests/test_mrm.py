@@ -200,6 +200,18 @@ def test_the_report_sees_the_image():
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
+def test_report_dropout_acts_in_training_alone():
+    images, report = batch()
+    torch.manual_seed(0)
+    model = randomised(mrm.MRM(**TINY | dict(report_dropout=0.5), vocab_size=30))
+    noise = torch.rand(3, 16)
+    first, second = (model(images, report, image=False, noise=noise)[1].item() for _ in range(2))
+    assert first != second
+    model.eval()
+    first, second = (model(images, report, image=False, noise=noise)[1].item() for _ in range(2))
+    assert first == second
+
+
 def test_overfits_one_batch_of_records():
     images, report = batch()
     torch.manual_seed(0)
