@@ -203,6 +203,14 @@ def load_checkpoint(path):
     return state
 
 
+def checkpoint_file(path, *names):
+    """`path` itself; of a run's folder, the first of the files `names` that it holds (the last one where it holds none)."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in names if (path / name).exists()), path / names[-1])
+
+
 def random_state():
     """The state of the generators a loop uses, for a checkpoint; `set_random_state` puts it back."""
     state = {"torch": torch.get_rng_state()}

@@ -130,7 +130,8 @@ class FinetuneConfig(RunConfig):
     split: str = option("", "named split, for data sets that have several (covid: covid1 ... viral3)")
     ratio: int = option(0, "percent of the training labels: 1, 10 or 100 (default: 10 for the demo, else 100)")
     weights: str = option("", "checkpoint, run folder or 'scratch' (default: the demo MRM, pretrained on first use)")
-    method: str = option("full", "what is trained: everything; LoRA + fc_norm + head; fc_norm + head", choices=["full", "lora", "linear"])
+    method: str = option("full", "what is trained: everything; LoRA + fc_norm + head; fc_norm + head",
+                         choices=["full", "lora", "linear"])
     lora: bool = option(False, "short for --method lora")
     rank: int = option(0, "rank of LoRA (0: the recipe's)")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank")
@@ -142,7 +143,8 @@ class FinetuneConfig(RunConfig):
     steps: int = option(0, "optimiser steps (0: the recipe's)")
     epochs: float = option(0.0, "passes over the training list, instead of --steps")
     flip: bool = option(False, "flip training images left-right at random (sides in the labels or reports forbid it)")
-    mean: float = option(0.0, "mean of the normalisation in [0, 1] (0: the weights', else MIMIC-CXR's 0.4978; tiny: each image's own)")
+    mean: float = option(0.0, "mean of the normalisation in [0, 1] (0: the weights', else MIMIC-CXR's 0.4978; tiny: each "
+                              "image's own)")
     std: float = option(0.0, "its standard deviation (0: the weights', else 0.2449; CXR-MAE: 0.4785, 0.2834)")
     img_size: int = option(0, "side of the input in pixels (0: the weights')")
     num_heads: int = option(0, "attention heads, for weights that do not say (0: width / 64)")
@@ -221,7 +223,8 @@ def make_optimizer(model, recipe):
     groups, depth = {}, len(model.blocks)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else depth + 1 if name.split(".")[0] in ("fc_norm", "head") else 0
+            part = name.split(".")[0]
+            layer = int(name.split(".")[1]) + 1 if part == "blocks" else depth + 1 if part in ("fc_norm", "head") else 0
             decay = recipe["weight_decay"] * (parameter.ndim > 1)
             group = groups.setdefault((layer, decay), {"params": [], "weight_decay": decay,
                                                        "lr_scale": recipe["layer_decay"] ** (depth + 1 - layer)})
@@ -281,7 +284,8 @@ def finetune(config):
     mean, std = saved.get("mean", mrm.MEAN), saved.get("std", mrm.STD)
     if config.mean or config.std:
         mean, std = config.mean or mean or mrm.MEAN, config.std or std or mrm.STD
-    device, autocast, rank, world = data.start_run(config, sizes["embed_dim"])  # seeds again: pretraining above must not change this run
+    # seeds again: pretraining above must not change this run
+    device, autocast, rank, world = data.start_run(config, sizes["embed_dim"])
     recipe = recipe_for(config, method, ratio, sizes["embed_dim"])
     try:
         model = build_model(config, method, recipe, sizes, classes)
@@ -384,7 +388,8 @@ def finetune(config):
               "auroc_per_class": {c: v and v[0] for c, v in zip(classes, per_class)},
               "auroc_per_class_ci": {c: v and v[1:] for c, v in zip(classes, per_class)},
               "val_auroc": best["auroc"], "best_step": best["step"], "split": config.split or config.data, "ratio": ratio,
-              "method": method, "weights": config.weights or source, "images": {p: len(n) for p, n in zip(("train", "val", "test"), names)},
+              "method": method, "weights": config.weights or source,
+              "images": {part: len(listed) for part, listed in zip(("train", "val", "test"), names)},
               "trainable_parameters": count["trainable"], "lora_parameters": count["lora"], "head_parameters": count["head"],
               "total_parameters": count["total"], "recipe": recipe | {"steps": steps},
               "images_per_second": (steps - first) * per_step / seconds, "share_waiting_for_data": waited / seconds,
@@ -443,9 +448,7 @@ def fingerprint(model):
 
 def load_run(run):
     """The model of a finished run (its folder, adapter.pt or best.pt), merged: (ViT in eval mode, the file's dict)."""
-    path = Path(run)
-    if path.is_dir():
-        path = next((path / name for name in ("adapter.pt", "best.pt") if (path / name).exists()), path / "best.pt")
+    path = data.checkpoint_file(run, "adapter.pt", "best.pt")
     saved = data.load_checkpoint(path)
     needed = {"weights", "fingerprint"} if "adapter" in saved else {"model"}
     if not needed | {"sizes", "classes", "mean", "std"} <= saved.keys():
@@ -477,7 +480,8 @@ def predict_folder(config):
     scores = predict(model.to(device), image_set, saved["mean"], saved["std"], device, autocast, workers=config.workers)
     out = Path(config.out or "runs/predict") / "predictions.csv"
     names = [Path(path).relative_to(config.predict).as_posix() for path in paths]
-    write_csv(out, [["image", *saved["classes"]]] + [[n, *(f"{p:.6f}" for p in row)] for n, row in zip(names, scores.sigmoid().tolist())])
+    rows = [[name, *(f"{p:.6f}" for p in row)] for name, row in zip(names, scores.sigmoid().tolist())]
+    write_csv(out, [["image", *saved["classes"]], *rows])
     print(f"{len(paths)} images: {out}")
 
 
@@ -510,7 +514,8 @@ def compare(config):
                 one = results[0]
                 rows.append([init, method, ratio, f"{scores.mean():.3f}", f"{scores.std(ddof=1) if len(scores) > 1 else 0:.3f}",
                              " ".join(f"{score:.3f}" for score in scores), one["trainable_parameters"], one["images"]["train"]])
-    header = ["pretraining", "method", "labels %", "test AUROC", "sd over seeds", "each seed", "trained parameters", "training images"]
+    header = ["pretraining", "method", "labels %", "test AUROC", "sd over seeds", "each seed", "trained parameters",
+              "training images"]
     write_csv(out / "compare.csv", [header] + rows)
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header)] + rows) + "\n"
     data.atomic_write(out / "compare.md", lambda file: file.write(table.encode()))

@@ -203,9 +203,7 @@ def read_adapter(config):
     saved = read_adapter_file(config.adapter)
     if not config.weights and "weights" not in saved:
         raise InputError(f"{config.adapter}: names no base weights; give them with --weights")
-    source = Path(config.weights or saved["weights"])
-    if source.is_dir():
-        source = next((source / name for name in ("best.pt", "last.pt") if (source / name).exists()), source / "last.pt")
+    source = data.checkpoint_file(config.weights or saved["weights"], "best.pt", "last.pt")
     base = data.load_checkpoint(source)
     base = base.get("model", base)
     for name, A in saved["adapter"].items():

@@ -466,7 +466,8 @@ def pretrain(config):
         raise InputError(f"--word-ratio {config.word_ratio:g}: expected a share above 0 and up to 1")
     patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
     if not 1 <= int(patches * (1 - config.mask_ratio)) < patches:
-        raise InputError(f"--mask-ratio {config.mask_ratio:g}: expected a share that leaves 1 to {patches - 1} of {patches} patches visible")
+        raise InputError(f"--mask-ratio {config.mask_ratio:g}: expected a share that leaves 1 to {patches - 1} of {patches} "
+                         "patches visible")
     start_time = time.time()
     device, autocast, rank, world = data.start_run(config, sizes["embed_dim"])
     if rank == 0:
@@ -600,10 +601,7 @@ def encoder_sizes(state, saved, source, num_heads=0):
 
 def weights_of(path):
     """The checkpoint of a run's folder, or a file: (its state dict, the whole file's dict)."""
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in ("best.pt", "last.pt") if (path / name).exists()), path / "last.pt")
-    state = data.load_checkpoint(path)
+    state = data.load_checkpoint(data.checkpoint_file(path, "best.pt", "last.pt"))
     return state.get("model", state), state
 
 
