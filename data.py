@@ -1104,10 +1104,12 @@ class RandomTransform:
         return torch.addmm(self.offset, self.M, p.flatten(1)).view_as(p) + self.bend(p)
 
     def inverse(self, q):
-        """The p with T(p) = q: by iteration p <- M^-1 (q - e(p) - offset), one round where there is no e."""
+        """The p with T(p) = q, to 0.001 pixels: by iteration p <- M^-1 (q - e(p) - offset), one round where there is no e."""
         p = q
         for _ in range(1 if self.e is None else 30):
-            p = (self.back @ ((q - self.bend(p)).flatten(1) - self.offset)).view_as(q)
+            last, p = p, (self.back @ ((q - self.bend(p)).flatten(1) - self.offset)).view_as(q)
+            if (p - last).abs().max() < 1e-3:
+                break
         return p
 
 
@@ -1142,16 +1144,21 @@ class Pairs(torch.utils.data.Dataset):
     """`folder`/A and `folder`/B as pairs (a, b) or, misaligned, (a, b, flow): float32 (C, H, W), flow as in `misalign`.
 
     An item is asked for by (epoch, index): the misalignment is redrawn every epoch, as in the official code, by a generator
-    that (seed, epoch, index) fixes. All files are read once here, so that a bad one is found before anything is written.
-    `noise` None leaves the pairs as they are. `size` > 0 scales the longer side to it and pads to a square.
+    that (seed, epoch, index) fixes. All files are read once here, so that a bad one is found before anything is written,
+    and kept where they fit in KEPT_BYTES. `noise` None leaves the pairs as they are. `size` > 0 scales the longer side to it
+    and pads to a square.
     """
+
+    KEPT_BYTES = 2**30
 
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale=""):
         self.folder, self.noise, self.elastic, self.seed, self.size = Path(folder), noise, elastic, seed, size
         self.names, self.rescale = list_pairs(folder), parse_rescale(rescale)
-        first = None
+        self.kept, first = {}, None
         for name in self.names:
             a, b = self.read(name)
+            if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
+                self.kept[name] = a, b
             if a.shape[1:] != b.shape[1:]:
                 raise InputError(f"{self.folder / 'B' / name}: {tuple(b.shape[1:])} pixels, its A has {tuple(a.shape[1:])}")
             first = first or (a.shape, b.shape)
@@ -1171,7 +1178,7 @@ class Pairs(torch.utils.data.Dataset):
         return [torch.stack(parts) for parts in zip(*(self.item(epoch, index) for epoch, index in keys))]
 
     def item(self, epoch, index):
-        a, b = self.read(self.names[index])
+        a, b = self.kept.get(self.names[index]) or self.read(self.names[index])
         if self.noise is None:
             return a, b
         return misalign(a, b, np.random.default_rng([self.seed, epoch, index]), self.noise, self.elastic)

@@ -105,38 +105,42 @@ class Discriminator(nn.Module):
 
 
 class Registration(nn.Module):
-    """Residual U-Net (fake, real) -> flow (B, 2, H, W) with warp(fake, flow) ~ real. Zero flow at the start.
+    """Residual U-Net (fake, real) -> flow (B, 2, H, W) with warp(fake, flow) ~ real. Zero flow at the start. H, W >= 32.
 
-    Up to 7 levels as in the paper, fewer for small images: the lowest has at least 2 x 2 pixels. H, W >= 32."""
+    One encoder reads both images. From the coarsest level to half the resolution the decoder sees real's features, fake's
+    features moved along the flow so far, and adds what is missing to the flow. Up to 7 levels; the lowest has 2 x 2 pixels."""
 
-    def __init__(self, chans, size, width=64):
+    def __init__(self, chans, size, width=32):
         super().__init__()
-        widths = [width // 2] + [width] * (min(7, min(size).bit_length() - 2) - 1)
-        ins = [2 * chans] + widths[:-1]
-        self.down = nn.ModuleList(nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.LeakyReLU(0.2, True), Residual(o))
-                                  for i, o in zip(ins, widths))
-        self.bottom = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.LeakyReLU(0.2, True),
-                                    *(Residual(2 * width) for _ in range(3)),
-                                    nn.Conv2d(2 * width, width, 1), nn.LeakyReLU(0.2, True))
-        self.up = nn.ModuleList(nn.Sequential(nn.Conv2d(i + s, s, 3, padding=1), nn.LeakyReLU(0.2, True))
-                                for i, s in zip([width] + widths[:0:-1], widths[::-1]))
-        self.refine = nn.Sequential(Residual(widths[0]), nn.Conv2d(widths[0], widths[0], 1), nn.LeakyReLU(0.2, True))
-        self.output = nn.Conv2d(widths[0], 2, 3, padding=1)
+        w, levels = width, min(7, min(size).bit_length() - 2)
+
+        def block(i, kernel, stride):
+            return nn.Sequential(nn.Conv2d(i, w, kernel, stride, 1), nn.LeakyReLU(0.2, True), Residual(w), nn.LeakyReLU(0.2, True))
+
+        self.down = nn.ModuleList(block(i, 4, 2) for i in [chans] + [w] * (levels - 1))
+        self.up = nn.ModuleList(block(i, 3, 1) for i in [2 * w] + [3 * w] * (levels - 1))
+        self.heads = nn.ModuleList(nn.Conv2d(w, 2, 3, padding=1) for _ in range(levels))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, a=0.2)
                 nn.init.zeros_(module.bias)
-        nn.init.zeros_(self.output.weight)
+        for head in self.heads:
+            nn.init.zeros_(head.weight)
 
     def forward(self, fake, real):
-        x, skips = torch.cat((fake, real), 1), []
+        H, W = real.shape[-2:]
+        x, features = torch.cat((fake, real)), []
         for block in self.down:
-            skips.append(block(x))
-            x = F.max_pool2d(skips[-1], 2)
-        x = self.bottom(x)
-        for block, skip in zip(self.up, reversed(skips)):
-            x = block(torch.cat((F.interpolate(x, skip.shape[-2:], mode="bilinear"), skip), 1))
-        return self.output(self.refine(x)).float()
+            x = block(x)
+            features.append(x.chunk(2))
+        x, flow = None, real.new_zeros(len(real), 2, 1, 1, dtype=torch.float32)
+        for block, head, (f, r) in zip(self.up, self.heads, reversed(features)):
+            h, w = r.shape[-2:]
+            flow = F.interpolate(flow, (h, w), mode="bilinear", align_corners=True)         # (B, 2, h, w), pixels of H x W
+            f = warp(f, flow * flow.new_tensor((h / H, w / W)).view(2, 1, 1))
+            x = block(torch.cat((f, r) if x is None else (f, r, F.interpolate(x, (h, w), mode="bilinear")), 1))
+            flow = flow + head(x).float()
+        return F.interpolate(flow, (H, W), mode="bilinear", align_corners=True)             # keeps an affine flow affine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,7 +463,7 @@ def build(config, in_chans, out_chans, size):
     """The networks of a run: an nn.Module with the host's netG..., netD... and, with --reg, `registration`."""
     model = HOSTS[config.host](config, in_chans, out_chans)
     if config.reg:
-        model.registration = Registration(out_chans, size, max(16, config.width))
+        model.registration = Registration(out_chans, size, max(16, config.width // 2))
     return model
 
 
