@@ -1120,13 +1120,13 @@ def sample_at(image, p, padding="zeros"):
     return F.grid_sample(image[None], grid, padding_mode=padding, align_corners=True)[0]
 
 
-def misalign(a, b, rng, noise, elastic=0.0):
+def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
     """The paper's misalignment of level `noise`: a and b (C, H, W) each move by a random transform of their own.
 
     Rotation up to `noise` degrees, shift up to 2 noise %, zoom within 2 noise %; at level 0 one small transform (1 degree,
     2 %) moves both. `elastic` adds a bending field to each. Background (-1) comes in from outside.
-    Returns (a', b', flow): flow (2, H, W) in pixels is the displacement that registers them, f(a')[p + flow(p)] = b'[p]
-    for a perfect translation f. From a'[p] = a[Ta(p)] and b'[p] = b[Tb(p)] follows flow(p) = Ta^-1(Tb(p)) - p.
+    Returns (a', b', flow), or (a', b'): flow (2, H, W) in pixels is the displacement that registers them,
+    f(a')[p + flow(p)] = b'[p] for a perfect translation f. From a'[p] = a[Ta(p)] and b'[p] = b[Tb(p)] follows flow(p) = Ta^-1(Tb(p)) - p.
     """
     size = tuple(a.shape[-2:])
     p = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in size), indexing="ij"))
@@ -1137,11 +1137,13 @@ def misalign(a, b, rng, noise, elastic=0.0):
     else:
         ta, tb = (RandomTransform(rng, size, noise, 2 * noise, elastic) for _ in range(2))
     pa, pb = ta(p), tb(p)
-    return sample_at(a + 1, pa) - 1, sample_at(b + 1, pb) - 1, ta.inverse(pb) - p
+    moved = sample_at(a + 1, pa) - 1, sample_at(b + 1, pb) - 1
+    return (*moved, ta.inverse(pb) - p) if with_flow else moved
 
 
 class Pairs(torch.utils.data.Dataset):
-    """`folder`/A and `folder`/B as pairs (a, b) or, misaligned, (a, b, flow): float32 (C, H, W), flow as in `misalign`.
+    """`folder`/A and `folder`/B as pairs (a, b) or, misaligned, (a, b, flow): float32 (C, H, W), flow as in `misalign`;
+    it takes longer to find than the pair, and `with_flow` False leaves it out.
 
     An item is asked for by (epoch, index): the misalignment is redrawn every epoch, as in the official code, by a generator
     that (seed, epoch, index) fixes. All files are read once here, so that a bad one is found before anything is written,
@@ -1151,8 +1153,9 @@ class Pairs(torch.utils.data.Dataset):
 
     KEPT_BYTES = 2**30
 
-    def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale=""):
+    def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed, self.size = Path(folder), noise, elastic, seed, size
+        self.with_flow = with_flow
         self.names, self.rescale = list_pairs(folder), parse_rescale(rescale)
         self.kept, first = {}, None
         for name in self.names:
@@ -1181,7 +1184,7 @@ class Pairs(torch.utils.data.Dataset):
         a, b = self.kept.get(self.names[index]) or self.read(self.names[index])
         if self.noise is None:
             return a, b
-        return misalign(a, b, np.random.default_rng([self.seed, epoch, index]), self.noise, self.elastic)
+        return misalign(a, b, np.random.default_rng([self.seed, epoch, index]), self.noise, self.elastic, self.with_flow)
 
     def batches(self, batch, epochs=1, shuffle=False, seed=0, start=0, rank=0, world=1, workers=0):
         """Yields batches from the `start`-th on, the same ones whatever `start` and `workers`. The last may be smaller.

@@ -270,7 +270,7 @@ def test_host_losses_follow_their_formulas(host):
     a, b = blob(32), blob(32, 1)
     with torch.no_grad():
         fakes, losses = model.generator_losses(a, b)
-        assert torch.equal(fakes["B"], model.translate(a))
+        assert torch.allclose(fakes["B"], model.translate(a), atol=1e-5)
         if host == "pix2pix":
             assert torch.isclose(losses["l1"], 100 * (fakes["B"] - b).abs().mean())
             assert torch.isclose(losses["adversarial"], (model.netD_B(torch.cat((a, fakes["B"]), 1)) - 1).square().mean())
