@@ -83,11 +83,11 @@ class Generator(nn.Module):
     """7 x 7 stem, stride-2 convolutions (two in the paper), residual blocks, as many transposed convolutions, tanh.
     State-dict keys are Reg-GAN's, so its published netG_A2B.pth loads. Any H, W: padded inside, cropped back."""
 
-    def __init__(self, in_chans=1, out_chans=1, width=64, blocks=9, downs=2):
+    def __init__(self, in_chans=1, out_chans=1, width=64, blocks=9, downs=2, kernel=7):
         super().__init__()
         self.multiple, widths = 2**downs, [width * 2**k for k in range(downs + 1)]
-        head = [Reflect(3), *normed(nn.Conv2d(in_chans, width, 7)), nn.ReLU(True)]
-        tail = [Reflect(3), nn.Conv2d(width, out_chans, 7), nn.Tanh()]
+        head = [Reflect(kernel // 2), *normed(nn.Conv2d(in_chans, width, kernel)), nn.ReLU(True)]
+        tail = [Reflect(kernel // 2), nn.Conv2d(width, out_chans, kernel), nn.Tanh()]
         for i, o in zip(widths, widths[1:]):
             head += [*normed(nn.Conv2d(i, o, 3, stride=2, padding=1)), nn.ReLU(True)]
             tail = [*normed(nn.ConvTranspose2d(o, i, 3, stride=2, padding=1, output_padding=1)), nn.ReLU(True)] + tail
@@ -152,10 +152,11 @@ class Registration(nn.Module):
         x, flow = None, real.new_zeros(len(real), 2, 1, 1, dtype=torch.float32)
         for block, head, (f, r) in zip(self.up, self.heads, reversed(features)):
             h, w = r.shape[-2:]
+            limit = H / h / 2  # a level moves by half of its own pixel at most: a flow that left the image would never return
             flow = F.interpolate(flow, (h, w), mode="bilinear", align_corners=True)         # (B, 2, h, w), pixels of H x W
             f = warp(f, flow * flow.new_tensor((h / H, w / W)).view(2, 1, 1))
             x = block(torch.cat((f, r) if x is None else (f, r, F.interpolate(x, (h, w), mode="bilinear")), 1))
-            flow = flow + head(x).float()
+            flow = flow + limit * torch.tanh(head(x).float() / limit)
         return F.interpolate(flow, (H, W), mode="bilinear", align_corners=True)             # keeps an affine flow affine
 
 
@@ -191,7 +192,7 @@ class NiceResidual(nn.Module):
 class NiceGenerator(nn.Module):
     """Decodes an encoding (B, 2w, H/4, W/4) that a discriminator made: the generator has no encoder of its own."""
 
-    def __init__(self, out_chans=1, width=64, blocks=6):
+    def __init__(self, out_chans=1, width=64, blocks=6, kernel=7):
         super().__init__()
         w = width
         self.enter = nn.Sequential(Reflect(1), nn.Conv2d(2 * w, 4 * w, 3))
@@ -201,7 +202,7 @@ class NiceGenerator(nn.Module):
         self.up = nn.Sequential(
             Reflect(1), nn.Conv2d(4 * w, 8 * w, 3), nn.PixelShuffle(2), LayerInstanceNorm(2 * w, 0.1, False), nn.ReLU(True),
             Reflect(1), nn.Conv2d(2 * w, 4 * w, 3), nn.PixelShuffle(2), LayerInstanceNorm(w, 0.1, False), nn.ReLU(True),
-            Reflect(3), nn.Conv2d(w, out_chans, 7), nn.Tanh())
+            Reflect(kernel // 2), nn.Conv2d(w, out_chans, kernel), nn.Tanh())
 
     def forward(self, z, size):
         x = F.relu(self.norm(self.enter(z)))
@@ -280,7 +281,7 @@ class NC(nn.Module):
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
-        self.netG_A2B = Generator(in_chans, out_chans, config.width, config.blocks, config.downs)
+        self.netG_A2B = Generator(in_chans, out_chans, config.width, config.blocks, config.downs, config.kernel)
         self.netD_B = Discriminator(out_chans, config.width)
 
     def translate(self, a):
@@ -319,7 +320,7 @@ class Cycle(NC):
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
-        self.netG_B2A = Generator(out_chans, in_chans, config.width, config.blocks, config.downs)
+        self.netG_B2A = Generator(out_chans, in_chans, config.width, config.blocks, config.downs, config.kernel)
         self.netD_A = Discriminator(in_chans, config.width)
 
     def generator_losses(self, a, b):
@@ -341,7 +342,7 @@ class Nice(nn.Module):
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
         blocks = max(1, config.blocks * 2 // 3)  # 6 where the paper's generator has 9
-        self.netG_A2B, self.netG_B2A = (NiceGenerator(c, config.width, blocks) for c in (out_chans, in_chans))
+        self.netG_A2B, self.netG_B2A = (NiceGenerator(c, config.width, blocks, config.kernel) for c in (out_chans, in_chans))
         self.netD_A, self.netD_B = (NiceDiscriminator(c, config.width) for c in (in_chans, out_chans))
 
     def translate(self, a):
@@ -445,13 +446,14 @@ class Config(RunConfig):
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones: width 64, 9 blocks, batch 1, lr 1e-4")
     width: int = option(8, "channels of the first layer")
+    kernel: int = option(3, "side of the generator's first and last kernels; 7 in the paper")
     downs: int = option(1, "times the generator halves the image; 2 in the paper")
     blocks: int = option(3, "residual blocks of the generator")
     batch: int = option(8, "pairs a step")
-    lr: float = option(3e-3, "learning rate of Adam, constant, then linear to 0 over the second half")
+    lr: float = option(4e-3, "learning rate of Adam, constant, then linear to 0 over the second half")
     epochs: int = option(70, "passes over the training pairs; 80 in the paper")
-    correction: float = option(20.0, "weight of |warp(G(a), R(G(a), b)) - b|")
-    smooth: float = option(10.0, "weight of the flow's squared gradient")
+    correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|")
+    smooth: float = option(100.0, "weight of the flow's squared gradient")
     compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the table, +r with registration")
     levels: str = option("0,3,5,elastic", "columns of the table: misalignment levels, or elastic (level 0 and 3 % bending)")
@@ -460,7 +462,12 @@ class Config(RunConfig):
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth")
 
 
-PAPER = {"width": 64, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4}
+PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "correction": 20.0, "smooth": 10.0}
+
+
+def start(config, width):
+    """`start_run`; with --dtype auto narrow networks stay in float32: below 32 channels casting costs more than it saves."""
+    return start_run(dataclasses.replace(config, dtype="fp32") if config.dtype == "auto" and width < 32 else config)
 
 
 def trainable(module, *prefixes):
@@ -484,7 +491,7 @@ def build(config, in_chans, out_chans, size):
     """The networks of a run: an nn.Module with the host's netG..., netD... and, with --reg, `registration`."""
     model = HOSTS[config.host](config, in_chans, out_chans)
     if config.reg:
-        model.registration = Registration(out_chans, size)
+        model.registration = Registration(out_chans, size, max(16, config.width // 2))
     return model
 
 
@@ -549,7 +556,10 @@ def train(config):
             raise InputError(f"--{name} {getattr(config, name)}: expected a positive number")
     if config.noise < 0 or config.elastic < 0 or config.noise > 25:
         raise InputError(f"--noise {config.noise} --elastic {config.elastic}: expected 0 to 25 and 0 or more")
-    device, autocast, rank, world = start_run(config)
+    device, autocast, rank, world = start(config, config.width)
+    out = Path(config.out or "runs/reggan")
+    if rank == 0:
+        data.check_writable(out)
     pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
     part = "test" if (pairs.folder.parent / "test").is_dir() else "val"
     val, test = ([make_pairs(config, p), make_pairs(config, p, misaligned=True)] for p in ("val", part))
@@ -561,12 +571,11 @@ def train(config):
     opt_g = torch.optim.Adam(trainable(model, "netG", "registration"), config.lr, betas=(0.5, 0.999), fused=True)
     opt_d = torch.optim.Adam(trainable(model, "netD"), config.lr, betas=(0.5, 0.999), fused=True)
     pools = {side: Pool() for side in model.pooled}
-    log = RunLog(config.out or "runs/reggan", config, rank, config.resume)
     step, best, seconds = 0, float("inf"), 0.0
     meta = {"in_chans": pairs.in_chans, "out_chans": pairs.out_chans, "shape": list(pairs.shape)}
     if config.resume:
-        state = load_checkpoint(log.out / "last.pt")
-        check_same(state["config"], config, log.out / "last.pt")
+        state = load_checkpoint(out / "last.pt")
+        check_same(state["config"], config, out / "last.pt")
         model.load_state_dict(state["model"])
         opt_g.load_state_dict(state["opt_g"])
         opt_d.load_state_dict(state["opt_d"])
@@ -574,6 +583,7 @@ def train(config):
             pool.images = [image.to(device) for image in state["pools"][side]]
         step, best, seconds = state["step"], state["best"], state["seconds"]
         data.set_random_state(state["random"])
+    log = RunLog(out, config, rank, config.resume)
     per_epoch = -(-(-(-len(pairs) // world)) // config.batch)
     steps, every = config.epochs * per_epoch, max(1, config.epochs // 10) * per_epoch
     batches = iter(pairs.batches(config.batch, config.epochs, True, config.seed, step, rank, world, config.workers))
@@ -589,7 +599,7 @@ def train(config):
         if step % max(1, per_epoch // 3) == 0 or step == steps:
             values = {name: float(loss) for name, loss in losses.items()}
             if not all(map(math.isfinite, values.values())):
-                raise InputError(f"{log.out}: the losses left the numbers at step {step} ({values}): lower --lr")
+                raise InputError(f"{out}: the losses left the numbers at step {step} ({values}): lower --lr")
             log.line(step=step, epoch=step / per_epoch, lr=opt_g.param_groups[0]["lr"], **values)
         if step % every == 0 or step == steps:
             scores = evaluate(model, config, *val, device, autocast, rank, world)
@@ -600,14 +610,14 @@ def train(config):
                       f"{scores['misalignment']:.2f}" if config.reg else ""), flush=True)
                 saved = {"model": model.state_dict(), "config": dataclasses.asdict(config), **meta}
                 if scores["mae"] < best:
-                    save_checkpoint(log.out / "best.pt", saved)
+                    save_checkpoint(out / "best.pt", saved)
                 best = min(best, scores["mae"])
-                save_checkpoint(log.out / "last.pt", saved | {
+                save_checkpoint(out / "last.pt", saved | {
                     "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict(), "step": step, "best": best,
                     "pools": {side: pool.images for side, pool in pools.items()}, "random": data.random_state(),
                     "seconds": seconds + time.time() - began})
     if part == "test":
-        model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
+        model.load_state_dict(load_checkpoint(out / "best.pt")["model"])
     clock = time.time() - began
     result = evaluate(model, config, *test, device, autocast, rank, world)
     result |= {"host": config.host, "registration": config.reg, "noise": config.noise, "elastic": config.elastic, "part": part,
@@ -617,7 +627,7 @@ def train(config):
                "peak_memory_mib": data.peak_memory_mib(device)}
     log.json("result.json", result)
     if rank == 0:
-        draw_run(log.out, model, config, *test, device)
+        draw_run(out, model, config, *test, device)
     return result
 
 
@@ -670,7 +680,7 @@ def load_generator(path):
     if "model_head.1.weight" in state:
         width, in_chans = state["model_head.1.weight"].shape[:2]
         blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
-        config = Config(width=width, blocks=blocks)
+        config = Config(width=width, blocks=blocks, kernel=7)
         model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
         translate = model
     elif "model" in state and "config" in state:
@@ -692,7 +702,7 @@ def translate_folder(config):
     if not config.weights:
         raise InputError("--translate needs --weights RUN: a run's folder, its best.pt, or a Reg-GAN netG_A2B.pth")
     model, translate, trained, in_chans = load_generator(config.weights)
-    device, autocast, rank, world = start_run(config)
+    device, autocast, rank, world = start(config, trained.width)
     model.to(device).eval()
     spans = data.parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
