@@ -62,6 +62,18 @@ class Reflect(nn.ReflectionPad2d):
             return super().forward(x)
 
 
+class LastConv(nn.Conv2d):
+    """A k x k convolution to few channels. On a CPU as one 1 x k convolution to k times as many, whose rows are then added: with
+    one output channel the library's kernels idle, and at 7 x 7 this is 3 times as fast."""
+
+    def forward(self, x):
+        if x.is_cuda:
+            return super().forward(x)
+        k, H = self.kernel_size[0], x.shape[2] - self.kernel_size[0] + 1
+        rows = F.conv2d(x, self.weight.permute(2, 0, 1, 3).reshape(-1, self.in_channels, 1, k)).float().chunk(k, 1)
+        return sum(row[:, :, i:i + H] for i, row in enumerate(rows)) + self.bias.view(-1, 1, 1)
+
+
 def normed(conv):
     """A convolution that an instance norm follows: the norm subtracts the bias, so it is kept for the keys, untrained."""
     if conv.bias is not None:
@@ -87,7 +99,7 @@ class Generator(nn.Module):
         super().__init__()
         self.multiple, widths = 2**downs, [width * 2**k for k in range(downs + 1)]
         head = [Reflect(kernel // 2), *normed(nn.Conv2d(in_chans, width, kernel)), nn.ReLU(True)]
-        tail = [Reflect(kernel // 2), nn.Conv2d(width, out_chans, kernel), nn.Tanh()]
+        tail = [Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh()]
         for i, o in zip(widths, widths[1:]):
             head += [*normed(nn.Conv2d(i, o, 3, stride=2, padding=1)), nn.ReLU(True)]
             tail = [*normed(nn.ConvTranspose2d(o, i, 3, stride=2, padding=1, output_padding=1)), nn.ReLU(True)] + tail
@@ -202,7 +214,7 @@ class NiceGenerator(nn.Module):
         self.up = nn.Sequential(
             Reflect(1), nn.Conv2d(4 * w, 8 * w, 3), nn.PixelShuffle(2), LayerInstanceNorm(2 * w, 0.1, False), nn.ReLU(True),
             Reflect(1), nn.Conv2d(2 * w, 4 * w, 3), nn.PixelShuffle(2), LayerInstanceNorm(w, 0.1, False), nn.ReLU(True),
-            Reflect(kernel // 2), nn.Conv2d(w, out_chans, kernel), nn.Tanh())
+            Reflect(kernel // 2), LastConv(w, out_chans, kernel), nn.Tanh())
 
     def forward(self, z, size):
         x = F.relu(self.norm(self.enter(z)))

@@ -42,6 +42,17 @@ def pixels(root):
         print(f"C {C:g}: mean AUROC {sum(scores) / len(scores):.3f}", flush=True)
 
 
+def official_layers(module):
+    """Puts torch's own layers, which the official code uses, where ours stand in for them."""
+    for name, child in module.named_children():
+        if isinstance(child, reggan.InstanceNorm):
+            setattr(module, name, torch.nn.InstanceNorm2d(1))
+        elif isinstance(child, (reggan.Reflect, reggan.LastConv)):
+            child.__class__ = type(child).__base__
+        official_layers(child)
+    return module
+
+
 def official_step(model, a, b, opt_g, opt_d):
     """The step of Kid-Liet/Reg-GAN: D is trained along in G's backward pass, the generator runs again for D's step."""
     opt_g.zero_grad()
@@ -76,13 +87,13 @@ def step(rounds=3, size=256):
     """Batch 1, 256 x 256, the paper's networks: the official form in float32, ours in float32 and in bfloat16 autocast, from the
     same weights. Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
     torch.manual_seed(0)
-    config = reggan.Config(width=64, downs=2, blocks=9, lr=1e-4, correction=20, smooth=10)
+    config = reggan.Config(width=64, kernel=7, downs=2, blocks=9, lr=1e-4, correction=20, smooth=10)
     a, b = torch.rand(2, 1, 1, size, size) * 2 - 1
     model = reggan.build(config, 1, 1, (size, size))
     adam = dict(lr=1e-4, betas=(0.5, 0.999))
 
     def form(official, autocast=contextlib.nullcontext):
-        copied = copy.deepcopy(model).requires_grad_(True) if official else copy.deepcopy(model)
+        copied = official_layers(copy.deepcopy(model)).requires_grad_(True) if official else copy.deepcopy(model)
         optimizers = [torch.optim.Adam(reggan.trainable(copied, *prefixes), fused=not official, **adam)
                       for prefixes in (("netG", "registration"), ("netD",))]
         if official:
