@@ -1055,7 +1055,7 @@ def write_slice(path, image, source, rescale=None):
             form = like.format
         lo, hi = rescale or (0, depth)
         picture = Image.fromarray(((array + 1) * ((hi - lo) / 2) + lo).round().clip(0, depth).astype(kind))
-        atomic_write(path, lambda file: picture.save(file, form, **({"quality": 95} if form == "JPEG" else {})))
+        atomic_write(path, lambda file: picture.save(file, form, **({"quality": 95, "subsampling": 0} if form == "JPEG" else {})))
 
 
 def list_slices(folder):

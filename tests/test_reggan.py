@@ -273,21 +273,21 @@ def write_image(path, image):
         nibabel = pytest.importorskip("nibabel")
         nibabel.save(nibabel.Nifti1Image(array, np.diag([2.0, 3.0, 1.0, 1.0])), path)
     else:
-        Image.fromarray(array).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+        Image.fromarray(array).save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
     return (0, 1) if kind.kind == "f" else (0, min(np.iinfo(kind).max, 65535))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_format_comes_back_as_it_went(tmp_path, name, channels):
-    """Read, written by the identity, read again: same name, type, range and values, to one step of the depth (JPEG: 4)."""
+    """Read, written by the identity, read again: same name, type, range and values, to one step of the depth (JPEG: 8)."""
     if (name, channels) == ("d.png", 3):
         pytest.skip("PIL has no 16-bit colour")
     image = (smooth_image(channels, 7, 40)[:, 0, :, :36].double().numpy().transpose(1, 2, 0).squeeze() + 1) / 2
     span = write_image(tmp_path / name, image)
     read = data.read_slice(tmp_path / name, span)
     assert read.shape == (channels, 40, 36)
-    tolerance = 4 / 255 if name == "j.jpg" else 2e-3 if name == "s.npy" else 1.5 / span[1]
+    tolerance = 8 / 255 if name == "j.jpg" else 2e-3 if name == "s.npy" else 1.5 / span[1]
     assert np.abs((read.numpy().transpose(1, 2, 0).squeeze() + 1) / 2 - image).max() < tolerance
     (tmp_path / "out").mkdir()
     data.write_slice(tmp_path / "out" / name, read, tmp_path / name, span)
