@@ -280,14 +280,14 @@ def write_image(path, image):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_format_comes_back_as_it_went(tmp_path, name, channels):
-    """Read, written by the identity, read again: same name, type, range and values, to one step of the depth (JPEG: 8)."""
+    """Read, written by the identity, read again: same name, type, range and values, to one step of the depth (JPEG: 12)."""
     if (name, channels) == ("d.png", 3):
         pytest.skip("PIL has no 16-bit colour")
     image = (smooth_image(channels, 7, 40)[:, 0, :, :36].double().numpy().transpose(1, 2, 0).squeeze() + 1) / 2
     span = write_image(tmp_path / name, image)
     read = data.read_slice(tmp_path / name, span)
     assert read.shape == (channels, 40, 36)
-    tolerance = 8 / 255 if name == "j.jpg" else 2e-3 if name == "s.npy" else 1.5 / span[1]
+    tolerance = 12 / 255 if name == "j.jpg" else 2e-3 if name == "s.npy" else 1.5 / span[1]
     assert np.abs((read.numpy().transpose(1, 2, 0).squeeze() + 1) / 2 - image).max() < tolerance
     (tmp_path / "out").mkdir()
     data.write_slice(tmp_path / "out" / name, read, tmp_path / name, span)
