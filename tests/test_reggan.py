@@ -340,13 +340,10 @@ def test_published_generators_load(tmp_path):
     assert in_chans == 1 and torch.equal(translate(x), G(x))
 
 
-def test_bfloat16_runs_and_narrow_networks_stay_in_float32(root):
-    result = reggan.train(reggan.Config(root=str(root), out=str(root / "run"), dtype="bf16", **SMALL))
-    assert np.isfinite(result["psnr"])
-    for width, dtype, wanted in ((8, "auto", False), (64, "bf16", True), (8, "bf16", True), (64, "fp32", False)):
-        _, autocast, _, _ = reggan.start(reggan.Config(dtype=dtype, device="cpu"), width)
-        with autocast():
-            assert torch.is_autocast_enabled("cpu") == wanted, (width, dtype)
+def test_a_bfloat16_run_ends_near_a_float32_run(root):
+    scores = [reggan.train(reggan.Config(root=str(root), out=str(root / dtype), dtype=dtype, **SMALL | dict(epochs=20)))["psnr"]
+              for dtype in ("fp32", "bf16")]
+    assert abs(scores[0] - scores[1]) < 1 and scores[0] != scores[1], scores
 
 
 def test_two_processes_under_torchrun_leave_one_run(root):
