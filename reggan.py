@@ -35,6 +35,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -796,7 +797,9 @@ def main():
     elif config.compare:
         compare(config)
     else:
-        print(json.dumps(train(config), indent=1))
+        result = train(config)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
