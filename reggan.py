@@ -161,6 +161,14 @@ class Registration(nn.Module):
                 nn.init.zeros_(module.bias)
         for head in self.heads:
             nn.init.zeros_(head.weight)
+        self.register_buffer("mean", torch.zeros(2, *size))
+
+    def drift(self, flow, rate=0.05):
+        """Mean square of the running mean of the flows, in pixels^2. Misalignment is zero in the mean, but no other loss says so:
+        if every G(a) is shifted alike, R undoes it, and G, which is used without R, stays off by that shift."""
+        mean = torch.lerp(self.mean, flow.mean(0), rate)
+        self.mean.copy_(mean.detach())
+        return mean.square().mean()
 
     def forward(self, fake, real):
         H, W = real.shape[-2:]
@@ -473,6 +481,7 @@ class Config(RunConfig):
     epochs: int = option(70, "passes over the training pairs; 80 in the paper")
     correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|; 20 in the paper")
     smooth: float = option(100.0, "weight of the flow's squared gradient; 10 in the paper")
+    drift: float = option(20.0, "weight of the squared running mean of the flows; 0 in the paper")
     compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the table, +r with registration")
     levels: str = option("0,3,5,elastic", "columns of the table: misalignment levels, or elastic (level 0 and 3 % bending)")
@@ -481,7 +490,7 @@ class Config(RunConfig):
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth")
 
 
-PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "correction": 20.0, "smooth": 10.0}
+PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "correction": 20.0, "smooth": 10.0, "drift": 4.0}
 
 
 def trainable(module, *prefixes):
@@ -520,6 +529,7 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.
             flow = model.registration(fakes["B"], b)
             losses["correction"] = config.correction * F.l1_loss(warp(fakes["B"], flow), b)
             losses["smooth"] = config.smooth * smoothness(flow)
+            losses["drift"] = config.drift * model.registration.drift(flow)
     descend(losses, opt_g, world)
     for p in d_parameters:
         p.requires_grad_(True)
