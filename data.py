@@ -1068,7 +1068,7 @@ def write_slice(path, image, source, rescale=None):
             form = like.format
         lo, hi = rescale or (0, depth)
         picture = Image.fromarray(((array + 1) * ((hi - lo) / 2) + lo).round().clip(0, depth).astype(kind))
-        atomic_write(path, lambda file: picture.save(file, form, **({"quality": 95} if form == "JPEG" else {})))
+        atomic_write(path, lambda file: picture.save(file, form, **({"quality": 95, "subsampling": 0} if form == "JPEG" else {})))
 
 
 def list_slices(folder):
@@ -1117,10 +1117,12 @@ class RandomTransform:
         return torch.addmm(self.offset, self.M, p.flatten(1)).view_as(p) + self.bend(p)
 
     def inverse(self, q):
-        """The p with T(p) = q: by iteration p <- M^-1 (q - e(p) - offset), one round where there is no e."""
+        """The p with T(p) = q, to 0.001 pixels: by iteration p <- M^-1 (q - e(p) - offset), one round where there is no e."""
         p = q
         for _ in range(1 if self.e is None else 30):
-            p = (self.back @ ((q - self.bend(p)).flatten(1) - self.offset)).view_as(q)
+            last, p = p, (self.back @ ((q - self.bend(p)).flatten(1) - self.offset)).view_as(q)
+            if (p - last).abs().max() < 1e-3:
+                break
         return p
 
 
@@ -1131,13 +1133,13 @@ def sample_at(image, p, padding="zeros"):
     return F.grid_sample(image[None], grid, padding_mode=padding, align_corners=True)[0]
 
 
-def misalign(a, b, rng, noise, elastic=0.0):
+def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
     """The paper's misalignment of level `noise`: a and b (C, H, W) each move by a random transform of their own.
 
     Rotation up to `noise` degrees, shift up to 2 noise %, zoom within 2 noise %; at level 0 one small transform (1 degree,
     2 %) moves both. `elastic` adds a bending field to each. Background (-1) comes in from outside.
-    Returns (a', b', flow): flow (2, H, W) in pixels is the displacement that registers them, f(a')[p + flow(p)] = b'[p]
-    for a perfect translation f. From a'[p] = a[Ta(p)] and b'[p] = b[Tb(p)] follows flow(p) = Ta^-1(Tb(p)) - p.
+    Returns (a', b', flow), or (a', b'): flow (2, H, W) in pixels is the displacement that registers them,
+    f(a')[p + flow(p)] = b'[p] for a perfect translation f. From a'[p] = a[Ta(p)] and b'[p] = b[Tb(p)] follows flow(p) = Ta^-1(Tb(p)) - p.
     """
     size = tuple(a.shape[-2:])
     p = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in size), indexing="ij"))
@@ -1148,23 +1150,31 @@ def misalign(a, b, rng, noise, elastic=0.0):
     else:
         ta, tb = (RandomTransform(rng, size, noise, 2 * noise, elastic) for _ in range(2))
     pa, pb = ta(p), tb(p)
-    return sample_at(a + 1, pa) - 1, sample_at(b + 1, pb) - 1, ta.inverse(pb) - p
+    moved = sample_at(a + 1, pa) - 1, sample_at(b + 1, pb) - 1
+    return (*moved, ta.inverse(pb) - p) if with_flow else moved
 
 
 class Pairs(torch.utils.data.Dataset):
-    """`folder`/A and `folder`/B as pairs (a, b) or, misaligned, (a, b, flow): float32 (C, H, W), flow as in `misalign`.
+    """`folder`/A and `folder`/B as pairs (a, b) or, misaligned, (a, b, flow): float32 (C, H, W), flow as in `misalign`;
+    it takes longer to find than the pair, and `with_flow` False leaves it out.
 
     An item is asked for by (epoch, index): the misalignment is redrawn every epoch, as in the official code, by a generator
-    that (seed, epoch, index) fixes. All files are read once here, so that a bad one is found before anything is written.
-    `noise` None leaves the pairs as they are. `size` > 0 scales the longer side to it and pads to a square.
+    that (seed, epoch, index) fixes. All files are read once here, so that a bad one is found before anything is written,
+    and kept where they fit in KEPT_BYTES. `noise` None leaves the pairs as they are. `size` > 0 scales the longer side to it
+    and pads to a square.
     """
 
-    def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale=""):
+    KEPT_BYTES = 2**30
+
+    def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed, self.size = Path(folder), noise, elastic, seed, size
+        self.with_flow = with_flow
         self.names, self.rescale = list_pairs(folder), parse_rescale(rescale)
-        first = None
+        self.kept, first = {}, None
         for name in self.names:
             a, b = self.read(name)
+            if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
+                self.kept[name] = a, b
             if a.shape[1:] != b.shape[1:]:
                 raise InputError(f"{self.folder / 'B' / name}: {tuple(b.shape[1:])} pixels, its A has {tuple(a.shape[1:])}")
             first = first or (a.shape, b.shape)
@@ -1184,10 +1194,10 @@ class Pairs(torch.utils.data.Dataset):
         return [torch.stack(parts) for parts in zip(*(self.item(epoch, index) for epoch, index in keys))]
 
     def item(self, epoch, index):
-        a, b = self.read(self.names[index])
+        a, b = self.kept.get(self.names[index]) or self.read(self.names[index])
         if self.noise is None:
             return a, b
-        return misalign(a, b, np.random.default_rng([self.seed, epoch, index]), self.noise, self.elastic)
+        return misalign(a, b, np.random.default_rng([self.seed, epoch, index]), self.noise, self.elastic, self.with_flow)
 
     def batches(self, batch, epochs=1, shuffle=False, seed=0, start=0, rank=0, world=1, workers=0):
         """Yields batches from the `start`-th on, the same ones whatever `start` and `workers`. The last may be smaller.

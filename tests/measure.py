@@ -1,8 +1,9 @@
 """The figures of the README that no script of the project prints. Not a test: it needs minutes.
 
     python tests/measure.py pixels DEMO     # logistic regression of the pixels of the demo records in DEMO: validation AUROC
-    python tests/measure.py step            # seconds of an NC + R step: the official code's form against ours
+    python tests/measure.py step            # an NC + R step, the official code's form against ours: operations, bytes, seconds
 """
+import contextlib
 import copy
 import sys
 import time
@@ -12,6 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import reggan
@@ -38,53 +42,85 @@ def pixels(root):
         print(f"C {C:g}: mean AUROC {sum(scores) / len(scores):.3f}", flush=True)
 
 
+def official_layers(module):
+    """Puts torch's own layers, which the official code uses, where ours stand in for them."""
+    for name, child in module.named_children():
+        if isinstance(child, reggan.InstanceNorm):
+            setattr(module, name, torch.nn.InstanceNorm2d(1))
+        elif isinstance(child, (reggan.Reflect, reggan.LastConv)):
+            child.__class__ = type(child).__base__
+        official_layers(child)
+    return module
+
+
 def official_step(model, a, b, opt_g, opt_d):
     """The step of Kid-Liet/Reg-GAN: D is trained along in G's backward pass, the generator runs again for D's step."""
     opt_g.zero_grad()
     fake = model.netG_A2B(a)
     flow = model.registration(fake, b)
-    (20 * F.l1_loss(reggan.warp(fake, flow), b) + 10 * reggan.smoothness(flow) + reggan.lsgan(model.netD_B(fake), True)).backward()
+    losses = {"adversarial": reggan.lsgan(model.netD_B(fake), True), "correction": 20 * F.l1_loss(reggan.warp(fake, flow), b),
+              "smooth": 10 * reggan.smoothness(flow)}
+    sum(losses.values()).backward()
     opt_g.step()
     opt_d.zero_grad()
     with torch.no_grad():
         fake = model.netG_A2B(a)
-    (reggan.lsgan(model.netD_B(b), True) + reggan.lsgan(model.netD_B(fake), False)).backward()
+    losses["d"] = reggan.lsgan(model.netD_B(b), True) + reggan.lsgan(model.netD_B(fake), False)
+    losses["d"].backward()
     opt_d.step()
+    return losses
 
 
-def step(rounds=3):
-    """Batch 1, 256 x 256, the paper's networks, float32, in turn in one process; first that one step of both agrees."""
+class Bytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations read and write, views left out."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.total += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+def step(rounds=3, size=256):
+    """Batch 1, 256 x 256, the paper's networks: the official form in float32, ours in float32 and in bfloat16 autocast, from the
+    same weights. Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
     torch.manual_seed(0)
-    config = reggan.Config(width=64, downs=2, blocks=9, lr=1e-4)
-    a, b = torch.rand(2, 1, 1, 256, 256) * 2 - 1
-    ours = reggan.build(config, 1, 1, (256, 256))
-    theirs = copy.deepcopy(ours).requires_grad_(True)
+    config = reggan.Config(width=64, kernel=7, downs=2, blocks=9, lr=1e-4, correction=20, smooth=10)
+    a, b = torch.rand(2, 1, 1, size, size) * 2 - 1
+    model = reggan.build(config, 1, 1, (size, size))
     adam = dict(lr=1e-4, betas=(0.5, 0.999))
-    runs = {"official": (official_step, theirs, [torch.optim.Adam([p for n, p in theirs.named_parameters() if n.startswith(prefixes)], **adam)
-                                                 for prefixes in (("netG", "registration"), ("netD",))]),
-            "ours": (None, ours, [torch.optim.Adam(reggan.trainable(ours, *prefixes), fused=True, **adam)
-                                  for prefixes in (("netG", "registration"), ("netD",))])}
 
-    def run(name):
-        function, model, (opt_g, opt_d) = runs[name]
-        began = time.time()
-        if function:
-            function(model, a, b, opt_g, opt_d)
-        else:
-            reggan.training_step(model, config, a, b, opt_g, opt_d, {"B": reggan.Pool()})
-        return time.time() - began
+    def form(official, autocast=contextlib.nullcontext):
+        copied = official_layers(copy.deepcopy(model)).requires_grad_(True) if official else copy.deepcopy(model)
+        optimizers = [torch.optim.Adam(reggan.trainable(copied, *prefixes), fused=not official, **adam)
+                      for prefixes in (("netG", "registration"), ("netD",))]
+        if official:
+            return copied, lambda: official_step(copied, a, b, *optimizers)
+        return copied, lambda: reggan.training_step(copied, config, a, b, *optimizers, {"B": reggan.Pool()}, autocast)
 
-    for name in runs:
-        run(name)
-    with torch.no_grad():
-        fakes = [model.translate(a) for _, model, _ in runs.values()]
-    print(f"after one step of each, the largest difference of G(a) is {(fakes[0] - fakes[1]).abs().max():.1e}")
-    times = {name: [] for name in runs}
+    forms = {"official, float32": form(True), "ours, float32": form(False),
+             "ours, bfloat16": form(False, lambda: torch.autocast("cpu", torch.bfloat16))}
+    fakes = {}
+    for name, (copied, run) in forms.items():
+        losses = {key: round(float(value), 5) for key, value in run().items()}
+        with torch.no_grad():
+            fakes[name] = copied.translate(a)
+        difference = (fakes[name] - fakes["official, float32"]).abs()
+        with FlopCounterMode(display=False) as operations, Bytes() as moved:
+            run()
+        print(f"{name}: losses of step 1 {losses}; G(a) after it differs by {difference.mean():.1e} in the mean, {difference.max():.1e} "
+              f"at most; {operations.get_total_flops() / 1e9:.0f} GFLOP, {moved.total / 1e9:.1f} GB", flush=True)
+    times = {name: [] for name in forms}
     for _ in range(rounds):
-        for name in runs:
-            times[name].append(run(name))
+        for name, (_, run) in forms.items():
+            began = time.time()
+            run()
+            times[name].append(time.time() - began)
     medians = {name: sorted(values)[rounds // 2] for name, values in times.items()}
-    print({name: [round(v, 2) for v in values] for name, values in times.items()}, f"ratio of medians {medians['official'] / medians['ours']:.2f}")
+    for name, values in times.items():
+        print(f"{name}: {' '.join(f'{v:.2f}' for v in values)} s a step, {medians['official, float32'] / medians[name]:.2f} times as fast")
 
 
 if __name__ == "__main__":

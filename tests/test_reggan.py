@@ -1,11 +1,17 @@
 """reggan.py: losses against formulas, metrics against scikit-image, registration, every host, resuming, bad input."""
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy.ndimage import map_coordinates
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import data
@@ -41,6 +47,34 @@ def test_smoothness_and_lsgan_in_float64():
     verdict = torch.tensor([[0.3], [-0.5]], dtype=torch.float64)
     assert reggan.lsgan(verdict, True).item() == pytest.approx((0.7**2 + 1.5**2) / 2)
     assert reggan.lsgan([verdict, verdict], False).item() == pytest.approx(0.3**2 + 0.5**2)
+
+
+def test_one_pass_over_real_and_fake_is_two_passes():
+    torch.manual_seed(0)
+    real, fake = torch.randn(2, 3, 1, 32, 32, dtype=torch.float64)
+    for D, judge in ((reggan.Discriminator(1, 4), lambda D, x: D(x)), (reggan.NiceDiscriminator(1, 4).eval(), lambda D, x: D(x)[0])):
+        D.double()
+        with torch.no_grad():
+            together = reggan.contrast(lambda x: judge(D, x), real, fake)
+            apart = reggan.lsgan(judge(D, real), True) + reggan.lsgan(judge(D, fake), False)
+        assert together.item() == pytest.approx(apart.item(), rel=1e-5)  # the verdicts are float32
+
+
+def test_layers_that_stand_in_for_torchs_own_equal_them():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    assert torch.allclose(reggan.InstanceNorm()(x), torch.nn.InstanceNorm2d(3)(x), atol=1e-12)
+    for k in (3, 7):
+        conv = reggan.LastConv(3, 2, k)
+        y = x.float().requires_grad_()
+        ours, theirs = conv(y), F.conv2d(y, conv.weight, conv.bias)
+        assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
+        weights = torch.randn_like(ours)
+        for mine, other in zip(*(torch.autograd.grad((out * weights).sum(), (y, conv.weight, conv.bias)) for out in (ours, theirs))):
+            assert torch.allclose(mine, other, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        padded = reggan.Reflect(2)(x.bfloat16())
+    assert padded.dtype == torch.bfloat16 and torch.equal(padded, torch.nn.ReflectionPad2d(2)(x.bfloat16()))
 
 
 def test_metrics_against_scikit_image():
@@ -115,6 +149,16 @@ def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
     assert reggan.Discriminator(1, 4)(a).shape == (3, 1)
 
 
+def test_no_flow_leaves_the_image_by_more_than_half_of_it():
+    """A flow that points out of the image everywhere has no gradient and would never come back."""
+    R = reggan.Registration(1, (32, 48), 8)
+    with torch.no_grad():
+        for head in R.heads:
+            head.bias.fill_(1e4)
+        flow = R(torch.randn(1, 1, 32, 48), torch.randn(1, 1, 32, 48))
+    assert 12 < flow.max() < 16
+
+
 def test_registration_alone_recovers_a_translation():
     torch.manual_seed(0)
     b = smooth_image(4, 5)
@@ -122,7 +166,7 @@ def test_registration_alone_recovers_a_translation():
     a = warp(b, -true)
     R = reggan.Registration(1, (32, 32), 16)
     optimizer = torch.optim.Adam(R.parameters(), 2e-3)
-    for _ in range(150):
+    for _ in range(100):
         flow = R(a, b)
         loss = 20 * F.l1_loss(warp(a, flow), b) + 10 * reggan.smoothness(flow)
         optimizer.zero_grad()
@@ -150,6 +194,28 @@ def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, re
     assert ("correction" in losses) == ("smooth" in losses) == reg
     same = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
     assert not same, same
+
+
+def test_registration_losses_follow_their_formulas():
+    """20 mean |warp(G(a), R(G(a), b)) - b| and 10 times the smoothness, of the networks before the step, in float64."""
+    torch.manual_seed(0)
+    config = reggan.Config(host="nc", correction=20, smooth=10, **SMALL)
+    model = reggan.build(config, 1, 1, (32, 32))
+    with torch.no_grad():
+        for head in model.registration.heads:
+            head.weight.normal_(0, 0.1)
+    a, b = smooth_image(2, 0), smooth_image(2, 1)
+    with torch.no_grad():
+        fake = model.translate(a)
+        flow = model.registration(fake, b).double().numpy()
+    optimizers = [torch.optim.Adam(reggan.trainable(model, *prefix)) for prefix in (("netG", "registration"), ("netD",))]
+    losses = reggan.training_step(model, config, a, b, *optimizers, {"B": reggan.Pool()})
+    y, x = np.meshgrid(np.arange(32), np.arange(32), indexing="ij")
+    moved = [map_coordinates(f[0], [(y + dy).clip(0, 31), (x + dx).clip(0, 31)], order=1)
+             for f, (dy, dx) in zip(fake.double().numpy(), flow)]
+    assert np.abs(flow).max() > 0.3
+    assert losses["correction"].item() == pytest.approx(20 * np.abs(np.stack(moved) - b[:, 0].double().numpy()).mean(), rel=1e-5)
+    assert losses["smooth"].item() == pytest.approx(10 * ((np.diff(flow, axis=2) ** 2).mean() + (np.diff(flow, axis=3) ** 2).mean()), rel=1e-5)
 
 
 def test_overfits_one_pair(root):
@@ -194,13 +260,102 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+FORMATS = {"s.npy": np.float16, "u.npy": np.uint8, "d.png": np.uint16, "l.png": np.uint8, "j.jpg": np.uint8, "v.nii.gz": np.int16}
+
+
+def write_image(path, image):
+    """Writes (H, W) or (H, W, 3) in [0, 1] as what the name in FORMATS says, by another library where there is one."""
+    kind = np.dtype(FORMATS[path.name])
+    array = image.astype(kind) if kind.kind == "f" else (image * min(np.iinfo(kind).max, 65535)).round().astype(kind)
+    if path.name.endswith(".npy"):
+        np.save(path, array)
+    elif ".nii" in path.name:
+        nibabel = pytest.importorskip("nibabel")
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([2.0, 3.0, 1.0, 1.0])), path)
+    else:
+        Image.fromarray(array).save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
+    return (0, 1) if kind.kind == "f" else (0, min(np.iinfo(kind).max, 65535))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_format_comes_back_as_it_went(tmp_path, name, channels):
+    """Read, written by the identity, read again: same name, type, range and values, to one step of the depth (JPEG: 12)."""
+    if (name, channels) == ("d.png", 3):
+        pytest.skip("PIL has no 16-bit colour")
+    image = (smooth_image(channels, 7, 40)[:, 0, :, :36].double().numpy().transpose(1, 2, 0).squeeze() + 1) / 2
+    span = write_image(tmp_path / name, image)
+    read = data.read_slice(tmp_path / name, span)
+    assert read.shape == (channels, 40, 36)
+    tolerance = 12 / 255 if name == "j.jpg" else 2e-3 if name == "s.npy" else 1.5 / span[1]
+    assert np.abs((read.numpy().transpose(1, 2, 0).squeeze() + 1) / 2 - image).max() < tolerance
+    (tmp_path / "out").mkdir()
+    data.write_slice(tmp_path / "out" / name, read, tmp_path / name, span)
+    again = data.read_slice(tmp_path / "out" / name, span)
+    assert (again - read).abs().max() < 2 * tolerance
+    if name.endswith(".png"):
+        assert Image.open(tmp_path / "out" / name).mode == Image.open(tmp_path / name).mode
+    if name == "v.nii.gz":
+        import nibabel
+        one, two = (nibabel.load(folder / name) for folder in (tmp_path, tmp_path / "out"))
+        assert one.get_data_dtype() == two.get_data_dtype() and (one.affine == two.affine).all() and one.shape == two.shape
+
+
+def test_training_and_translating_16_bit_colour_and_float_images(tmp_path):
+    """A is JPEG in colour, B the same names in grey: A -> B translates into JPEG; a 16-bit PNG comes back 16-bit."""
+    for part in ("train", "val"):
+        for side, channels in (("A", 3), ("B", 1)):
+            (tmp_path / part / side).mkdir(parents=True)
+            image = smooth_image(channels, 1)[:, 0].numpy().transpose(1, 2, 0).squeeze()
+            Image.fromarray(((image + 1) * 127.5).astype(np.uint8)).save(tmp_path / part / side / "s.jpg")
+    result = reggan.train(reggan.Config(root=str(tmp_path), out=str(tmp_path / "run"), **SMALL))
+    assert np.isfinite(result["psnr"])
+    reggan.translate_folder(reggan.Config(translate=str(tmp_path / "val/A"), weights=str(tmp_path / "run"), out=str(tmp_path / "out"), device="cpu"))
+    with Image.open(tmp_path / "out" / "s.jpg") as image:
+        assert image.size == (32, 32) and image.format == "JPEG" and image.mode == "L"
+    with pytest.raises(data.InputError, match=r"1 channels, the generator takes 3"):
+        reggan.translate_folder(reggan.Config(translate=str(tmp_path / "val/B"), weights=str(tmp_path / "run"), out=str(tmp_path / "no"), device="cpu"))
+    assert not (tmp_path / "no").exists()
+
+
 def test_translate_keeps_names_formats_and_depth(root):
     reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
+    Image.fromarray((np.linspace(0, 65535, 40 * 32).reshape(40, 32)).astype(np.uint16)).save(root / "val" / "A" / "deep.png")
     reggan.translate_folder(reggan.Config(translate=str(root / "val" / "A"), weights=str(root / "run"), out=str(root / "out"),
                                           device="cpu"))
     for name in ("s0.npy", "s1.npy"):
         source, made = np.load(root / "val" / "A" / name), np.load(root / "out" / name)
         assert made.shape == source.shape and made.dtype == source.dtype and np.abs(made).max() <= 1
+    made = np.asarray(Image.open(root / "out" / "deep.png"))
+    assert made.shape == (40, 32) and made.dtype == np.uint16 and len(np.unique(made)) > 256
+
+
+def test_published_generators_load(tmp_path):
+    """A bare netG_A2B.pth: width, blocks and channels are those of its tensors."""
+    torch.manual_seed(0)
+    G = reggan.Generator(1, 1, 4, 2).eval()
+    torch.save(G.state_dict(), tmp_path / "netG_A2B.pth")
+    _, translate, _, in_chans = reggan.load_generator(tmp_path / "netG_A2B.pth")
+    x = smooth_image(1, 0)
+    assert in_chans == 1 and torch.equal(translate(x), G(x))
+
+
+def test_a_bfloat16_run_ends_near_a_float32_run(root):
+    scores = [reggan.train(reggan.Config(root=str(root), out=str(root / dtype), dtype=dtype, **SMALL | dict(epochs=20)))["psnr"]
+              for dtype in ("fp32", "bf16")]
+    assert abs(scores[0] - scores[1]) < 1 and scores[0] != scores[1], scores
+
+
+def test_two_processes_under_torchrun_leave_one_run(root):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(Path(reggan.__file__)), "--root", str(root),
+               "--out", str(root / "run"), "--width", "4", "--blocks", "1", "--batch", "2", "--epochs", "2", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((root / "run" / "result.json").read_text())
+    single = reggan.train(reggan.Config(root=str(root), out=str(root / "single"), **SMALL))
+    assert result.keys() == single.keys() and result["images"] == 2 and np.isfinite(result["psnr"])
+    lines = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val" in line] == [1, 2]  # 3 pairs, 2 each: one step an epoch; one process writes
 
 
 def save(path, array):
@@ -226,6 +381,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
     with pytest.raises(data.InputError, match=message) as error:
         reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
     assert "\n" not in str(error.value) and not (root / "run").exists()
+
+
+def test_a_refused_run_leaves_the_one_before_it_alone(root):
+    config = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
+    reggan.train(config)
+    before = {path: path.read_bytes() for path in sorted((root / "run").iterdir())}
+    with pytest.raises(data.InputError, match=r"last\.pt: that run has --width 4, not 6"):
+        reggan.train(dataclasses.replace(config, resume=True, width=6))
+    save(root / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32))
+    with pytest.raises(data.InputError, match="NaN"):
+        reggan.train(config)
+    assert before == {path: path.read_bytes() for path in sorted((root / "run").iterdir())}
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(root):
+    (root / "file").write_text("")
+    with pytest.raises(data.InputError, match="file/run: cannot be written"):
+        reggan.train(reggan.Config(root=str(root), out=str(root / "file" / "run"), **SMALL))
 
 
 def test_an_unknown_host_is_refused(capsys):
@@ -268,20 +441,50 @@ def test_host_losses_follow_their_formulas(host):
     torch.manual_seed(0)
     model = reggan.build(config(host=host, reg=False), 1, 1, (32, 32)).eval()
     a, b = blob(32), blob(32, 1)
+
+    def l1(x, y):
+        return (x.double() - y.double()).abs().mean().float()
+
+    def squares(verdicts, target):
+        return sum((v.double() - target).square().mean() for v in verdicts).float()
     with torch.no_grad():
         fakes, losses = model.generator_losses(a, b)
-        assert torch.equal(fakes["B"], model.translate(a))
+        assert torch.allclose(fakes["B"], model.translate(a), atol=1e-5)
         if host == "pix2pix":
             assert torch.isclose(losses["l1"], 100 * (fakes["B"] - b).abs().mean())
             assert torch.isclose(losses["adversarial"], (model.netD_B(torch.cat((a, fakes["B"]), 1)) - 1).square().mean())
         if host == "nc":
             assert torch.isclose(losses["adversarial"], (model.netD_B(fakes["B"]) - 1).square().mean())
         if host == "cycle":
-            there = (model.netG_B2A(fakes["B"]) - a).abs().mean() + (model.netG_A2B(fakes["A"]) - b).abs().mean()
+            there = l1(model.netG_B2A(fakes["B"]), a) + l1(model.netG_A2B(fakes["A"]), b)
             assert torch.isclose(losses["cycle"], 10 * there)
+            assert torch.isclose(losses["adversarial"], squares([model.netD_A(fakes["A"]), model.netD_B(fakes["B"])], 1))
         d = model.discriminator_losses(a, b, fakes)["d"]
         if host == "nc":
-            assert torch.isclose(d, (model.netD_B(b) - 1).square().mean() + model.netD_B(fakes["B"]).square().mean())
+            assert torch.isclose(d, squares([model.netD_B(b)], 1) + squares([model.netD_B(fakes["B"])], 0))
+        if host == "pix2pix":
+            real, fake = torch.cat((a, b), 1), torch.cat((a, fakes["B"]), 1)
+            assert torch.isclose(d, squares([model.netD_B(real)], 1) + squares([model.netD_B(fake)], 0))
+        if host in ("cycle", "nice"):
+            verdicts = {side + kind: D(x)[0] if host == "nice" else [D(x)] for side, D in (("A", model.netD_A), ("B", model.netD_B))
+                        for kind, x in (("real", {"A": a, "B": b}[side]), ("fake", fakes[side]))}
+            assert torch.isclose(d, sum(squares(v, float(name.endswith("real"))) for name, v in verdicts.items()), rtol=1e-4)
+        if host == "nice":
+            z = {side: D.encode(x)[0] for side, D, x in (("a", model.netD_A, a), ("b", model.netD_B, b),
+                                                         ("fake a", model.netD_A, fakes["A"]), ("fake b", model.netD_B, fakes["B"]))}
+            to_a, to_b = (lambda x, G=G: G(z[x], (32, 32)) for G in (model.netG_B2A, model.netG_A2B))
+            assert torch.allclose(fakes["A"], to_a("b"), atol=1e-5)
+            assert torch.isclose(losses["cycle"], 10 * (l1(to_a("fake b"), a) + l1(to_b("fake a"), b)), rtol=1e-4)
+            assert torch.isclose(losses["identity"], 10 * (l1(to_a("a"), a) + l1(to_b("b"), b)), rtol=1e-4)
+            assert torch.isclose(losses["adversarial"], squares(verdicts["Afake"] + verdicts["Bfake"], 1), rtol=1e-4)
+
+
+def test_training_pairs_come_without_the_flow_and_are_kept_in_memory(drawn, monkeypatch):
+    whole, short = (data.Pairs(drawn / "train", noise=2, elastic=2, with_flow=flow) for flow in (True, False))
+    assert len(short.item(3, 1)) == 2 and all(torch.equal(x, y) for x, y in zip(short.item(3, 1), whole.item(3, 1)))
+    monkeypatch.setattr(data.Pairs, "KEPT_BYTES", 0)
+    from_disk = data.Pairs(drawn / "train", noise=2, elastic=2)
+    assert whole.kept and not from_disk.kept and all(torch.equal(x, y) for x, y in zip(from_disk.item(3, 1), whole.item(3, 1)))
 
 
 def test_misalignment_is_redrawn_by_epoch_and_the_same_every_time(drawn):
