@@ -285,7 +285,7 @@ def finetune(config):
     if config.mean or config.std:
         mean, std = config.mean or mean or mrm.MEAN, config.std or std or mrm.STD
     # seeds again: pretraining above must not change this run
-    device, autocast, rank, world = data.start_run(config, sizes["embed_dim"])
+    device, autocast, rank, world = data.start_run(config, sizes["embed_dim"] < mrm.NARROW)
     recipe = recipe_for(config, method, ratio, sizes["embed_dim"])
     try:
         model = build_model(config, method, recipe, sizes, classes)
@@ -474,7 +474,7 @@ def predict_folder(config):
     if not config.weights:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
     model, saved = load_run(config.weights)
-    device, autocast, _, _ = data.start_run(config, saved["sizes"]["embed_dim"])
+    device, autocast, _, _ = data.start_run(config, saved["sizes"]["embed_dim"] < mrm.NARROW)
     paths = data.list_images(config.predict)
     image_set = data.ImageSet(paths, model.img_size)
     scores = predict(model.to(device), image_set, saved["mean"], saved["std"], device, autocast, workers=config.workers)

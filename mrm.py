@@ -379,6 +379,7 @@ def resize_positions(positions, length):
 # Pretraining
 
 MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR, the official code's
+NARROW = 256  # a training step in bfloat16 on a CPU (Zen 4): at width 128 1.4 times slower, at 256 even, at 768 1.7 times faster
 BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768, decoder_depth=4,
             decoder_heads=6, report_dim=384, report_depth=6, report_heads=6, report_length=100)
 PRESETS = {  # the model; the recipe
@@ -469,7 +470,7 @@ def pretrain(config):
         raise InputError(f"--mask-ratio {config.mask_ratio:g}: expected a share that leaves 1 to {patches - 1} of {patches} "
                          "patches visible")
     start_time = time.time()
-    device, autocast, rank, world = data.start_run(config, sizes["embed_dim"])
+    device, autocast, rank, world = data.start_run(config, sizes["embed_dim"] < NARROW)
     if rank == 0:
         data.check_writable(out)
     paths, reports = read_records(config)
