@@ -26,6 +26,7 @@ Where this departs from the paper's official code (Kid-Liet/Reg-GAN), and why:
     one; otherwise val/ is reported with the last weights.
  9. By default small networks, and correction and smoothness weigh 100, as Pix2Pix's L1 does: at the paper's 20 and 10
     NC + R ends 0.7 dB lower where the pairs are aligned. --paper is the paper's networks, schedule and weights.
+10. A third registration loss, `drift`: nothing in the paper's keeps G from shifting every image alike while R shifts it back.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1; flow (B, 2, H, W) in pixels.
 """
