@@ -26,6 +26,7 @@ Where this departs from the paper's official code (Kid-Liet/Reg-GAN), and why:
     one; otherwise val/ is reported with the last weights.
  9. By default small networks, and correction and smoothness weigh 100, as Pix2Pix's L1 does: at the paper's 20 and 10
     NC + R ends 0.7 dB lower where the pairs are aligned. --paper is the paper's networks, schedule and weights.
+10. A third registration loss, `drift`: nothing in the paper's keeps G from shifting every image alike while R shifts it back.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1; flow (B, 2, H, W) in pixels.
 """
@@ -478,7 +479,7 @@ class Config(RunConfig):
     blocks: int = option(3, "residual blocks of the generator; 9 in the paper")
     batch: int = option(8, "pairs a step; 1 in the paper")
     lr: float = option(4e-3, "learning rate of Adam, constant, then linear to 0 over the second half; 1e-4 in the paper")
-    epochs: int = option(70, "passes over the training pairs; 80 in the paper")
+    epochs: int = option(150, "passes over the training pairs; 80 in the paper")
     correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|; 20 in the paper")
     smooth: float = option(100.0, "weight of the flow's squared gradient; 10 in the paper")
     drift: float = option(20.0, "weight of the squared running mean of the flows; 0 in the paper")
@@ -787,9 +788,9 @@ def write_tables(out, table, hosts, levels):
         values = [r[name] for r in table if (r["row"], r["level"]) == (row, level) and name in r]
         if not values:
             return ""
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
         digits = 2 if name in ("psnr", "registration_error") else 4
-        return f"{statistics.fmean(values):.{digits}f} ± {spread:.{digits}f}"
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.{digits}f}{spread}"
 
     lines = []
     for name, title in names.items():

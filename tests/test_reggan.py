@@ -149,6 +149,37 @@ def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
     assert reggan.Discriminator(1, 4)(a).shape == (3, 1)
 
 
+def test_drift_is_the_mean_square_of_the_running_mean_flow():
+    """m <- 0.95 m + 0.05 mean over the batch, from zero; its gradient is the same for every image of the batch."""
+    R, m = reggan.Registration(1, (32, 32), 8).double(), np.zeros((2, 32, 32))
+    for seed in range(3):
+        flow = torch.randn(4, 2, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+        m = 0.95 * m + 0.05 * flow.detach().numpy().mean(0)
+        loss = R.drift(flow)
+        assert loss.item() == pytest.approx((m**2).mean(), rel=1e-12)
+    (slope,) = torch.autograd.grad(loss, flow)
+    assert np.allclose(slope, np.broadcast_to(2 * m / m.size * 0.05 / 4, flow.shape), rtol=1e-9)
+
+
+def test_drift_takes_back_a_shift_that_generator_and_registration_share():
+    """A generator off by 3 pixels and a registration that undoes it: nothing but the drift term moves them back."""
+    b = smooth_image(4, 5)
+
+    def shift_left(weight):
+        shift, undo = torch.tensor([3.0, 0.0]).requires_grad_(), torch.tensor([-3.0, 0.0]).requires_grad_()
+        R, optimizer = reggan.Registration(1, (32, 32), 8), torch.optim.Adam([shift, undo], 0.03)
+        for _ in range(200):
+            flow = undo.view(1, 2, 1, 1).expand(4, 2, 32, 32)
+            fake = warp(b, shift.view(1, 2, 1, 1).expand(4, 2, 32, 32))
+            loss = 20 * F.mse_loss(warp(fake, flow)[..., 4:-4, 4:-4], b[..., 4:-4, 4:-4]) + weight * R.drift(flow)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return shift.detach().norm().item()
+
+    assert shift_left(0.0) > 2.5 and shift_left(20.0) < 0.5
+
+
 def test_no_flow_leaves_the_image_by_more_than_half_of_it():
     """A flow that points out of the image everywhere has no gradient and would never come back."""
     R = reggan.Registration(1, (32, 48), 8)
@@ -191,7 +222,7 @@ def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, re
     pools = {side: reggan.Pool() for side in model.pooled}
     losses = reggan.training_step(model, config, smooth_image(2, 0), smooth_image(2, 1), opt_g, opt_d, pools)
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert ("correction" in losses) == ("smooth" in losses) == reg
+    assert ("correction" in losses) == ("smooth" in losses) == ("drift" in losses) == reg
     same = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
     assert not same, same
 
