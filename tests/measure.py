@@ -1,6 +1,7 @@
 """The figures of the README that no script of the project prints. Not a test: it needs minutes.
 
     python tests/measure.py pixels DEMO     # logistic regression of the pixels of the demo records in DEMO: validation AUROC
+    python tests/measure.py vit             # a LoRA step and an MRM step of the paper's ViT-B/16, float32 against bfloat16
     python tests/measure.py step            # an NC + R step, the official code's form against ours: operations, bytes, seconds
 """
 import contextlib
@@ -18,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import finetune
+import mrm
 import reggan
 
 
@@ -51,6 +54,35 @@ def official_layers(module):
             child.__class__ = type(child).__base__
         official_layers(child)
     return module
+
+
+def vit(rounds=3):
+    """Seconds a step of ViT-B/16: LoRA of rank 4 on 8 images of 224 x 224, and MRM on 4 records of 448 x 448 with 100 tokens,
+    in float32 and in bfloat16 autocast, in turn in one process."""
+    torch.manual_seed(0)
+    recipe = finetune.RECIPES["lora", "nih", 1]
+    sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER}
+    classifier = finetune.build_model(finetune.FinetuneConfig(), "lora", recipe, sizes, data.NIH_CLASSES).train()
+    record = mrm.MRM(**mrm.BASE, vocab_size=30000).train()
+    images, targets, records = torch.rand(8, 1, 224, 224), torch.rand(8, 14).round(), torch.rand(4, 1, 448, 448)
+    tokens, hidden = torch.randint(30000, (4, 100)), torch.rand(4, 100) < 0.5
+    report = tokens, tokens.masked_fill(hidden, 0), hidden, torch.zeros(4, 100, dtype=torch.bool)
+    losses = {"LoRA, batch 8": lambda: F.binary_cross_entropy_with_logits(classifier(images).float(), targets),
+              "MRM, batch 4": lambda: sum(record(records, report))}
+    optimizers = {"LoRA, batch 8": finetune.make_optimizer(classifier, recipe),
+                  "MRM, batch 4": torch.optim.AdamW([p for p in record.parameters() if p.requires_grad], lr=1e-4, fused=True)}
+    times = {(name, dtype): [] for name in losses for dtype in (torch.float32, torch.bfloat16)}
+    for turn in range(1 + rounds):
+        for (name, dtype), values in times.items():
+            began = time.time()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = losses[name]()
+            loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            values += [time.time() - began] * (turn > 0)  # the first warms up
+    for (name, dtype), values in times.items():
+        print(f"{name}, {dtype}: {' '.join(f'{v:.2f}' for v in values)} s a step", flush=True)
 
 
 def official_step(model, a, b, opt_g, opt_d):
@@ -124,4 +156,4 @@ def step(rounds=3, size=256):
 
 
 if __name__ == "__main__":
-    {"pixels": pixels, "step": step}[sys.argv[1]](*sys.argv[2:])
+    {"pixels": pixels, "vit": vit, "step": step}[sys.argv[1]](*sys.argv[2:])
