@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -103,6 +104,34 @@ def official_step(model, a, b, opt_g, opt_d):
     return losses
 
 
+class OfficialRegistration(nn.Module):
+    """The official code's R: a residual U-Net of the two images side by side, at full resolution, 7 levels, up to 64 wide."""
+
+    def __init__(self, widths=(32, 64, 64, 64, 64, 64, 64)):
+        super().__init__()
+
+        def block(i, o, kernel, *more):
+            return nn.Sequential(nn.Conv2d(i, o, kernel, padding=kernel // 2), nn.LeakyReLU(0.2, True), *more)
+
+        self.down = nn.ModuleList(block(i, o, 3, reggan.Residual(o)) for i, o in zip((2, *widths), widths))
+        self.bottom = nn.Sequential(block(64, 128, 1), *(reggan.Residual(128) for _ in range(3)), block(128, 64, 1))
+        self.up = nn.ModuleList(block(i + s, s, 3) for i, s in zip((64, *widths[:0:-1]), widths[::-1]))
+        self.refine = nn.Sequential(reggan.Residual(32), block(32, 32, 1))
+        self.output = nn.Conv2d(32, 2, 3, padding=1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, fake, real):
+        x, skips = torch.cat((fake, real), 1), []
+        for block in self.down:
+            skips.append(block(x))
+            x = F.max_pool2d(skips[-1], 2)
+        x = self.bottom(x)
+        for block, skip in zip(self.up, reversed(skips)):
+            x = block(torch.cat((F.interpolate(x, skip.shape[-2:], mode="bilinear"), skip), 1))
+        return self.output(self.refine(x))
+
+
 class Bytes(TorchDispatchMode):
     """Counts the bytes of the tensors that operations read and write, views left out."""
 
@@ -117,7 +146,7 @@ class Bytes(TorchDispatchMode):
 
 def step(rounds=3, size=256):
     """Batch 1, 256 x 256, the paper's networks: the official form in float32, ours in float32 and in bfloat16 autocast, from the
-    same weights. Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
+    same weights of G and D; both R start with a zero flow, so the first steps agree whatever R is made of. Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
     torch.manual_seed(0)
     config = reggan.Config(width=64, kernel=7, downs=2, blocks=9, lr=1e-4, correction=20, smooth=10)
     a, b = torch.rand(2, 1, 1, size, size) * 2 - 1
@@ -125,7 +154,10 @@ def step(rounds=3, size=256):
     adam = dict(lr=1e-4, betas=(0.5, 0.999))
 
     def form(official, autocast=contextlib.nullcontext):
-        copied = official_layers(copy.deepcopy(model)).requires_grad_(True) if official else copy.deepcopy(model)
+        copied = copy.deepcopy(model)
+        if official:
+            copied.registration = OfficialRegistration()
+            official_layers(copied).requires_grad_(True)
         optimizers = [torch.optim.Adam(reggan.trainable(copied, *prefixes), fused=not official, **adam)
                       for prefixes in (("netG", "registration"), ("netD",))]
         if official:
