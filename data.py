@@ -11,7 +11,6 @@ Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (
 """
 import argparse
 import base64
-import contextlib
 import copy
 import csv
 import dataclasses
@@ -227,14 +226,12 @@ def set_random_state(state):
 
 
 def check_writable(out):
-    """Raises InputError where the folder `out` cannot be written, before any time is spent. Leaves nothing new in it."""
+    """Raises InputError where the folder `out` cannot be written, before any time is spent. Makes nothing."""
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        there = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
-    with contextlib.suppress(OSError):
-        Path(out).rmdir()  # where it was not there, or empty
 
 
 class RunLog:

@@ -17,7 +17,8 @@ Where this file departs from the paper or its official code, and why:
  5. The vocabulary head runs on hidden tokens only: the same loss, half of the largest multiplication saved.
  6. The last few records (`holdout`) are never trained on; log.jsonl and --reconstruct show the losses and words there.
  7. The report decoder is pre-norm and normalises the image's vector first. The official post-norm BERT, with its
-    unnormalised vector, needs many more steps before its words, and through them the encoder, heed the image.
+    unnormalised vector, needs many more steps before its words, and through them the encoder, heed the image. Its
+    blocks are the ViT's: dropout acts on what a branch adds, not on attention weights too.
  8. The tiny preset alone: each image is standardised by itself, 1/8 of patches and 90 % of words are hidden. Its ViT has
     16 patches, and a demo report's visible words give many hidden ones away without a look at the image.
 

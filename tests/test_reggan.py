@@ -378,8 +378,8 @@ def test_a_bfloat16_run_ends_near_a_float32_run(root):
 
 
 def test_two_processes_under_torchrun_leave_one_run(root):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(Path(reggan.__file__)), "--root", str(root),
-               "--out", str(root / "run"), "--width", "4", "--blocks", "1", "--batch", "2", "--epochs", "2", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(Path(reggan.__file__)),
+               "--root", str(root), "--out", str(root / "run"), "--width", "4", "--blocks", "1", "--batch", "2", "--epochs", "2", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((root / "run" / "result.json").read_text())
