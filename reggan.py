@@ -15,18 +15,21 @@ Where this departs from the paper's official code (Kid-Liet/Reg-GAN), and why:
  2. The discriminators are frozen in the generator's step, and biases before an instance norm, which subtracts them, always.
  3. Learning rate: constant, then linear to 0 over the second half, and a pool of 50 old fakes for unconditional
     discriminators, as in CycleGAN. (Official yamls name a decay that no trainer runs; the pool is missing from NC + R.)
- 4. R reads both images with one encoder and refines its flow from coarse to fine over features moved along the flow so
-    far, up to half the resolution. (Officially a U-Net of the two images side by side, at full resolution, of a fixed
-    depth that small images do not survive.) Trained alone on 32 x 32 pairs it ends 35 % closer to the true flow after as
-    many steps. Its last layers are exactly zero, and a level adds at most half of its own pixel.
+ 4. R searches from coarse to fine: it sees how well the images agree, moved along the flow so far and a step further, up to
+    half the resolution. (Officially a U-Net of the two images side by side, at full resolution, of a fixed depth that
+    small images do not survive.) Trained alone on 32 x 32 pairs it ends 0.25 pixels from the true flow, a U-Net that
+    compares learnt features in the same order 0.39 after as many steps: it misses rotations. Its last layers are zero.
  5. Misalignment is resampled bilinearly. (Officially to the nearest pixel, with the global generator reseeded.)
  6. MAE and PSNR exclude the background of every pixel. (Officially PSNR indexes `fake[x][y]`, whole rows.)
- 7. NICE-GAN: G's step comes first, as in the other hosts; adaptive norm from pooled features; shallower discriminators.
+ 7. NICE-GAN: G's step comes first, as in the other hosts; adaptive norm from pooled features; shallower discriminators;
+    its encoder halves the image as often as --downs says.
  8. Nothing is selected on the images that are reported: best.pt is chosen on val/ and reported on test/ where there is
     one; otherwise val/ is reported with the last weights.
- 9. By default small networks, and correction and smoothness weigh 100, as Pix2Pix's L1 does: at the paper's 20 and 10
-    NC + R ends 0.7 dB lower where the pairs are aligned. --paper is the paper's networks, schedule and weights.
-10. A third registration loss, `drift`: nothing in the paper's keeps G from shifting every image alike while R shifts it back.
+ 9. By default small networks, correction weighs 100, as Pix2Pix's L1 does, and smoothness 30. --paper is the paper's
+    networks, schedule and weights.
+10. Registration brings two losses more. Nothing in the paper's keeps G from moving an image while R moves it back, and G is
+    used without R. `drift`: the flow is zero in the mean. `equivariance`: G of a moved image is the moved G of the image,
+    so that G cannot tell how an image was zoomed or turned and undo a part of it. At level 5 they are worth 1.5 dB.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1; flow (B, 2, H, W) in pixels.
 """
@@ -141,20 +144,19 @@ class Discriminator(nn.Module):
 
 
 class Registration(nn.Module):
-    """Residual U-Net (fake, real) -> flow (B, 2, H, W) with warp(fake, flow) ~ real. Zero flow at the start. H, W >= 32.
+    """Residual coarse-to-fine network (fake, real) -> flow (B, 2, H, W) with warp(fake, flow) ~ real. Zero at the start. H, W >= 32.
 
-    One encoder reads both images. From the coarsest level to half the resolution the decoder sees real's features, fake's
-    features moved along the flow so far, and adds what is missing to the flow. Up to 7 levels; the lowest has 2 x 2 pixels."""
+    Up to 7 levels, from 2 x 2 pixels to half the resolution. Each moves fake along the flow so far and once more by half of its
+    own pixel in 8 directions; the 9 mean differences to real in each of its pixels say where to go, and it adds that to the flow."""
 
-    def __init__(self, chans, size, width=32):
+    def __init__(self, size, width=32):
         super().__init__()
         w, levels = width, min(7, min(size).bit_length() - 2)
 
-        def block(i, kernel, stride):
-            return nn.Sequential(nn.Conv2d(i, w, kernel, stride, 1), nn.LeakyReLU(0.2, True), Residual(w), nn.LeakyReLU(0.2, True))
+        def block(i):
+            return nn.Sequential(nn.Conv2d(i, w, 3, padding=1), nn.LeakyReLU(0.2, True), Residual(w), nn.LeakyReLU(0.2, True))
 
-        self.down = nn.ModuleList(block(i, 4, 2) for i in [chans] + [w] * (levels - 1))
-        self.up = nn.ModuleList(block(i, 3, 1) for i in [2 * w] + [3 * w] * (levels - 1))
+        self.blocks = nn.ModuleList(block(i) for i in [9] + [9 + w] * (levels - 1))
         self.heads = nn.ModuleList(nn.Conv2d(w, 2, 3, padding=1) for _ in range(levels))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -164,28 +166,27 @@ class Registration(nn.Module):
             nn.init.zeros_(head.weight)
         self.register_buffer("mean", torch.zeros(2, *size))
 
-    def drift(self, flow, rate=0.05):
+    def drift(self, flow, rate=0.01):
         """Mean square of the running mean of the flows, in pixels^2. Misalignment is zero in the mean, but no other loss says so:
-        if every G(a) is shifted alike, R undoes it, and G, which is used without R, stays off by that shift."""
+        if every G(a) is shifted or zoomed alike, R undoes it, and G, which is used without R, stays off by that much."""
         mean = torch.lerp(self.mean, flow.mean(0), rate)
         self.mean.copy_(mean.detach())
         return mean.square().mean()
 
     def forward(self, fake, real):
         H, W = real.shape[-2:]
-        x, features = torch.cat((fake, real)), []
-        for block in self.down:
-            x = block(x)
-            features.append(x.chunk(2))
-        x, flow = None, real.new_zeros(len(real), 2, 1, 1, dtype=torch.float32)
-        for block, head, (f, r) in zip(self.up, self.heads, reversed(features)):
-            h, w = r.shape[-2:]
-            limit = H / h / 2  # a level moves by half of its own pixel at most: a flow that left the image would never return
-            flow = F.interpolate(flow, (h, w), mode="bilinear", align_corners=True)         # (B, 2, h, w), pixels of H x W
-            f = warp(f, flow * flow.new_tensor((h / H, w / W)).view(2, 1, 1))
-            x = block(torch.cat((f, r) if x is None else (f, r, F.interpolate(x, (h, w), mode="bilinear")), 1))
-            flow = flow + limit * torch.tanh(head(x).float() / limit)
-        return F.interpolate(flow, (H, W), mode="bilinear", align_corners=True)             # keeps an affine flow affine
+        x, flow = None, real.new_zeros(len(real), 2, H, W, dtype=torch.float32)
+        for level, (block, head) in enumerate(zip(self.blocks, self.heads)):
+            step = 2 ** (len(self.heads) - level - 1)  # half a pixel of this level
+            moved = F.pad(warp(fake, flow), (step,) * 4, mode="replicate").float()
+            moved = F.unfold(moved, 3, dilation=step).view(len(real), -1, 9, H, W)          # (B, C, 9, H, W)
+            costs = F.avg_pool2d((moved - real.unsqueeze(2)).abs().mean(1), 2 * step)       # (B, 9, h, w)
+            costs = 10 * (costs - costs.mean(1, keepdim=True))
+            x = block(costs if x is None else torch.cat((costs, F.interpolate(x, costs.shape[2:], mode="bilinear").float()), 1))
+            # a level moves by half of its own pixel at most: a flow that left the image would never return
+            more = step * torch.tanh(head(x).float() / step)
+            flow = flow + F.interpolate(more, (H, W), mode="bilinear", align_corners=True)  # keeps an affine flow affine
+        return flow
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,23 +219,23 @@ class NiceResidual(nn.Module):
 
 
 class NiceGenerator(nn.Module):
-    """Decodes an encoding (B, 2w, H/4, W/4) that a discriminator made: the generator has no encoder of its own."""
+    """Decodes an encoding (B, 2 width, H/4, W/4) that a discriminator made: the generator has no encoder of its own."""
 
-    def __init__(self, out_chans=1, width=64, blocks=6, kernel=7):
+    def __init__(self, out_chans=1, width=64, blocks=6, downs=2, kernel=7):
         super().__init__()
-        w = width
-        self.enter = nn.Sequential(Reflect(1), nn.Conv2d(2 * w, 4 * w, 3))
-        self.norm = LayerInstanceNorm(4 * w, 0.1, False)
-        self.style = nn.Sequential(nn.Linear(4 * w, 4 * w), nn.ReLU(True), nn.Linear(4 * w, 8 * w))
-        self.blocks = nn.ModuleList(NiceResidual(4 * w) for _ in range(blocks))
-        self.up = nn.Sequential(
-            Reflect(1), nn.Conv2d(4 * w, 8 * w, 3), nn.PixelShuffle(2), LayerInstanceNorm(2 * w, 0.1, False), nn.ReLU(True),
-            Reflect(1), nn.Conv2d(2 * w, 4 * w, 3), nn.PixelShuffle(2), LayerInstanceNorm(w, 0.1, False), nn.ReLU(True),
-            Reflect(kernel // 2), LastConv(w, out_chans, kernel), nn.Tanh())
+        w = width << downs
+        self.enter = nn.Sequential(Reflect(1), nn.Conv2d(2 * width, w, 3))
+        self.norm = LayerInstanceNorm(w, 0.1, False)
+        self.style = nn.Sequential(nn.Linear(w, w), nn.ReLU(True), nn.Linear(w, 2 * w))
+        self.blocks = nn.ModuleList(NiceResidual(w) for _ in range(blocks))
+        up = []
+        for i in (w >> k for k in range(downs)):
+            up += [Reflect(1), nn.Conv2d(i, 2 * i, 3), nn.PixelShuffle(2), LayerInstanceNorm(i // 2, 0.1, False), nn.ReLU(True)]
+        self.up = nn.Sequential(*up, Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh())
 
     def forward(self, z, size):
         x = F.relu(self.norm(self.enter(z)))
-        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)               # (B, 4w, 1, 1) each
+        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)               # (B, w, 1, 1) each
         for block in self.blocks:
             x = block(x, 1 + gamma, beta)
         return self.up(x)[..., :size[0], :size[1]].float()
@@ -243,14 +244,14 @@ class NiceGenerator(nn.Module):
 class NiceDiscriminator(nn.Module):
     """Encoder, class-activation attention and two classifiers, 16 and 4 times coarser. The encoding also feeds a generator."""
 
-    def __init__(self, in_chans=1, width=64):
+    def __init__(self, in_chans=1, width=64, downs=2):
         super().__init__()
-        w = width
+        self.multiple, w = 2**downs, width
 
         def conv(i, o, k=4, stride=2):
             return [spectral_norm(nn.Conv2d(i, o, k, stride, 1)), nn.LeakyReLU(0.2)]
 
-        self.encoder = nn.Sequential(*conv(in_chans, w), *conv(w, 2 * w))
+        self.encoder = nn.Sequential(*conv(in_chans, w), *(conv(w, 2 * w) if downs > 1 else conv(w, 2 * w, 3, 1)))
         self.cam = spectral_norm(nn.Linear(4 * w, 1, bias=False))
         self.merge = nn.Conv2d(4 * w, 2 * w, 1)
         self.share = nn.Parameter(torch.zeros(()))
@@ -261,7 +262,7 @@ class NiceDiscriminator(nn.Module):
     def encode(self, x):
         """(encoding (B, 2w, H/4, W/4), class activation (B, 1)): channels that tell real from fake count more."""
         H, W = x.shape[-2:]
-        x = self.encoder(F.pad(x, (0, -W % 4, 0, -H % 4), mode="replicate"))
+        x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
         pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)                             # (B, 4w)
         weight = self.cam.weight                                                            # (1, 4w)
         attended = self.merge(torch.cat((x, x), 1) * weight[:, :, None, None])
@@ -370,8 +371,8 @@ class Nice(nn.Module):
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
         blocks = max(1, config.blocks * 2 // 3)  # 6 where the paper's generator has 9
-        self.netG_A2B, self.netG_B2A = (NiceGenerator(c, config.width, blocks, config.kernel) for c in (out_chans, in_chans))
-        self.netD_A, self.netD_B = (NiceDiscriminator(c, config.width) for c in (in_chans, out_chans))
+        self.netG_A2B, self.netG_B2A = (NiceGenerator(c, config.width, blocks, config.downs, config.kernel) for c in (out_chans, in_chans))
+        self.netD_A, self.netD_B = (NiceDiscriminator(c, config.width, config.downs) for c in (in_chans, out_chans))
 
     def translate(self, a):
         return self.netG_A2B(self.netD_A.encode(a)[0], a.shape[-2:])
@@ -479,10 +480,11 @@ class Config(RunConfig):
     blocks: int = option(3, "residual blocks of the generator; 9 in the paper")
     batch: int = option(8, "pairs a step; 1 in the paper")
     lr: float = option(4e-3, "learning rate of Adam, constant, then linear to 0 over the second half; 1e-4 in the paper")
-    epochs: int = option(150, "passes over the training pairs; 80 in the paper")
+    epochs: int = option(110, "passes over the training pairs; 80 in the paper")
     correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|; 20 in the paper")
-    smooth: float = option(100.0, "weight of the flow's squared gradient; 10 in the paper")
-    drift: float = option(20.0, "weight of the squared running mean of the flows; 0 in the paper")
+    smooth: float = option(30.0, "weight of the flow's squared gradient; 10 in the paper")
+    drift: float = option(1000.0, "weight of the squared running mean of the flows; 0 in the paper")
+    equivariance: float = option(30.0, "weight of |G(moved a) - moved G(a)| under known motion, with registration; 0 in the paper")
     compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the table, +r with registration")
     levels: str = option("0,3,5,elastic", "columns of the table: misalignment levels, or elastic (level 0 and 3 % bending)")
@@ -491,7 +493,8 @@ class Config(RunConfig):
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth")
 
 
-PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "correction": 20.0, "smooth": 10.0, "drift": 4.0}
+PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "correction": 20.0, "smooth": 10.0,
+         "drift": 0.0, "equivariance": 0.0}
 
 
 def trainable(module, *prefixes):
@@ -511,11 +514,22 @@ def descend(losses, optimizer, world):
     optimizer.step()
 
 
+def random_motion(images, spread=0.1):
+    """(B, 2, H, W) in pixels, one an image: an affine flow about the middle, its matrix off a mirror image's by `spread` in each
+    entry, half of the time in y and in x, and a shift of half of `spread` of the sides."""
+    (B, _, H, W), at = images.shape, {"device": images.device}
+    y, x = torch.meshgrid(torch.arange(H, **at) - (H - 1) / 2, torch.arange(W, **at) - (W - 1) / 2, indexing="ij")
+    mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1
+    matrix = mirror * (torch.eye(2, **at) + spread * torch.randn(B, 2, 2, **at)) - torch.eye(2, **at)
+    shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * torch.tensor((H, W), **at).view(2, 1, 1)
+    return torch.einsum("bij,jhw->bihw", matrix, torch.stack((y, x))) + shift
+
+
 def build(config, in_chans, out_chans, size):
     """The networks of a run: an nn.Module with the host's netG..., netD... and, with --reg, `registration`."""
     model = HOSTS[config.host](config, in_chans, out_chans)
     if config.reg:
-        model.registration = Registration(out_chans, size, max(16, config.width // 2))
+        model.registration = Registration(size, max(16, config.width // 2))
     return model
 
 
@@ -530,7 +544,12 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.
             flow = model.registration(fakes["B"], b)
             losses["correction"] = config.correction * F.l1_loss(warp(fakes["B"], flow), b)
             losses["smooth"] = config.smooth * smoothness(flow)
-            losses["drift"] = config.drift * model.registration.drift(flow)
+            if config.drift:
+                losses["drift"] = config.drift * model.registration.drift(flow)
+            if config.equivariance:
+                motion = random_motion(a)
+                moved = model.translate(warp(a, motion))
+                losses["equivariance"] = config.equivariance * F.l1_loss(moved, warp(fakes["B"], motion))
     descend(losses, opt_g, world)
     for p in d_parameters:
         p.requires_grad_(True)

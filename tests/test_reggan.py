@@ -141,7 +141,7 @@ def test_state_dict_keys_are_reg_gans():
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 48)])
 def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
     a, b = torch.randn(3, 1, *size), torch.randn(3, 1, *size)
-    flow = reggan.Registration(1, size, 8)(a, b)
+    flow = reggan.Registration(size, 8)(a, b)
     assert flow.shape == (3, 2, *size) and not flow.any()
     assert torch.equal(warp(a, flow), a)
     fake = reggan.Generator(1, 2, 4, 1)(a)
@@ -150,15 +150,15 @@ def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
 
 
 def test_drift_is_the_mean_square_of_the_running_mean_flow():
-    """m <- 0.95 m + 0.05 mean over the batch, from zero; its gradient is the same for every image of the batch."""
-    R, m = reggan.Registration(1, (32, 32), 8).double(), np.zeros((2, 32, 32))
+    """m <- 0.99 m + 0.01 mean over the batch, from zero; its gradient is the same for every image of the batch."""
+    R, m = reggan.Registration((32, 32), 8).double(), np.zeros((2, 32, 32))
     for seed in range(3):
         flow = torch.randn(4, 2, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-        m = 0.95 * m + 0.05 * flow.detach().numpy().mean(0)
+        m = 0.99 * m + 0.01 * flow.detach().numpy().mean(0)
         loss = R.drift(flow)
         assert loss.item() == pytest.approx((m**2).mean(), rel=1e-12)
     (slope,) = torch.autograd.grad(loss, flow)
-    assert np.allclose(slope, np.broadcast_to(2 * m / m.size * 0.05 / 4, flow.shape), rtol=1e-9)
+    assert np.allclose(slope, np.broadcast_to(2 * m / m.size * 0.01 / 4, flow.shape), rtol=1e-9)
 
 
 def test_drift_takes_back_a_shift_that_generator_and_registration_share():
@@ -167,7 +167,7 @@ def test_drift_takes_back_a_shift_that_generator_and_registration_share():
 
     def shift_left(weight):
         shift, undo = torch.tensor([3.0, 0.0]).requires_grad_(), torch.tensor([-3.0, 0.0]).requires_grad_()
-        R, optimizer = reggan.Registration(1, (32, 32), 8), torch.optim.Adam([shift, undo], 0.03)
+        R, optimizer = reggan.Registration((32, 32), 8), torch.optim.Adam([shift, undo], 0.03)
         for _ in range(200):
             flow = undo.view(1, 2, 1, 1).expand(4, 2, 32, 32)
             fake = warp(b, shift.view(1, 2, 1, 1).expand(4, 2, 32, 32))
@@ -177,12 +177,50 @@ def test_drift_takes_back_a_shift_that_generator_and_registration_share():
             optimizer.step()
         return shift.detach().norm().item()
 
-    assert shift_left(0.0) > 2.5 and shift_left(20.0) < 0.5
+    assert shift_left(0.0) > 2.5 and shift_left(1000.0) < 0.5
+
+
+def test_random_motion_is_affine_mirrors_half_of_the_time_and_keeps_the_middle_near():
+    torch.manual_seed(0)
+    motion = reggan.random_motion(torch.empty(4000, 1, 9, 17))
+    position = motion + torch.stack(torch.meshgrid(torch.arange(9.0), torch.arange(17.0), indexing="ij"))
+    assert motion.diff(n=2, dim=2).abs().max() < 1e-4 and motion.diff(n=2, dim=3).abs().max() < 1e-4
+    dy, dx = position.diff(dim=2)[:, 0, 0, 0], position.diff(dim=3)[:, 1, 0, 0]  # 1 +- 0.1 or -1 +- 0.1
+    for slope in (dy, dx):
+        assert (slope < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+        assert slope.abs().mean().item() == pytest.approx(1, abs=0.01) and slope.abs().std().item() == pytest.approx(0.1, abs=0.01)
+    assert (dy * dx < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    shift = motion[:, :, 4, 8]  # the middle
+    assert torch.allclose(shift.mean(0), torch.zeros(2), atol=0.05)
+    assert torch.allclose(shift.std(0), torch.tensor([0.45, 0.85]), rtol=0.05)
+
+
+def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_that_does():
+    """Weight times mean |G(moved a) - moved G(a)|: a point-wise G commutes with every motion, a G that shifts with few."""
+    config = reggan.Config(host="nc", **SMALL)
+    a, b = smooth_image(4, 0), smooth_image(4, 1)
+
+    def equivariance(G, **options):
+        torch.manual_seed(0)
+        model = reggan.build(dataclasses.replace(config, **options), 1, 1, (32, 32))
+        model.netG_A2B.forward = lambda x: G(x) + 0 * model.netG_A2B.model_head[1].weight.sum()
+        optimizers = [torch.optim.Adam(reggan.trainable(model, *prefix)) for prefix in (("netG", "registration"), ("netD",))]
+        torch.manual_seed(1)
+        losses = reggan.training_step(model, dataclasses.replace(config, **options), a, b, *optimizers, {"B": reggan.Pool()})
+        return losses.get("equivariance")
+
+    assert equivariance(lambda x: 1 - 2 * x) < 1e-5
+    shifted = equivariance(lambda x: x.roll(3, 2))
+    torch.manual_seed(1)
+    motion = reggan.random_motion(a)
+    expected = 30 * (warp(a, motion).roll(3, 2) - warp(a.roll(3, 2), motion)).abs().mean()
+    assert shifted > 0.5 and torch.allclose(shifted, expected, rtol=1e-5)
+    assert equivariance(lambda x: x, equivariance=0.0) is None
 
 
 def test_no_flow_leaves_the_image_by_more_than_half_of_it():
     """A flow that points out of the image everywhere has no gradient and would never come back."""
-    R = reggan.Registration(1, (32, 48), 8)
+    R = reggan.Registration((32, 48), 8)
     with torch.no_grad():
         for head in R.heads:
             head.bias.fill_(1e4)
@@ -195,7 +233,7 @@ def test_registration_alone_recovers_a_translation():
     b = smooth_image(4, 5)
     true = torch.tensor([2.0, -1.5]).view(1, 2, 1, 1).expand(4, 2, 32, 32)
     a = warp(b, -true)
-    R = reggan.Registration(1, (32, 32), 16)
+    R = reggan.Registration((32, 32), 16)
     optimizer = torch.optim.Adam(R.parameters(), 2e-3)
     for _ in range(100):
         flow = R(a, b)
@@ -222,7 +260,7 @@ def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, re
     pools = {side: reggan.Pool() for side in model.pooled}
     losses = reggan.training_step(model, config, smooth_image(2, 0), smooth_image(2, 1), opt_g, opt_d, pools)
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert ("correction" in losses) == ("smooth" in losses) == ("drift" in losses) == reg
+    assert all((name in losses) == reg for name in ("correction", "smooth", "drift", "equivariance"))
     same = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
     assert not same, same
 
