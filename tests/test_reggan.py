@@ -63,7 +63,8 @@ def test_one_pass_over_real_and_fake_is_two_passes():
 def test_layers_that_stand_in_for_torchs_own_equal_them():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
-    assert torch.allclose(reggan.InstanceNorm()(x), torch.nn.InstanceNorm2d(3)(x), atol=1e-12)
+    for images in (x, x[:1], x[:1].contiguous(memory_format=torch.channels_last)):  # a single image takes another way
+        assert torch.allclose(reggan.InstanceNorm()(images), torch.nn.InstanceNorm2d(3)(images), atol=1e-12)
     for k in (3, 7):
         conv = reggan.LastConv(3, 2, k)
         y = x.float().requires_grad_()
@@ -144,9 +145,24 @@ def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
     flow = reggan.Registration(size, 8)(a, b)
     assert flow.shape == (3, 2, *size) and not flow.any()
     assert torch.equal(warp(a, flow), a)
-    fake = reggan.Generator(1, 2, 4, 1)(a)
+    generator = reggan.Generator(1, 2, 4, 1)
+    fake = generator(a)
     assert fake.shape == (3, 2, *size) and fake.abs().max() <= 1
+    assert torch.allclose(generator(a[1:2]), fake[1:2], atol=1e-5)  # in channels_last
     assert reggan.Discriminator(1, 4)(a).shape == (3, 1)
+
+
+@pytest.mark.parametrize("downs", [1, 2])
+def test_nice_gan_reads_as_finely_as_the_other_generators(downs, root):
+    """Its encoding is halved as often as their inner images, so the decoder is handed as many pixels."""
+    host = reggan.Nice(reggan.Config(host="nice", downs=downs, **SMALL), 1, 2)
+    a = smooth_image(2, 0, 44)
+    assert host.netD_A.encode(a)[0].shape == (2, 8, 44 // 2**downs, 44 // 2**downs)
+    assert host.translate(a).shape == (2, 2, 44, 44)
+    assert host.translate(a[..., :43, :33]).shape == (2, 2, 43, 33)
+    with pytest.raises(data.InputError, match="--downs 3: nice takes 1 or 2"):
+        reggan.train(reggan.Config(root=str(root), out=str(root / "run"), host="nice", downs=3, **SMALL))
+    assert not (root / "run").exists()
 
 
 def test_drift_is_the_mean_square_of_the_running_mean_flow():
@@ -163,14 +179,14 @@ def test_drift_is_the_mean_square_of_the_running_mean_flow():
 
 def test_drift_takes_back_a_shift_that_generator_and_registration_share():
     """A generator off by 3 pixels and a registration that undoes it: nothing but the drift term moves them back."""
-    b = smooth_image(4, 5)
+    b = smooth_image(1, 5)
 
     def shift_left(weight):
         shift, undo = torch.tensor([3.0, 0.0]).requires_grad_(), torch.tensor([-3.0, 0.0]).requires_grad_()
         R, optimizer = reggan.Registration((32, 32), 8), torch.optim.Adam([shift, undo], 0.03)
-        for _ in range(200):
-            flow = undo.view(1, 2, 1, 1).expand(4, 2, 32, 32)
-            fake = warp(b, shift.view(1, 2, 1, 1).expand(4, 2, 32, 32))
+        for _ in range(800):
+            flow = undo.view(1, 2, 1, 1).expand(1, 2, 32, 32)
+            fake = warp(b, shift.view(1, 2, 1, 1).expand(1, 2, 32, 32))
             loss = 20 * F.mse_loss(warp(fake, flow)[..., 4:-4, 4:-4], b[..., 4:-4, 4:-4]) + weight * R.drift(flow)
             optimizer.zero_grad()
             loss.backward()
