@@ -488,7 +488,7 @@ class Config(RunConfig):
     batch: int = option(8, "pairs a step; 1 in the paper")
     lr: float = option(4e-3, "learning rate of Adam, constant, then linear to 0 over the second half; 1e-4 in the paper")
     reg_lr: float = option(8e-3, "the same of the registration network; 1e-4 in the paper")
-    epochs: int = option(110, "passes over the training pairs; 80 in the paper")
+    epochs: int = option(125, "passes over the training pairs; 80 in the paper")
     correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|; 20 in the paper")
     smooth: float = option(30.0, "weight of the flow's squared gradient; 10 in the paper")
     drift: float = option(1000.0, "weight of the squared running mean of the flows; 0 in the paper")
@@ -619,8 +619,12 @@ def train(config):
             raise InputError(f"{other.folder}: {other.in_chans} and {other.out_chans} channels, "
                              f"{pairs.folder} has {pairs.in_chans} and {pairs.out_chans}")
     model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
-    opt_g, opt_d = (torch.optim.Adam([{"params": trainable(model, part), "peak": peak} for part, peak in parts], betas=(0.5, 0.999), fused=True)
-                    for parts in ([("netG", config.lr)] + [("registration", config.reg_lr)] * config.reg, [("netD", config.lr)]))
+    peaks = {"netG": config.lr, "registration": config.reg_lr, "netD": config.lr}
+
+    def adam(*parts):
+        return torch.optim.Adam([{"params": trainable(model, part), "peak": peaks[part]} for part in parts], betas=(0.5, 0.999), fused=True)
+
+    opt_g, opt_d = adam("netG", *["registration"] * config.reg), adam("netD")
     pools = {side: Pool() for side in model.pooled}
     step, best, seconds = 0, float("inf"), 0.0
     meta = {"in_chans": pairs.in_chans, "out_chans": pairs.out_chans, "shape": list(pairs.shape)}
