@@ -173,9 +173,10 @@ class Registration(nn.Module):
         self.register_buffer("mean", torch.zeros(2, *size))
 
     def drift(self, flow, rate=0.01):
-        """Mean square of the running mean of the flows, in pixels^2. Misalignment is zero in the mean, but no other loss says so:
-        if every G(a) is shifted or zoomed alike, R undoes it, and G, which is used without R, stays off by that much."""
-        mean = torch.lerp(self.mean, flow.mean(0), rate)
+        """Mean square of the running mean of the flows, in % of the sides. Misalignment is zero in the mean, but no other loss says
+        so: if every G(a) is shifted or zoomed alike, R undoes it, and G, which is used without R, stays off by that much."""
+        sides = flow.new_tensor(flow.shape[2:]).view(2, 1, 1)
+        mean = torch.lerp(self.mean, 100 * flow.mean(0) / sides, rate)
         self.mean.copy_(mean.detach())
         return mean.square().mean()
 
@@ -491,7 +492,7 @@ class Config(RunConfig):
     epochs: int = option(125, "passes over the training pairs; 80 in the paper")
     correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|; 20 in the paper")
     smooth: float = option(30.0, "weight of the flow's squared gradient; 10 in the paper")
-    drift: float = option(1000.0, "weight of the squared running mean of the flows; 0 in the paper")
+    drift: float = option(100.0, "weight of the squared running mean of the flows, in % of the sides; 0 in the paper")
     equivariance: float = option(30.0, "weight of |G(moved a) - moved G(a)| under known motion, with registration; 0 in the paper")
     compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the table, +r with registration")
