@@ -188,8 +188,10 @@ class Registration(nn.Module):
             moved = F.pad(warp(fake, flow), (step,) * 4, mode="replicate").float()
             moved = F.unfold(moved, 3, dilation=step).view(len(real), -1, 9, H, W)          # (B, C, 9, H, W)
             costs = F.avg_pool2d((moved - real.unsqueeze(2)).abs().mean(1), 2 * step)       # (B, 9, h, w)
-            costs = 10 * (costs - costs.mean(1, keepdim=True))
-            x = block(costs if x is None else torch.cat((costs, F.interpolate(x, costs.shape[2:], mode="bilinear").float()), 1))
+            costs = 10 * (costs - costs.mean(1, keepdim=True))  # which way is better, not how good; of the order of 1
+            if x is not None:
+                costs = torch.cat((costs, F.interpolate(x, costs.shape[2:], mode="bilinear").float()), 1)
+            x = block(costs)
             # a level moves by half of its own pixel at most: a flow that left the image would never return
             more = step * torch.tanh(head(x).float() / step)
             flow = flow + F.interpolate(more, (H, W), mode="bilinear", align_corners=True)  # keeps an affine flow affine
@@ -379,7 +381,8 @@ class Nice(nn.Module):
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
         blocks = max(1, config.blocks * 2 // 3)  # 6 where the paper's generator has 9
-        self.netG_A2B, self.netG_B2A = (NiceGenerator(c, config.width, blocks, config.downs, config.kernel) for c in (out_chans, in_chans))
+        self.netG_A2B, self.netG_B2A = (NiceGenerator(c, config.width, blocks, config.downs, config.kernel)
+                                        for c in (out_chans, in_chans))
         self.netD_A, self.netD_B = (NiceDiscriminator(c, config.width, config.downs) for c in (in_chans, out_chans))
 
     def translate(self, a):
@@ -502,8 +505,8 @@ class Config(RunConfig):
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth")
 
 
-PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "reg_lr": 1e-4, "correction": 20.0, "smooth": 10.0,
-         "drift": 0.0, "equivariance": 0.0}
+PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "reg_lr": 1e-4,
+         "correction": 20.0, "smooth": 10.0, "drift": 0.0, "equivariance": 0.0}
 
 
 def trainable(module, *prefixes):
@@ -524,8 +527,8 @@ def descend(losses, optimizer, world):
 
 
 def random_motion(images, spread=0.1):
-    """(B, 2, H, W) in pixels, one an image: an affine flow about the middle, its matrix off a mirror image's by `spread` in each
-    entry, half of the time in y and in x, and a shift of half of `spread` of the sides."""
+    """A random affine flow for each image: (B, 2, H, W) in pixels. Mirrored in y and in x half of the time each; every entry of
+    its matrix strays by `spread`, its shift by half of `spread` of the sides (standard deviations)."""
     (B, _, H, W), at = images.shape, {"device": images.device}
     y, x = torch.meshgrid(torch.arange(H, **at) - (H - 1) / 2, torch.arange(W, **at) - (W - 1) / 2, indexing="ij")
     mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1
@@ -557,8 +560,8 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.
                 losses["drift"] = config.drift * model.registration.drift(flow)
             if config.equivariance:
                 motion = random_motion(a)
-                moved = model.translate(warp(a, motion))
-                losses["equivariance"] = config.equivariance * F.l1_loss(moved, warp(fakes["B"], motion))
+                difference = F.l1_loss(model.translate(warp(a, motion)), warp(fakes["B"], motion))
+                losses["equivariance"] = config.equivariance * difference
     descend(losses, opt_g, world)
     for p in d_parameters:
         p.requires_grad_(True)
@@ -623,7 +626,8 @@ def train(config):
     peaks = {"netG": config.lr, "registration": config.reg_lr, "netD": config.lr}
 
     def adam(*parts):
-        return torch.optim.Adam([{"params": trainable(model, part), "peak": peaks[part]} for part in parts], betas=(0.5, 0.999), fused=True)
+        groups = [{"params": trainable(model, part), "peak": peaks[part]} for part in parts]
+        return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
 
     opt_g, opt_d = adam("netG", *["registration"] * config.reg), adam("netD")
     pools = {side: Pool() for side in model.pooled}

@@ -146,7 +146,8 @@ class Bytes(TorchDispatchMode):
 
 def step(rounds=3, size=256):
     """Batch 1, 256 x 256, the paper's networks: the official form in float32, ours in float32 and in bfloat16 autocast, from the
-    same weights of G and D; both R start with a zero flow, so the first steps agree whatever R is made of. Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
+    same weights of G and D; both R start with a zero flow, so the first steps agree whatever R is made of.
+    Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
     torch.manual_seed(0)
     config = reggan.Config(width=64, kernel=7, downs=2, blocks=9, lr=1e-4, correction=20, smooth=10, drift=0, equivariance=0)
     a, b = torch.rand(2, 1, 1, size, size) * 2 - 1
