@@ -606,7 +606,7 @@ def train(config):
         config = dataclasses.replace(config, **{k: v for k, v in PAPER.items() if getattr(config, k) == default[k]})
     for name in ("epochs", "batch", "width", "lr", "reg_lr"):
         if getattr(config, name) <= 0:
-            raise InputError(f"--{name} {getattr(config, name)}: expected a positive number")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a positive number")
     if config.host == "nice" and config.downs not in (1, 2):
         raise InputError(f"--downs {config.downs}: nice takes 1 or 2")
     if config.noise < 0 or config.elastic < 0 or config.noise > 25:
