@@ -16,20 +16,20 @@ Where this departs from the paper's official code (Kid-Liet/Reg-GAN), and why:
  3. Learning rate: constant, then linear to 0 over the second half, and a pool of 50 old fakes for unconditional
     discriminators, as in CycleGAN. (Official yamls name a decay that no trainer runs; the pool is missing from NC + R.)
  4. R searches from coarse to fine: it sees how well the images agree, moved along the flow so far and a step further, up to
-    half the resolution. (Officially a U-Net of the two images side by side, at full resolution, of a fixed depth that
-    small images do not survive.) Trained alone on 32 x 32 pairs it ends 0.25 pixels from the true flow, a U-Net that
-    compares learnt features in the same order 0.39 after as many steps: it misses rotations. Its last layers are zero.
+    half the resolution. (Officially a U-Net of the two images side by side, at full resolution, of a fixed depth that small
+    images do not survive.) Its last layers are zero.
  5. Misalignment is resampled bilinearly. (Officially to the nearest pixel, with the global generator reseeded.)
  6. MAE and PSNR exclude the background of every pixel. (Officially PSNR indexes `fake[x][y]`, whole rows.)
  7. NICE-GAN: G's step comes first, as in the other hosts; adaptive norm from pooled features; shallower discriminators;
     its encoder halves the image as often as --downs says.
  8. Nothing is selected on the images that are reported: best.pt is chosen on val/ and reported on test/ where there is
     one; otherwise val/ is reported with the last weights.
- 9. By default small networks, correction weighs 100, as Pix2Pix's L1 does, and smoothness 30. --paper is the paper's
+ 9. By default small networks and their rates, and correction weighs 100, as Pix2Pix's L1 does. --paper is the paper's
     networks, schedule and weights.
-10. Registration brings two losses more. Nothing in the paper's keeps G from moving an image while R moves it back, and G is
+10. Registration brings three losses more. Nothing in the paper's keeps G from moving an image while R moves it back, and G is
     used without R. `drift`: the flow is zero in the mean. `equivariance`: G of a moved image is the moved G of the image,
-    so that G cannot tell how far an image was zoomed and undo a part of it.
+    so that G cannot tell how far an image was zoomed and undo a part of it. `synthetic`: R also finds motion that is known,
+    of b against a moved copy; the likeness of two round heads teaches it too little about rotation.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1; flow (B, 2, H, W) in pixels.
 """
@@ -149,6 +149,11 @@ class Discriminator(nn.Module):
         return self.model(x).float().mean((2, 3))
 
 
+def percent(flow):
+    """(B, 2, H, W) in pixels as % of the sides, H and W."""
+    return 100 * flow / flow.new_tensor(flow.shape[2:]).view(2, 1, 1)
+
+
 class Registration(nn.Module):
     """Residual network (fake, real) -> flow (B, 2, H, W) with warp(fake, flow) ~ real. Zero at the start. H, W >= 32.
 
@@ -175,10 +180,15 @@ class Registration(nn.Module):
     def drift(self, flow, rate=0.01):
         """Mean square of the running mean of the flows, in % of the sides. Misalignment is zero in the mean, but no other loss says
         so: if every G(a) is shifted or zoomed alike, R undoes it, and G, which is used without R, stays off by that much."""
-        sides = flow.new_tensor(flow.shape[2:]).view(2, 1, 1)
-        mean = torch.lerp(self.mean, 100 * flow.mean(0) / sides, rate)
+        mean = torch.lerp(self.mean, percent(flow).mean(0), rate)
         self.mean.copy_(mean.detach())
         return mean.square().mean()
+
+    def synthetic_error(self, real):
+        """Mean error, in % of the sides, on real and a copy of it that a random affine motion moved. Where likeness alone is the
+        teacher, R soon finds the shifts and zooms of heads, which are round, but less than half of a rotation."""
+        motion = random_motion(real, mirrored=False)
+        return percent(self(real, warp(real, motion)) - motion).norm(dim=1).mean()
 
     def forward(self, fake, real):
         H, W = real.shape[-2:]
@@ -492,11 +502,12 @@ class Config(RunConfig):
     batch: int = option(8, "pairs a step; 1 in the paper")
     lr: float = option(4e-3, "learning rate of Adam, constant, then linear to 0 over the second half; 1e-4 in the paper")
     reg_lr: float = option(8e-3, "the same of the registration network; 1e-4 in the paper")
-    epochs: int = option(125, "passes over the training pairs; 80 in the paper")
+    epochs: int = option(108, "passes over the training pairs; 80 in the paper")
     correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|; 20 in the paper")
-    smooth: float = option(30.0, "weight of the flow's squared gradient; 10 in the paper")
+    smooth: float = option(10.0, "weight of the flow's squared gradient")
     drift: float = option(100.0, "weight of the squared running mean of the flows, in % of the sides; 0 in the paper")
-    equivariance: float = option(30.0, "weight of |G(moved a) - moved G(a)| under known motion, with registration; 0 in the paper")
+    synthetic: float = option(3.0, "weight of R's error, in % of the sides, on b and a randomly moved copy; 0 in the paper")
+    equivariance: float = option(30.0, "weight of |G(moved a) - moved G(a)| under random motion, with registration; 0 in the paper")
     compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the table, +r with registration")
     levels: str = option("0,3,5,elastic", "columns of the table: misalignment levels, or elastic (level 0 and 3 % bending)")
@@ -506,7 +517,7 @@ class Config(RunConfig):
 
 
 PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "reg_lr": 1e-4,
-         "correction": 20.0, "smooth": 10.0, "drift": 0.0, "equivariance": 0.0}
+         "correction": 20.0, "drift": 0.0, "synthetic": 0.0, "equivariance": 0.0}
 
 
 def trainable(module, *prefixes):
@@ -526,12 +537,12 @@ def descend(losses, optimizer, world):
     optimizer.step()
 
 
-def random_motion(images, spread=0.1):
-    """A random affine flow for each image: (B, 2, H, W) in pixels. Mirrored in y and in x half of the time each; every entry of
-    its matrix strays by `spread`, its shift by half of `spread` of the sides (standard deviations)."""
+def random_motion(images, spread=0.1, mirrored=True):
+    """A random affine flow for each image: (B, 2, H, W) in pixels. Every entry of its matrix strays by `spread`, its shift by half
+    of `spread` of the sides (standard deviations); `mirrored` in y and in x half of the time each."""
     (B, _, H, W), at = images.shape, {"device": images.device}
     y, x = torch.meshgrid(torch.arange(H, **at) - (H - 1) / 2, torch.arange(W, **at) - (W - 1) / 2, indexing="ij")
-    mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1
+    mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1 if mirrored else torch.ones(B, 2, 1, **at)
     matrix = mirror * (torch.eye(2, **at) + spread * torch.randn(B, 2, 2, **at)) - torch.eye(2, **at)
     shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * torch.tensor((H, W), **at).view(2, 1, 1)
     return torch.einsum("bij,jhw->bihw", matrix, torch.stack((y, x))) + shift
@@ -558,6 +569,8 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.
             losses["smooth"] = config.smooth * smoothness(flow)
             if config.drift:
                 losses["drift"] = config.drift * model.registration.drift(flow)
+            if config.synthetic:
+                losses["synthetic"] = config.synthetic * model.registration.synthetic_error(b[::2])  # half teach as much
             if config.equivariance:
                 motion = random_motion(a)
                 difference = F.l1_loss(model.translate(warp(a, motion)), warp(fakes["B"], motion))
@@ -746,6 +759,9 @@ def load_generator(path):
         model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
         translate = model
     elif "model" in state and "config" in state:
+        unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
+        if unknown:
+            raise InputError(f"{path}: trained with options that this reggan.py has not ({', '.join(sorted(unknown))}): train again")
         config, in_chans = Config(**state["config"]), state["in_chans"]
         model = build(config, in_chans, state["out_chans"], state["shape"])
         translate, state = model.translate, state["model"]

@@ -3,6 +3,8 @@
     python tests/measure.py pixels DEMO     # logistic regression of the pixels of the demo records in DEMO: validation AUROC
     python tests/measure.py vit             # a LoRA step and an MRM step of the paper's ViT-B/16, float32 against bfloat16
     python tests/measure.py step            # an NC + R step, the official code's form against ours: operations, bytes, seconds
+    python tests/measure.py motions RUN     # the share of shifts, zooms and rotations that the R of a run finds on val
+    python tests/measure.py bound SEED      # NC at level 5 with the true flow in R's place, as a cell of reggan.py --compare
 """
 import contextlib
 import copy
@@ -149,7 +151,8 @@ def step(rounds=3, size=256):
     same weights of G and D; both R start with a zero flow, so the first steps agree whatever R is made of.
     Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
     torch.manual_seed(0)
-    config = reggan.Config(width=64, kernel=7, downs=2, blocks=9, lr=1e-4, correction=20, smooth=10, drift=0, equivariance=0)
+    config = reggan.Config(width=64, kernel=7, downs=2, blocks=9, lr=1e-4, correction=20, smooth=10, drift=0, synthetic=0,
+                           equivariance=0)
     a, b = torch.rand(2, 1, 1, size, size) * 2 - 1
     model = reggan.build(config, 1, 1, (size, size))
     adam = dict(lr=1e-4, betas=(0.5, 0.999))
@@ -188,5 +191,59 @@ def step(rounds=3, size=256):
         print(f"{name}: {' '.join(f'{v:.2f}' for v in values)} s a step, {medians['official, float32'] / medians[name]:.2f} times as fast")
 
 
+@torch.no_grad()
+def motions(*runs, rounds=20):
+    """For each run, the slope of R's flow on the true flow in shift, zoom and rotation: least-squares fits of an affine flow to both
+    over the foreground of misaligned pairs of val, at the run's own level. 1 is all of it."""
+    for run in runs:
+        model, translate, config, _ = reggan.load_generator(run)
+        model.eval()
+        pairs = reggan.make_pairs(config, "val", misaligned=True)
+        y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in pairs.shape), indexing="ij")
+        plane, fits = torch.stack((torch.ones_like(y), y, x), -1).flatten(0, 1), []         # (H W, 3)
+        for epoch in range(rounds):
+            a, b, true = pairs[[(epoch, index) for index in range(len(pairs))]]
+            for flows in zip(model.registration(translate(a), b), true, (b != -1).any(1).flatten(1)):
+                inside = flows[2]
+                fits.append(torch.stack([torch.linalg.lstsq(plane[inside], flow.flatten(1).T[inside]).solution for flow in flows[:2]]))
+        found, true = torch.stack(fits, 1)                                                  # (N, 3, 2) each
+        parts = {"shift": lambda fit: fit[:, 0], "zoom": lambda fit: fit[:, 1, 0] + fit[:, 2, 1],
+                 "rotation": lambda fit: fit[:, 2, 0] - fit[:, 1, 1]}
+        shares = {name: (part(found) * part(true)).sum() / part(true).square().sum() for name, part in parts.items()}
+        print(f"{run}: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()), flush=True)
+
+
+class TrueFlow(reggan.Registration):
+    """In training the true flow of the batch, which `bound` leaves in `flow`."""
+
+    flow = None
+
+    def forward(self, fake, real):
+        return TrueFlow.flow if self.training else super().forward(fake, real)
+
+
+def bound(seed):
+    """The result of NC whose correction uses the true flow of each misaligned pair: what a perfect R would reach."""
+    make_pairs = reggan.make_pairs
+
+    def with_true_flow(config, part, misaligned=False, with_flow=True):
+        pairs = make_pairs(config, part, misaligned)
+        batches = pairs.batches
+
+        def pairs_alone(*args):
+            for a, b, TrueFlow.flow in batches(*args):
+                yield a, b
+
+        if not with_flow:  # the training pairs
+            pairs.batches = pairs_alone
+        return pairs
+
+    reggan.make_pairs, reggan.Registration = with_true_flow, TrueFlow
+    config = reggan.Config(size=32, epochs=60, dtype="fp32", noise=5.0, seed=int(seed), smooth=0.0, drift=0.0, synthetic=0.0,
+                           out=f"runs/bound-{seed}")
+    result = reggan.train(config)
+    print(f"seed {seed}: PSNR {result['psnr']:.2f} dB, MAE {result['mae']:.4f}")
+
+
 if __name__ == "__main__":
-    {"pixels": pixels, "vit": vit, "step": step}[sys.argv[1]](*sys.argv[2:])
+    {"pixels": pixels, "vit": vit, "step": step, "motions": motions, "bound": bound}[sys.argv[1]](*sys.argv[2:])

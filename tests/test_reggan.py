@@ -196,6 +196,39 @@ def test_drift_takes_back_a_shift_that_generator_and_registration_share():
     assert shift_left(0.0) > 2.5 and shift_left(100.0) < 0.5
 
 
+def test_synthetic_error_is_the_mean_error_in_percent_of_the_sides():
+    """Of an R that finds no motion it is the mean length of the motion; of one that finds all of it, 0."""
+    R, b = reggan.Registration((32, 48), 8), smooth_image(3, 0, 48)[:, :, :32]
+    torch.manual_seed(0)
+    error = R.synthetic_error(b).item()
+    torch.manual_seed(0)
+    motion = reggan.random_motion(b, mirrored=False)
+    dy, dx = motion.double().numpy().swapaxes(0, 1)
+    assert error == pytest.approx(np.hypot(100 * dy / 32, 100 * dx / 48).mean(), rel=1e-5)
+    R.forward = lambda fake, real: motion if torch.equal(real, warp(fake, motion)) else 0 * motion
+    torch.manual_seed(0)
+    assert R.synthetic_error(b).item() == 0
+
+
+def test_synthetic_motion_teaches_rotation():
+    """R on nothing but synthetic motion: a rotation of other images is found to a tenth, its sense included."""
+    torch.manual_seed(0)
+    R = reggan.Registration((32, 32), 16)
+    optimizer = torch.optim.Adam(R.parameters(), 8e-3, betas=(0.5, 0.999))
+    for step in range(80):
+        loss = R.synthetic_error(smooth_image(8, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    y, x = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(32) - 15.5, indexing="ij")
+    rotation = torch.stack((-0.1 * x, 0.1 * y)).expand(16, 2, 32, 32)
+    images = smooth_image(16, 999)
+    with torch.no_grad():
+        found = R(images, warp(images, rotation))
+    assert (found * rotation).sum() / rotation.square().sum() == pytest.approx(1, abs=0.1)
+    assert (found - rotation).norm(dim=1).mean() < 0.4 < 1.2 < rotation.norm(dim=1).mean()
+
+
 def test_random_motion_is_affine_mirrors_half_of_the_time_and_keeps_the_middle_near():
     torch.manual_seed(0)
     motion = reggan.random_motion(torch.empty(4000, 1, 9, 17))
@@ -209,6 +242,8 @@ def test_random_motion_is_affine_mirrors_half_of_the_time_and_keeps_the_middle_n
     shift = motion[:, :, 4, 8]  # the middle
     assert torch.allclose(shift.mean(0), torch.zeros(2), atol=0.05)
     assert torch.allclose(shift.std(0), torch.tensor([0.45, 0.85]), rtol=0.05)
+    upright = reggan.random_motion(torch.empty(400, 1, 9, 17), mirrored=False)
+    assert (upright.diff(dim=2)[:, 0] > -1).all() and (upright.diff(dim=3)[:, 1] > -1).all()
 
 
 def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_that_does():
@@ -276,7 +311,7 @@ def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, re
     pools = {side: reggan.Pool() for side in model.pooled}
     losses = reggan.training_step(model, config, smooth_image(2, 0), smooth_image(2, 1), opt_g, opt_d, pools)
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert all((name in losses) == reg for name in ("correction", "smooth", "drift", "equivariance"))
+    assert all((name in losses) == reg for name in ("correction", "smooth", "drift", "synthetic", "equivariance"))
     same = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
     assert not same, same
 
@@ -423,6 +458,12 @@ def test_published_generators_load(tmp_path):
     _, translate, _, in_chans = reggan.load_generator(tmp_path / "netG_A2B.pth")
     x = smooth_image(1, 0)
     assert in_chans == 1 and torch.equal(translate(x), G(x))
+
+
+def test_a_checkpoint_of_options_that_are_gone_is_refused_in_one_line(tmp_path):
+    torch.save({"model": {}, "config": {"host": "nc", "bending": 1.0}, "in_chans": 1}, tmp_path / "best.pt")
+    with pytest.raises(data.InputError, match=r": trained with options that this reggan\.py has not \(bending\)"):
+        reggan.load_generator(tmp_path)
 
 
 def test_a_bfloat16_run_ends_near_a_float32_run(root):
