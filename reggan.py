@@ -502,7 +502,7 @@ class Config(RunConfig):
     batch: int = option(8, "pairs a step; 1 in the paper")
     lr: float = option(4e-3, "learning rate of Adam, constant, then linear to 0 over the second half; 1e-4 in the paper")
     reg_lr: float = option(8e-3, "the same of the registration network; 1e-4 in the paper")
-    epochs: int = option(108, "passes over the training pairs; 80 in the paper")
+    epochs: int = option(100, "passes over the training pairs; 80 in the paper")
     correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|; 20 in the paper")
     smooth: float = option(10.0, "weight of the flow's squared gradient")
     drift: float = option(100.0, "weight of the squared running mean of the flows, in % of the sides; 0 in the paper")

@@ -248,7 +248,7 @@ def test_random_motion_is_affine_mirrors_half_of_the_time_and_keeps_the_middle_n
 
 def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_that_does():
     """Weight times mean |G(moved a) - moved G(a)|: a point-wise G commutes with every motion, a G that shifts with few."""
-    config = reggan.Config(host="nc", **SMALL)
+    config = reggan.Config(host="nc", synthetic=0, **SMALL)
     a, b = smooth_image(4, 0), smooth_image(4, 1)
 
     def equivariance(G, **options):
