@@ -570,7 +570,7 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.
             if config.drift:
                 losses["drift"] = config.drift * model.registration.drift(flow)
             if config.synthetic:
-                losses["synthetic"] = config.synthetic * model.registration.synthetic_error(b[::2])  # half teach as much
+                losses["synthetic"] = config.synthetic * model.registration.synthetic_error(b[::2])  # half of them teach as much
             if config.equivariance:
                 motion = random_motion(a)
                 difference = F.l1_loss(model.translate(warp(a, motion)), warp(fakes["B"], motion))
@@ -620,6 +620,9 @@ def train(config):
     for name in ("epochs", "batch", "width", "lr", "reg_lr"):
         if getattr(config, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a positive number")
+    for name in ("correction", "smooth", "drift", "synthetic", "equivariance"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name} {getattr(config, name)}: expected 0 or more")
     if config.host == "nice" and config.downs not in (1, 2):
         raise InputError(f"--downs {config.downs}: nice takes 1 or 2")
     if config.noise < 0 or config.elastic < 0 or config.noise > 25:

@@ -151,8 +151,7 @@ def step(rounds=3, size=256):
     same weights of G and D; both R start with a zero flow, so the first steps agree whatever R is made of.
     Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
     torch.manual_seed(0)
-    config = reggan.Config(width=64, kernel=7, downs=2, blocks=9, lr=1e-4, correction=20, smooth=10, drift=0, synthetic=0,
-                           equivariance=0)
+    config = reggan.Config(**reggan.PAPER)
     a, b = torch.rand(2, 1, 1, size, size) * 2 - 1
     model = reggan.build(config, 1, 1, (size, size))
     adam = dict(lr=1e-4, betas=(0.5, 0.999))
@@ -203,9 +202,9 @@ def motions(*runs, rounds=20):
         plane, fits = torch.stack((torch.ones_like(y), y, x), -1).flatten(0, 1), []         # (H W, 3)
         for epoch in range(rounds):
             a, b, true = pairs[[(epoch, index) for index in range(len(pairs))]]
-            for flows in zip(model.registration(translate(a), b), true, (b != -1).any(1).flatten(1)):
-                inside = flows[2]
-                fits.append(torch.stack([torch.linalg.lstsq(plane[inside], flow.flatten(1).T[inside]).solution for flow in flows[:2]]))
+            flows = torch.stack((model.registration(translate(a), b), true), 1).flatten(3)  # (B, 2, 2, H W)
+            for pair, inside in zip(flows.mT, (b != -1).any(1).flatten(1)):
+                fits.append(torch.linalg.lstsq(plane[inside].expand(2, -1, -1), pair[:, inside]).solution)
         found, true = torch.stack(fits, 1)                                                  # (N, 3, 2) each
         parts = {"shift": lambda fit: fit[:, 0], "zoom": lambda fit: fit[:, 1, 0] + fit[:, 2, 1],
                  "rotation": lambda fit: fit[:, 2, 0] - fit[:, 1, 1]}

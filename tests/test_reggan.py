@@ -509,6 +509,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
     assert "\n" not in str(error.value) and not (root / "run").exists()
 
 
+@pytest.mark.parametrize("options, message", [
+    ({"reg_lr": 0}, "--reg-lr 0: expected a positive number"), ({"synthetic": -1}, "--synthetic -1: expected 0 or more"),
+    ({"drift": -0.5}, "--drift -0.5: expected 0 or more")])
+def test_options_out_of_range_are_refused(root, options, message):
+    with pytest.raises(data.InputError, match=message):
+        reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL, **options))
+    assert not (root / "run").exists()
+
+
 def test_a_refused_run_leaves_the_one_before_it_alone(root):
     config = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
     reggan.train(config)
