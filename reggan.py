@@ -588,7 +588,7 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.
 def make_pairs(config, part, misaligned=False, with_flow=True):
     """The pairs of a part; `misaligned` as in training, the same for every host."""
     noise = {"noise": config.noise, "elastic": config.elastic, "seed": config.seed, "with_flow": with_flow} if misaligned else {}
-    return Pairs(Path(config.root or data.demo_pairs("demo")) / part, size=config.size, rescale=config.rescale, **noise)
+    return Pairs(Path(config.root or data.demo_root(pairs=True)) / part, size=config.size, rescale=config.rescale, **noise)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import data
+import demo as demo_drawing
 
 PATIENTS = 120
 LISTS = ("train_1", "train_10", "train_list", "val_list", "test_list")
@@ -42,7 +43,7 @@ def states(report, name):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return data.write_demo_records(tmp_path_factory.mktemp("demo") / "records", patients=PATIENTS, seed=3, processes=1)
+    return demo_drawing.write_demo_records(tmp_path_factory.mktemp("demo") / "records", patients=PATIENTS, seed=3, processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def visits():
     for patient in range(200):
         rng, before = np.random.default_rng([5, patient]), None
         for _ in range(3):
-            findings = data.draw_findings(rng, before or {})
-            found.append((findings, data.write_report(rng, findings, before, patient % 2 == 0, list(data.HARDWARE)[: patient % 3])))
+            findings = demo_drawing.draw_findings(rng, before or {})
+            found.append((findings, demo_drawing.write_report(rng, findings, before, patient % 2 == 0, list(demo_drawing.HARDWARE)[: patient % 3])))
             before = findings
     return found
 
@@ -61,7 +62,7 @@ def visits():
 def test_layout(demo):
     assert {path.name for path in demo.iterdir()} == {
         "images", "masks", "training.csv", "classes.txt", "patients.csv", "demo.json", *(f"{name}.txt" for name in LISTS)}
-    assert (demo / "classes.txt").read_text().split() == list(data.DEMO_CLASSES)
+    assert (demo / "classes.txt").read_text().split() == list(demo_drawing.DEMO_CLASSES)
     lists = {name: read_list(demo, name) for name in LISTS}
     with open(demo / "patients.csv", newline="") as file:
         patient = {row["image_path"]: row["patient_id"] for row in csv.DictReader(file)}
@@ -80,7 +81,7 @@ def test_layout(demo):
 
 def test_images_and_masks(demo):
     labels = {name: row for part in ("train_list", "val_list", "test_list") for name, row in read_list(demo, part).items()}
-    has = data.DEMO_CLASSES.index("Pneumothorax")
+    has = demo_drawing.DEMO_CLASSES.index("Pneumothorax")
     assert {path.name for path in (demo / "masks").iterdir()} == {name for name, row in labels.items() if row[has]}
     means = []
     for name in labels:
@@ -99,7 +100,7 @@ def test_images_and_masks(demo):
 
 def test_same_seed_same_bytes_for_any_number_of_processes_and_another_seed_replaces_them(tmp_path):
     out = tmp_path / "records"
-    first, again, other = (digest(data.write_demo_records(out, patients=50, size=32, seed=seed, processes=processes))
+    first, again, other = (digest(demo_drawing.write_demo_records(out, patients=50, size=32, seed=seed, processes=processes))
                            for seed, processes in ((1, 1), (1, 2), (2, 1)))
     assert first == again
     assert not {first[name] for name in first if "images" in name} & set(other.values())
@@ -110,14 +111,14 @@ def test_labels_follow_from_the_reports(demo):
     labels = read_list(demo, "train_list")
     with open(demo / "training.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            for name, label in zip(data.DEMO_CLASSES, labels[row["image_path"]]):
+            for name, label in zip(demo_drawing.DEMO_CLASSES, labels[row["image_path"]]):
                 assert bool(states(row["report_content"], name)[0]) == bool(label), (name, row)
 
 
 def test_reports_say_what_is_drawn(visits):
     denied = 0
     for findings, report in visits:
-        for name in data.DEMO_CLASSES:
+        for name in demo_drawing.DEMO_CLASSES:
             stated, said = states(report, name)
             assert bool(stated) == (name in findings), (name, report)
             denied += name not in findings and bool(said)
@@ -130,7 +131,7 @@ def test_reports_say_what_is_drawn(visits):
                     assert re.search(("upper", "mid", "lower|base")[findings[name].zone], " ".join(stated))
             if name not in findings or findings[name].side:
                 assert len(stated) == len([text for text in said if text in stated])
-    assert 0.4 < denied / sum(len(data.DEMO_CLASSES) - len(findings) for findings, _ in visits) < 0.8
+    assert 0.4 < denied / sum(len(demo_drawing.DEMO_CLASSES) - len(findings) for findings, _ in visits) < 0.8
 
 
 def test_reports_vary(visits):
@@ -143,13 +144,13 @@ def test_reports_vary(visits):
 
 def test_findings_change_the_film_where_they_should():
     """The same patient and the same random numbers with and without a finding: it shows, on its side only, and grows."""
-    anatomy = {name: sum(limits) / 2 for name, limits in data.ANATOMY.items()}
+    anatomy = {name: sum(limits) / 2 for name, limits in demo_drawing.ANATOMY.items()}
 
-    vessels = data.vessel_tree(np.random.default_rng(1))
+    vessels = demo_drawing.vessel_tree(np.random.default_rng(1))
 
     def film(findings):
         rng = np.random.default_rng(2)
-        return data.chest_film(rng, anatomy, vessels, findings, False, [], 128)
+        return demo_drawing.chest_film(rng, anatomy, vessels, findings, False, [], 128)
 
     normal, empty = film({})
     assert not empty.any()
@@ -159,12 +160,12 @@ def test_findings_change_the_film_where_they_should():
         other = slice(78, 128) if side < 0 else slice(0, 50)
         for name in ("Effusion", "Mass", "Pneumothorax"):
             for severity in (0.0, 1.0):
-                pixels, mask = film({name: data.Finding(side, 1, severity, (0.5, 0.5))})
+                pixels, mask = film({name: demo_drawing.Finding(side, 1, severity, (0.5, 0.5))})
                 change = pixels.astype(int) - normal
                 assert np.abs(change[:, half]).max() > 0.12 * contrast
                 assert np.abs(change[:, other]).max() < 0.05 * contrast
                 assert mask[:, half].any() == (name == "Pneumothorax") and not mask[:, other].any()
-    ratio = [film({"Cardiomegaly": data.Finding(0, 0, s, (0.5, 0.5))})[0].astype(int) - normal for s in (0.0, 1.0)]
+    ratio = [film({"Cardiomegaly": demo_drawing.Finding(0, 0, s, (0.5, 0.5))})[0].astype(int) - normal for s in (0.0, 1.0)]
     grown = [(change > 0.12 * contrast).sum() for change in ratio]
     assert grown[1] > 2 * grown[0] > 0
 
@@ -186,7 +187,7 @@ def test_pixels_alone_do_not_solve_it(demo):
     for k in range(labels.shape[1]):
         probe = LogisticRegression(C=1e-3, max_iter=200).fit((train[0] - mean) / scale, train[1][:, k])
         aurocs.append(roc_auc_score(labels[:, k], probe.decision_function((images - mean) / scale)))
-    assert np.mean(aurocs) < 0.78, dict(zip(data.DEMO_CLASSES, aurocs))
+    assert np.mean(aurocs) < 0.78, dict(zip(demo_drawing.DEMO_CLASSES, aurocs))
 
 
 def test_bad_arguments_and_folders(tmp_path):
@@ -195,11 +196,11 @@ def test_bad_arguments_and_folders(tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     for out in ("file", "file/records", "other"):
         with pytest.raises(data.InputError) as error:
-            data.write_demo_records(tmp_path / out, patients=50, size=32, processes=1)
+            demo_drawing.write_demo_records(tmp_path / out, patients=50, size=32, processes=1)
         assert str(tmp_path / out) in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
     with pytest.raises(data.InputError, match="50 patients"):
-        data.write_demo_records(tmp_path / "few", patients=5)
+        demo_drawing.write_demo_records(tmp_path / "few", patients=5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
 
 
@@ -212,7 +213,7 @@ def test_interrupted_draw_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return np.zeros((32, 32), np.uint8), np.zeros((32, 32), np.uint8)
 
-    monkeypatch.setattr(data, "chest_film", film)
+    monkeypatch.setattr(demo_drawing, "chest_film", film)
     with pytest.raises(KeyboardInterrupt):
-        data.write_demo_records(tmp_path / "records", patients=50, size=32, processes=1)
+        demo_drawing.write_demo_records(tmp_path / "records", patients=50, size=32, processes=1)
     assert len(drawn) > 20 and not list(tmp_path.iterdir())

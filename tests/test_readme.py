@@ -20,7 +20,7 @@ SHORTER = {"mrm.py": "--steps 3", "finetune.py": "--steps 3 --evaluations 1", "r
 def folder(tmp_path_factory):
     """A small demo and a tiny demo MRM, so that each command finds what it would otherwise spend minutes on."""
     folder = tmp_path_factory.mktemp("readme")
-    for command in ("data.py demo --patients 100", "mrm.py --steps 3 --out runs/mrm-demo"):
+    for command in ("demo.py --patients 100", "mrm.py --steps 3 --out runs/mrm-demo"):
         run(folder, command)
     return folder
 

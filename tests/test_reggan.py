@@ -15,6 +15,7 @@ from scipy.ndimage import map_coordinates
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import data
+import demo as demo_drawing
 import reggan
 from kernels import warp
 
@@ -544,7 +545,7 @@ def test_an_unknown_host_is_refused(capsys):
 
 def test_demo_pairs_are_apart_deterministic_and_not_a_lookup(tmp_path):
     few = (("train", 2), ("val", 1), ("test", 1))
-    one, two = (data.demo_pairs(tmp_path / name, size=64, subjects=few) for name in "xy")
+    one, two = (demo_drawing.demo_pairs(tmp_path / name, size=64, subjects=few) for name in "xy")
     names = {part: {path.name.split("_")[0] for path in (one / part / "A").iterdir()} for part in ("train", "val", "test")}
     assert not (names["train"] & names["val"] | names["train"] & names["test"] | names["val"] & names["test"])
     for path in one.rglob("*.npy"):
@@ -558,7 +559,7 @@ def test_demo_pairs_are_apart_deterministic_and_not_a_lookup(tmp_path):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    return data.demo_pairs(tmp_path_factory.mktemp("drawn"), size=32, slices=2, subjects=(("train", 3), ("val", 1), ("test", 2)))
+    return demo_drawing.demo_pairs(tmp_path_factory.mktemp("drawn"), size=32, slices=2, subjects=(("train", 3), ("val", 1), ("test", 2)))
 
 
 def config(root="", **options):
