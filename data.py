@@ -1,10 +1,9 @@
-"""Everything that touches the disk: images, lists, reports, pairs, checkpoints, logs, pictures.
+"""Real data and the files of a run: images, lists, reports, pairs, batches, checkpoints, logs, pictures, options.
 
-    python data.py audit --root DIR           # split leakage, class counts, unreadable files
+    python data.py audit --root DIR      # split leakage, class counts, unreadable files
 
-The sections, in order: errors and command lines, start-up, checkpoints, run logs and pictures, reading images, lists
-and reports, the report tokenizer, augmentations and batches, A/B pairs,
-audit. Nothing here knows a model or a loss.
+The sections, in order: errors and options; start-up; checkpoints; the folder of a run; pictures; reading images; lists
+and reports; the report tokenizer; augmentations and batches; A/B pairs; audit. Nothing here knows a model or a loss.
 
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W); grey is C = 1.
 """
@@ -15,8 +14,8 @@ import csv
 import dataclasses
 import functools
 import gzip
-import hashlib
 import heapq
+import hashlib
 import io
 import itertools
 import json
@@ -38,47 +37,121 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors and command lines
+# --------------------------------------------------------------------------------------------------
+# Errors and options
 
 
 class InputError(Exception):
-    """Something the user gave is wrong. The message is one line: file and line, what was expected, what was found."""
+    """Something the user gave is wrong. The message is one line that a user can act on.
+
+    InputError(message), or InputError(where, expected, found) for "where: expected ..., found ...".
+    """
+
+    def __init__(self, where, expected=None, found=None):
+        known = f"{where}: expected {expected}, found {found}"
+        super().__init__(where if expected is None else known)
 
 
-def option(default, help, **kwargs):
-    """A dataclass field that carries its own help text (and argparse `choices`, `nargs`): the one home of a default."""
-    return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+def option(default, help, **metadata):
+    """A dataclass field that carries its own help text: the one home of an option.
+
+    A default of None means the preset's (`fill`). metadata: argparse's `choices`; `within`, the interval that the
+    value lies in, as "[0, 1)"; `free=True` for an option that may change between a run and its resumption.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The options that mean the same in every script."""
 
-    out: str = option("", "folder of this run (default: runs/<script>)")
-    resume: bool = option(False, "go on from OUT/last.pt")
+    out: str = option(None, "folder of this run (default: runs/<script>)", free=True)
+    resume: bool = option(False, "go on from OUT/last.pt", free=True)
     seed: int = option(0, "seed of every random choice of the run")
-    device: str = option("auto", "cuda, mps or cpu; auto takes the first there is")
-    dtype: str = option("auto", "auto takes bf16 autocast where it is faster", choices=["auto", "fp32", "bf16"])
-    workers: int = option(0, "processes that read images (0: this one)")
-    kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references")
+    steps: int = option(None, "optimiser steps; typed alone, it replaces the preset's epochs", within="[1, inf)")
+    epochs: float = option(None, "passes over the training data; typed alone, it replaces the "
+                           "preset's steps", within="(0, inf)")
+    batch_size: int = option(None, "samples that one process takes at once", within="[1, inf)")
+    lr: float = option(None, "peak learning rate", within="(0, inf)")
+    device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
+    dtype: str = option("auto", "auto takes bf16 autocast where it is faster",
+                        choices=["auto", "fp32", "bf16"])
+    workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
+                          free=True)
+    kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
+                           free=True)
 
 
 def parse_config(config_class, argv=None, description=None):
-    """The command line of a dataclass: `--name value` a field, `--flag` / `--no-flag` a bool. Returns an instance."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Reads the command line of a dataclass: `--name value` for a field, `--[no-]name` for a bool.
+
+    In the help the script's own options stand before those of every script. Returns an instance.
+    """
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = {field.name for field in dataclasses.fields(RunConfig)}
+    own = parser.add_argument_group("options of this command")
+    every = parser.add_argument_group("options of every script")
     for field in dataclasses.fields(config_class):
-        kwargs = dict(field.metadata)
-        shown = field.default if field.default not in ("", None) else "none"
-        kwargs["help"] += "" if "default" in kwargs["help"] else f" (default: {shown})"
-        kwargs["help"] = kwargs["help"].replace("%", "%%")
-        if isinstance(field.default, bool):
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if "default" not in text:
+            shown = {None: "the preset's", "": "none"}.get(field.default, field.default)
+            text += f" (default: {shown})"
+        kwargs = {"default": field.default, "help": text.replace("%", "%%")}
+        if field.type is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
+        elif "choices" in field.metadata:
+            kwargs["choices"] = field.metadata["choices"]
         else:
-            kwargs.setdefault("type", type(field.default))
-            kwargs.setdefault("metavar", None if "choices" in kwargs else field.name.upper())
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **kwargs)
-    return config_class(**vars(parser.parse_args(argv)))
+            kwargs |= {"type": field.type, "metavar": field.name.upper()}
+        (every if field.name in shared else own).add_argument(flag, **kwargs)
+    config = config_class(**vars(parser.parse_args(argv)))
+    check_ranges(config)
+    return config
+
+
+def check_ranges(config):
+    """Raises InputError for an option outside the interval that it names, NaN included."""
+    for field in dataclasses.fields(config):
+        within, value = field.metadata.get("within"), getattr(config, field.name)
+        if within and value is not None:
+            low, high = map(float, within[1:-1].split(","))
+            above = low < value or (value == low and within[0] == "[")
+            below = value < high or (value == high and within[-1] == "]")
+            if not (above and below):
+                flag = "--" + field.name.replace("_", "-")
+                raise InputError(flag, f"a number in {within}", value)
+
+
+def fill(config, preset):
+    """`config` with every option that is None taken from the dict `preset`, and checked.
+
+    Steps and epochs say the same thing: whoever types one of them gets neither from the preset.
+    """
+    values = {name: value for name, value in preset.items() if getattr(config, name) is None}
+    if config.steps is not None or config.epochs is not None:
+        values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
+    config = dataclasses.replace(config, **values)
+    check_ranges(config)
+    return config
+
+
+def number_of_steps(config, samples, per_step):
+    """The optimiser steps of a filled configuration: its `steps`, or its `epochs` over `samples`."""
+    if config.steps is not None and config.epochs is not None:
+        raise InputError("--steps and --epochs", "one of them", f"{config.steps} and {config.epochs:g}")
+    return config.steps or max(1, round(config.epochs * samples / per_step))
+
+
+def check_same(saved, config, path):
+    """Raises InputError where `saved`, the options of an earlier run, differ from `config` in one
+    that shapes a result. `path` is the file that holds them."""
+    for field in dataclasses.fields(config):
+        now = getattr(config, field.name)
+        if not field.metadata.get("free") and saved.get(field.name) != now:
+            flag = "--" + field.name.replace("_", "-")
+            raise InputError(path, f"{flag} {now}, as asked for now", f"a run with {flag} "
+                             f"{saved.get(field.name)}; give the same options, or another --out")
 
 
 def run_script(main):
@@ -90,8 +163,60 @@ def run_script(main):
         sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Start-up: seeds, device, precision, processes, learning rate
+# --------------------------------------------------------------------------------------------------
+# Start-up: processes and device, seeds, precision
+
+
+def join(config):
+    """Picks the device and joins the process group under torchrun. Returns (device, rank, world).
+
+    Raises InputError for a device that is not there.
+    """
+    if not config.kernels:
+        os.environ["MEDVISION_NO_KERNELS"] = "1"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = config.device
+    if name == "auto":
+        name = next(name for name, present in there.items() if present)
+    if not there.get(name):
+        raise InputError("--device", "auto, cuda, mps or cpu with that hardware present", name)
+    device = torch.device(name)
+    if name == "cuda":
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
+    return device, rank, world
+
+
+def seed(number):
+    """Seeds the generators of Python, numpy and torch."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+def autocast(config, device, narrow=False):
+    """A function that makes the context of a forward pass: bfloat16 autocast, or none.
+
+    `narrow` says that the model is too narrow to gain by bfloat16 on a CPU, where converting the
+    numbers costs more than multiplying them faster saves; --dtype auto then stays in float32.
+    """
+    wanted = config.dtype == "bf16"
+    if config.dtype == "auto":
+        wanted = multiplies_bf16(device.type) and not (narrow and device.type == "cpu")
+    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
+
+
+def multiplies_bf16(device_type):
+    """Whether bfloat16 is faster than float32 there. On a CPU without AVX512-BF16 or AMX it is
+    hundreds of times slower."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_capability()[0] >= 8
+    if device_type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
 
 
 def start_run(config, narrow=False):
@@ -123,15 +248,6 @@ def start_run(config, narrow=False):
         return torch.autocast(name, torch.bfloat16, enabled=bf16)
 
     return device, autocast, rank, world
-
-
-def multiplies_bf16(device_type):
-    """Whether bfloat16 is faster than float32 there. On a CPU without AVX512-BF16 or AMX it is hundreds of times slower."""
-    if device_type == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    if device_type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
 
 
 def cosine_lr(step, steps, warmup, peak, floor=0.0):
@@ -216,37 +332,57 @@ def set_random_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Run logs and pictures
+# --------------------------------------------------------------------------------------------------
+# The folder of a run
 
 
 def check_writable(out):
-    """Raises InputError where the folder `out` cannot be written, before any time is spent. Makes nothing."""
+    """Raises InputError where the folder `out` cannot be written, before any time is spent.
+
+    Makes nothing.
+    """
     try:
-        there = next(folder for folder in (Path(out), *Path(out).absolute().parents) if folder.exists())
+        parents = (Path(out), *Path(out).absolute().parents)
+        there = next(folder for folder in parents if folder.exists())
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
 
 
-class RunLog:
-    """The `--out` folder of a run: config.json at the start, a line of log.jsonl a call, result.json at the end.
+def write_json(path, value):
+    text = json.dumps(value, indent=1, default=float) + "\n"
+    atomic_write(path, lambda file: file.write(text.encode()))
 
-    To be made once nothing can be refused any more: it replaces the log of a run that was there. Only rank 0 writes.
-    `start` is the time that seconds count from (default: now).
+
+def write_csv(path, header, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def markdown_table(header, rows):
+    """A table in Markdown: a line for the header, a rule, a line a row."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+class RunLog:
+    """The `--out` folder of a run: config.json at the start, a line of log.jsonl a call, then
+    result.json.
+
+    To be made once nothing can be refused any more: it replaces the log of a run that was there.
+    Only rank 0 writes. `start` is the time that seconds count from (default: now).
     """
 
     def __init__(self, out, config, rank=0, resume=False, start=None):
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
-        if rank == 0:
-            self.json("config.json", dataclasses.asdict(config))
-            if not resume:
-                (self.out / "log.jsonl").write_text("")
+        self.json("config.json", dataclasses.asdict(config))
+        if rank == 0 and not resume:
+            (self.out / "log.jsonl").write_text("")
 
     def json(self, name, value):
         if self.rank == 0:
-            text = json.dumps(value, indent=1, default=float) + "\n"
-            atomic_write(self.out / name, lambda file: file.write(text.encode()))
+            write_json(self.out / name, value)
 
     def line(self, **values):
         if self.rank == 0:
@@ -255,15 +391,62 @@ class RunLog:
                 file.write(json.dumps(values, default=float) + "\n")
 
 
+class Timed:
+    """Hands out `batches` and measures how fast a loop takes them and how long it waits for them."""
+
+    def __init__(self, batches, device, world=1):
+        self.batches, self.device, self.world = iter(batches), device, world
+        self.began, self.waited, self.images = time.time(), 0.0, 0
+
+    def __next__(self):
+        asked = time.time()
+        batch = next(self.batches)
+        self.waited += time.time() - asked
+        self.images += len(batch[0]) * self.world
+        return batch
+
+    def speed(self):
+        """What log.jsonl and result.json say of a loop's speed."""
+        seconds = max(time.time() - self.began, 1e-9)
+        return {"images_per_second": self.images / seconds,
+                "share_waiting_for_data": self.waited / seconds,
+                "peak_memory_mib": peak_memory_mib(self.device)}
+
+
 def peak_memory_mib(device):
-    """Peak memory in MiB: of the GPU on cuda, resident of this process elsewhere (0 where it cannot be read)."""
+    """Peak memory in MiB: of the GPU on cuda, of this process elsewhere (0 where unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
     except ImportError:  # Windows
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def run_cells(folder, configs, run):
+    """A comparison's runs, {name: configuration}, each in a folder of its own below `folder`.
+
+    Yields (name, content of result.json). A finished cell is read and not run again, and one that
+    was stopped goes on, so that a comparison can be stopped and started freely. Raises InputError
+    where the folder holds a cell that was run with other options.
+    """
+    for name, config in configs.items():
+        cell = Path(folder) / name
+        config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
+        if (cell / "options.json").exists():
+            check_same(read_json(cell / "options.json"), config, cell / "options.json")
+        else:
+            write_json(cell / "options.json", dataclasses.asdict(config))
+        if not (cell / "result.json").exists():
+            print(f"{name}: {cell}", flush=True)
+            run(config)
+        yield name, read_json(cell / "result.json")
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
 
 
 def as_picture(image, scale=1):
@@ -1238,11 +1421,6 @@ def demo_root(root="", pairs=False):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         torch.distributed.barrier()
     return root
-
-
-def write_csv(path, header, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
