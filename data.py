@@ -1,11 +1,12 @@
-"""Real data and the files of a run: images, lists, reports, pairs, batches, checkpoints, logs, pictures, options.
+"""Real data and the files of a run: images, lists, reports, pairs, batches, checkpoints, options.
 
     python data.py audit --root DIR      # split leakage, class counts, unreadable files
 
-The sections, in order: errors and options; start-up; checkpoints; the folder of a run; pictures; reading images; lists
-and reports; the report tokenizer; augmentations and batches; A/B pairs; audit. Nothing here knows a model or a loss.
+The sections, in order: errors and options; start-up; checkpoints; the folder of a run; pictures;
+reading images; lists and reports; the report tokenizer; augmentations and batches; A/B pairs;
+audit. Nothing here knows a model or a loss.
 
-Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W); grey is C = 1.
+Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W).
 """
 import argparse
 import base64
@@ -14,7 +15,6 @@ import csv
 import dataclasses
 import functools
 import gzip
-import heapq
 import hashlib
 import io
 import itertools
@@ -26,6 +26,7 @@ import random
 import re
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -36,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from tqdm import tqdm
+
+from kernels import warp
 
 # --------------------------------------------------------------------------------------------------
 # Errors and options
@@ -48,15 +51,17 @@ class InputError(Exception):
     """
 
     def __init__(self, where, expected=None, found=None):
-        known = f"{where}: expected {expected}, found {found}"
-        super().__init__(where if expected is None else known)
+        if expected is not None:
+            where = f"{where}: expected {expected}, found {found}"
+        super().__init__(where)
 
 
 def option(default, help, **metadata):
     """A dataclass field that carries its own help text: the one home of an option.
 
-    A default of None means the preset's (`fill`). metadata: argparse's `choices`; `within`, the interval that the
-    value lies in, as "[0, 1)"; `free=True` for an option that may change between a run and its resumption.
+    A default of None means the preset's (`fill`). metadata: argparse's `choices`; `within`, the
+    interval that the value lies in, as "[0, 1)"; `free=True` for an option that may change between
+    a run and its resumption.
     """
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
@@ -68,7 +73,8 @@ class RunConfig:
     out: str = option(None, "folder of this run (default: runs/<script>)", free=True)
     resume: bool = option(False, "go on from OUT/last.pt", free=True)
     seed: int = option(0, "seed of every random choice of the run")
-    steps: int = option(None, "optimiser steps; typed alone, it replaces the preset's epochs", within="[1, inf)")
+    steps: int = option(None, "optimiser steps; typed alone, it replaces the preset's epochs",
+                        within="[1, inf)")
     epochs: float = option(None, "passes over the training data; typed alone, it replaces the "
                            "preset's steps", within="(0, inf)")
     batch_size: int = option(None, "samples that one process takes at once", within="[1, inf)")
@@ -137,9 +143,9 @@ def fill(config, preset):
 
 
 def number_of_steps(config, samples, per_step):
-    """The optimiser steps of a filled configuration: its `steps`, or its `epochs` over `samples`."""
+    """The optimiser steps of a filled configuration: `steps`, or `epochs` over `samples`."""
     if config.steps is not None and config.epochs is not None:
-        raise InputError("--steps and --epochs", "one of them", f"{config.steps} and {config.epochs:g}")
+        raise InputError("--steps and --epochs", "one of them", "both")
     return config.steps or max(1, round(config.epochs * samples / per_step))
 
 
@@ -175,11 +181,10 @@ def join(config):
     if not config.kernels:
         os.environ["MEDVISION_NO_KERNELS"] = "1"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = config.device
-    if name == "auto":
-        name = next(name for name, present in there.items() if present)
-    if not there.get(name):
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
+    name = there[0] if config.device == "auto" else config.device
+    if name not in there:
         raise InputError("--device", "auto, cuda, mps or cpu with that hardware present", name)
     device = torch.device(name)
     if name == "cuda":
@@ -258,14 +263,15 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
 def atomic_write(path, write):
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it over `path`.
+    """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it.
 
-    A reader sees the old file or the new one, never half of one. Raises InputError where the folder cannot be written.
+    A reader sees the old file or the new one, never half of one. Raises InputError where the
+    folder cannot be written or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -277,7 +283,8 @@ def atomic_write(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own error hides a full disk's
+        # torch.save raises a RuntimeError of its own while it handles the disk's error.
+        cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise InputError(f"{path}: cannot be written: {cause.strerror or cause}") from None
@@ -292,26 +299,27 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """Reads a checkpoint onto the CPU, tensors and plain values only (no pickled code is run).
+    """Reads a checkpoint onto the CPU: tensors and plain values, no pickled code.
 
-    Old checkpoints hold an argparse.Namespace of their options: that class is allowed, nothing else.
-    Raises InputError for a missing or unreadable file.
+    Old checkpoints hold an argparse.Namespace of their options: that class is allowed, no other.
+    Raises InputError for a missing or unreadable file and for one that is no dict.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # torch.load raises a dozen types on damaged files: all mean the same to the user
-        reason = str(error).strip().split("\n")[0][:200]
+    except Exception as error:  # a damaged file raises one of a dozen types
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         raise InputError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict):
-        raise InputError(f"{path}: expected a dict with a 'model' entry or a state dict, found {type(state).__name__}")
+        raise InputError(path, "a dict with a 'model' entry or a state dict", type(state).__name__)
     return state
 
 
 def checkpoint_file(path, *names):
-    """`path` itself; of a run's folder, the first of the files `names` that it holds (the last one where it holds none)."""
+    """`path` itself; of a run's folder, the first of the files `names` that it holds, else the
+    last of them."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -319,7 +327,7 @@ def checkpoint_file(path, *names):
 
 
 def random_state():
-    """The state of the generators a loop uses, for a checkpoint; `set_random_state` puts it back."""
+    """The state of torch's generators, for a checkpoint; `set_random_state` puts it back."""
     state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -367,11 +375,10 @@ def markdown_table(header, rows):
 
 
 class RunLog:
-    """The `--out` folder of a run: config.json at the start, a line of log.jsonl a call, then
-    result.json.
+    """The `--out` folder of a run: config.json at the start, log.jsonl, result.json.
 
-    To be made once nothing can be refused any more: it replaces the log of a run that was there.
-    Only rank 0 writes. `start` is the time that seconds count from (default: now).
+    It is made once nothing can be refused any more, since it replaces the log of a run that was
+    there. Only rank 0 writes. `start` is the time that seconds count from (default: now).
     """
 
     def __init__(self, out, config, rank=0, resume=False, start=None):
@@ -392,7 +399,7 @@ class RunLog:
 
 
 class Timed:
-    """Hands out `batches` and measures how fast a loop takes them and how long it waits for them."""
+    """Hands out `batches` and measures how fast a loop takes them and how long it waits."""
 
     def __init__(self, batches, device, world=1):
         self.batches, self.device, self.world = iter(batches), device, world
@@ -450,168 +457,174 @@ def run_cells(folder, configs, run):
 
 
 def as_picture(image, scale=1):
-    """A PIL picture of an (H, W), (1, H, W) or (3, H, W) image in [0, 1], each pixel `scale` pixels wide."""
+    """A PIL picture of an (H, W), (1, H, W) or (3, H, W) image in [0, 1], `scale` times as large."""
     pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
     pixels = pixels[None] if pixels.ndim == 2 else pixels
     picture = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
 
 
-def save_grid(path, rows, titles=None, captions=None, scale=1):
-    """Writes a PNG of images in rows and columns.
-
-    rows: lists of images, (H, W) or (C, H, W) in [0, 1]; titles: one a column; captions: one a row, wrapped under it.
-    """
-    font, gap, line = ImageFont.load_default(12), 8, 16
-    rows = [[as_picture(image, scale) for image in row] for row in rows]
-    titles = titles or [""] * max(map(len, rows))
-    widths = [max([math.ceil(font.getlength(title))] + [row[i].width for row in rows if i < len(row)])
-              for i, title in enumerate(titles)]
-    total = sum(widths) + gap * (len(widths) + 1)
-    texts = [wrap_text(text, font, total - 2 * gap) for text in captions or [""] * len(rows)]
-    heights = [max(picture.height for picture in row) + line * len(text) + gap for row, text in zip(rows, texts)]
-    canvas = Image.new("RGB", (total, sum(heights) + gap + line * any(titles)), "white")
-    draw, top = ImageDraw.Draw(canvas), gap + line * any(titles)
-    for i, title in enumerate(titles):
-        draw.text((gap + sum(widths[:i]) + gap * i, gap // 2), title, "black", font)
-    for row, text, height in zip(rows, texts, heights):
-        for i, picture in enumerate(row):
-            canvas.paste(picture, (gap + sum(widths[:i]) + gap * i, top))
-        draw.text((gap, top + height - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
-        top += height
+def save_png(path, canvas):
     atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
-def wrap_text(text, font, width):
-    """Lines of at most `width` pixels (a longer word has a line of its own)."""
-    lines = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
+def save_grid(path, rows, titles=("",), captions=None, scale=1):
+    """Writes a PNG of images in rows and columns.
+
+    rows: lists of images, (H, W) or (C, H, W) in [0, 1]; titles: one a column; captions: one a row,
+    wrapped below it.
+    """
+    font, gap, line = ImageFont.load_default(12), 8, 16
+    rows = [[as_picture(image, scale) for image in row] for row in rows]
+    widths = [max(math.ceil(font.getlength(title)), *(row[i].width for row in rows if i < len(row)))
+              for i, title in enumerate(titles)]
+    lefts = [gap + sum(widths[:i]) + gap * i for i in range(len(widths) + 1)]
+    texts = [textwrap.wrap(text, lefts[-1] // 6) for text in captions or [""] * len(rows)]
+    heights = [max(picture.height for picture in row) + line * len(text) + gap
+               for row, text in zip(rows, texts)]
+    canvas = Image.new("RGB", (lefts[-1], sum(heights) + gap + line), "white")
+    draw, top = ImageDraw.Draw(canvas), gap + line
+    for left, title in zip(lefts, titles):
+        draw.text((left, gap // 2), title, "black", font)
+    for row, text, height in zip(rows, texts, heights):
+        for left, picture in zip(lefts, row):
+            canvas.paste(picture, (left, top))
+        below = top + height - gap - line * len(text)
+        draw.text((gap, below), "\n".join(text), "black", font, spacing=4)
+        top += height
+    save_png(path, canvas)
 
 
 def nice_ticks(low, high, count=6):
     """At most `count` round numbers in [low, high], apart by 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(power * m for m in (1, 2, 5, 10, 20) if (high - low) / (power * m) <= count - 1)
-    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * i for i in range(first, last + 1)]
 
 
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
-           "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040"]
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+           "#bcbd22", "#17becf", "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040"]
 
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
-    """Writes a PNG of line plots, drawn at twice the size and reduced. Points that are None or not finite are left out.
+    """Writes a PNG of line plots {name: (xs, ys)}. Points that are None or not finite are left out.
 
-    curves: {name: (xs, ys)}; diagonal: both axes from 0 to 1 with the line of chance, as for an ROC.
+    diagonal: both axes run from 0 to 1 and the line of chance is drawn, as for an ROC.
     """
-    curves = {name: np.array([xs, ys], dtype=float) for name, (xs, ys) in curves.items()}
+    curves = {name: np.array(points, dtype=float) for name, points in curves.items()}  # (2, n)
     curves = {name: points[:, np.isfinite(points).all(0)] for name, points in curves.items()}
-    points = np.concatenate([*curves.values(), np.zeros((2, 0))], axis=1)
-    low, high = (points.min(1), points.max(1)) if points.size and not diagonal else (np.zeros(2), np.ones(2))
-    high = np.where(high > low, high, low + 1)
-    low, high = (low, high) if diagonal else (low - 0.03 * (high - low), high + 0.03 * (high - low))
-    font, small = ImageFont.load_default(26), ImageFont.load_default(22)
-    left, top, width, height = 120, 70, 900, 680
-    names = max([math.ceil(small.getlength(name)) for name in curves] + [0])
-    canvas = Image.new("RGB", (left + width + 100 + names, top + height + 110), "white")
+    every = np.concatenate([*curves.values(), np.zeros((2, 0))], axis=1)
+    low, high = np.zeros(2), np.ones(2)
+    if every.size and not diagonal:
+        low, high = every.min(1), every.max(1)
+        high = np.where(high > low, high, low + 1)
+    font, left, top, width, height = ImageFont.load_default(24), 150, 70, 900, 680
+    canvas = Image.new("RGB", (left + width + 420, top + height + 110), "white")
     draw = ImageDraw.Draw(canvas)
 
     def place(x, y):
-        return left + width * (x - low[0]) / (high[0] - low[0]), top + height * (high[1] - y) / (high[1] - low[1])
+        return (left + width * (x - low[0]) / (high[0] - low[0]),
+                top + height * (high[1] - y) / (high[1] - low[1]))
 
     for value in nice_ticks(low[0], high[0]):
         x = place(value, low[1])[0]
         draw.line((x, top, x, top + height), "#dddddd", 2)
-        draw.text((x, top + height + 8), f"{value:.6g}", "black", small, "ma")
+        draw.text((x, top + height + 8), f"{value:.6g}", "black", font, "ma")
     for value in nice_ticks(low[1], high[1]):
         y = place(low[0], value)[1]
         draw.line((left, y, left + width, y), "#dddddd", 2)
-        draw.text((left - 10, y), f"{value:.6g}", "black", small, "rm")
+        draw.text((left - 10, y), f"{value:.6g}", "black", font, "rm")
     draw.rectangle((left, top, left + width, top + height), outline="black", width=2)
     if diagonal:
         draw.line((*place(0, 0), *place(1, 1)), "#999999", 3)
-    for i, (name, values) in enumerate(curves.items()):
-        colour, dots = COLOURS[i % len(COLOURS)], [place(x, y) for x, y in values.T]
-        draw.line(dots, colour, 4, "curve") if len(dots) > 1 else None
-        for x, y in dots if len(dots) < 30 else []:
-            draw.ellipse((x - 5, y - 5, x + 5, y + 5), colour)
-        draw.line((left + width + 20, top + 20 + 34 * i, left + width + 50, top + 20 + 34 * i), colour, 5)
-        draw.text((left + width + 60, top + 20 + 34 * i), name, "black", small, "lm")
+    for i, (name, points) in enumerate(curves.items()):
+        colour, y = COLOURS[i % len(COLOURS)], top + 34 * i
+        dots = [place(*point) for point in points.T]
+        draw.line(dots, colour, 4, "curve")
+        for x, dot_y in dots if len(dots) < 30 else []:
+            draw.ellipse((x - 5, dot_y - 5, x + 5, dot_y + 5), colour)
+        draw.line((left + width + 20, y + 20, left + width + 50, y + 20), colour, 5)
+        draw.text((left + width + 60, y + 20), name, "black", font, "lm")
     draw.text((left + width / 2, 20), title, "black", font, "ma")
     draw.text((left + width / 2, top + height + 50), xlabel, "black", font, "ma")
-    draw.text((left, top - 14), ylabel, "black", small, "ls")
-    canvas = canvas.resize((canvas.width // 2, canvas.height // 2), Image.LANCZOS)
-    atomic_write(path, lambda file: canvas.save(file, "PNG"))
+    draw.text((left, top - 14), ylabel, "black", font, "ls")
+    save_png(path, canvas.reduce(2))  # drawn at twice the size, so that lines come out smooth
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading images
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".dcm", ".tif", ".tiff", ".bmp")
 
 
-def read_image(path, short_side=None, channels=1):
-    """Reads a PNG, JPEG, .npy or DICOM file (told by content, not by name): float32 (channels, H, W) in [0, 1].
+def read_pixels(path, short_side=None, grey=False):
+    """The numbers of an image file as they are stored: (array (H, W) or (H, W, 3), full scale).
 
-    short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size); a JPEG is decoded at the
-    smallest of its 1/8, 1/4, 1/2 reductions that is not below it. 8 bits are divided by 255, 16 by 65535; the integers of
-    a .npy likewise, any other .npy is kept where it lies within [0, 1], else stretched from its own minimum to maximum.
-    DICOM: modality LUT, VOI LUT or window, MONOCHROME1 inverted, stretched likewise. Colour becomes grey (ITU-R 601) for
-    channels=1, transparency is ignored, grey is repeated for channels=3.
-    Raises InputError for a file that is missing, empty, truncated or of another kind.
+    The kind of a file is told by its content. Full scale is the number that stands for white: 255
+    or 65535 of a PNG, JPEG, TIFF or BMP; 1 of a DICOM file, which its own rules scale; None of
+    .npy and NIfTI, whose numbers may mean anything. `short_side` lets a JPEG be decoded at the
+    smallest of its 1/8, 1/4, 1/2 reductions that is not below it, and `grey` as grey.
+    Raises InputError for a file that is missing, empty, truncated, of another kind, of another
+    shape, or with numbers that are not finite.
     """
     try:
         with open(path, "rb") as file:
             head = file.read(132)
             file.seek(0)
             if not head:
-                raise InputError(f"{path}: expected an image, found an empty file; copy it again")
+                raise InputError(path, "an image", "an empty file; copy it again")
             if head.startswith(b"\x93NUMPY"):
-                pixels = unit_range(np.load(file, allow_pickle=False))
+                pixels, white = np.load(file, allow_pickle=False), None
             elif head[128:] == b"DICM" or str(path).lower().endswith(".dcm"):
-                pixels = read_dicom(file)
+                pixels, white = read_dicom(file), 1
+            elif str(path).lower().endswith((".nii", ".nii.gz")):
+                pixels, white = np.asanyarray(nifti().load(path).dataobj), None
             else:
-                pixels = read_picture(file, short_side, channels)
+                pixels, white = read_picture(file, short_side, grey)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
     except InputError:
         raise
-    except Exception as error:  # a damaged file raises one of a dozen types, depending on the decoder
-        reason = "another kind of file" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
-        reason = reason or type(error).__name__
-        raise InputError(f"{path}: expected a complete PNG, JPEG, .npy or DICOM image, found {reason}") from None
-    image = torch.from_numpy(pixels)
-    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-    if short_side and short_side != min(image.shape[1:]):
-        image = resize(image, short_side)
-    image = image.float() / 255 if image.dtype == torch.uint8 else image
-    if len(image) > channels:
-        image = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-    return image.expand(channels, -1, -1)
+    except Exception as error:  # a damaged file raises one of a dozen types, by its decoder
+        reason = str(error).split("\n")[0] or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "another kind of file"
+        raise InputError(path, "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image",
+                         reason) from None
+    if pixels.ndim == 3 and pixels.shape[2] == 1:
+        pixels = pixels[..., 0]
+    flat = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    if not flat or not pixels.size or pixels.dtype.kind not in "buif":
+        raise InputError(path, "numbers of shape (H, W), (H, W, 1) or (H, W, 3)",
+                         f"{pixels.dtype} of shape {pixels.shape}")
+    if not np.isfinite(pixels).all():
+        wrong = int((~np.isfinite(pixels)).sum())
+        raise InputError(path, "finite numbers", f"{wrong} of {pixels.size} NaN or infinite")
+    return pixels, white
 
 
-def read_picture(file, short_side, channels):
-    """The pixels that PIL reads: uint8 (H, W), or (H, W, 3) for channels=3; float32 in [0, 1] where they have 16 bits."""
+def read_picture(file, short_side, grey):
+    """The pixels and full scale of what PIL reads: uint8, uint16, or a float TIFF's numbers."""
     with Image.open(file) as picture:
         if picture.format == "JPEG" and short_side:
-            picture.draft("L" if channels == 1 else None, (short_side, short_side))
+            picture.draft("L" if grey else None, (short_side, short_side))
         picture.load()
-        if picture.mode.startswith("I"):  # PIL's own conversion to 8 bits would clip them to white
-            return unit_range(np.array(picture).clip(0, 65535).astype(np.uint16))
         if picture.mode == "F":
-            return unit_range(np.array(picture))
-        mode = "L" if channels == 1 or picture.mode in ("1", "L", "LA") else "RGB"
-        return np.array(picture if picture.mode == mode else picture.convert(mode))
+            return np.array(picture), None
+        if picture.mode.startswith("I"):  # PIL's own conversion to 8 bits would clip 16 to white
+            return np.array(picture).clip(0, 65535).astype(np.uint16), 65535
+        mode = "L" if grey or picture.mode in ("1", "L", "LA") else "RGB"
+        return np.array(picture if picture.mode == mode else picture.convert(mode)), 255
 
 
 def read_dicom(file):
-    """The pixels of a DICOM file as they are meant to be seen: float32 (H, W) or (H, W, 3) in [0, 1]."""
+    """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
+
+    Modality LUT, then VOI LUT or window, then stretched from the minimum to the maximum;
+    MONOCHROME1 is inverted.
+    """
     try:
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -619,34 +632,60 @@ def read_dicom(file):
         raise InputError(f"{file.name}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
     record = pydicom.dcmread(file, force=True)
     pixels = apply_voi_lut(apply_modality_lut(record.pixel_array, record), record)
-    pixels = unit_range(pixels.astype(np.float64), stretch=True)
+    pixels = stretch(pixels.astype(np.float64))
     return 1 - pixels if record.PhotometricInterpretation == "MONOCHROME1" else pixels
 
 
-def unit_range(pixels, stretch=False):
-    """(H, W), (H, W, 1) or (H, W, 3) as float32 in [0, 1], by `read_image`'s rules. Raises ValueError for anything else."""
-    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
-    grey_or_colour = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
-    if not grey_or_colour or not pixels.size or pixels.dtype.kind not in "buif":
-        raise ValueError(f"{pixels.dtype} of shape {pixels.shape} instead of numbers (H, W), (H, W, 1) or (H, W, 3)")
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
-        return pixels.astype(np.float32) / (256**pixels.dtype.itemsize - 1)
-    pixels = pixels.astype(np.float64)
+def nifti():
+    try:
+        import nibabel
+    except ImportError:
+        raise InputError("NIfTI needs nibabel: pip install nibabel") from None
+    return nibabel
+
+
+def stretch(pixels):
+    """From the minimum, which becomes 0, to the maximum, which becomes 1."""
     low, high = pixels.min(), pixels.max()
-    if not np.isfinite(high - low):
-        raise ValueError("pixels that are NaN or infinite")
-    if stretch or low < 0 or high > 1:
-        pixels = (pixels - low) / (high - low or 1)
-    return pixels.astype(np.float32)
+    return (pixels - low) / (high - low or 1)
+
+
+def read_image(path, short_side=None):
+    """Reads an image file as grey: float32 (1, H, W) in [0, 1]. `read_pixels` lists the formats.
+
+    short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size).
+    Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale; other numbers stay
+    as they are within [0, 1] and are stretched from minimum to maximum elsewhere. Colour becomes
+    grey by ITU-R 601. Raises InputError.
+    """
+    pixels, white = read_pixels(path, short_side, grey=True)
+    if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
+        white = np.iinfo(pixels.dtype).max
+    if white is None:
+        pixels = pixels.astype(np.float64)
+        pixels = stretch(pixels) if pixels.min() < 0 or pixels.max() > 1 else pixels
+    if pixels.dtype != np.uint8:  # 8 bits stay as they are until they are resized
+        pixels = (pixels / np.float32(white or 1)).astype(np.float32)
+    image = torch.from_numpy(pixels)
+    image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
+    if short_side and short_side != min(image.shape[1:]):
+        image = resize(image, short_side)
+    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    if len(image) == 3:
+        image = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+    return image
 
 
 def over_images(function, paths):
-    """[function(path) for path in paths], many of them by one process a core, with a progress bar; `function` is picklable.
+    """[function(path) for path in paths], many of them by one process a core, with a progress bar.
 
-    (Threads would take twice the time of none on small images: they fight for Python's lock.)
+    `function` is picklable. Threads would take twice the time of none on small images, since they
+    fight for Python's lock.
     """
     bar = functools.partial(tqdm, desc="reading images", total=len(paths), leave=False, delay=1)
-    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        processes = len(os.sched_getaffinity(0))
     if processes == 1 or len(paths) < 200:
         return list(bar(map(function, paths)))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
@@ -660,7 +699,7 @@ def read_bytes(path, short_side):
 
 
 def pixel_hash(path):
-    """(hash of the decoded pixels, "") of an image, ("", what is wrong) of one that cannot be read."""
+    """(hash of the decoded pixels, "") of an image, ("", what is wrong) where it is unreadable."""
     try:
         pixels = read_image(path).numpy()
         return hashlib.sha256(pixels.tobytes() + str(pixels.shape).encode()).hexdigest(), ""
@@ -668,33 +707,38 @@ def pixel_hash(path):
         return "", str(error)
 
 
-def list_images(folder):
+def list_images(folder, endings=IMAGE_SUFFIXES):
     """Every image below a folder, sorted paths. Raises InputError where there is none."""
-    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    paths = sorted(str(path) for path in found if path.name[0] != ".")
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder")
+    paths = sorted(str(path) for path in Path(folder).rglob("*")
+                   if path.name.lower().endswith(endings) and path.name[0] != ".")
     if not paths:
-        raise InputError(f"{folder}: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), found none")
+        raise InputError(folder, f"a folder with images ({', '.join(endings)})", "none")
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lists and reports
 
 
-# The published layouts: the folder of the images below the root, the list of each part (training lists by the percentage
-# of labels), and the classes in the order of the labels. A classes.txt at the root, one name a line, goes before these.
-NIH_CLASSES = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
-               "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+# The published layouts: the folder of the images below the root, the list of each part (training
+# lists by the percentage of labels), and the classes in the order of the labels. A classes.txt at
+# the root, one name a line, goes before these.
+NIH_CLASSES = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
+               "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis",
+               "Pleural_Thickening", "Hernia"]
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
-LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"}, "val": "val_list.txt",
-         "test": "test_list.txt"}
+LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
+         "val": "val_list.txt", "test": "test_list.txt"}
 DATASETS = {
     "demo": {"images": "images", "classes": None, **LISTS},
     "csv": {"images": "images", "classes": None, **LISTS},
     "nih": {"images": "images", "classes": NIH_CLASSES, **LISTS},
     "rsna": {"images": "", "classes": ["Pneumonia"], **LISTS},
     "chexpert": {"images": "", "classes": CHEXPERT_CLASSES, **LISTS},
-    "covid": {"images": "images", "classes": ["COVID-19"], "train": {100: "splits/{split}/train.txt"},
+    "covid": {"images": "images", "classes": ["COVID-19"],
+              "train": {100: "splits/{split}/train.txt"},
               "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
 }
 NUMBER = re.compile(r"-?\d+(\.\d*)?")
@@ -707,7 +751,13 @@ def read_text(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: expected a text file in UTF-8, found otherwise ({error})") from None
+        raise InputError(path, "a text file in UTF-8", f"otherwise ({error})") from None
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank, as (line number, text). Raises InputError."""
+    lines = enumerate(read_text(path).splitlines(), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
 def read_json(path):
@@ -715,51 +765,55 @@ def read_json(path):
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: line {error.lineno}: not readable as JSON ({error.msg})") from None
+        reason = f"line {error.lineno}: not readable as JSON ({error.msg})"
+        raise InputError(f"{path}: {reason}") from None
 
 
 def split_line(line):
-    """`name l1 ... lk` as (name, labels): every number at the end is a label; the name may hold spaces."""
+    """`name l1 ... lk` as (name, labels): numbers at the end are labels; a name may hold spaces."""
     words = line.split()
-    count = next((i for i, word in enumerate(reversed(words[1:])) if not NUMBER.fullmatch(word)), len(words) - 1)
+    count = 0
+    while count < len(words) - 1 and NUMBER.fullmatch(words[-1 - count]):
+        count += 1
     return line.strip().rsplit(None, count)[0], words[len(words) - count:]
 
 
-def read_list(path, root=None, num_labels=None, skip_bad=False):
-    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)); k = 0 where it lists names only.
+def read_list(path, num_labels=None, skip_bad=False):
+    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)).
 
-    k is `num_labels`, or what most lines have. With a `root`, every image must exist below it (or below its images/).
-    Raises InputError, with the line, for another number of labels, a label that is not 0 or 1 and a name listed twice;
-    `skip_bad` leaves such lines out instead and says so on stderr. Raises it for an empty or missing list in any case.
+    k is `num_labels`, or what most lines have: 0 of a list of names only. Raises InputError, with
+    the line, for another number of labels, a label that is not 0 or 1 and a name listed twice;
+    `skip_bad` leaves such lines out and says so on stderr. An empty list is always an error.
     """
-    lines = [(number, *split_line(line)) for number, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    lines = [(number, *split_line(line)) for number, line in read_lines(path)]
     if not lines:
-        raise InputError(f"{path}: expected a line `name label ...` an image, found an empty list")
-    k = Counter(len(labels) for _, _, labels in lines).most_common(1)[0][0] if num_labels is None else num_labels
+        raise InputError(path, "a line `name label ...` an image", "an empty list")
+    k = num_labels
+    if k is None:
+        k = Counter(len(labels) for _, _, labels in lines).most_common(1)[0][0]
     names, rows, bad = {}, [], []
     for number, name, labels in lines:
         if len(labels) != k or not set(labels) <= {"0", "1"}:
-            found = " ".join(labels) or "none"
-            bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after {name!r}, found {found}")
+            bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after "
+                       f"{name!r}, found {' '.join(labels) or 'none'}")
         elif name in names:
             bad.append(f"line {number}: {name!r} is listed before, in line {names[name]}")
         else:
             names[name] = number
             rows.append([label == "1" for label in labels])
     if bad and not (skip_bad and names):
-        raise InputError(f"{path}: {bad[0]}; correct the list, or leave out such lines ({len(bad)}) with --skip-bad-lines")
+        raise InputError(f"{path}: {bad[0]}; correct the list, or leave out such lines "
+                         f"({len(bad)}) with --skip-bad-lines")
     if bad:
-        print(f"WARNING: {path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}", file=sys.stderr)
-    names = list(names)
-    if root is not None:
-        find_images("csv", root, names, path)
-    return names, torch.tensor(rows, dtype=torch.float32).reshape(len(names), k)
+        print(f"WARNING: {path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}",
+              file=sys.stderr)
+    return list(names), torch.tensor(rows, dtype=torch.float32).reshape(len(names), k)
 
 
 def split_files(data, root, split="", ratio=100):
     """The list files of a layout: {"train": path, "val": path, "test": path}.
 
-    Raises InputError, saying what there is, where --data, --root, --split and --ratio do not fit together.
+    Raises InputError, saying what there is, where --data, --root, --split and --ratio do not fit.
     """
     layout, root = DATASETS[data], Path(root or ".")
     if not root.is_dir():
@@ -767,55 +821,59 @@ def split_files(data, root, split="", ratio=100):
     splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
     if "{split}" in layout["val"] and split not in splits:
         there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
-        raise InputError(f"--data {data} --root {root}: expected --split {there}, found {split or 'none'}")
+        raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
     if split and "{split}" not in layout["val"]:
-        raise InputError(f"--data {data}: expected no --split, found {split}; the data with splits: covid")
+        raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
     if ratio not in layout["train"]:
-        raise InputError(f"--data {data}: expected --ratio {' or '.join(map(str, layout['train']))}, found {ratio}")
+        there = " or ".join(map(str, layout["train"]))
+        raise InputError(f"--data {data}", f"--ratio {there}", ratio)
     files = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
     files = {part: root / name.format(split=split) for part, name in files.items()}
     for path in files.values():
         if not path.is_file():
-            there = ", ".join(sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())[:12]) or "nothing"
-            raise InputError(f"{path}: no such list, which --data {data} --ratio {ratio} needs; {root} holds {there}")
+            there = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())[:12]
+            raise InputError(f"{path}: no such list, which --data {data} --ratio {ratio} needs; "
+                             f"{root} holds {', '.join(there) or 'nothing'}")
     return files
 
 
 def class_names(data, root, split, count):
-    """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers. Raises InputError for another
-    count."""
+    """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers.
+
+    Raises InputError for another count.
+    """
     path = Path(root or ".") / "classes.txt"
     classes = DATASETS[data]["classes"] or [f"class {i + 1}" for i in range(count)]
     if path.exists():
-        classes = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        classes = [line for _, line in read_lines(path)]
     elif data == "covid" and split.startswith("viral"):
         classes = ["Viral"]
     if len(classes) != count:
-        source = path if path.exists() else f"--data {data}"
-        raise InputError(f"{source}: expected {count} classes, as the lists have labels, found {len(classes)}: "
-                         f"{', '.join(classes)}")
+        raise InputError(path if path.exists() else f"--data {data}",
+                         f"{count} classes, as the lists have labels",
+                         f"{len(classes)}: {', '.join(classes)}")
     return classes
 
 
 def find_image(data, root, name):
-    """The path of an image named relative to the layout's image folder or to the root, None where there is none.
+    """The path of an image named relative to the layout's image folder or to the root, else None.
 
     A name without an ending may be a .png, .dcm or .jpg.
     """
     folders = (os.path.join(root or ".", DATASETS[data]["images"]), str(root or "."))
-    places = (os.path.join(folder, name + suffix) for suffix in ("", ".png", ".dcm", ".jpg") for folder in folders)
+    places = (os.path.join(folder, name + ending) for ending in ("", ".png", ".dcm", ".jpg")
+              for folder in folders)
     return next((place for place in places if os.path.isfile(place)), None)
 
 
 def find_images(data, root, names, source):
-    """`find_image` of every name in a list or CSV (`source`). Raises InputError, with the line, where any is missing."""
-    paths, missing = [], []
-    for name in names:
-        paths.append(find_image(data, root, name))
-        missing += [name] if paths[-1] is None else []
+    """`find_image` of every name in the list or CSV `source`. Raises InputError, with the line,
+    where any is missing."""
+    paths = [find_image(data, root, name) for name in names]
+    missing = [name for name, path in zip(names, paths) if path is None]
     if missing:
         whole = re.compile(rf"(?<![\w./-]){re.escape(missing[0])}(?![\w.-])")
-        number = next((i for i, line in enumerate(read_text(source).splitlines(), 1) if whole.search(line)), "?")
+        number = next((number for number, line in read_lines(source) if whole.search(line)), "?")
         folder = os.path.join(root or ".", DATASETS[data]["images"])
         raise InputError(f"{source}: line {number}: no image {missing[0]!r} in {folder} "
                          f"({len(missing)} of {len(names)} are missing)")
@@ -823,151 +881,183 @@ def find_images(data, root, names, source):
 
 
 def read_csv(path, columns):
-    """Rows of a CSV as (line, value of each of `columns`), header names stripped. Raises InputError with the line."""
+    """The rows of a CSV as (line, value of each of `columns`); names in the header are stripped.
+
+    Raises InputError with the line.
+    """
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     csv.field_size_limit(2**31 - 1)
     try:
         header = [name.strip() for name in next(reader, [])]
         if not set(columns) <= set(header):
-            found = ", ".join(header) or "an empty file"
-            raise InputError(f"{path}: line 1: expected the columns {', '.join(columns)}, found {found}")
+            raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}",
+                             ", ".join(header) or "an empty file")
         places = [header.index(name) for name in columns]
         for row in reader:
             if row and len(row) <= max(places):
-                raise InputError(f"{path}: line {reader.line_num}: expected {len(header)} fields, found {len(row)}")
+                line = f"{path}: line {reader.line_num}"
+                raise InputError(line, f"{len(header)} fields", len(row))
             if row:
                 yield reader.line_num, *(row[place].strip() for place in places)
     except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: not readable as CSV ({error})") from None
+        line = f"{path}: line {reader.line_num}"
+        raise InputError(f"{line}: not readable as CSV ({error})") from None
 
 
 def read_reports(path, root):
-    """The records of a training.csv with columns image_path and report_content: (image paths, reports).
+    """The records of a training.csv (image_path, report_content): (image paths, reports).
 
-    Raises InputError, with the line, for missing columns, images or reports, and for no record at all.
+    Raises InputError, with the line, for missing columns, images or reports, and for no record.
     """
     names, reports = [], []
     for line, name, report in read_csv(path, ("image_path", "report_content")):
         if not name or not report:
             empty = "report_content" if name else "image_path"
-            raise InputError(f"{path}: line {line}: expected an image and its report, found no {empty}")
+            raise InputError(f"{path}: line {line}", "an image and its report", f"no {empty}")
         names.append(name)
         reports.append(report)
     if not reports:
-        raise InputError(f"{path}: expected records below the header, found none")
+        raise InputError(path, "records below the header", "none")
     return find_images("csv", root, names, path), reports
 
 
 def record_names(root, paths):
-    """Paths or names as the lists write them: relative to the root, without the layout's images/."""
+    """Paths or names as the lists write them: relative to the root, without the images/ before."""
     root = os.path.join(str(root or "."), "")
     return [str(path).removeprefix(root).removeprefix("images/") for path in paths]
 
 
 def patient_ids(root, names):
-    """The patient of each name, None where unknown: from patients.csv or records.csv (columns image_path, patient_id) at
-    the root, else from names as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them."""
-    table = next((path for path in (Path(root) / "patients.csv", Path(root) / "records.csv") if path.exists()), None)
+    """The patient of each name, None where unknown.
+
+    From patients.csv or records.csv (columns image_path, patient_id) at the root, else from names
+    as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them.
+    """
+    tables = [Path(root) / name for name in ("patients.csv", "records.csv")]
+    table = next((path for path in tables if path.exists()), None)
     rows = read_csv(table, ("image_path", "patient_id")) if table else ()
     known = {record_names(root, [name])[0]: patient for _, name, patient in rows}
     written = (re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}\.)", name) for name in names)
-    return [known.get(name) or (match and match[0].strip("/")) for name, match in zip(names, written)]
+    return [known.get(name) or (match and match[0].strip("/"))
+            for name, match in zip(names, written)]
 
 
 def not_excluded(paths, exclude, root):
-    """Indices of the paths that are neither in the list file `exclude` nor of a patient who has an image in it."""
-    listed = record_names(root, [split_line(line)[0] for line in read_text(exclude).splitlines() if line.strip()])
-    listed, names = set(listed), record_names(root, paths)
+    """Indices of the paths that are neither in the list file `exclude` nor of a patient who is."""
+    listed = set(record_names(root, [split_line(line)[0] for _, line in read_lines(exclude)]))
+    names = record_names(root, paths)
     patients = set(patient_ids(root, listed)) - {None}
     return [i for i, (name, patient) in enumerate(zip(names, patient_ids(root, names)))
             if name not in listed and patient not in patients]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def demo_root(root="", pairs=False):
+    """The folder of the demo records (default: demo), or of the demo pairs in it, drawn on first
+    use. Under torchrun one process draws the records."""
+    import demo  # only here, so that real data needs nothing of the drawing
+
+    root, rank = Path(root or "demo"), int(os.environ.get("RANK", 0))
+    if pairs:
+        return demo.demo_pairs(root)
+    if rank == 0 and not (root / "demo.json").exists():
+        print(f"drawing the demo records into {root}")
+        demo.write_demo_records(root)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.barrier()
+    return root
+
+
+# --------------------------------------------------------------------------------------------------
 # The report tokenizer
 
 
-# A byte-level byte-pair encoding trained on the reports at hand and run by tiktoken. Reports are lower-cased and runs of
-# white space become one space: they are short, and case in them says little (Open-I's are in mixed case, others in
-# capitals). A word is a run of letters (anything beyond ASCII counts as one), of digits, or of punctuation, with the
-# space before it; no token crosses words. The vocabulary is the 256 bytes, the merges, then the special tokens.
-# The pattern reads the same in Python's and in tiktoken's engine.
+# A byte-level byte-pair encoding trained on the reports at hand and run by tiktoken. Reports are
+# lower-cased and runs of white space become one space: they are short, and case in them says
+# little. A word is a run of letters (anything beyond ASCII counts as one), of digits, or of
+# punctuation, with the space before it; no token crosses words. The vocabulary is the 256 bytes,
+# the merges, then the special tokens. Python's and tiktoken's engines read the pattern alike.
 WORD = r" ?[^\x00-@\[-`{-\x7f]+| ?[0-9]+| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"
 SPECIAL = ("<pad>", "<mask>", "<eot>")
 
 
 def split_words(report):
-    """The words of a report, lower-case, each with the space before it; joined, they are what decoding gives back."""
+    """The words of a report in lower case, each with the space before it."""
     return re.findall(WORD, " " + " ".join(report.lower().split()))
 
 
 def make_encoding(merges):
-    """The tiktoken encoding of a list of byte strings, the token's id its place; the special tokens follow."""
-    return tiktoken.Encoding("reports", pat_str=WORD, mergeable_ranks={token: i for i, token in enumerate(merges)},
-                             special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)})
+    """The tiktoken encoding of a list of byte strings, each token's id its place; the special
+    tokens follow."""
+    return tiktoken.Encoding(
+        "reports", pat_str=WORD, mergeable_ranks={token: i for i, token in enumerate(merges)},
+        special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)})
 
 
 def train_tokenizer(reports, vocab_size):
-    """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens, special ones included.
+    """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens.
 
-    Merges the most frequent pair of neighbours within words, ties to the smaller ids, until the vocabulary is full or no
-    pair is left twice. Returns a tiktoken.Encoding. Raises InputError for a vocabulary below the 256 bytes.
+    Merges the most frequent pair of neighbours within words, ties to the smaller ids, until the
+    vocabulary, special tokens included, is full or no pair is left twice. Returns a
+    tiktoken.Encoding. Raises InputError for a vocabulary below the 256 bytes.
     """
-    if vocab_size < 256 + len(SPECIAL):
-        raise InputError(f"vocabulary size: expected at least {256 + len(SPECIAL)} (the bytes and {', '.join(SPECIAL)}), "
-                         f"found {vocab_size}")
+    smallest = 256 + len(SPECIAL)
+    if vocab_size < smallest:
+        raise InputError("vocabulary size", f"at least {smallest}, the bytes and "
+                         f"{', '.join(SPECIAL)}", vocab_size)
     counted = Counter(word for report in reports for word in split_words(report))
     words, counts = [list(word.encode()) for word in counted], list(counted.values())
     tokens = [bytes([i]) for i in range(256)]
     ids = {token: i for i, token in enumerate(tokens)}
-    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs, and the words that hold (or held) it
+    pairs, where = Counter(), defaultdict(set)  # how often a pair occurs; the words that held it
     for w, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += counts[w]
             where[pair].add(w)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
-    while heap and len(tokens) < vocab_size - len(SPECIAL):
-        count, pair = heapq.heappop(heap)
-        if pairs[pair] != -count:  # an entry from before the count fell: put back at today's
-            heapq.heappush(heap, (-pairs[pair], pair)) if pairs[pair] > 0 else None
-            continue
-        if count > -2:
+    while pairs and len(tokens) < vocab_size - len(SPECIAL):
+        most = max(pairs.values())
+        if most < 2:
             break
+        pair = min(pair for pair, count in pairs.items() if count == most)
         token = tokens[pair[0]] + tokens[pair[1]]
-        new = ids.setdefault(token, len(tokens))  # the same bytes may be known from another pair
-        tokens += [token] if new == len(tokens) else []
-        changed = set()
+        new = ids.setdefault(token, len(tokens))  # another pair may have made the same bytes
+        if new == len(tokens):
+            tokens.append(token)
         for w in where.pop(pair):
-            word, n, i = words[w], counts[w], 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == pair:
-                    word[i:i + 2] = [new]
-                    beside = [((left, pair[0]), (left, new)) for left in word[max(0, i - 1):i]]
-                    beside += [((pair[1], right), (new, right)) for right in word[i + 1:i + 2]]
-                    for old, fresh in beside:
-                        pairs[old] -= n
-                        pairs[fresh] += n
-                        where[fresh].add(w)
-                        changed.add(fresh)
-                i += 1
-        del pairs[pair]
-        for fresh in changed:
-            heapq.heappush(heap, (-pairs[fresh], fresh))
+            for old in zip(words[w], words[w][1:]):
+                pairs[old] -= counts[w]
+                if not pairs[old]:
+                    del pairs[old]
+            words[w] = merge(words[w], pair, new)
+            for fresh in zip(words[w], words[w][1:]):
+                pairs[fresh] += counts[w]
+                where[fresh].add(w)
     return make_encoding(tokens)
 
 
+def merge(word, pair, new):
+    """The token ids `word` with each neighbouring `pair` replaced by `new`."""
+    merged, i = [], 0
+    while i < len(word):
+        if tuple(word[i:i + 2]) == pair:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
 def save_tokenizer(enc, path):
-    """Writes a tokenizer in tiktoken's file format: a line a token, its bytes in base64, a space, its rank."""
+    """Writes a tokenizer in tiktoken's format: a line a token, its bytes in base64 and its rank."""
     tokens = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(SPECIAL))]
     text = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
     atomic_write(path, lambda file: file.write(text))
 
 
 def load_tokenizer(path):
-    """Reads what `save_tokenizer` wrote (tiktoken's own loader would keep a copy by path and miss that the file changed).
+    """Reads what `save_tokenizer` wrote. Raises InputError, with the line, where it is damaged.
 
-    Raises InputError, with the line, where the file is missing or damaged.
+    (tiktoken's own loader keeps a copy by path and would miss that the file changed.)
     """
     tokens = []
     for number, line in enumerate(read_text(path).splitlines()):
@@ -978,56 +1068,61 @@ def load_tokenizer(path):
         except ValueError:
             ranked = False
         if not ranked:
-            raise InputError(f"{path}: line {number + 1}: expected a token in base64 and its rank {number}, "
-                             f"found {line[:60]!r}")
+            raise InputError(f"{path}: line {number + 1}",
+                             f"a token in base64 and its rank {number}", repr(line[:60]))
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
-        raise InputError(f"{path}: expected different tokens, all 256 bytes among them; the file is damaged: write it again")
+        raise InputError(path, "different tokens, all 256 bytes among them", "a damaged file")
     return make_encoding(tokens)
 
 
 def encode_reports(enc, reports, length):
     """Encodes reports, cut to `length` tokens: (tokens (n, L), words (n, L)), both int64.
 
-    words[i, j] counts the words of report i from 0: that of token j. Behind the end tokens are <pad> and words -1.
+    words[i, j] counts the words of report i from 0: that of token j. Behind the end tokens are
+    <pad> and words -1.
     """
     tokens = torch.full((len(reports), length), enc.encode_single_token("<pad>"))
     words = torch.full((len(reports), length), -1)
     pieces = functools.cache(enc.encode_ordinary)
     for i, report in enumerate(reports):
-        coded = [(token, w) for w, word in enumerate(split_words(report)) for token in pieces(word)][:length]
-        tokens[i, :len(coded)], words[i, :len(coded)] = torch.tensor(coded).reshape(-1, 2).T
+        coded = [(token, w) for w, word in enumerate(split_words(report)) for token in pieces(word)]
+        coded = torch.tensor(coded[:length]).reshape(-1, 2)
+        tokens[i, :len(coded)], words[i, :len(coded)] = coded.T
     return tokens, words
 
 
 def hide_words(enc, tokens, words, ratio, generator=None):
     """Hides round(ratio * words) words of each report, at least one, all tokens of a word together.
 
-    tokens, words: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask> where hidden (B, L) is True.
+    tokens, words: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask> where
+    hidden (B, L) is True.
     """
     count = words.max(1).values + 1  # (B,)
     share = (ratio * count.double()).round().long().clamp(min=1).minimum(count)
     order = torch.rand(len(words), max(1, int(count.max())), generator=generator).to(words.device)
-    order[torch.arange(order.shape[1], device=words.device) >= count[:, None]] = 2.0  # words there are not come last
+    beyond = torch.arange(order.shape[1], device=words.device) >= count[:, None]
+    order[beyond] = 2.0  # words that there are not come last
     chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words)
     hidden = chosen.gather(1, words.clamp(min=0)) & (words >= 0)
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Augmentations and batches
 
 
 def seeded(*numbers):
     """A torch.Generator whose stream depends on all the given integers."""
-    state = np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+    sequence = np.random.SeedSequence([number % 2**32 for number in numbers])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def statistics(images, mean=None, std=None):
-    """The (mean, std) to normalise images (B, C, H, W) by: a data set's, or, of None, each image's own (B, 1, 1, 1)."""
+    """The (mean, std) to normalise images (B, C, H, W) by: those of a data set, or, where they are
+    None, each image's own (B, 1, 1, 1)."""
     if mean is None:
         mean = images.mean((1, 2, 3), keepdim=True)
-        std = (images - mean).square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-3  # an image of one grey has none
+        std = (images - mean).square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-3  # never 0
     return mean, std
 
 
@@ -1038,7 +1133,8 @@ def normalize(images, mean=None, std=None):
 
 
 def resize(images, size):
-    """(B, C, H, W) or (C, H, W), uint8 or in [0, 1], resized to (h, w), or so that the shorter side is an int `size`.
+    """Resizes (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or so that the shorter side
+    is an int `size`.
 
     Antialiased bicubic (Keys' with a = -1/2, widened where it reduces), as PIL's.
     """
@@ -1051,10 +1147,11 @@ def resize(images, size):
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
-    """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size), another for each image.
+    """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
 
-    images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size). Sampled as torchvision's
-    RandomResizedCrop does: of ten tries the first that fits, else the central crop of the nearest aspect.
+    images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
+    crop of its own for each image. Sampled as torchvision's RandomResizedCrop does: of ten tries
+    the first that fits, else the central crop of the nearest aspect.
     """
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
@@ -1073,35 +1170,43 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
 
 
 def random_flip(images, generator=None):
-    """Mirrors each of (B, C, H, W) with probability 1/2. Never for images whose labels or reports know left from right."""
+    """Mirrors each of (B, C, H, W) left-right with probability 1/2.
+
+    Never for images whose labels or reports know left from right.
+    """
     chosen = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
 class ImageSet(torch.utils.data.Dataset):
-    """Grey images of which the shorter side is `size`, as 8 bits (16-bit sources are rounded), read when asked for.
+    """Grey images whose shorter side is `size`, as 8 bits, read when they are asked for.
 
-    set[indices, draw] is (images (B, 1, size, size), indices): a batch, passed through `augment(images, generator)` with a
-    generator seeded by (seed, draw), so that neither workers nor resuming change it; without `augment`, the centre crops.
-    set[i] is (image (1, size, size), i). `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ.
+    set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
+    `augment(images, generator)`; (seed, draw) seed the generator, so that neither workers nor
+    resuming change it. Without `augment` it holds the centre crops. set[i] is (image, i).
+    `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ.
     """
 
     def __init__(self, paths, size, augment=None, seed=0):
-        self.paths, self.size, self.augment, self.seed, self.cache = list(paths), size, augment, seed, None
+        self.paths, self.size, self.augment, self.seed = list(paths), size, augment, seed
+        self.cache = None
 
     def __len__(self):
         return len(self.paths)
 
     def read(self, index):
         """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
-        return torch.from_numpy(read_bytes(self.paths[index], self.size)) if self.cache is None else self.cache[index]
+        if self.cache is not None:
+            return self.cache[index]
+        return torch.from_numpy(read_bytes(self.paths[index], self.size))
 
     def preload(self, limit=2 * 2**30):
         """Decodes every image into memory, if they take less than `limit` bytes; returns self."""
         if self.cache is None and len(self) * self.size**2 * 1.25 < limit:
             images = over_images(functools.partial(read_bytes, short_side=self.size), self.paths)
+            images = [torch.from_numpy(image) for image in images]
             same = len({image.shape for image in images}) == 1
-            self.cache = torch.from_numpy(np.stack(images)) if same else [torch.from_numpy(image) for image in images]
+            self.cache = torch.stack(images) if same else images
         return self
 
     def __getitem__(self, key):
@@ -1110,14 +1215,18 @@ class ImageSet(torch.utils.data.Dataset):
                 raise IndexError(key)
             return self[[key], 0][0][0], key
         indices, draw = torch.as_tensor(key[0]), key[1]
-        images = self.cache[indices] if torch.is_tensor(self.cache) else [self.read(i) for i in indices.tolist()]
-        if self.augment is None:
-            s = self.size
-            corners = [((image.shape[1] - s) // 2, (image.shape[2] - s) // 2) for image in images]
-            crops = torch.stack([image[:, y:y + s, x:x + s] for image, (y, x) in zip(images, corners)])
-            return crops.float() / 255, indices
-        images = images.float() / 255 if torch.is_tensor(images) else [image.float() / 255 for image in images]
-        return self.augment(images, seeded(self.seed, draw)), indices
+        if torch.is_tensor(self.cache):
+            images = self.cache[indices].float() / 255
+        else:
+            images = [self.read(i).float() / 255 for i in indices.tolist()]
+        if self.augment is not None:
+            return self.augment(images, seeded(self.seed, draw)), indices
+        return torch.stack([self.centre(image) for image in images]), indices
+
+    def centre(self, image):
+        """The (1, size, size) in the middle of an image (1, H, W)."""
+        top, left = ((side - self.size) // 2 for side in image.shape[1:])
+        return image[:, top:top + self.size, left:left + self.size]
 
 
 def load_batches(dataset, keys, workers):
@@ -1129,15 +1238,17 @@ def load_batches(dataset, keys, workers):
         yield from torch.utils.data.DataLoader(
             dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork" if sys.platform == "linux" else None)
-    except InputError as error:  # a worker's error arrives with its traceback: the last line is the message
-        raise InputError(str(error).strip().split("\n")[-1].partition("InputError: ")[2]) from None
+    except InputError as error:  # a worker's error arrives with its traceback, the message last
+        message = str(error).strip().split("\n")[-1]
+        raise InputError(message.partition("InputError: ")[2]) from None
 
 
 def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0):
-    """Batches of the steps start_step ... steps - 1: (images, indices (B,)), `batch_size` a process.
+    """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B a process.
 
-    The images of all steps are one endless row of epochs, each a permutation seeded by (seed, epoch), of which a step
-    takes the next world * batch_size: what a step holds depends on its number alone.
+    The images of all steps are one endless row of epochs, each a permutation seeded by (seed,
+    epoch), of which a step takes the next world * batch_size: what a step holds depends on its
+    number alone.
     """
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
@@ -1147,19 +1258,23 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
         for step in range(start_step, steps):
             draw = step * world + rank
             places = range(draw * batch_size, (draw + 1) * batch_size)
-            yield [permutation(place // len(dataset))[place % len(dataset)] for place in places], draw
+            rows = [permutation(place // len(dataset))[place % len(dataset)] for place in places]
+            yield rows, draw
 
     return load_batches(dataset, keys(), workers)
 
 
 def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
-    """Every image of this process's share once, in order: (images, indices (B,)); the last batch may be smaller."""
+    """Every image of this process's share once, in order: (images, indices (B,)).
+
+    The last batch may be smaller.
+    """
     share = range(rank, len(dataset), world)
     keys = [(list(share[i:i + batch_size]), 0) for i in range(0, len(share), batch_size)]
     return load_batches(dataset, keys, workers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A/B pairs
 
 SLICE_SUFFIXES = (".npy", ".png", ".jpg", ".jpeg", ".nii", ".nii.gz")
@@ -1168,128 +1283,110 @@ SLICE_SUFFIXES = (".npy", ".png", ".jpg", ".jpeg", ".nii", ".nii.gz")
 def read_slice(path, rescale=None):
     """A 2-D image as float32 (C, H, W) in [-1, 1], C = 1 or 3.
 
-    .npy and NIfTI values are taken as they are and must lie in [-1, 1]; 8 and 16-bit PNG and JPEG run from -1 (black) to 1
-    (white) by their bit depth. `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips. Raises InputError for what
-    cannot be read, volumes, non-finite and constant images, and values outside the range.
+    The numbers of .npy and NIfTI are taken as they are and must lie in [-1, 1]; pictures run from
+    -1 (black) to 1 (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips.
+    Raises InputError for what cannot be read, small or constant images, and numbers outside.
     """
-    path = Path(path)
-    span = rescale
-    try:
-        if path.name.endswith(".npy"):
-            array = np.load(path, allow_pickle=False)
-        elif path.name.endswith((".nii", ".nii.gz")):
-            array = np.asanyarray(nifti().load(path).dataobj)
-        else:
-            with Image.open(path) as image:
-                deep = image.mode.startswith("I")
-                array = np.asarray(image if deep or image.mode in ("L", "RGB") else
-                                   image.convert("L" if image.mode in ("1", "LA") else "RGB"))
-            span = span or (0, 65535 if deep else 255)
-    except InputError:
-        raise
-    except Exception as error:  # numpy, PIL and nibabel raise a dozen types on damaged files
-        raise InputError(f"{path}: not a readable image ({str(error).splitlines()[0][:160] if str(error) else 'damaged'})") from None
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or array.dtype.kind not in "fiub":
-        raise InputError(f"{path}: expected a 2-D array of numbers, (H, W) or (H, W, 3), found {array.shape} of {array.dtype}")
-    if min(array.shape[:2]) < 32:
-        raise InputError(f"{path}: expected at least 32 x 32 pixels, found {array.shape[0]} x {array.shape[1]}")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise InputError(f"{path}: {int((~np.isfinite(array)).sum())} of {array.size} values are NaN or infinite")
-    lo, hi = float(array.min()), float(array.max())
-    if lo == hi:
-        raise InputError(f"{path}: a constant image, every value is {lo:g}: nothing to learn or measure, remove the pair")
+    pixels, white = read_pixels(path)
+    pixels = pixels.astype(np.float32)
+    if min(pixels.shape[:2]) < 32:
+        raise InputError(path, "at least 32 x 32 pixels", " x ".join(map(str, pixels.shape[:2])))
+    low, high = float(pixels.min()), float(pixels.max())
+    if low == high:
+        raise InputError(f"{path}: a constant image, every value is {low:g}: nothing to learn or "
+                         "measure, remove the pair")
+    span = rescale or (white and (0, white))
     if span:
-        array = np.clip((array - span[0]) * (2 / (span[1] - span[0])) - 1, -1, 1)
-    elif lo < -1 or hi > 1:
-        raise InputError(f"{path}: values from {lo:g} to {hi:g}, expected -1 to 1: --rescale LO,HI maps LO..HI to -1..1")
-    return torch.from_numpy(array[None] if array.ndim == 2 else array.transpose(2, 0, 1).copy())
-
-
-def nifti():
-    try:
-        import nibabel
-    except ImportError:
-        raise InputError("reading NIfTI needs nibabel: pip install nibabel") from None
-    return nibabel
+        pixels = np.clip((pixels - span[0]) * (2 / (span[1] - span[0])) - 1, -1, 1)
+    elif low < -1 or high > 1:
+        raise InputError(path, "values from -1 to 1",
+                         f"{low:g} to {high:g}: --rescale LO,HI maps LO..HI to -1..1")
+    return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
 
 def write_slice(path, image, source, rescale=None):
-    """Writes `image` (C, H, W) in [-1, 1] in the format, bit depth and value range of the file `source` it came from."""
+    """Writes `image` (C, H, W) in [-1, 1] in the format, bit depth and range of `source`."""
     path, source = Path(path), Path(source)
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0).squeeze()
-    lo, hi = rescale or (-1, 1)
+
+    def numbers(low, high, dtype):
+        values = (array + 1) * ((high - low) / 2) + low
+        return (values if dtype.kind == "f" else values.round()).astype(dtype)
+
     if source.name.endswith(".npy"):
-        dtype = np.load(source, mmap_mode="r").dtype
-        array = (array + 1) * ((hi - lo) / 2) + lo
-        array = (array if dtype.kind == "f" else array.round()).astype(dtype)
-        atomic_write(path, lambda file: np.save(file, array))
+        values = numbers(*rescale or (-1, 1), np.load(source, mmap_mode="r").dtype)
+        atomic_write(path, lambda file: np.save(file, values))
     elif source.name.endswith((".nii", ".nii.gz")):
         like = nifti().load(source)
-        dtype = like.get_data_dtype()
-        array = (array + 1) * ((hi - lo) / 2) + lo
-        array = (array if dtype.kind == "f" else array.round()).astype(dtype).reshape(like.shape[:2] + (-1,) * (array.ndim > 2))
-        content = nifti().Nifti1Image(array, like.affine).to_bytes()
+        values = numbers(*rescale or (-1, 1), like.get_data_dtype())
+        values = values.reshape(like.shape[:2] + (-1,) * (array.ndim > 2))
+        content = nifti().Nifti1Image(values, like.affine).to_bytes()
         content = gzip.compress(content) if source.name.endswith(".gz") else content
         atomic_write(path, lambda file: file.write(content))
     else:
         with Image.open(source) as like:
-            depth, kind = (65535, np.uint16) if like.mode.startswith("I") else (255, np.uint8)
-            form = like.format
-        lo, hi = rescale or (0, depth)
-        picture = Image.fromarray(((array + 1) * ((hi - lo) / 2) + lo).round().clip(0, depth).astype(kind))
-        atomic_write(path, lambda file: picture.save(file, form, **({"quality": 95, "subsampling": 0} if form == "JPEG" else {})))
+            white, form = 65535 if like.mode.startswith("I") else 255, like.format
+        values = numbers(*rescale or (0, white), np.dtype(float)).round().clip(0, white)
+        picture = Image.fromarray(values.astype(np.uint16 if white > 255 else np.uint8))
+        quality = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
+        atomic_write(path, lambda file: picture.save(file, form, **quality))
 
 
 def list_slices(folder):
     """The names of the images in a folder, sorted. Raises InputError where there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder (expected ROOT/train/A, ROOT/train/B, ROOT/val/A and ROOT/val/B)")
-    names = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(SLICE_SUFFIXES) and p.name[0] != ".")
-    if not names:
-        raise InputError(f"{folder}: no image in this folder (expected {', '.join(SLICE_SUFFIXES)})")
-    return names
+    return [os.path.relpath(path, folder) for path in list_images(folder, SLICE_SUFFIXES)]
 
 
 def list_pairs(folder):
-    """The names that `folder`/A and `folder`/B share. Raises InputError with the names that only one of them has."""
+    """The names that `folder`/A and `folder`/B share. Raises InputError with the names that only
+    one of them has."""
     a, b = (set(list_slices(Path(folder) / side)) for side in "AB")
-    if a != b:
-        lone = [f"only in {side}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
-                for side, names in (("A", a - b), ("B", b - a)) if names]
+    lone = [f"only in {side}: {', '.join(sorted(names)[:5])}{' ...' * (len(names) > 5)} ({len(names)})"
+            for side, names in (("A", a - b), ("B", b - a)) if names]
+    if lone:
         raise InputError(f"{folder}: A and B must hold the same file names; {'; '.join(lone)}")
     return sorted(a)
 
 
-class RandomTransform:
-    """A random map T from output to input positions, T(p) = M (p - c) + c + t + e(p), in pixels (y, x).
+def pixel_grid(size):
+    """The positions (2, H, W) of the pixels of an image of `size` (H, W), y first."""
+    axes = (torch.arange(side, dtype=torch.float32) for side in size)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
-    M rotates by up to `degrees` and zooms within `percent` %, t shifts by up to `percent` % of the sides; e is a bicubic
-    surface through 5 x 5 control points whose displacements have a standard deviation of `elastic` % of the sides.
+
+class RandomTransform:
+    """A random map T from output to input positions, T(p) = M (p - c) + c + t + e(p), in pixels.
+
+    M rotates by up to `degrees` and zooms within `percent` %, t shifts by up to `percent` % of the
+    sides, and e is a bicubic surface through 5 x 5 control points whose displacements have a
+    standard deviation of `elastic` % of the sides.
     """
 
     def __init__(self, rng, size, degrees, percent, elastic=0.0):
         sides = np.array(size, dtype=np.float32)
-        angle, zoom = np.deg2rad(rng.uniform(-degrees, degrees)), 1 + rng.uniform(-percent, percent) / 100
+        angle = np.deg2rad(rng.uniform(-degrees, degrees))
+        zoom = 1 + rng.uniform(-percent, percent) / 100
         M = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom
         c, shift = (sides - 1) / 2, rng.uniform(-percent, percent, 2) / 100 * sides
-        self.M, self.offset = torch.from_numpy(M).float(), torch.from_numpy(c + shift - M @ c).float()[:, None]
-        self.back = torch.from_numpy(np.linalg.inv(M)).float()
-        knots = rng.normal(0, elastic / 100, (1, 2, 5, 5)) * sides[:, None, None] if elastic else None
-        self.e = F.interpolate(torch.from_numpy(knots).float(), size, mode="bicubic", align_corners=True)[0] if elastic else None
+        self.M, self.back = torch.from_numpy(M).float(), torch.from_numpy(np.linalg.inv(M)).float()
+        self.offset = torch.from_numpy(c + shift - M @ c).float()[:, None]
+        self.e = None
+        if elastic:
+            knots = rng.normal(0, elastic / 100, (1, 2, 5, 5)) * sides[:, None, None]
+            knots = torch.from_numpy(knots).float()
+            self.e = F.interpolate(knots, size, mode="bicubic", align_corners=True)  # (1, 2, H, W)
 
     def bend(self, p):
-        """e at positions p (2, H, W)."""
-        return 0 if self.e is None else sample_at(self.e, p, "border")
+        """e at the positions p (2, H, W)."""
+        if self.e is None:
+            return 0
+        return warp(self.e, (p - pixel_grid(p.shape[1:]))[None])[0]
 
     def __call__(self, p):
         return torch.addmm(self.offset, self.M, p.flatten(1)).view_as(p) + self.bend(p)
 
     def inverse(self, q):
-        """The p with T(p) = q, to 0.001 pixels: by iteration p <- M^-1 (q - e(p) - offset), one round where there is no e."""
+        """The p with T(p) = q, to 0.001 pixels: by iterating p <- M^-1 (q - e(p) - offset)."""
         p = q
         for _ in range(1 if self.e is None else 30):
             last, p = p, (self.back @ ((q - self.bend(p)).flatten(1) - self.offset)).view_as(q)
@@ -1298,23 +1395,24 @@ class RandomTransform:
         return p
 
 
-def sample_at(image, p, padding="zeros"):
-    """image (C, H, W) read bilinearly at the pixel positions p (2, H, W), y first."""
-    H, W = image.shape[-2:]
-    grid = torch.stack((p[1] * (2 / (W - 1)) - 1, p[0] * (2 / (H - 1)) - 1), -1)[None]
-    return F.grid_sample(image[None], grid, padding_mode=padding, align_corners=True)[0]
+def move(image, p):
+    """image (C, H, W) read at the positions p (2, H, W); background (-1) comes in from outside."""
+    # `warp` repeats the border, so a rim of background is put around; 0 stays exactly 0 in it.
+    flow = F.pad((p - pixel_grid(p.shape[1:]))[None], (1, 1, 1, 1))
+    return warp(F.pad(image + 1, (1, 1, 1, 1))[None], flow)[0, :, 1:-1, 1:-1] - 1
 
 
 def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
-    """The paper's misalignment of level `noise`: a and b (C, H, W) each move by a random transform of their own.
+    """The paper's misalignment of level `noise`: a and b (C, H, W) each move by a random transform.
 
-    Rotation up to `noise` degrees, shift up to 2 noise %, zoom within 2 noise %; at level 0 one small transform (1 degree,
-    2 %) moves both. `elastic` adds a bending field to each. Background (-1) comes in from outside.
-    Returns (a', b', flow), or (a', b'): flow (2, H, W) in pixels is the displacement that registers them,
-    f(a')[p + flow(p)] = b'[p] for a perfect translation f. From a'[p] = a[Ta(p)] and b'[p] = b[Tb(p)] follows flow(p) = Ta^-1(Tb(p)) - p.
+    Rotation up to `noise` degrees, shift up to 2 noise %, zoom within 2 noise %; at level 0 one
+    small transform (1 degree, 2 %) moves both. `elastic` adds a bending field to each.
+    Returns (a', b', flow), or (a', b'). The flow (2, H, W), in pixels, registers them:
+    f(a')[p + flow(p)] = b'[p] for a perfect translation f. From a'[p] = a[Ta(p)] and b'[p] =
+    b[Tb(p)] follows flow(p) = Ta^-1(Tb(p)) - p.
     """
     size = tuple(a.shape[-2:])
-    p = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in size), indexing="ij"))
+    p = pixel_grid(size)
     if noise == 0:
         ta = RandomTransform(rng, size, 1, 2)
         tb = copy.copy(ta)
@@ -1322,174 +1420,178 @@ def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
     else:
         ta, tb = (RandomTransform(rng, size, noise, 2 * noise, elastic) for _ in range(2))
     pa, pb = ta(p), tb(p)
-    moved = sample_at(a + 1, pa) - 1, sample_at(b + 1, pb) - 1
+    moved = move(a, pa), move(b, pb)
     return (*moved, ta.inverse(pb) - p) if with_flow else moved
 
 
 class Pairs(torch.utils.data.Dataset):
-    """`folder`/A and `folder`/B as pairs (a, b) or, misaligned, (a, b, flow): float32 (C, H, W), flow as in `misalign`;
-    it takes longer to find than the pair, and `with_flow` False leaves it out.
+    """`folder`/A and `folder`/B as pairs (a, b), float32 (C, H, W), or (a, b, flow) with `noise`.
 
-    An item is asked for by (epoch, index): the misalignment is redrawn every epoch, as in the official code, by a generator
-    that (seed, epoch, index) fixes. All files are read once here, so that a bad one is found before anything is written,
-    and kept where they fit in KEPT_BYTES. `noise` None leaves the pairs as they are. `size` > 0 scales the longer side to it
-    and pads to a square.
+    An item is asked for by (epoch, index): the misalignment (`misalign`) is drawn anew every epoch,
+    as in the official code, by a generator that (seed, epoch, index) fixes. All files are read once
+    here, so that a bad one is found before anything is written, and kept where they fit in
+    KEPT_BYTES. `noise` None leaves the pairs as they are. `size` > 0 scales the longer side to it
+    and pads to a square. `with_flow` False leaves out the flow, which takes longer than the pair.
     """
 
     KEPT_BYTES = 2**30
 
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
-        self.folder, self.noise, self.elastic, self.seed, self.size = Path(folder), noise, elastic, seed, size
-        self.with_flow = with_flow
-        self.names, self.rescale = list_pairs(folder), parse_rescale(rescale)
-        self.kept, first = {}, None
+        self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
+        self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
+        self.names, self.kept, first = list_pairs(folder), {}, None
         for name in self.names:
             a, b = self.read(name)
             if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = a, b
             if a.shape[1:] != b.shape[1:]:
-                raise InputError(f"{self.folder / 'B' / name}: {tuple(b.shape[1:])} pixels, its A has {tuple(a.shape[1:])}")
+                raise InputError(self.folder / "B" / name, f"{tuple(a.shape[1:])} pixels, as its A",
+                                 tuple(b.shape[1:]))
             first = first or (a.shape, b.shape)
             if (a.shape, b.shape) != first:
-                raise InputError(f"{self.folder / 'A' / name}: sizes (C, H, W) {tuple(a.shape)} and {tuple(b.shape)}, the files "
-                                 f"before it have {tuple(first[0])} and {tuple(first[1])}: --size N brings all to N x N")
+                raise InputError(self.folder / "A" / name, "the shapes of the files before it, "
+                                 f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all "
+                                 f"N x N)", f"{tuple(a.shape)} and {tuple(b.shape)}")
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):
         return len(self.names)
 
     def read(self, name):
-        return [fit_square(read_slice(self.folder / side / name, span), self.size) for side, span in zip("AB", self.rescale)]
+        return [fit_square(read_slice(self.folder / side / name, span), self.size)
+                for side, span in zip("AB", self.rescale)]
 
     def __getitem__(self, keys):
-        """The batch of a list of (epoch, index): (a, b) or (a, b, flow), each stacked to (B, C, H, W)."""
-        return [torch.stack(parts) for parts in zip(*(self.item(epoch, index) for epoch, index in keys))]
+        """The batch of a list of (epoch, index): each part of the items stacked to (B, C, H, W)."""
+        return [torch.stack(parts) for parts in zip(*(self.item(*key) for key in keys))]
 
     def item(self, epoch, index):
         a, b = self.kept.get(self.names[index]) or self.read(self.names[index])
         if self.noise is None:
             return a, b
-        return misalign(a, b, np.random.default_rng([self.seed, epoch, index]), self.noise, self.elastic, self.with_flow)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return misalign(a, b, rng, self.noise, self.elastic, self.with_flow)
 
     def batches(self, batch, epochs=1, shuffle=False, seed=0, start=0, rank=0, world=1, workers=0):
-        """Yields batches from the `start`-th on, the same ones whatever `start` and `workers`. The last may be smaller.
+        """Yields batches from the `start`-th on, the same ones whatever `start` and `workers`.
 
-        In training (`shuffle`) every process gets equally many, the first items filling up; otherwise no item comes twice.
+        In training (`shuffle`) every process gets equally many, the first items filling up;
+        otherwise no item comes twice. The last batch of an epoch may be smaller.
         """
         keys = []
         for epoch in range(epochs):
-            order = np.random.default_rng([seed, epoch]).permutation(len(self)) if shuffle else np.arange(len(self))
-            order = np.resize(order, -(-len(order) // world) * world) if shuffle else order
-            order = order[rank::world]
-            keys += [[(epoch, int(i)) for i in order[k:k + batch]] for k in range(0, len(order), batch)]
+            order = np.arange(len(self))
+            if shuffle:
+                order = np.random.default_rng([seed, epoch]).permutation(len(self))
+                order = np.resize(order, math.ceil(len(order) / world) * world)
+            own = [(epoch, int(index)) for index in order[rank::world]]
+            keys += [own[i:i + batch] for i in range(0, len(own), batch)]
         return load_batches(self, keys[start:], workers)
 
 
 def parse_rescale(text):
-    """'LO,HI' for both sides or 'LO,HI,LO,HI' for A and B; '' for none. Returns a range or None for each side."""
+    """'LO,HI' for both sides, 'LO,HI,LO,HI' for A and B, or ''. Returns a (lo, hi) or None each."""
     try:
         v = [float(x) for x in text.split(",")] if text else []
         spans = {0: (None, None), 2: (tuple(v), tuple(v)), 4: (tuple(v[:2]), tuple(v[2:]))}[len(v)]
-        if any(s and not s[0] < s[1] for s in spans):
+        if any(span and not span[0] < span[1] for span in spans):
             raise ValueError
     except (ValueError, KeyError):
-        raise InputError(f"--rescale {text}: expected LO,HI or LO,HI,LO,HI (A, then B) with LO < HI") from None
+        expected = "LO,HI or LO,HI,LO,HI (A, then B) with LO < HI"
+        raise InputError("--rescale", expected, text) from None
     return spans
 
 
 def fit_square(image, size):
-    """Scales the longer side of (C, H, W) to `size` with anti-aliasing and pads to a square with background; 0 leaves it."""
+    """Scales the longer side of (C, H, W) to `size`, antialiased, and pads to a square with
+    background; 0 leaves it as it is."""
     if not size or tuple(image.shape[1:]) == (size, size):
         return image
     H, W = (max(1, round(n * size / max(image.shape[1:]))) for n in image.shape[1:])
-    image = F.interpolate(image[None], (H, W), mode="bilinear", antialias=True, align_corners=False)[0].clamp(-1, 1)
+    image = F.interpolate(image[None], (H, W), mode="bilinear", antialias=True)[0].clamp(-1, 1)
     top, left = (size - H) // 2, (size - W) // 2
     return F.pad(image, (left, size - W - left, top, size - H - top), value=-1.0)
 
 
-def demo_root(root="", pairs=False):
-    """The folder of the demo records (default: demo), or of the demo pairs in it, drawn on first use. Under torchrun one
-    process draws the records."""
-    import demo  # only here, so that real data needs nothing of the drawing
-
-    root, rank = Path(root or "demo"), int(os.environ.get("RANK", 0))
-    if pairs:
-        return demo.demo_pairs(root)
-    if rank == 0 and not (root / "demo.json").exists():
-        print(f"drawing the demo records into {root}")
-        demo.write_demo_records(root)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.barrier()
-    return root
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Audit and command line
+# --------------------------------------------------------------------------------------------------
+# Audit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     root: str = option("", "folder of the data set")
-    data: str = option("", "layout of the data set (default: covid where there is ROOT/splits, else demo)",
+    data: str = option("", "layout (default: covid where there is ROOT/splits, else demo)",
                        choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
 
 
 def audit(config):
-    """Prints images, patients and positives of every part, then what is wrong: a patient or the same pixels in two parts,
-    files that are missing or unreadable, bad lines. Returns 1 where anything is, else 0. Raises InputError for no lists."""
+    """Prints images, patients and positives of every part, then what is wrong: a patient or the
+    same pixels in two parts, files that are missing or unreadable, bad lines.
+
+    Returns 1 where anything is wrong, else 0. Raises InputError where there are no lists.
+    """
     if not config.root:
-        raise InputError("audit: expected --root DIR, found none")
+        raise InputError("audit", "--root DIR", "none")
     root = Path(config.root)
     data = config.data or ("covid" if (root / "splits").is_dir() else "demo")
-    layout = DATASETS[data]
-    splits = [config.split]
-    if "{split}" in layout["val"] and not config.split:
+    lists, problems = read_every_list(data, root, config.split)
+    names = sorted({name for listed, _ in lists.values() for name in listed})
+    patients = dict(zip(names, patient_ids(root, names)))
+    paths = [find_image(data, root, name) or name for name in names]
+    digests = dict(zip(names, over_images(pixel_hash, paths)))
+    problems += [wrong for _, wrong in digests.values() if wrong]
+    known = {key: {patients[name] for name in listed} - {None}
+             for key, (listed, _) in lists.items()}
+    print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
+    for (split, part), (listed, labels) in lists.items():
+        classes = class_names(data, root, split, labels.shape[1])
+        counts = ", ".join(f"{name} {int(count)}" for name, count in zip(classes, labels.sum(0)))
+        people = len(known[split, part]) or "?"
+        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{people:>10}  {counts}")
+    for a, b in itertools.combinations(lists, 2):
+        if a[0] != b[0] or (a[1].startswith("train") and b[1].startswith("train")):
+            continue  # lists of other splits, or training lists, may share images
+        both, twice = f"{a[0]} {a[1]} and {b[1]}".strip(), sorted(known[a] & known[b])
+        first = {digests[name][0]: name for name in lists[a][0] if digests[name][0]}
+        same = [f"{first[digests[name][0]]} = {name}" for name in lists[b][0]
+                if digests[name][0] in first]
+        if twice:
+            problems.append(f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}")
+        if same:
+            problems.append(f"{both}: {len(same)} images with the same pixels in both: "
+                            f"{', '.join(same[:5])}")
+    print("\n".join(problems) or
+          "nothing wrong: no patient and no image in two parts, every file readable")
+    return int(bool(problems))
+
+
+def read_every_list(data, root, split):
+    """Every list of a layout that is there: ({(split, part): (names, labels)}, [what is wrong])."""
+    layout, splits = DATASETS[data], [split]
+    if "{split}" in layout["val"] and not split:
         splits = sorted(path.name for path in root.glob("splits/*") if path.is_dir()) or [""]
     lists, problems = {}, []
     for split in splits:
         split_files(data, root, split, max(layout["train"]))  # explains what does not fit
         for name in [*layout["train"].values(), layout["val"], layout["test"]]:
             path = root / name.format(split=split)
-            if path.exists():
-                try:
-                    lists[split, path.stem] = read_list(path)
-                except InputError as error:
-                    problems.append(str(error))
-                    lists[split, path.stem] = read_list(path, skip_bad=True)
-    names = sorted({name for listed, _ in lists.values() for name in listed})
-    patients = dict(zip(names, patient_ids(root, names)))
-    digests = dict(zip(names, over_images(pixel_hash, [find_image(data, root, name) or name for name in names])))
-    problems += [wrong for _, wrong in digests.values() if wrong]
-    known = {key: {patients[name] for name in listed} - {None} for key, (listed, _) in lists.items()}
-    print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
-    for (split, part), (listed, labels) in lists.items():
-        classes = class_names(data, root, split, labels.shape[1])
-        counts = ", ".join(f"{name} {int(count)}" for name, count in zip(classes, labels.sum(0)))
-        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{len(known[split, part]) or '?':>10}  {counts}")
-    for a, b in itertools.combinations(lists, 2):
-        if a[0] != b[0] or a[1].startswith("train") and b[1].startswith("train"):
-            continue
-        both = f"{a[0]} {a[1]} and {b[1]}".strip()
-        twice = sorted(known[a] & known[b])
-        first = {digests[name][0]: name for name in lists[a][0] if digests[name][0]}
-        same = [f"{first[digests[name][0]]} = {name}" for name in lists[b][0] if digests[name][0] in first]
-        problems += [f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}"] if twice else []
-        problems += [f"{both}: {len(same)} images with the same pixels in both: {', '.join(same[:5])}"] if same else []
-    print("\n".join(problems) or "nothing wrong: no patient and no image in two parts, every file readable")
-    return int(bool(problems))
-
-
-COMMANDS = {"audit": (AuditConfig, audit)}  # name: (options, function of them; what it returns is the exit status)
+            if not path.exists():
+                continue
+            try:
+                lists[split, path.stem] = read_list(path)
+            except InputError as error:
+                problems.append(str(error))
+                lists[split, path.stem] = read_list(path, skip_bad=True)
+    return lists, problems
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        print(f"{__doc__}\nusage: python data.py {{{','.join(COMMANDS)}}} [-h] [options]")
+    if argv[:1] != ["audit"]:
+        print(f"{__doc__}\nusage: python data.py audit [-h] [options]")
         sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
-    config_class, command = COMMANDS[argv[0]]
-    sys.exit(command(parse_config(config_class, argv[1:], f"python data.py {argv[0]}")))
+    sys.exit(audit(parse_config(AuditConfig, argv[1:], "python data.py audit")))
 
 
 if __name__ == "__main__":

@@ -187,9 +187,10 @@ def test_png_of_every_kind(tmp_path, photo):
     alpha = np.dstack([photo, photo, photo, photo.T])
     assert np.array_equal(read(Image.fromarray(alpha)), grey)
     assert np.abs(read(Image.fromarray(colour))[0] - colour @ [0.299, 0.587, 0.114] / 255).max() < 1 / 255
-    assert np.array_equal(read(Image.fromarray(colour), channels=3), colour.transpose(2, 0, 1) / np.float32(255))
-    assert np.array_equal(read(Image.fromarray(photo), channels=3), np.repeat(grey, 3, 0))
-    assert read(Image.fromarray(deep), channels=3).shape == (3, 512, 512)
+    pixels, white = data.read_pixels(path)
+    assert np.array_equal(pixels, colour) and white == 255
+    Image.fromarray(deep).save(path)
+    assert np.array_equal(data.read_pixels(path)[0], deep) and data.read_pixels(path)[1] == 65535
 
 
 def test_resizing_agrees_with_pil(tmp_path, photo):
@@ -219,7 +220,7 @@ def test_jpeg_is_decoded_at_reduced_size(tmp_path, photo, monkeypatch):
         assert np.corrcoef(image[0].numpy().ravel(), reference.ravel())[0, 1] > 0.995  # and not shifted
     assert (400, 300) in decoded and (1600, 1200) not in decoded
     assert data.read_image(tmp_path / "a.jpg").shape == (1, 1200, 1600)
-    assert data.read_image(tmp_path / "colour.jpg", 240, channels=3).shape == (3, 240, 320)
+    assert data.read_pixels(tmp_path / "colour.jpg", 240)[0].shape == (300, 400, 3)
 
 
 @pytest.mark.parametrize("array, expected", [
@@ -322,7 +323,9 @@ def test_list_images(tmp_path, photo):
     for name in ("b.png", "sub/a.JPG", ".hidden.png", "notes.txt"):
         (tmp_path / name).touch()
     assert data.list_images(tmp_path) == [str(tmp_path / "b.png"), str(tmp_path / "sub/a.JPG")]
-    fails(lambda: data.list_images(tmp_path / "none"), "none", "found none")
+    fails(lambda: data.list_images(tmp_path / "none"), "none", "no such folder")
+    (tmp_path / "empty").mkdir()
+    fails(lambda: data.list_images(tmp_path / "empty"), "empty", "found none")
 
 
 # ---- Lists and reports
@@ -424,7 +427,7 @@ def test_find_images(folder):
     assert found == [str(folder / "images" / name) for name in ("a0.png", "a1.png", "b0.png")]
     path = write(folder / "l.txt", "aa0.png 0\na1.png 0\n0.png 1\n")
     fails(lambda: data.find_images("nih", folder, ["a1.png", "0.png", "x.png"], path), path, "line 3:", "'0.png'", "2 of 3")
-    fails(lambda: data.read_list(path, root=folder), path, "line 1:", "'aa0.png'")
+    fails(lambda: data.find_images("csv", folder, data.read_list(path)[0], path), path, "line 1:", "'aa0.png'")
 
 
 def test_read_reports(folder):
@@ -699,7 +702,7 @@ def test_save_grid(tmp_path):
     assert (picture[0] == 255).all() and (picture[-1] == 255).all() and (picture[:, 0] == 255).all()
     assert (picture.sum(-1) < 200).sum() > 100  # text
     data.save_grid(tmp_path / "h.png", [[grey]])
-    assert Image.open(tmp_path / "h.png").size == (46, 36)
+    assert Image.open(tmp_path / "h.png").size == (46, 52)
     fails(lambda: data.save_grid(tmp_path / "g.png/x.png", [[grey]]), "cannot be written")
 
 
