@@ -24,9 +24,11 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -374,6 +376,10 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
+RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken", "result.json",
+             "predictions.csv", "curves.png", "roc.png", "reconstruction.png", "translation.png")
+
+
 class RunLog:
     """The `--out` folder of a run: config.json at the start, log.jsonl, result.json.
 
@@ -385,6 +391,8 @@ class RunLog:
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
         self.json("config.json", dataclasses.asdict(config))
         if rank == 0 and not resume:
+            for name in RUN_FILES:  # a later command must not take an older run's for this one's
+                (self.out / name).unlink(missing_ok=True)
             (self.out / "log.jsonl").write_text("")
 
     def json(self, name, value):
@@ -418,6 +426,51 @@ class Timed:
         return {"images_per_second": self.images / seconds,
                 "share_waiting_for_data": self.waited / seconds,
                 "peak_memory_mib": peak_memory_mib(self.device)}
+
+
+class Saving:
+    """Saves a loop every few minutes, and when Ctrl-C or SIGTERM asks the run to stop.
+
+        with Saving(save, world) as saving:     # save(steps) writes the checkpoint
+            for step in ...:
+                ...
+                saving.after(step + 1)
+
+    The first signal lets the step end, saves, and leaves with the shell's code for that signal
+    (130 or 143); a second one leaves at once. Under torchrun the processes agree on the step.
+    """
+
+    def __init__(self, save, world=1, seconds=180):
+        self.save, self.world, self.seconds = save, world, seconds
+        self.saved, self.signal, self.handlers = time.time(), 0, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # no other may catch signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        print("stopping after this step; once more leaves at once", file=sys.stderr, flush=True)
+
+    def after(self, steps):
+        wanted = torch.tensor([self.signal, time.time() - self.saved > self.seconds], dtype=torch.long)
+        if self.world > 1:
+            wanted = wanted.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+            torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
+        if wanted.any():
+            self.save(steps)
+            self.saved = time.time()
+        if wanted[0]:
+            print(f"stopped after step {steps}: the same command with --resume goes on", flush=True)
+            sys.exit(128 + int(wanted[0]))
 
 
 def peak_memory_mib(device):

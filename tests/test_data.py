@@ -5,8 +5,11 @@ import dataclasses
 import json
 import math
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -807,3 +810,51 @@ class TestShared:
     def test_audit(self, capsys):
         status, text = audit(SHARED / "covid", capsys, split="covid1")
         assert status == 0 and "nothing wrong" in text
+
+
+# ---- Stopping and saving
+
+STOPPED = """
+import sys, time
+sys.path.insert(0, {repository!r})
+import data
+def save(steps):
+    print("saved", steps, flush=True)
+with data.Saving(save, seconds=1e9) as saving:
+    for step in range(10**6):
+        time.sleep(0.01)
+        if step == 3:
+            print("running", flush=True)
+        saving.after(step + 1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(number):
+    code = STOPPED.format(repository=str(Path(data.__file__).parent))
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "running\n"
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and "Traceback" not in err and "once more" in err
+    assert re.fullmatch(r"saved (\d+)\nstopped after step \1: the same command with --resume goes on\n", out)
+
+
+def test_a_loop_is_saved_every_few_minutes_and_handlers_come_back():
+    saved, before = [], signal.getsignal(signal.SIGTERM)
+    with data.Saving(saved.append, seconds=0.05) as saving:
+        assert signal.getsignal(signal.SIGTERM) == saving.note
+        for step in range(20):
+            time.sleep(0.01)
+            saving.after(step + 1)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert 2 <= len(saved) <= 4 and saved == sorted(saved)
+
+
+def test_a_new_run_leaves_no_file_of_the_one_before_it(tmp_path):
+    for name in ("adapter.pt", "best.pt", "last.pt", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    data.RunLog(tmp_path, data.RunConfig(), resume=True)
+    assert (tmp_path / "adapter.pt").exists()
+    data.RunLog(tmp_path, data.RunConfig())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "log.jsonl", "notes.txt"]
