@@ -363,7 +363,7 @@ def fingerprint(model):
 @torch.no_grad()
 def predict(model, images, config, device, rank=0, world=1):
     """Logits (n, k) of an ImageSet in its order. Every process computes its share of them."""
-    autocast, logits, rows = mrm.autocast(config, model, device), [], []
+    autocast, logits, rows = mrm.precision(config, model, device), [], []
     model.eval()
     for batch, index in data.eval_batches(images, 64, rank, world, config.workers):
         with autocast():
@@ -407,12 +407,15 @@ def finetune(config, kept=None):
     log = data.RunLog(config.out, config, rank, config.resume, start)
     if config.method == "lora":
         about["fingerprint"] = backbone
-    if config.method == "lora" and tensors is None:  # an adapter needs its random base weights
-        about["weights"] = str(log.out / "base.pt")
-        if rank == 0 and not saved:
-            base = {"model": lora.frozen_state_dict(model), "arguments": sizes}
-            data.save_checkpoint(log.out / "base.pt", base)
-    best, history = train(config, model, parts, saved, backbone, log, device, world)
+        if tensors is None:  # an adapter is nothing without the random weights below it
+            about["weights"] = str(log.out / "base.pt")
+            if rank == 0:
+                base = {"model": lora.frozen_state_dict(model), "arguments": sizes}
+                data.save_checkpoint(log.out / "base.pt", base)
+    steps = data.number_of_steps(config, len(parts["train"].names), config.batch_size * world)
+    if rank == 0:
+        print_plan(config, model, len(parts["train"].names), steps, world, device)
+    best, history = train(config, model, parts, steps, saved, backbone, log, device, world)
     model.load_state_dict(best["trained"], strict=False)
     if rank == 0 and config.method == "lora":
         lora.save_adapter(log.out / "adapter.pt", model, **about)
@@ -422,13 +425,18 @@ def finetune(config, kept=None):
     return report(config, model, parts, classes, scores, best, history, log)
 
 
-def train(config, model, parts, saved, backbone, log, device, world):
-    """The training loop. Returns (best, history): the validation AUROC, step and trained tensors of
-    the state that did best on the validation list, and a dict for each time it was evaluated."""
-    labels, val = parts["train"].labels.to(device), parts["val"]
-    autocast = mrm.autocast(config, model, device)
-    steps = data.number_of_steps(config, len(labels), config.batch_size * world)
-    print_plan(config, model, len(labels), steps, log.rank)
+@torch.no_grad()
+def evaluate(model, part, config, device, rank, world):
+    """Mean AUROC and loss on the validation list."""
+    scores = predict(model, part.images, config, device, rank, world)
+    return {"val_auroc": mean_auroc(scores.numpy(), part.labels.numpy()),
+            "val_loss": F.binary_cross_entropy_with_logits(scores, part.labels).item()}
+
+
+def train(config, model, parts, steps, saved, backbone, log, device, world):
+    """The training loop. Returns (best, history): AUROC, step and trained tensors of the state that
+    did best on the validation list, and a dict for each time it was evaluated."""
+    labels, autocast = parts["train"].labels.to(device), mrm.precision(config, model, device)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, config)
     step, history, best = 0, [], {"auroc": -1.0, "step": 0, "trained": None}
@@ -470,16 +478,13 @@ def train(config, model, parts, saved, backbone, log, device, world):
                                  "--dtype fp32")
             # The choice is made on the validation list. The best of many scores on the test list
             # would be the luckiest one, and higher than on any new list
-            scores = predict(model, val.images, config, device, log.rank, world)
-            score = mean_auroc(scores.numpy(), val.labels.numpy())
-            val_loss = F.binary_cross_entropy_with_logits(scores, val.labels).item()
-            history.append({"step": step + 1, "loss": mean_loss, "val_auroc": score,
-                            "val_loss": val_loss, **batches.speed()})
+            scores = evaluate(model, parts["val"], config, device, log.rank, world)
+            history.append({"step": step + 1, "loss": mean_loss, **scores, **batches.speed()})
             log.line(**history[-1])
             tensors = model.state_dict()
             tensors = {name: tensors[name].detach().cpu().clone() for name in trained}
-            if score > best["auroc"]:
-                best = {"auroc": score, "step": step + 1, "trained": tensors}
+            if scores["val_auroc"] > best["auroc"]:
+                best = {"auroc": scores["val_auroc"], "step": step + 1, "trained": tensors}
             if log.rank == 0:
                 data.save_checkpoint(log.out / "last.pt", {
                     "trained": tensors, "optimizer": optimizer.state_dict(), "best": best,
@@ -488,15 +493,14 @@ def train(config, model, parts, saved, backbone, log, device, world):
     return best, history
 
 
-def print_plan(config, model, images, steps, rank):
+def print_plan(config, model, images, steps, world, device):
     """One line on what is about to be trained, and how much of the model that is."""
     count = lora.count_parameters(model)
     share = 100 * count["lora"] / (count["total"] - count["head"])
-    if rank == 0:
-        print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
-              f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} "
-              f"% of the backbone, fc_norm + head {count['head']:,}); {steps} steps of "
-              f"{config.batch_size}")
+    print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
+          f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % of "
+          f"the backbone, fc_norm + head {count['head']:,}); {steps} steps of "
+          f"{config.batch_size * world}, {device}")
 
 
 def report(config, model, parts, classes, scores, best, history, log):

@@ -1,25 +1,22 @@
 """LoRA: a frozen linear layer learns through two thin matrices beside it.
 
-    y = x W^T + b + (alpha / r) * dropout(x) A^T B^T     A (r, in), B (out, r); only A, B are trained
+    y = x W^T + b + (alpha / r) * dropout(x) A^T B^T       A (r, in), B (out, r), trained alone
 
-In its plain form, for one output part, this is
+The plain form, of which `kernels.lora_linear` needs fewer passes over memory:
 
     class PlainLoRA(nn.Module):
-        def __init__(self, linear, r, alpha, p):
+        def __init__(self, linear, r, alpha):
             super().__init__()
-            self.linear, self.scale, self.dropout = linear.requires_grad_(False), alpha / r, nn.Dropout(p)
-            self.lora_A = nn.Parameter(torch.randn(r, linear.in_features) / linear.in_features**0.5)
-            self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r))
+            self.linear, self.scale = linear.requires_grad_(False), alpha / r
+            self.A = nn.Parameter(torch.randn(r, linear.in_features) / linear.in_features**0.5)
+            self.B = nn.Parameter(torch.zeros(linear.out_features, r))
         def forward(self, x):
-            return self.linear(x) + self.scale * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
+            x, y = F.dropout(x, 0.1, self.training), self.linear(x)
+            return y + self.scale * (x @ self.A.T @ self.B.T)
 
-and `kernels.lora_linear` computes the same with fewer passes over memory.
-
-Why q and v: attention's weights depend on q and k only through their product, so that adapting one
-of the two is enough to change where a token looks, and adapting v changes what it takes from there;
-Hu et al. found this the best use of a given number of parameters. Why alpha / r: the product B A is
-a sum over r directions, and dividing by r keeps its size, so that one learning rate serves every
-rank.
+Attention's weights depend on q and k through their product alone, so that adapting q suffices to
+change where a token looks, and adapting v changes what it takes from there. The product B A sums
+over r directions, and alpha / r keeps the size of that sum, so that one alpha serves every rank.
 
     python lora.py merge --adapter runs/finetune/adapter.pt    # base + adapter -> one plain ViT
     python lora.py export-peft --adapter runs/finetune/adapter.pt --out DIR    # Hugging Face's peft

@@ -26,7 +26,8 @@ Where this file departs from the paper or its official code, and why:
     of the words are hidden. Its ViT has 16 patches, and the visible words of a demo report would
     give many hidden ones away without a look at the image.
 
-Shapes: B batch, N patches, V visible patches, D width, p patch side in pixels, C channels, L tokens.
+Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
+tokens of a report.
 """
 import dataclasses
 import math
@@ -140,7 +141,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch. Its weight has a convolution's shape, for timm's state dicts."""
+    """A linear map of each patch, kept in a convolution's shape for timm's state dicts."""
 
     def __init__(self, patch_size, in_chans, embed_dim):
         super().__init__()
@@ -501,8 +502,8 @@ PRESETS = {  # the values of the options that the user does not type
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MRMConfig(RunConfig):
-    data: str = option("demo", "demo records, or csv: a training.csv with image_path,report_content",
-                       choices=["demo", "csv"])
+    data: str = option("demo", "demo records, or csv: a training.csv with columns image_path and "
+                       "report_content", choices=["demo", "csv"])
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
     exclude: str = option("", "list file: its images and those of its patients are left out")
     preset: str = option("tiny", "model and recipe; base is the paper's", choices=list(MODELS))
@@ -548,9 +549,9 @@ def fill_options(config, world):
 
 
 def pixel_statistics(config, mean, std, **others):
-    """{"mean", "std"} for `data.fill`: the given ones, where None stands for each image's own.
+    """{"mean", "std"} for `data.fill`, None for each image's own.
 
-    Whoever types only one of the two gets MIMIC-CXR's for the other instead of the image's own.
+    Whoever types one of the two gets MIMIC-CXR's for the other instead of each image's own.
     """
     if mean is None and (config.mean is not None or config.std is not None):
         mean, std = MEAN, STD
@@ -591,14 +592,21 @@ def read_records(config):
 
 @dataclasses.dataclass
 class Records:
-    """What pretraining reads: training images, held-out images (normalised, on the device), and the
-    tokens and word numbers (n, L) of all reports, those of the held-out records last."""
+    """What pretraining reads."""
 
-    images: data.ImageSet
-    heldout: torch.Tensor
+    images: data.ImageSet  # of the training records
+    heldout: torch.Tensor  # images of the held-out records, normalised, on the device
     tokenizer: object
-    tokens: torch.Tensor
-    words: torch.Tensor
+    tokens: torch.Tensor  # (n, L) of all reports, those of the held-out records last
+    words: torch.Tensor  # (n, L): which word of its report a token belongs to
+
+    def hidden_words(self, rows, config, generator=None):
+        """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
+        if config.image_only:
+            return None
+        report = mask_report(self.tokenizer, self.tokens[rows], self.words[rows],
+                             config.word_ratio, generator)
+        return [part.to(self.heldout.device) for part in report]
 
 
 def load_records(config, device):
@@ -661,7 +669,7 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def autocast(config, model, device):
+def precision(config, model, device):
     """`data.autocast` for a ViT: on a CPU --dtype auto takes bfloat16 for wide models alone."""
     return data.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
 
@@ -670,15 +678,10 @@ def autocast(config, model, device):
 def evaluate(model, records, config, autocast):
     """The losses on the held-out records, with the same hidden patches and words every time."""
     model.eval()
-    device, rows = records.heldout.device, slice(len(records.images), None)
     generator = torch.Generator().manual_seed(0)
-    shape = len(records.heldout), model.pos_embed.shape[1] - 1  # (B, N)
-    noise = torch.rand(shape, generator=generator).to(device)
-    report = None
-    if not config.image_only:
-        report = mask_report(records.tokenizer, records.tokens[rows], records.words[rows],
-                             config.word_ratio, generator)
-        report = [part.to(device) for part in report]
+    noise = torch.rand(len(records.heldout), model.pos_embed.shape[1] - 1, generator=generator)
+    noise = noise.to(records.heldout.device)  # (B, N)
+    report = records.hidden_words(slice(len(records.images), None), config, generator)
     with autocast():
         image_loss, report_loss = model(records.heldout, report, not config.report_only,
                                         config.mask_ratio, noise)
@@ -728,7 +731,7 @@ def pretrain(config):
 def train(config, model, arguments, optimizer, records, steps, saved, log, world):
     """The training loop. Returns a dict for each time the held-out losses were measured."""
     device, step, history = records.heldout.device, 0, []
-    autocast = data.autocast(config, device, narrow=arguments["embed_dim"] < NARROW)
+    autocast = precision(config, model, device)
     parallel = model
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(
@@ -753,13 +756,11 @@ def train(config, model, arguments, optimizer, records, steps, saved, log, world
         for _ in range(config.accumulate):
             images, rows = next(batches)
             images = data.normalize(images.to(device, non_blocking=True), config.mean, config.std)
-            report = None
-            if not config.image_only:
-                # Words are hidden anew in every epoch, so that no report can be learned by heart
-                report = mask_report(records.tokenizer, records.tokens[rows], records.words[rows],
-                                     config.word_ratio)
-                report = [part.to(device) for part in report]
-            with autocast():  # the losses themselves are float32: bfloat16 has two or three digits
+            # Other words are hidden each time, so that no report can be learned by heart
+            report = records.hidden_words(rows, config)
+            # Only the multiplications run in bfloat16. The losses are float32, because bfloat16's
+            # two or three digits would round away what one step gains
+            with autocast():
                 image_loss, report_loss = parallel(images, report, not config.report_only,
                                                    config.mask_ratio)
             ((image_loss + report_loss) / config.accumulate).backward()
@@ -798,8 +799,8 @@ def show(config, result, history):
     out = Path(config.out)
     data.save_plot(out / "curves.png", curves, "MRM pretraining", "step", "loss")
     print(f"held-out losses: image {result['heldout_image_loss']:.3f}, "
-          f"report {result['heldout_report_loss']:.3f}; {result['images_per_second']:.0f} images/s, "
-          f"{100 * result['share_waiting_for_data']:.0f} % of the time waiting for data; "
+          f"report {result['heldout_report_loss']:.3f}; {result['images_per_second']:.0f} "
+          f"images/s, {100 * result['share_waiting_for_data']:.0f} % of the time waiting for data; "
           f"{out / 'last.pt'}")
 
 
@@ -874,8 +875,7 @@ def restored_pictures(model, images, config):
 
 
 def caption(tokenizer, tokens, guesses, hidden, padding):
-    """A report in one line. Hidden tokens that follow each other stand in brackets, as
-    [truth > guess], or [truth] where the guess is right."""
+    """A report in one line, with hidden tokens as [truth > guess], or [truth] if guessed right."""
     text, start, length = "", 0, int((~padding).sum())
     while start < length:
         end = start
