@@ -141,7 +141,9 @@ SMALL = {
 
 def recipe_for(method, name, ratio, embed_dim):
     """The paper's recipe where the paper has this cell (ViT-B), else that of small models."""
-    return (embed_dim == 768 and RECIPES.get((method, name, ratio))) or SMALL[method]
+    if embed_dim == 768 and (method, name, ratio) in RECIPES:
+        return RECIPES[method, name, ratio]
+    return SMALL[method]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,12 +258,16 @@ def load_images(parts, config, kept):
 
 
 def demo_folder(init="mrm", seed=0):
-    """The folder of the MRM of the demo records that this kind of pretraining and seed gives."""
+    """Where the MRM lies that this pretraining of the demo records gives with this seed."""
     return str(Path("runs") / (f"{init}-demo" + (f"-{seed}" if seed else "")))
 
 
 def pretrain_demo(config, init="mrm", seed=0):
-    """Pretrains that MRM on first use. Returns its folder."""
+    """Pretrains the tiny MRM on the demo records, if `demo_folder` does not hold it yet.
+
+    init: mrm, or image-only or report-only, which leave one of the two losses out. Returns the
+    folder.
+    """
     folder = demo_folder(init, seed)
     if not (Path(folder) / "result.json").exists():
         print(f"no --weights given: pretraining the tiny {init} on the demo records first, into "
@@ -275,7 +281,7 @@ def pretrain_demo(config, init="mrm", seed=0):
 
 
 def fill_cell(config):
-    """`config` with the options that say which cell is run: method, ratio and folder."""
+    """`config` with the options that say which run this is: method, ratio and folder."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
     ratio = 10 if config.data == "demo" else 100
@@ -284,9 +290,10 @@ def fill_cell(config):
 
 
 def fill_recipe(config):
-    """The configuration that runs: `config` with the values of its weights and its recipe.
+    """Reads the weights that a run starts from, and fills `config` from them and from its recipe.
 
-    Returns (config, sizes of the ViT, tensors by name or None for a random start).
+    Returns (config, sizes of the ViT, tensors by name or None for a random start). Raises
+    InputError for weights that are no ViT's.
     """
     if config.weights is None:
         config = dataclasses.replace(config, weights=pretrain_demo(config))
@@ -394,6 +401,7 @@ def finetune(config, kept=None):
         data.check_writable(config.out)
     parts, classes = read_lists(config)
     config, sizes, tensors = fill_recipe(config)
+    steps = data.number_of_steps(config, len(parts["train"].names), config.batch_size * world)
     data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors).to(device)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
@@ -412,7 +420,6 @@ def finetune(config, kept=None):
             if rank == 0:
                 base = {"model": lora.frozen_state_dict(model), "arguments": sizes}
                 data.save_checkpoint(log.out / "base.pt", base)
-    steps = data.number_of_steps(config, len(parts["train"].names), config.batch_size * world)
     if rank == 0:
         print_plan(config, model, len(parts["train"].names), steps, world, device)
     best, history = train(config, model, parts, steps, saved, backbone, log, device, world)
@@ -498,8 +505,8 @@ def print_plan(config, model, images, steps, world, device):
     count = lora.count_parameters(model)
     share = 100 * count["lora"] / (count["total"] - count["head"])
     print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
-          f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % of "
-          f"the backbone, fc_norm + head {count['head']:,}); {steps} steps of "
+          f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % "
+          f"of the backbone, fc_norm + head {count['head']:,}); {steps} steps of "
           f"{config.batch_size * world}, {device}")
 
 
@@ -644,7 +651,7 @@ def compare(config):
     config = data.fill(config, {"out": "runs/compare"})
     kept, table = {}, []
 
-    def run(cell):
+    def run(cell):  # `init` is that of the row below
         if config.weights is None and cell.weights != "scratch":
             pretrain_demo(config, init, cell.seed)
         finetune(cell, kept)

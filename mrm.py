@@ -875,7 +875,7 @@ def restored_pictures(model, images, config):
 
 
 def caption(tokenizer, tokens, guesses, hidden, padding):
-    """A report in one line, with hidden tokens as [truth > guess], or [truth] if guessed right."""
+    """A report in one line, its hidden words as [truth > guess], or [truth] if guessed right."""
     text, start, length = "", 0, int((~padding).sum())
     while start < length:
         end = start

@@ -403,3 +403,22 @@ def test_options_that_cannot_be_used_are_one_line(films, tmp_path, options, mess
     with pytest.raises(data.InputError, match=message) as error:
         mrm.pretrain(record_run(films, tmp_path / "run", **options))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
+    run = record_run(films, tmp_path / "run", steps=1)
+    mrm.pretrain(run)
+    mrm.reconstruct(mrm.MRMConfig(data="csv", root=str(films), holdout=8, weights=str(tmp_path / "run"), device="cpu"))
+    assert (tmp_path / "run/reconstruction.png").stat().st_size > 0
+    assert "of the hidden tokens are guessed right" in capsys.readouterr().out
+    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    model = mrm.MRM(**state["arguments"]).eval()
+    model.load_state_dict(state["model"])
+    images = torch.rand(3, 1, 96, 96)
+    with torch.no_grad():
+        rows, _ = mrm.restored_pictures(model, images, mrm.fill_options(run, 1))
+    patches = [torch.stack([mrm.patchify(picture[None], 24)[0] for picture in row]) for row in rows]
+    for original, masked, restored in patches:  # visible patches are themselves, hidden ones one grey
+        hidden = masked.std(-1) < 1e-6
+        assert hidden.sum() == 2 and torch.equal(masked[~hidden], restored[~hidden])
+        torch.testing.assert_close(restored[~hidden], original[~hidden], atol=1e-5, rtol=0)
