@@ -151,8 +151,7 @@ class FinetuneConfig(RunConfig):
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
-    ratio: int = option(None, "percent of the training labels: 1, 10 or 100 (default: 10 for the "
-                        "demo, else 100)")
+    ratio: int = option(None, "percent of the labels (default: 10 for the demo, else 100)")
     weights: str = option(None, "checkpoint, run folder or 'scratch' (default: the demo MRM, "
                           "pretrained on first use)")
     method: str = option(None, "what is trained: everything; LoRA + fc_norm + head; fc_norm + head "
@@ -163,35 +162,30 @@ class FinetuneConfig(RunConfig):
     dropout: float = option(0.1, "dropout on the input of LoRA's A", within="[0, 1)")
     optimizer: str = option(None, "sgd has momentum 0.9", choices=["sgd", "adamw"])
     weight_decay: float = option(None, "weight decay of the optimiser", within="[0, inf)")
-    layer_decay: float = option(None, "factor of the learning rate from a block to the one before "
-                                "it", within="(0, 1]")
+    layer_decay: float = option(None, "rate of a block over that of the next", within="(0, 1]")
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     drop_path: float = option(None, "chance to skip a branch of the last block", within="[0, 1)")
-    min_crop: float = option(None, "smallest share of the image that a training crop covers",
-                             within="(0, 1]")
+    min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     flip: bool = option(False, "flip training images left-right at random (not where labels or "
                         "reports name sides)")
-    mean: float = option(None, "mean of the pixels in [0, 1] (default: the weights', else "
-                         "MIMIC-CXR's 0.4978)")
+    mean: float = option(None, "mean of the pixels in [0, 1] (default: the weights', else 0.4978)")
     std: float = option(None, "their standard deviation (default: the weights', else 0.2449; "
                         "CXR-MAE: mean 0.4785, 0.2834)", within="(0, inf)")
-    img_size: int = option(None, "side of the input in pixels (default: the weights')",
-                           within="[1, inf)")
+    img_size: int = option(None, "pixels a side (default: the weights')", within="[1, inf)")
     num_heads: int = option(None, "attention heads, for weights that do not say (default: width / "
                             "64)", within="[1, inf)")
     evaluations: int = option(10, "times the validation list is evaluated; the best state is kept",
                               within="[1, inf)")
-    skip_bad_lines: bool = option(False, "leave lines of a list that cannot be read out, instead "
-                                  "of stopping there")
-    predict: str = option("", "folder of images: write the probabilities of --weights for each, "
-                          "and stop", free=True)
+    skip_bad_lines: bool = option(False, "leave out lines that cannot be read instead of stopping")
+    predict: str = option("", "folder of images: write what --weights gives each, and stop",
+                          free=True)
     compare: bool = option(False, "run the table methods x inits x ratios x seeds, and stop",
                            free=True)
     methods: str = option("full,lora,linear", "for --compare", free=True)
     ratios: str = option("1,10,100", "for --compare", free=True)
     inits: str = option("mrm", "for --compare: of mrm, image-only, report-only, scratch", free=True)
-    seeds: int = option(3, "for --compare: seeds a cell (of the fine-tuning and, on the demo, of "
-                        "the pretraining)", within="[1, inf)", free=True)
+    seeds: int = option(3, "for --compare: seeds a cell, from --seed on (of fine-tuning and, on "
+                        "the demo, of pretraining)", within="[1, inf)", free=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +210,7 @@ def read_lists(config):
     """
     root = str(data.demo_root(config.root)) if config.data == "demo" else config.root
     parts, classes = {}, None
-    for part, path in data.split_files(config.data, root, config.split, config.ratio).items():
+    for part_name, path in data.split_files(config.data, root, config.split, config.ratio).items():
         names, labels = data.read_list(path, skip_bad=config.skip_bad_lines)
         paths = data.find_images(config.data, root, names, path)
         classes = classes or data.class_names(config.data, root, config.split, labels.shape[1])
@@ -224,10 +218,10 @@ def read_lists(config):
         lone = [name for name, count in zip(classes, positive) if not 0 < count < len(names)]
         if len(lone) == len(classes):
             raise InputError(path, "both labels of at least one class", "one label only in each")
-        if lone and part != "train":
+        if lone and part_name != "train":
             print(f"WARNING: {path}: one label only of {', '.join(lone)}: AUROC undefined, left "
                   "out of the mean")
-        parts[part] = Part(names, paths, labels)
+        parts[part_name] = Part(names, paths, labels)
     return parts, classes
 
 
@@ -370,7 +364,7 @@ def fingerprint(model):
 @torch.no_grad()
 def predict(model, images, config, device, rank=0, world=1):
     """Logits (n, k) of an ImageSet in its order. Every process computes its share of them."""
-    autocast, logits, rows = mrm.precision(config, model, device), [], []
+    autocast, logits, rows = mrm.autocast_for(config, model, device), [], []
     model.eval()
     for batch, index in data.eval_batches(images, 64, rank, world, config.workers):
         with autocast():
@@ -429,7 +423,7 @@ def finetune(config, kept=None):
     elif rank == 0:
         data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
     scores = predict(model, parts["test"].images, config, device, rank, world).numpy()
-    return report(config, model, parts, classes, scores, best, history, log)
+    return write_results(config, model, parts, classes, scores, best, history, log)
 
 
 @torch.no_grad()
@@ -443,7 +437,7 @@ def evaluate(model, part, config, device, rank, world):
 def train(config, model, parts, steps, saved, backbone, log, device, world):
     """The training loop. Returns (best, history): AUROC, step and trained tensors of the state that
     did best on the validation list, and a dict for each time it was evaluated."""
-    labels, autocast = parts["train"].labels.to(device), mrm.precision(config, model, device)
+    labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, config)
     step, history, best = 0, [], {"auroc": -1.0, "step": 0, "trained": None}
@@ -510,7 +504,7 @@ def print_plan(config, model, images, steps, world, device):
           f"{config.batch_size * world}, {device}")
 
 
-def report(config, model, parts, classes, scores, best, history, log):
+def write_results(config, model, parts, classes, scores, best, history, log):
     """Turns the test scores (n, k) into result.json, predictions.csv, pictures and a table.
 
     Returns the content of result.json.
@@ -525,7 +519,8 @@ def report(config, model, parts, classes, scores, best, history, log):
                                for name, value in zip(classes, per_class)},
         "val_auroc": best["auroc"], "best_step": best["step"],
         "split": config.split or config.data, "ratio": config.ratio, "method": config.method,
-        "weights": config.weights, "images": {name: len(p.names) for name, p in parts.items()},
+        "weights": config.weights,
+        "images": {name: len(listed.names) for name, listed in parts.items()},
         "trainable_parameters": count["trainable"], "lora_parameters": count["lora"],
         "head_parameters": count["head"], "total_parameters": count["total"],
         "steps": last["step"], "batch_size": config.batch_size, "lr": config.lr,
@@ -539,8 +534,8 @@ def report(config, model, parts, classes, scores, best, history, log):
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
     data.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
                    "false positive rate", "true positive rate", diagonal=True)
-    steps = [line["step"] for line in history]
-    curves = {name: (steps, [line[name] for line in history])
+    at = [line["step"] for line in history]
+    curves = {name: (at, [line[name] for line in history])
               for name in ("loss", "val_loss", "val_auroc")}
     data.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
     for name, value in zip(classes, per_class):

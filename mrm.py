@@ -600,7 +600,7 @@ class Records:
     tokens: torch.Tensor  # (n, L) of all reports, those of the held-out records last
     words: torch.Tensor  # (n, L): which word of its report a token belongs to
 
-    def hidden_words(self, rows, config, generator=None):
+    def report_batch(self, rows, config, generator=None):
         """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
         if config.image_only:
             return None
@@ -610,25 +610,25 @@ class Records:
 
 
 def load_records(config, device):
-    """Decodes the images as far as they fit into memory; learns the tokenizer and encodes reports.
+    """Decodes images into memory where they fit, learns the tokenizer and encodes the reports.
 
     A resumed run reads the tokenizer that it wrote when it began.
     """
     paths, reports = read_records(config)
-    sizes, train = MODELS[config.preset], len(paths) - config.holdout
+    sizes, count = MODELS[config.preset], len(paths) - config.holdout
     if config.resume:
         tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
     else:
-        tokenizer = data.train_tokenizer(reports[:train], config.vocab_size)
+        tokenizer = data.train_tokenizer(reports[:count], config.vocab_size)
     tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
     side, scale = 2 * sizes["img_size"], (config.min_crop, 1.0)
 
     def crop(images, generator):
         return data.random_resized_crop(images, side, scale, generator=generator)
 
-    images = data.ImageSet(paths[:train], side, crop, config.seed)
+    images = data.ImageSet(paths[:count], side, crop, config.seed)
     images.preload()
-    heldout = torch.stack([image for image, _ in data.ImageSet(paths[train:], side)]).to(device)
+    heldout = torch.stack([image for image, _ in data.ImageSet(paths[count:], side)]).to(device)
     heldout = data.normalize(heldout, config.mean, config.std)
     return Records(images, heldout, tokenizer, tokens, words)
 
@@ -669,7 +669,7 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def precision(config, model, device):
+def autocast_for(config, model, device):
     """`data.autocast` for a ViT: on a CPU --dtype auto takes bfloat16 for wide models alone."""
     return data.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
 
@@ -681,7 +681,7 @@ def evaluate(model, records, config, autocast):
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(records.heldout), model.pos_embed.shape[1] - 1, generator=generator)
     noise = noise.to(records.heldout.device)  # (B, N)
-    report = records.hidden_words(slice(len(records.images), None), config, generator)
+    report = records.report_batch(slice(len(records.images), None), config, generator)
     with autocast():
         image_loss, report_loss = model(records.heldout, report, not config.report_only,
                                         config.mask_ratio, noise)
@@ -731,7 +731,7 @@ def pretrain(config):
 def train(config, model, arguments, optimizer, records, steps, saved, log, world):
     """The training loop. Returns a dict for each time the held-out losses were measured."""
     device, step, history = records.heldout.device, 0, []
-    autocast = precision(config, model, device)
+    autocast = autocast_for(config, model, device)
     parallel = model
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(
@@ -757,7 +757,7 @@ def train(config, model, arguments, optimizer, records, steps, saved, log, world
             images, rows = next(batches)
             images = data.normalize(images.to(device, non_blocking=True), config.mean, config.std)
             # Other words are hidden each time, so that no report can be learned by heart
-            report = records.hidden_words(rows, config)
+            report = records.report_batch(rows, config)
             # Only the multiplications run in bfloat16. The losses are float32, because bfloat16's
             # two or three digits would round away what one step gains
             with autocast():
