@@ -151,7 +151,8 @@ class FinetuneConfig(RunConfig):
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
-    ratio: int = option(None, "percent of the labels (default: 10 for the demo, else 100)")
+    ratio: int = option(None, "percent of the labels (default: 10 for the demo, else 100)",
+                        within="[1, 100]")
     weights: str = option(None, "checkpoint, run folder or 'scratch' (default: the demo MRM, "
                           "pretrained on first use)")
     method: str = option(None, "what is trained: everything; LoRA + fc_norm + head; fc_norm + head "
