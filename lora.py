@@ -1,23 +1,42 @@
 """LoRA: a frozen linear layer learns through two thin matrices beside it.
 
-    y = x W^T + b + (alpha / r) * dropout(x) A^T B^T         A (r, in), B (out, r), only A and B are trained
+    y = x W^T + b + (alpha / r) * dropout(x) A^T B^T       A (r, in), B (out, r), trained alone
 
-    python lora.py merge --adapter runs/finetune/adapter.pt --out merged.pt   # base + adapter -> one plain ViT
-    python lora.py export-peft --adapter runs/finetune/adapter.pt --out DIR   # for Hugging Face's peft
+The plain form, of which `kernels.lora_linear` needs fewer passes over memory:
 
-Paper: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography: "Less Could Be Better: Parameter-efficient Fine-tuning
-Advances Medical Vision Foundation Models", 2024 (MED-PEFT): q and v of every block, alpha 32, dropout 0.1.
+    class PlainLoRA(nn.Module):
+        def __init__(self, linear, r, alpha):
+            super().__init__()
+            self.linear, self.scale = linear.requires_grad_(False), alpha / r
+            self.A = nn.Parameter(torch.randn(r, linear.in_features) / linear.in_features**0.5)
+            self.B = nn.Parameter(torch.zeros(linear.out_features, r))
+        def forward(self, x):
+            x, y = F.dropout(x, 0.1, self.training), self.linear(x)
+            return y + self.scale * (x @ self.A.T @ self.B.T)
+
+Attention's weights depend on q and k through their product alone, so that adapting q suffices to
+change where a token looks, and adapting v changes what it takes from there. The product B A sums
+over r directions, and alpha / r keeps the size of that sum, so that one alpha serves every rank.
+
+    python lora.py merge --adapter runs/finetune/adapter.pt    # base + adapter -> one plain ViT
+    python lora.py export-peft --adapter runs/finetune/adapter.pt --out DIR    # Hugging Face's peft
+
+Paper: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography: "Less Could Be Better:
+Parameter-efficient Fine-tuning Advances Medical Vision Foundation Models", 2024 (MED-PEFT): q and v
+of every block, alpha 32, dropout 0.1.
 
 Where this file departs from MED-PEFT's code, and why:
- 1. Merging is the explicit call `merge_lora`, in float64, with an inverse; there it happens inside train() / eval(),
-    a flag is left unset so that the delta counts twice, and the frozen weights drift.
- 2. B A is two thin products on the adapted columns alone; there it is a zero-padded grouped convolution.
- 3. An adapter file holds LoRA + fc_norm + head + what rebuilds the model; there a checkpoint holds everything.
+ 1. Merging is the explicit call `merge_lora`, in float64, with an inverse. There it happens inside
+    train() and eval(), a flag is left unset so that the delta counts twice, and the frozen weights
+    drift.
+ 2. B A is two thin products on the adapted columns alone. There it is a zero-padded grouped
+    convolution.
+ 3. An adapter file holds LoRA + fc_norm + head + what rebuilds the model. There a checkpoint holds
+    everything.
 
 Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank.
 """
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -29,22 +48,29 @@ import data
 import kernels
 from data import InputError, option
 
+# --------------------------------------------------------------------------------------------------
+# The layer
+
 
 class LoRALinear(nn.Linear):
     """`nn.Linear` with a low-rank addition on some of its output parts.
 
-    parts: one bool per equal output part, True where LoRA adds to it: (True, False, True) is q and v of a fused qkv.
-    Parameters: `weight` (out, in) and `bias` frozen by `add_lora`; `lora_A` (G*r, in) Kaiming-uniform(a = sqrt 5),
-    `lora_B` (G*out/P, r) zero, so that the layer starts as the plain one. Raises ValueError for sizes that do not fit.
+    parts: one bool per equal output part, True where LoRA adds to it: (True, False, True) is q and
+    v of a fused qkv. Parameters: `weight` (out, in) and `bias`, which `add_lora` freezes; `lora_A`
+    (G*r, in), Kaiming-uniform(a = sqrt 5); `lora_B` (G*out/P, r), zero, so that the layer starts as
+    the plain one. Raises ValueError for sizes that do not fit.
     """
 
-    def __init__(self, in_features, out_features, rank, alpha=32, dropout=0.1, parts=(True,), bias=True, **kwargs):
+    def __init__(self, in_features, out_features, rank, alpha=32, dropout=0.1, parts=(True,),
+                 bias=True, **kwargs):
         if rank < 1 or not any(parts) or out_features % len(parts):
-            raise ValueError(f"LoRA needs rank >= 1, an adapted part and {out_features} outputs divisible by the "
-                             f"{len(parts)} parts, found rank {rank}, parts {tuple(parts)}")
+            raise ValueError(f"LoRA needs rank >= 1, an adapted part and {out_features} outputs "
+                             f"divisible by the {len(parts)} parts, found rank {rank}, parts "
+                             f"{tuple(parts)}")
         super().__init__(in_features, out_features, bias, **kwargs)
         groups = sum(parts)
-        self.rank, self.parts, self.scale, self.dropout = rank, tuple(map(bool, parts)), alpha / rank, dropout
+        self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
+        self.parts = tuple(bool(part) for part in parts)
         self.merged = False
         self.lora_A = nn.Parameter(self.weight.new_empty(groups * rank, in_features))
         self.lora_B = nn.Parameter(self.weight.new_zeros(groups * out_features // len(parts), rank))
@@ -56,32 +82,33 @@ class LoRALinear(nn.Linear):
         if self.merged:
             return super().forward(x)
         dropout = self.dropout if self.training else 0.0
-        return kernels.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.parts, dropout)
+        return kernels.lora_linear(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale,
+                                   self.parts, dropout)
 
     @torch.no_grad()
     def delta(self):
-        """What merging adds to `weight`: scale * B_g A_g on adapted parts, 0 elsewhere, (out, in) in float64."""
+        """What merging adds to `weight`, (out, in) in float64: scale * B_g A_g on the adapted
+        parts, 0 on the others."""
         delta = torch.zeros_like(self.weight, dtype=torch.float64)
-        adapted = [part for part, on in zip(delta.chunk(len(self.parts)), self.parts) if on]  # views of (out/P, in)
-        A, B = self.lora_A.double().chunk(len(adapted)), self.lora_B.double().chunk(len(adapted))
-        for part, A_g, B_g in zip(adapted, A, B):
-            part.copy_(self.scale * B_g @ A_g)
+        views = delta.chunk(len(self.parts))  # each (out/P, in)
+        adapted = [view for view, on in zip(views, self.parts) if on]
+        As = self.lora_A.double().chunk(len(adapted))
+        Bs = self.lora_B.double().chunk(len(adapted))
+        for view, A, B in zip(adapted, As, Bs):
+            view.copy_(self.scale * B @ A)
         return delta
-
-    @torch.no_grad()
-    def _add(self, sign):
-        self.weight.copy_(self.weight.double() + sign * self.delta())
-        self.merged = sign > 0
 
     def extra_repr(self):
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}, parts={self.parts}"
 
 
-def add_lora(model, rank=4, alpha=32, dropout=0.1, targets={"qkv": (True, False, True)}, train=("fc_norm", "head")):
-    """Replaces the linear layers whose last name is in `targets` (name -> parts) and freezes all but LoRA and `train`.
+def add_lora(model, rank=4, alpha=32, dropout=0.1, targets={"qkv": (True, False, True)},
+             train=("fc_norm", "head")):
+    """Puts LoRA on the linear layers whose last name is in `targets` (name -> parts) and freezes
+    everything but LoRA and the modules `train`.
 
-    The layers keep their weights and their state-dict keys. Returns the model, changed in place; raises ValueError if
-    no layer has such a name or the model holds LoRA already.
+    The layers keep their weights and their state-dict keys. Returns the model, changed in place.
+    Raises ValueError if no layer has such a name or the model holds LoRA already.
     """
     found = [(name, layer) for name, layer in model.named_modules()
              if name.rpartition(".")[2] in targets and isinstance(layer, nn.Linear)]
@@ -91,8 +118,9 @@ def add_lora(model, rank=4, alpha=32, dropout=0.1, targets={"qkv": (True, False,
         if isinstance(layer, LoRALinear):
             raise ValueError(f"{name} is a LoRA layer already")
         parent, _, child = name.rpartition(".")
-        new = LoRALinear(layer.in_features, layer.out_features, rank, alpha, dropout, targets[child],
-                         layer.bias is not None, device=layer.weight.device, dtype=layer.weight.dtype)
+        new = LoRALinear(layer.in_features, layer.out_features, rank, alpha, dropout,
+                         targets[child], layer.bias is not None, device=layer.weight.device,
+                         dtype=layer.weight.dtype)
         new.weight, new.bias = layer.weight, layer.bias
         new.train(layer.training)
         setattr(model.get_submodule(parent), child, new)
@@ -105,89 +133,112 @@ def lora_layers(model):
     return [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
 
 
+@torch.no_grad()
 def merge_lora(model):
-    """Adds every delta to its frozen weight (in float64, rounded once), so that inference costs nothing extra."""
+    """Adds every delta to its frozen weight (in float64, rounded once), so that inference costs
+    nothing extra. A merged layer is left as it is. Returns the model, changed in place."""
     for layer in lora_layers(model):
         if not layer.merged:
-            layer._add(+1)
+            layer.weight.copy_(layer.weight.double() + layer.delta())
+            layer.merged = True
     return model
 
 
+@torch.no_grad()
 def unmerge_lora(model):
     """The inverse of `merge_lora`, exact to one rounding of the weights."""
     for layer in lora_layers(model):
         if layer.merged:
-            layer._add(-1)
+            layer.weight.copy_(layer.weight.double() - layer.delta())
+            layer.merged = False
     return model
 
 
+# --------------------------------------------------------------------------------------------------
+# The parts of a model, and adapter files
+
+
+def part_of(name):
+    """Which part of a model a tensor belongs to, by its name: "lora", "head" (fc_norm and head) or
+    "backbone"."""
+    if "lora_" in name:
+        return "lora"
+    return "head" if name.split(".")[0] in ("fc_norm", "head") else "backbone"
+
+
 def count_parameters(model):
-    """{"lora", "head" (fc_norm + head), "trainable", "total"}: `total` is the deployed model, without LoRA's own."""
-    count = dict.fromkeys(("lora", "head", "trainable", "total"), 0)
+    """{"lora", "head", "trainable", "total"}: `total` is the deployed model, without LoRA's own."""
+    count = dict.fromkeys(("lora", "head", "backbone", "trainable"), 0)
     for name, parameter in model.named_parameters():
-        part = "lora" if "lora_" in name else "head" if name.split(".")[0] in ("fc_norm", "head") else None
-        if part:
-            count[part] += parameter.numel()
-        count["trainable"] += parameter.numel() * parameter.requires_grad
-        count["total"] += parameter.numel() * (part != "lora")
+        count[part_of(name)] += parameter.numel()
+        if parameter.requires_grad:
+            count["trainable"] += parameter.numel()
+    count["total"] = count.pop("backbone") + count["head"]
     return count
 
 
 def lora_state_dict(model):
     """What an adapter file must hold: every tensor of LoRA, fc_norm and head."""
     return {name: tensor for name, tensor in model.state_dict().items()
-            if "lora_" in name or name.split(".")[0] in ("fc_norm", "head")}
+            if part_of(name) != "backbone"}
 
 
 def frozen_state_dict(model):
     """The rest: the backbone an adapter was trained on, under plain ViT keys."""
-    adapter = lora_state_dict(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in adapter}
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if part_of(name) == "backbone"}
 
 
 def save_adapter(path, model, **extra):
-    """Writes LoRA + fc_norm + head + what rebuilds them (rank, alpha, dropout, targets) + `extra` plain values."""
-    layers = {name.rpartition(".")[2]: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    """Writes LoRA + fc_norm + head, what rebuilds them (rank, alpha, dropout, targets) and `extra`
+    plain values."""
+    layers = {name.rpartition(".")[2]: layer for name, layer in model.named_modules()
+              if isinstance(layer, LoRALinear)}
     layer = next(iter(layers.values()))
     settings = {"rank": layer.rank, "alpha": layer.scale * layer.rank, "dropout": layer.dropout,
                 "targets": {name: layer.parts for name, layer in layers.items()}}
-    adapter = {name: tensor.detach().cpu().contiguous() for name, tensor in lora_state_dict(model).items()}
+    adapter = {name: tensor.detach().cpu().contiguous()
+               for name, tensor in lora_state_dict(model).items()}
     data.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
 
 
 def read_adapter_file(path):
-    """The dict of an adapter file; InputError where it is none."""
-    state = data.load_checkpoint(path)
-    if not {"adapter", "lora"} <= state.keys():
-        raise InputError(f"{path}: expected an adapter (entries 'adapter' and 'lora'), found {sorted(state)[:5]}")
-    if not isinstance(state["adapter"], dict) or not any(name.endswith(".lora_A") for name in state["adapter"]):
-        raise InputError(f"{path}: expected tensors of LoRA in 'adapter', found none")
-    if not isinstance(state["lora"], dict) or not {"rank", "alpha", "dropout", "targets"} <= state["lora"].keys():
-        raise InputError(f"{path}: expected rank, alpha, dropout and targets in 'lora', found {state['lora']}")
-    return state
+    """All that an adapter file holds, as a dict. Raises InputError where it is no adapter."""
+    saved = data.load_checkpoint(path)
+    if not {"adapter", "lora"} <= saved.keys():
+        raise InputError(path, "an adapter (entries 'adapter' and 'lora')", sorted(saved)[:5])
+    adapter, settings = saved["adapter"], saved["lora"]
+    if not isinstance(adapter, dict) or not any(name.endswith(".lora_A") for name in adapter):
+        raise InputError(path, "tensors of LoRA in 'adapter'", "none")
+    needed = {"rank", "alpha", "dropout", "targets"}
+    if not isinstance(settings, dict) or not needed <= settings.keys():
+        raise InputError(path, "rank, alpha, dropout and targets in 'lora'", settings)
+    return saved
 
 
 def load_adapter(model, path):
-    """Adds LoRA as the file says and loads it, fc_norm and head into `model`; returns the file's dict.
+    """Adds LoRA as the file says and loads it, fc_norm and head into `model`.
 
-    Raises InputError where the file is no adapter or was trained on a model of another size.
+    Returns all that the file holds. Raises InputError where it is no adapter or was trained on a
+    model of another size.
     """
-    state = read_adapter_file(path)
+    saved = read_adapter_file(path)
     if not lora_layers(model):
-        add_lora(model, **state["lora"])
+        add_lora(model, **saved["lora"])
     own = lora_state_dict(model)
-    for name, tensor in state["adapter"].items():
+    for name, tensor in saved["adapter"].items():
         if name not in own or own[name].shape != tensor.shape:
             found = tuple(own[name].shape) if name in own else "no such tensor"
-            raise InputError(f"{path}: {name} {tuple(tensor.shape)} does not fit the model ({found}): the adapter was "
-                             "trained on other weights")
-    if missing := sorted(own.keys() - state["adapter"].keys()):
-        raise InputError(f"{path}: {len(missing)} tensors of the adapter are missing, {missing[0]} first")
-    model.load_state_dict(state["adapter"], strict=False)
-    return state
+            raise InputError(f"{path}: {name} {tuple(tensor.shape)} does not fit the model "
+                             f"({found}): the adapter was trained on other weights")
+    if missing := sorted(own.keys() - saved["adapter"].keys()):
+        raise InputError(f"{path}: {len(missing)} tensors of the adapter are missing, "
+                         f"{missing[0]} first")
+    model.load_state_dict(saved["adapter"], strict=False)
+    return saved
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -195,43 +246,51 @@ def load_adapter(model, path):
 class LoRAConfig:
     adapter: str = option("runs/finetune/adapter.pt", "adapter file of a fine-tuning run")
     weights: str = option("", "base checkpoint (default: the one the adapter names)")
-    out: str = option("", "file (merge) or folder (export-peft) to write (default: merged.pt or peft beside the adapter)")
+    out: str = option("", "file (merge) or folder (export-peft) to write (default: merged.pt or "
+                      "peft beside the adapter)")
 
 
 def read_adapter(config):
-    """(base state dict, adapter's dict) of a command line; InputError where either cannot be used."""
+    """What a command works on: (base tensors by name, all that the adapter file holds, names of the
+    adapted layers). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
     if not config.weights and "weights" not in saved:
         raise InputError(f"{config.adapter}: names no base weights; give them with --weights")
     source = data.checkpoint_file(config.weights or saved["weights"], "best.pt", "last.pt")
     base = data.load_checkpoint(source)
     base = base.get("model", base)
-    for name, A in saved["adapter"].items():
-        if name.endswith(".lora_A"):
-            weight, B = base.get(name[:-6] + "weight"), saved["adapter"].get(name[:-1] + "B")
-            if weight is None or weight.shape[1] != A.shape[1]:
-                raise InputError(f"{source}: {name[:-6]}weight does not fit {config.adapter}: other weights than it was "
-                                 "trained on")
-            parts, rank = saved["lora"]["targets"][name.split(".")[-2]], saved["lora"]["rank"]
-            if B is None or B.shape != (sum(parts) * len(weight) // len(parts), rank) or len(A) != sum(parts) * rank:
-                found = "no such tensor" if B is None else tuple(B.shape)
-                raise InputError(f"{config.adapter}: {name[:-1]}B does not fit {name} and the weights ({found})")
-    return base, saved
+    adapter, rank = saved["adapter"], saved["lora"]["rank"]
+    layers = [name.removesuffix(".lora_A") for name in adapter if name.endswith(".lora_A")]
+    for name in layers:
+        weight, A = base.get(name + ".weight"), adapter[name + ".lora_A"]
+        if weight is None or weight.shape[1] != A.shape[1]:
+            raise InputError(f"{source}: {name}.weight does not fit {config.adapter}: other "
+                             "weights than it was trained on")
+        parts, B = saved["lora"]["targets"][name.rpartition(".")[2]], adapter.get(name + ".lora_B")
+        fits = B is not None and B.shape == (sum(parts) * len(weight) // len(parts), rank)
+        if not fits or len(A) != sum(parts) * rank:
+            found = "no such tensor" if B is None else tuple(B.shape)
+            raise InputError(f"{config.adapter}: {name}.lora_B does not fit {name}.lora_A and the "
+                             f"weights ({found})")
+    return base, saved, layers
 
 
 def merge(config):
-    """Writes one plain ViT checkpoint: the base encoder with every delta added, fc_norm and head of the adapter."""
-    base, saved = read_adapter(config)
+    """Writes one plain ViT: the base encoder with every delta added, fc_norm and head of the
+    adapter."""
+    base, saved, layers = read_adapter(config)
     settings, adapter = saved["lora"], saved["adapter"]
     merged = {name: tensor for name, tensor in base.items()
               if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks")}
-    for name in [name[:-len(".lora_A")] for name in adapter if name.endswith(".lora_A")]:
+    for name in layers:
         weight = base[name + ".weight"]
         parts = settings["targets"][name.rpartition(".")[2]]
-        layer = LoRALinear(weight.shape[1], weight.shape[0], settings["rank"], settings["alpha"], parts=parts, bias=False)
-        layer.load_state_dict({"weight": weight, "lora_A": adapter[name + ".lora_A"], "lora_B": adapter[name + ".lora_B"]})
+        layer = LoRALinear(weight.shape[1], weight.shape[0], settings["rank"], settings["alpha"],
+                           parts=parts, bias=False)
+        layer.load_state_dict({"weight": weight, "lora_A": adapter[name + ".lora_A"],
+                               "lora_B": adapter[name + ".lora_B"]})
         merged[name + ".weight"] = merge_lora(layer).weight.detach()
-    merged |= {name: tensor for name, tensor in adapter.items() if "lora_" not in name}
+    merged |= {name: tensor for name, tensor in adapter.items() if part_of(name) == "head"}
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
     about = {name: saved[name] for name in ("sizes", "classes", "mean", "std") if name in saved}
     data.save_checkpoint(out, {"model": merged, **about})
@@ -239,40 +298,45 @@ def merge(config):
 
 
 def export_peft(config):
-    """Writes the adapter in the format of Hugging Face's peft (LoRA on a whole fused qkv, B block-diagonal).
+    """Writes the adapter in the format of Hugging Face's peft, which has one A and B a layer.
 
-    G adapted parts of rank r become one adapter of rank G*r: A stays (G*r, in), B_g fills the rows of its part and the
-    columns of its rank; peft scales by lora_alpha / (G*r), so lora_alpha = scale * G*r. `modules_to_save` are left out:
-    fc_norm and head stay in the adapter file.
+    The G adapted parts of rank r become one adapter of rank G*r. A stays (G*r, in). B (out, G*r) is
+    block-diagonal: B_g fills the rows of its part and the columns of its rank. peft scales by
+    lora_alpha / (G*r), so that lora_alpha = scale * G*r. fc_norm and head stay in the adapter file.
     """
-    base, saved = read_adapter(config)
-    settings, state = saved["lora"], {}
+    base, saved, layers = read_adapter(config)
+    settings, adapter, tensors = saved["lora"], saved["adapter"], {}
     out = Path(config.out or Path(config.adapter).with_name("peft"))
-    for name, A in saved["adapter"].items():
-        if name.endswith(".lora_A"):
-            name = name[:-len(".lora_A")]
-            parts, rows = settings["targets"][name.rpartition(".")[2]], base[name + ".weight"].shape[0]
-            groups = iter(saved["adapter"][name + ".lora_B"].chunk(sum(parts)))
-            B, column = torch.zeros(rows, len(A)), 0
-            for block, on in zip(B.chunk(len(parts)), parts):  # (out/P, G*r) views
-                if on:
-                    block[:, column : column + settings["rank"]] = next(groups)
-                    column += settings["rank"]
-            state[f"base_model.model.{name}.lora_A.weight"] = A
-            state[f"base_model.model.{name}.lora_B.weight"] = B
-            rank = len(A)
-    description = {"peft_type": "LORA", "r": rank, "lora_alpha": settings["alpha"] / settings["rank"] * rank,
-                   "lora_dropout": settings["dropout"], "target_modules": list(settings["targets"]), "bias": "none"}
-    data.save_checkpoint(out / "adapter_model.bin", state)
-    data.atomic_write(out / "adapter_config.json", lambda file: file.write(json.dumps(description, indent=1).encode()))
-    print(f"{out}: {len(state)} tensors of rank {rank} for peft")
+    for name in layers:
+        A, rank = adapter[name + ".lora_A"], settings["rank"]
+        parts = settings["targets"][name.rpartition(".")[2]]
+        adapted = [part for part, on in enumerate(parts) if on]
+        B = torch.zeros(len(base[name + ".weight"]), len(A))
+        rows = B.chunk(len(parts))  # views (out/P, G*r)
+        for g, B_g in enumerate(adapter[name + ".lora_B"].chunk(len(adapted))):
+            rows[adapted[g]][:, g * rank : (g + 1) * rank] = B_g
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    whole = len(A)  # G*r
+    description = {"peft_type": "LORA", "r": whole,
+                   "lora_alpha": settings["alpha"] / settings["rank"] * whole,
+                   "lora_dropout": settings["dropout"],
+                   "target_modules": list(settings["targets"]), "bias": "none"}
+    data.save_checkpoint(out / "adapter_model.bin", tensors)
+    data.write_json(out / "adapter_config.json", description)
+    print(f"{out}: {len(tensors)} tensors of rank {whole} for peft")
 
 
 def main():
     commands = {"merge": merge, "export-peft": export_peft}
+    usage = f"usage: python lora.py {' | '.join(commands)} [--help]"
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(f"{__doc__}\n{usage}")
+        return
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        raise InputError(f"usage: python lora.py {' | '.join(commands)} [--help]")
-    commands[sys.argv[1]](data.parse_config(LoRAConfig, sys.argv[2:], commands[sys.argv[1]].__doc__))
+        raise InputError(usage)
+    command = commands[sys.argv[1]]
+    command(data.parse_config(LoRAConfig, sys.argv[2:], command.__doc__))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,33 @@
-"""MRM, masked record modeling: a ViT learns radiographs from hidden image patches and hidden report words.
+"""MRM, masked record modeling: a ViT learns from radiographs and reports of which parts are hidden.
 
-    python mrm.py                                   # pretrain the tiny preset on the demo records
-    python mrm.py --data csv --root DIR --preset base        # the paper's ViT-B/16 on DIR/training.csv
-    python mrm.py --reconstruct --weights runs/mrm  # picture: original, masked input, restored, report
-    torchrun --nproc_per_node=2 mrm.py ...          # several GPUs
+    python mrm.py                                        # pretrains the tiny preset on demo records
+    python mrm.py --data csv --root DIR --preset base    # the paper's ViT-B/16 on DIR/training.csv
+    python mrm.py --reconstruct --weights runs/mrm       # a picture of what it restores
+    torchrun --nproc_per_node=2 mrm.py ...               # several GPUs
 
-Paper: Zhou et al., "Advancing Radiograph Representation Learning with Masked Record Modeling", ICLR 2023.
+Paper: Zhou et al., "Advancing Radiograph Representation Learning with Masked Record Modeling",
+ICLR 2023.
 
 Where this file departs from the paper or its official code, and why:
- 1. The sin-cos frequencies are 10000^(-i / (D/4)), from 1 down to 1e-4; the official code divides twice and stops at
-    0.1. Weights carry their own `pos_embed`, so published ones load and work all the same.
- 2. The report loss counts hidden tokens alone (the paper's equation 2); the official code counts every position,
-    visible words and padding included.
- 3. Images are never flipped: their reports say left and right.
- 4. Words are byte pairs trained on the reports at hand instead of BERT's 30,000 pieces; a word is still hidden whole.
- 5. The vocabulary head runs on hidden tokens only: the same loss, half of the largest multiplication saved.
- 6. The last few records (`holdout`) are never trained on; log.jsonl and --reconstruct show the losses and words there.
- 7. The report decoder is pre-norm and normalises the image's vector first. The official post-norm BERT, with its
-    unnormalised vector, needs many more steps before its words, and through them the encoder, heed the image. Its
-    blocks are the ViT's: dropout acts on what a branch adds, not on attention weights too.
- 8. The tiny preset alone: each image is standardised by itself, 1/8 of patches and 90 % of words are hidden. Its ViT has
-    16 patches, and a demo report's visible words give many hidden ones away without a look at the image.
+ 1. The sin-cos frequencies are 10000^(-i / (D/4)) and go from 1 down to 1e-4. The official code
+    divides twice and stops at 0.1. Weights carry their own `pos_embed`, so published ones work.
+ 2. The report loss counts hidden tokens alone (equation 2). The official code counts every
+    position, visible words and padding included.
+ 3. Images are never flipped, because their reports say left and right.
+ 4. Tokens are byte pairs trained on the reports at hand instead of BERT's 30,000 word pieces. A
+    word is still hidden whole.
+ 5. The vocabulary head runs on hidden tokens only, which saves half of the largest multiplication.
+ 6. The last few records (`holdout`) are never trained on; losses and pictures show them.
+ 7. The report decoder is pre-norm and normalises the image's vector before it adds it to the
+    words. The official post-norm BERT adds the vector as it is, and needs many more steps before
+    its guesses depend on the image; until then the report loss teaches the encoder nothing.
+    Dropout acts on what a branch adds, not on attention weights too.
+ 8. Only in the tiny preset, each image is standardised by itself, and 1/8 of the patches and 90 %
+    of the words are hidden. Its ViT has 16 patches, and the visible words of a demo report would
+    give many hidden ones away without a look at the image.
 
-Shapes: B batch, N patches, V visible patches, D width, p patch side in pixels, C channels, L report tokens.
+Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
+tokens of a report.
 """
 import dataclasses
 import math
@@ -37,12 +42,12 @@ from tqdm import tqdm
 import data
 from data import InputError, RunConfig, option
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Patches and positions
 
 
 def patchify(images, p):
-    """(B, C, H, W) -> (B, N, p*p*C), row by row; within a patch: row, column, channel, as in MAE."""
+    """(B, C, H, W) -> (B, N, p*p*C), patches row by row; in a patch: row, column, channel (MAE)."""
     B, C, H, W = images.shape
     x = images.reshape(B, C, H // p, p, W // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
@@ -56,25 +61,28 @@ def unpatchify(patches, p, channels=1):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, side * p, side * p)
 
 
-def sincos_positions(dim, side, cls_token=True):
-    """Fixed 2-D sin-cos positions (1, [1 +] side*side, dim): a quarter each sin x, cos x, sin y, cos y, as in MAE."""
+def sincos_positions(dim, side):
+    """Fixed 2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first.
+
+    A quarter of the numbers each is sin x, cos x, sin y, cos y at falling frequencies, as in MAE.
+    """
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, found {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)
     place = torch.arange(side, dtype=torch.float64)
     y, x = torch.meshgrid(place, place, indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in (x, y)]  # 2 of (N, D/4)
-    positions = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()
-    if cls_token:
-        positions = torch.cat([torch.zeros(1, dim), positions])
-    return positions.unsqueeze(0)
+    x, y = (axis.reshape(-1, 1) * frequency for axis in (x, y))  # angles (N, D/4)
+    patches = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
+    return torch.cat([torch.zeros(1, dim), patches]).unsqueeze(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The vision transformer, under timm's names
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^T / sqrt(D / heads)) v in each head, then `proj`."""
+
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -84,12 +92,15 @@ class Attention(nn.Module):
     def forward(self, x, mask=None):
         """x (B, N, D); mask (B, 1, 1, N) bool: which tokens are attended to (None: all)."""
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 of (B, heads, N, D/heads)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, on each token by itself."""
+
     def __init__(self, dim, hidden):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -100,8 +111,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. `drop_path`: the probability of skipping a branch for a sample (Huang et al., 2016);
-    `dropout`: of zeroing a number of a branch."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `drop_path` is the probability that a sample skips a branch (Huang et al., 2016), `dropout` the
+    probability that a number of a branch becomes zero. Both act in training alone.
+    """
 
     def __init__(self, dim, num_heads, drop_path=0.0, dropout=0.0):
         super().__init__()
@@ -111,43 +125,48 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, 4 * dim)
         self.drop_path, self.dropout = drop_path, dropout
 
-    def branch(self, x):
+    def drop(self, x):
+        """What is left of a branch's output x (B, N, D). Its expectation is x."""
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         if not self.training or self.drop_path == 0:
             return x
         keep = 1 - self.drop_path
-        return x * torch.empty(len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep) / keep
+        kept = torch.empty(len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
+        return x * kept / keep
 
     def forward(self, x, mask=None):
-        x = x + self.branch(self.attn(self.norm1(x), mask))
-        return x + self.branch(self.mlp(self.norm2(x)))
+        x = x + self.drop(self.attn(self.norm1(x), mask))
+        return x + self.drop(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
+    """A linear map of each patch, kept in a convolution's shape for timm's state dicts."""
+
     def __init__(self, patch_size, in_chans, embed_dim):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, images):
-        """(B, C, H, W) -> (B, N, D). One matrix product: a convolution whose stride is its kernel, faster on a CPU."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), as `patchify` orders a patch
+        """(B, C, H, W) -> (B, N, D), as one matrix product, which a CPU does faster."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C), as `patchify` has it
         return F.linear(patchify(images, self.proj.kernel_size[0]), weight, self.proj.bias)
 
 
 class ViT(nn.Module):
-    """Vision transformer with timm's state-dict keys (Dosovitskiy et al., 2021; LayerNorm eps 1e-6).
+    """Vision transformer with timm's state-dict keys (Dosovitskiy et al., 2021).
 
-    With `num_classes` > 0: tokens -> mean over patches -> fc_norm -> head, logits (B, num_classes); without, `norm` on
-    every token. Square images of `img_size` pixels. Raises ValueError where the sizes do not divide.
+    With `num_classes` > 0 the mean over patch tokens goes through fc_norm and head to logits
+    (B, num_classes). Without, `norm` of every token is returned. Images are squares of `img_size`
+    pixels. Raises ValueError for sizes that do not divide.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12, num_heads=12, num_classes=0,
-                 drop_path=0.0):
+    def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12,
+                 num_heads=12, num_classes=0, drop_path=0.0):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
-            raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, and embed_dim "
-                             f"{embed_dim} of num_heads {num_heads}")
+            raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
+                             f"and embed_dim {embed_dim} of num_heads {num_heads}")
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -163,20 +182,28 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.view(embed_dim, -1))
 
-    def tokens(self, images):
-        """(B, C, H, W) -> (B, 1 + N, D) after all blocks, before the last norm."""
+    def embed(self, images):
+        """(B, C, H, W) -> (B, N, D): embedded patches with their positions, without class token."""
         expected = (self.in_chans, self.img_size, self.img_size)
         if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"expected images of shape (B, {', '.join(map(str, expected))}), found {tuple(images.shape)}")
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
+            raise ValueError(f"expected images of shape (B, {', '.join(map(str, expected))}), "
+                             f"found {tuple(images.shape)}")
+        return self.patch_embed(images) + self.pos_embed[:, 1:]
+
+    def run_blocks(self, x):
+        """(B, n, D) -> (B, 1 + n, D): puts the class token first and runs every block."""
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls, x], dim=1)
         for block in self.blocks:
             x = block(x)
         return x
 
+    def tokens(self, images):
+        """(B, C, H, W) -> (B, 1 + N, D) after all blocks, before the last norm."""
+        return self.run_blocks(self.embed(images))
+
     def features(self, images):
-        """(B, C, H, W) -> (B, D): the mean over patch tokens, normalised. What the head, or a linear probe, sees."""
+        """(B, C, H, W) -> (B, D): fc_norm of the mean over patch tokens, which the head sees."""
         return self.fc_norm(self.tokens(images)[:, 1:].mean(1))
 
     def forward(self, images):
@@ -192,18 +219,19 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masked record modeling
+# --------------------------------------------------------------------------------------------------
+# The report decoder. The image decoder is part of `MRM`, because MAE's keys have it there
 
 
 class ReportDecoder(nn.Module):
-    """Fills the hidden words of a report in, given the image: a small BERT (paper section 3.2), pre-norm.
+    """Guesses the hidden words of a report, given the image: a small BERT (paper, section 3.2).
 
-    The image enters as one normalised vector added to every token embedding. The vocabulary head shares the embedding's
-    weights.
+    The image enters as one normalised vector that is added to every token embedding. The vocabulary
+    head shares the weights of the token embedding.
     """
 
-    def __init__(self, vocab_size, image_dim, dim=384, depth=6, num_heads=6, max_length=100, dropout=0.1):
+    def __init__(self, vocab_size, image_dim, dim=384, depth=6, num_heads=6, max_length=100,
+                 dropout=0.1):
         super().__init__()
         self.image_norm = nn.LayerNorm(image_dim)
         self.image_embed = nn.Linear(image_dim, dim)
@@ -214,105 +242,141 @@ class ReportDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(init_weights)
-        nn.init.normal_(self.image_embed.weight, std=0.02)  # BERT's; a larger image vector would drown the words
+        # BERT's small weights: the vector of the image must not drown those of the words
+        nn.init.normal_(self.image_embed.weight, std=0.02)
         for embedding in (self.token_embed, self.position_embed):
             nn.init.normal_(embedding.weight, std=dim**-0.5)
 
     def forward(self, image_tokens, inputs, hidden, padding):
-        """image_tokens (B, V, D), inputs (B, L) token ids, hidden and padding (B, L) bool -> logits (hidden.sum(), vocab)."""
-        image = self.image_embed(self.image_norm(image_tokens.mean(1, keepdim=True)))  # (B, 1, dim)
-        x = self.dropout(self.token_embed(inputs) + self.position_embed.weight[: inputs.shape[1]] + image)
+        """image_tokens (B, V, D), inputs (B, L) token ids, hidden and padding (B, L) bool.
+
+        Returns logits (hidden.sum(), vocab): one row for each hidden token, in order.
+        """
+        image = self.image_norm(image_tokens.mean(1, keepdim=True))  # (B, 1, D)
+        positions = self.position_embed.weight[: inputs.shape[1]]  # (L, dim)
+        x = self.dropout(self.token_embed(inputs) + positions + self.image_embed(image))
+        attended = ~padding[:, None, None, :]  # (B, 1, 1, L): tokens beyond the end say nothing
         for block in self.blocks:
-            x = block(x, ~padding[:, None, None, :])
+            x = block(x, attended)
         return F.linear(self.norm(x[hidden]), self.token_embed.weight, self.bias)
 
 
-def normalised(patches):
-    """Patches (..., P) with mean 0 and variance 1 each (MAE's `norm_pix_loss`), their mean and deviation (..., 1)."""
+# --------------------------------------------------------------------------------------------------
+# The two losses
+
+
+def standardize_patches(patches):
+    """Patches (..., P) with mean 0 and variance 1 each, and their mean and deviation (..., 1).
+
+    (x - mean) / sqrt(var + 1e-6), var unbiased: MAE's `norm_pix_loss`.
+    """
     mean = patches.mean(-1, keepdim=True)
     centred = patches - mean
     std = (centred.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1) + 1e-6).sqrt()
     return centred / std, mean, std
 
 
+def patch_loss(target, prediction, mask):
+    """Equation 1: sum over n of mask_n mean((prediction_n - target_n)^2) / sum over n of mask_n.
+
+    target (B, N, P) pixels, standardised here, prediction (B, N, P), mask (B, N) with 1 = hidden.
+    """
+    hidden = mask.bool()
+    target, _, _ = standardize_patches(target[hidden])
+    return (prediction[hidden].float() - target).square().mean()
+
+
+def word_loss(logits, tokens, hidden):
+    """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words and patches).
+
+    logits (hidden.sum(), vocab), tokens (B, L) the true ids, hidden (B, L) bool.
+    """
+    return F.cross_entropy(logits.float(), tokens[hidden])
+
+
+# --------------------------------------------------------------------------------------------------
+# Masked record modeling
+
+
 def half_size(images):
-    """(B, C, 2H, 2W) -> (B, C, H, W): what the encoder sees of the images that the decoder restores."""
+    """(B, C, 2H, 2W) -> (B, C, H, W): the encoder sees images at half the decoder's resolution."""
     return F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True)
 
 
 class MRM(ViT):
-    """Encoder, image decoder and report decoder. The encoder's keys are the ViT's own, at the top level.
+    """Encoder, image decoder and report decoder. The encoder's keys are the ViT's own.
 
-    The encoder sees images of `img_size` pixels with patches of `patch_size`; the image decoder restores them at twice
-    that resolution. `vocab_size` 0 leaves the report decoder out.
+    The encoder sees images of `img_size` pixels with patches of `patch_size`. The image decoder
+    restores them at twice that resolution. `vocab_size` 0 leaves the report decoder out.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12, num_heads=12, decoder_dim=768,
-                 decoder_depth=4, decoder_heads=6, vocab_size=0, report_dim=384, report_depth=6, report_heads=6,
-                 report_length=100, report_dropout=0.1):
+    def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12,
+                 num_heads=12, decoder_dim=768, decoder_depth=4, decoder_heads=6, vocab_size=0,
+                 report_dim=384, report_depth=6, report_heads=6, report_length=100,
+                 report_dropout=0.1):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads)
         self.pos_embed.requires_grad_(False)  # fixed sin-cos
         self.decoder_embed = nn.Linear(embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_dim, img_size // patch_size), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        positions = sincos_positions(decoder_dim, img_size // patch_size)
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads)
+                                            for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, (2 * patch_size) ** 2 * in_chans)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
         if vocab_size:
-            self.report_decoder = ReportDecoder(vocab_size, embed_dim, report_dim, report_depth, report_heads,
-                                                report_length, report_dropout)
+            self.report_decoder = ReportDecoder(vocab_size, embed_dim, report_dim, report_depth,
+                                                report_heads, report_length, report_dropout)
 
     def encode(self, images, mask_ratio, noise=None):
-        """Encodes a random subset of patches (MAE's masking).
+        """Encodes a random subset of the patches and never sees the others (MAE's masking).
 
-        images (B, C, H, W); noise (B, N): the patches with the lowest noise stay visible (drawn if None).
-        Returns latent (B, 1 + V, D), mask (B, N) with 1 = hidden, ids_restore (B, N) for `decode_image`.
+        images (B, C, H, W); noise (B, N): the patches with the lowest noise stay visible (drawn if
+        None). Returns latent (B, 1 + V, D), mask (B, N) with 1 = hidden, and ids_restore (B, N).
         """
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]  # (B, N, D)
+        x = self.embed(images)  # positions are added before patches change their places
         B, N, D = x.shape
         visible = int(N * (1 - mask_ratio))
         if noise is None:
             noise = torch.rand(B, N, device=x.device)
+        # Sorting random numbers shuffles the patches: ids_shuffle[k] is the patch at place k
         ids_shuffle = noise.argsort(dim=1)
+        # The inverse permutation remembers how to restore: ids_restore[n] is the place of patch n
         ids_restore = ids_shuffle.argsort(dim=1)
-        x = x.gather(1, ids_shuffle[:, :visible, None].expand(-1, -1, D))
+        # The first V places are kept. The encoder runs on them alone, which makes it cheap
+        kept = ids_shuffle[:, :visible, None].expand(-1, -1, D)
+        latent = self.norm(self.run_blocks(x.gather(1, kept)))
+        # A patch is hidden where its place lies behind the V that were kept
         mask = (ids_restore >= visible).float()
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
-        x = torch.cat([cls, x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x), mask, ids_restore
+        return latent, mask, ids_restore
 
     def decode_image(self, latent, ids_restore):
-        """latent (B, 1 + V, D) -> predicted patches (B, N, (2p)^2 C) at twice the encoder's resolution."""
+        """latent (B, 1 + V, D) -> patches (B, N, (2p)^2 C) at twice the encoder's resolution."""
         x = self.decoder_embed(latent)
         B, N = ids_restore.shape
+        # Every hidden patch enters as the same learned token, which only its position tells apart
         hidden = self.mask_token.expand(B, N + 1 - x.shape[1], -1).to(x.dtype)
-        patches = torch.cat([x[:, 1:], hidden], dim=1)
-        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))  # back in image order
+        patches = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, D) in shuffled order
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))  # in order
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
     def image_loss(self, target_images, prediction, mask):
-        """Mean squared error on hidden patches (paper equation 1): sum_n mask_n mean((pred_n - target_n)^2) / sum mask.
-
-        target_images (B, C, 2H, 2W), prediction (B, N, (2p)^2 C), mask (B, N).
-        """
-        hidden = mask.bool()
-        target, _, _ = normalised(patchify(target_images, 2 * self.patch_size)[hidden])
-        return (prediction[hidden].float() - target).square().mean()
+        """`patch_loss` (equation 1) of target_images (B, C, 2H, 2W) and `decode_image`'s result."""
+        return patch_loss(patchify(target_images, 2 * self.patch_size), prediction, mask)
 
     def forward(self, images, report=None, image=True, mask_ratio=0.75, noise=None):
-        """The two losses of a batch of records (paper equation 3 adds them 1:1).
+        """The two losses of a batch of records, which equation 3 adds 1:1.
 
-        images (B, C, 2H, 2W), encoded at half that size. report: (tokens, inputs, hidden, padding), each (B, L): the
-        true ids, the ids with hidden words replaced by the mask token, which are hidden, which are beyond the end.
-        Returns (image loss, report loss); 0 for a part left out.
+        images (B, C, 2H, 2W) are encoded at half that size. report: (tokens, inputs, hidden,
+        padding), each (B, L): the true ids, the ids with hidden words replaced by the mask token,
+        which are hidden, which lie beyond the end.
+        Returns (image loss, report loss), 0 for a part left out.
         """
         latent, mask, ids_restore = self.encode(half_size(images), mask_ratio, noise)
         image_loss = report_loss = latent.new_zeros(())
@@ -321,100 +385,194 @@ class MRM(ViT):
         if report is not None:
             tokens, inputs, hidden, padding = report
             logits = self.report_decoder(latent[:, 1:], inputs, hidden, padding)
-            # -1/|hidden| sum over hidden words of log p(word | visible words, visible patches)
-            report_loss = F.cross_entropy(logits.float(), tokens[hidden])
+            report_loss = word_loss(logits, tokens, hidden)
         return image_loss, report_loss
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading weights
 
+ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its tensors' names begin
 
-def load_encoder(model, state, source):
-    """Loads a ViT or MRM state dict into `model` (ViT or MRM) as far as it fits, and prints what happened.
 
-    Three-channel patch embeddings become one-channel by summing over input channels (exact for grey repeated three
-    times); `pos_embed` is resized where the grid differs. Raises InputError, naming `source`, where the encoder does
-    not fit: another width, depth or patch size.
+def read_weights(path):
+    """The checkpoint of a run's folder, or a file: (its tensors by name, all that it holds)."""
+    saved = data.load_checkpoint(data.checkpoint_file(path, "best.pt", "last.pt"))
+    return saved.get("model", saved), saved
+
+
+def encoder_sizes(tensors, saved, source, num_heads=None):
+    """The ViT arguments that a checkpoint asks for: those it names, else what its shapes say.
+
+    No tensor tells the number of heads: it is `num_heads`, or the width / 64. Raises InputError,
+    naming `source`, where the tensors are not a ViT's.
+    """
+    if "sizes" in saved or "arguments" in saved:
+        known = saved.get("sizes", saved.get("arguments"))
+        return {name: value for name, value in known.items() if name in ENCODER_SIZES}
+    try:
+        dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
+        side = math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch
+        depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    except (KeyError, ValueError, AttributeError):
+        expected = "a ViT's tensors (patch_embed.proj.weight, pos_embed, blocks.*)"
+        raise InputError(source, expected, ", ".join(sorted(tensors)[:4]) or "none") from None
+    return dict(img_size=side, patch_size=patch, embed_dim=dim, depth=depth,
+                num_heads=num_heads or max(1, dim // 64))
+
+
+def load_encoder(model, tensors, source):
+    """Loads a ViT's or MRM's tensors into `model` (ViT or MRM) as far as they fit, and reports it.
+
+    A patch embedding of three channels becomes one of one channel by summing over the channels,
+    which is exact for grey repeated three times. `pos_embed` is resized where the grid differs.
+    Raises InputError, naming `source`, for an encoder of another width, depth or patch size.
     """
     own = model.state_dict()
-    state = dict(state)
-    kernel = state.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.shape[1] == 3 and own["patch_embed.proj.weight"].shape[1] == 1:
-        state["patch_embed.proj.weight"] = kernel.sum(1, keepdim=True)
+    tensors = dict(tensors)
+    kernel = tensors.get("patch_embed.proj.weight")
+    if kernel is not None and kernel.shape[1] == 3 and model.in_chans == 1:
+        tensors["patch_embed.proj.weight"] = kernel.sum(1, keepdim=True)
     for name in ("pos_embed", "decoder_pos_embed"):
-        if name in state and name in own and state[name].shape[2] == own[name].shape[2]:
-            state[name] = resize_positions(state[name], own[name].shape[1])
-    encoder = [name for name in own if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks")]
-    for name in encoder:
-        plain = name.replace(".lora_A", "").replace(".lora_B", "")
-        if plain == name and (name not in state or state[name].shape != own[name].shape):
-            found = f"shape {tuple(state[name].shape)}" if name in state else "no such tensor"
-            raise InputError(f"{source}: the encoder does not fit: {name} is {tuple(own[name].shape)} in the model, "
-                             f"the file has {found}")
-    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-    if len(blocks) > len(model.blocks):
-        raise InputError(f"{source}: the encoder does not fit: {len(model.blocks)} blocks in the model, {len(blocks)} in the file")
-    fits = {name: tensor for name, tensor in state.items() if name in own and tensor.shape == own[name].shape}
+        if name in tensors and name in own and tensors[name].shape[2] == own[name].shape[2]:
+            tensors[name] = resize_positions(tensors[name], own[name].shape[1])
+    for name in own:
+        if name.split(".")[0] not in ENCODER_PARTS or "lora_" in name:
+            continue
+        if name not in tensors or tensors[name].shape != own[name].shape:
+            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
+            raise InputError(f"{source}: the encoder does not fit: {name} is "
+                             f"{tuple(own[name].shape)} in the model, the file has {found}")
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    if depth > len(model.blocks):
+        raise InputError(f"{source}: the encoder does not fit: {len(model.blocks)} blocks in the "
+                         f"model, {depth} in the file")
+    fits = {name: tensor for name, tensor in tensors.items()
+            if name in own and tensor.shape == own[name].shape}
     model.load_state_dict(fits, strict=False)
-    new, left = sorted(own.keys() - fits.keys()), sorted(state.keys() - fits.keys())
-    print(f"{source}: {len(fits)} tensors loaded, {len(new)} new{shorten(new)}, {len(left)} left{shorten(left)}")
+    new, left = own.keys() - fits.keys(), tensors.keys() - fits.keys()
+    print(f"{source}: {len(fits)} tensors loaded, {len(new)} new{list_parts(new)}, "
+          f"{len(left)} left{list_parts(left)}")
 
 
-def shorten(names):
-    tops = list(dict.fromkeys(name.split(".")[0] for name in names))
-    return f" ({', '.join(tops)})" if names else ""
+def list_parts(names):
+    """The parts of a model that tensors belong to, for a message: " (fc_norm, head)"."""
+    parts = sorted({name.split(".")[0] for name in names})
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def resize_positions(positions, length):
-    """(1, 1 + n*n, D) -> (1, length, D) with length = 1 + m*m, bicubic over the grid; the class token's stays."""
+    """(1, 1 + n*n, D) -> (1, length, D) with length = 1 + m*m, bicubic; the class token's stays."""
     if positions.shape[1] == length:
         return positions
     n, m = math.isqrt(positions.shape[1] - 1), math.isqrt(length - 1)
-    grid = positions[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)
+    grid = positions[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
     grid = F.interpolate(grid, size=(m, m), mode="bicubic", antialias=True)
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pretraining
+# --------------------------------------------------------------------------------------------------
+# Options and presets
 
-MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR, the official code's
-NARROW = 256  # a training step in bfloat16 on a CPU (Zen 4): at width 128 1.4 times slower, at 256 even, at 768 1.7 times faster
-BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768, decoder_depth=4,
-            decoder_heads=6, report_dim=384, report_depth=6, report_heads=6, report_length=100)
-PRESETS = {  # the model; the recipe
-    "tiny": (dict(img_size=48, patch_size=12, embed_dim=128, depth=1, num_heads=4, decoder_dim=32, decoder_depth=1,
-                  decoder_heads=2, report_dim=64, report_depth=1, report_heads=2, report_length=40, report_dropout=0.0),
-             dict(vocab_size=800, steps=4800, epochs=0, warmup=0.02, batch_size=32, base_lr=1.6e-2, min_crop=0.85,
-                  mask_ratio=0.125, word_ratio=0.9, mean=None, std=None)),
-    "small": (BASE | dict(embed_dim=384, num_heads=6, decoder_dim=384, report_depth=4),
-              dict(vocab_size=8000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75,
-                   word_ratio=0.5, mean=MEAN, std=STD)),
-    "base": (BASE,
-             dict(vocab_size=30000, steps=0, epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75,
-                  word_ratio=0.5, mean=MEAN, std=STD)),
+MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR's pixels in [0, 1], from the official code
+# Below this width a CPU trains faster in float32 than in bfloat16 (Zen 4: at width 128 1.4 times
+# faster, at 256 the same, at 768 1.7 times slower)
+NARROW = 256
+
+BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768,
+            decoder_depth=4, decoder_heads=6, report_dim=384, report_depth=6, report_heads=6,
+            report_length=100)
+MODELS = {
+    "tiny": dict(img_size=48, patch_size=12, embed_dim=128, depth=1, num_heads=4, decoder_dim=32,
+                 decoder_depth=1, decoder_heads=2, report_dim=64, report_depth=1, report_heads=2,
+                 report_length=40, report_dropout=0.0),
+    "small": BASE | dict(embed_dim=384, num_heads=6, decoder_dim=384, report_depth=4),
+    "base": BASE,
+}
+PAPER = dict(epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75,
+             word_ratio=0.5, mean=MEAN, std=STD)
+PRESETS = {  # the values of the options that the user does not type
+    "tiny": dict(steps=4800, warmup=0.02, batch_size=32, base_lr=1.6e-2, min_crop=0.85,
+                 mask_ratio=0.125, word_ratio=0.9, mean=None, std=None, vocab_size=800),
+    "small": PAPER | dict(vocab_size=8000),
+    "base": PAPER | dict(vocab_size=30000),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MRMConfig(RunConfig):
-    data: str = option("demo", "demo records, or csv: a training.csv with image_path,report_content", choices=["demo", "csv"])
+    data: str = option("demo", "demo records, or csv: a training.csv with columns image_path and "
+                       "report_content", choices=["demo", "csv"])
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
-    exclude: str = option("", "list file whose images, and other images of their patients, are left out of pretraining")
-    preset: str = option("tiny", "model and recipe: tiny (the demo), small, base (the paper's ViT-B/16)", choices=list(PRESETS))
+    exclude: str = option("", "list file: its images and those of its patients are left out")
+    preset: str = option("tiny", "model and recipe; base is the paper's", choices=list(MODELS))
     weights: str = option("", "start from this checkpoint's encoder (the paper starts from MAE's)")
     image_only: bool = option(False, "ablation: restore images only")
     report_only: bool = option(False, "ablation: restore reports only")
-    mask_ratio: float = option(0.0, "share of image patches hidden (0: the preset's; 0.75 in the paper)")
-    word_ratio: float = option(0.0, "share of report words hidden (0: the preset's; 0.5 in the paper)")
-    steps: int = option(0, "optimiser steps (0: the preset's)")
-    epochs: float = option(0, "passes over the records, instead of --steps")
-    batch_size: int = option(0, "records a step and process (0: the preset's)")
-    accumulate: int = option(1, "forward and backward passes a step")
-    base_lr: float = option(0, "learning rate at an effective batch of 256 (0: the preset's)")
-    holdout: int = option(64, "last records, never trained on, for the losses in the log and --reconstruct")
-    reconstruct: bool = option(False, "write a picture of what --weights restores on held-out records, and stop")
+    mask_ratio: float = option(None, "share of image patches hidden", within="(0, 1)")
+    word_ratio: float = option(None, "share of report words hidden", within="(0, 1]")
+    vocab_size: int = option(None, "tokens of the vocabulary that is learned from the reports")
+    min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
+    mean: float = option(None, "mean of the pixels in [0, 1] (tiny: each image's own)")
+    std: float = option(None, "deviation of the pixels (tiny: each's own)", within="(0, inf)")
+    base_lr: float = option(None, "peak learning rate at an effective batch of 256, where --lr is "
+                            "not given", within="(0, inf)")
+    warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
+    weight_decay: float = option(0.05, "weight decay of AdamW", within="[0, inf)")
+    accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
+    holdout: int = option(64, "last records, never trained on, for the losses in the log and "
+                          "--reconstruct", within="[1, inf)")
+    reconstruct: bool = option(False, "draw what --weights restores, and stop", free=True)
+
+
+def fill_options(config, world):
+    """The configuration that runs: `config` with the preset's values and the peak learning rate.
+
+    Raises InputError for options that contradict each other.
+    """
+    preset = PRESETS[config.preset]
+    config = data.fill(config, {"out": "runs/mrm"} | preset | pixel_statistics(config, **preset))
+    if config.lr is None:  # the linear scaling rule (Goyal et al., 2017)
+        effective = config.batch_size * config.accumulate * world
+        config = dataclasses.replace(config, lr=config.base_lr * effective / 256)
+    else:
+        config = dataclasses.replace(config, base_lr=None)
+    if config.image_only and config.report_only:
+        raise InputError("--image-only and --report-only exclude each other")
+    sizes = MODELS[config.preset]
+    patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
+    if not 1 <= int(patches * (1 - config.mask_ratio)) < patches:
+        raise InputError("--mask-ratio", f"a share that leaves 1 to {patches - 1} of {patches} "
+                         "patches visible", config.mask_ratio)
+    return config
+
+
+def pixel_statistics(config, mean, std, **others):
+    """{"mean", "std"} for `data.fill`, None for each image's own.
+
+    Whoever types one of the two gets MIMIC-CXR's for the other instead of each image's own.
+    """
+    if mean is None and (config.mean is not None or config.std is not None):
+        mean, std = MEAN, STD
+    return {"mean": mean, "std": std}
+
+
+def last_state(config):
+    """What OUT/last.pt holds, to go on from with --resume; None for a new run.
+
+    Raises InputError where it is of a run with other options.
+    """
+    if not config.resume:
+        return None
+    path = Path(config.out) / "last.pt"
+    saved = data.load_checkpoint(path)
+    data.check_same(saved.get("config", {}), config, path)
+    return saved
+
+
+# --------------------------------------------------------------------------------------------------
+# Pretraining
 
 
 def read_records(config):
@@ -424,257 +582,323 @@ def read_records(config):
     if config.exclude:
         keep = data.not_excluded(paths, config.exclude, root)
         paths, reports = [paths[i] for i in keep], [reports[i] for i in keep]
-        print(f"{len(keep)} records are left after excluding the images and patients of {config.exclude}")
+        print(f"{len(keep)} records are left after excluding the images and patients of "
+              f"{config.exclude}")
     if len(paths) < 2 * config.holdout:
-        raise InputError(f"{root / 'training.csv'}: expected at least {2 * config.holdout} records for --holdout "
-                         f"{config.holdout}, found {len(paths)}")
+        raise InputError(root / "training.csv", f"at least {2 * config.holdout} records for "
+                         f"--holdout {config.holdout}", len(paths))
     return paths, reports
 
 
-def hide(tokenizer, tokens, words, ratio, generator=None):
-    """One draw of hidden words: (tokens, inputs, hidden, padding), trimmed to the longest report of the batch."""
+@dataclasses.dataclass
+class Records:
+    """What pretraining reads."""
+
+    images: data.ImageSet  # of the training records
+    heldout: torch.Tensor  # images of the held-out records, normalised, on the device
+    tokenizer: object
+    tokens: torch.Tensor  # (n, L) of all reports, those of the held-out records last
+    words: torch.Tensor  # (n, L): which word of its report a token belongs to
+
+    def report_batch(self, rows, config, generator=None):
+        """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
+        if config.image_only:
+            return None
+        report = mask_report(self.tokenizer, self.tokens[rows], self.words[rows],
+                             config.word_ratio, generator)
+        return [part.to(self.heldout.device) for part in report]
+
+
+def load_records(config, device):
+    """Decodes images into memory where they fit, learns the tokenizer and encodes the reports.
+
+    A resumed run reads the tokenizer that it wrote when it began.
+    """
+    paths, reports = read_records(config)
+    sizes, count = MODELS[config.preset], len(paths) - config.holdout
+    if config.resume:
+        tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
+    else:
+        tokenizer = data.train_tokenizer(reports[:count], config.vocab_size)
+    tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
+    side, scale = 2 * sizes["img_size"], (config.min_crop, 1.0)
+
+    def crop(images, generator):
+        return data.random_resized_crop(images, side, scale, generator=generator)
+
+    images = data.ImageSet(paths[:count], side, crop, config.seed)
+    images.preload()
+    heldout = torch.stack([image for image, _ in data.ImageSet(paths[count:], side)]).to(device)
+    heldout = data.normalize(heldout, config.mean, config.std)
+    return Records(images, heldout, tokenizer, tokens, words)
+
+
+def mask_report(tokenizer, tokens, words, ratio, generator=None):
+    """Draws the hidden words of a batch and cuts it to its longest report.
+
+    Returns [tokens, inputs, hidden, padding], as `MRM.forward` takes them.
+    """
     length = int((words >= 0).sum(1).max())
     tokens, words = tokens[:, :length], words[:, :length]
     inputs, hidden = data.hide_words(tokenizer, tokens, words, ratio, generator)
-    return tokens, inputs, hidden, words < 0
+    return [tokens, inputs, hidden, words < 0]
+
+
+def decays(name, parameter):
+    """Whether weight decay acts on a parameter: on the weights of linear maps and embeddings, but
+    not on biases, norms, the tokens that stand alone, or positions (MAE's fine-tuning)."""
+    return parameter.ndim > 1 and name not in ("cls_token", "mask_token", "pos_embed")
+
+
+def make_optimizer(model, config, device):
+    """AdamW over what is trained, with weight decay where `decays` says so."""
+    groups = [{"params": [], "weight_decay": config.weight_decay},
+              {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[0 if decays(name, parameter) else 1]["params"].append(parameter)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type != "mps")
+
+
+def cosine_lr(step, steps, warmup, peak, floor=0.0):
+    """Learning rate of `step` (from 0): it rises linearly to `peak` in `warmup` steps, then falls
+    to `floor` along half a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def autocast_for(config, model, device):
+    """`data.autocast` for a ViT: on a CPU --dtype auto takes bfloat16 for wide models alone."""
+    return data.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, images, tokens, words, config, autocast, device):
-    """Losses on held-out records with a fixed draw of hidden patches and words."""
+def evaluate(model, records, config, autocast):
+    """The losses on the held-out records, with the same hidden patches and words every time."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(len(images), model.pos_embed.shape[1] - 1, generator=generator).to(device)
-    report = None
-    if not config.image_only:
-        report = [part.to(device) for part in hide(tokenizer, tokens, words, config.word_ratio, generator)]
+    noise = torch.rand(len(records.heldout), model.pos_embed.shape[1] - 1, generator=generator)
+    noise = noise.to(records.heldout.device)  # (B, N)
+    report = records.report_batch(slice(len(records.images), None), config, generator)
     with autocast():
-        image_loss, report_loss = model(images, report, not config.report_only, config.mask_ratio, noise)
+        image_loss, report_loss = model(records.heldout, report, not config.report_only,
+                                        config.mask_ratio, noise)
     model.train()
     return {"heldout_image_loss": image_loss.item(), "heldout_report_loss": report_loss.item()}
 
 
 def pretrain(config):
-    """Trains an MRM as `config` says and leaves last.pt, tokenizer.tiktoken, log.jsonl, result.json and pictures in
-    `config.out`. Returns the result. Raises InputError for data, weights or folders that cannot be used."""
-    sizes, recipe = PRESETS[config.preset]
-    config = dataclasses.replace(config, mask_ratio=config.mask_ratio or recipe["mask_ratio"],
-                                 word_ratio=config.word_ratio or recipe["word_ratio"])
-    mean, std = recipe["mean"], recipe["std"]
-    out = Path(config.out or "runs/mrm")
-    if config.image_only and config.report_only:
-        raise InputError("--image-only and --report-only exclude each other")
-    if not 0 < config.word_ratio <= 1:
-        raise InputError(f"--word-ratio {config.word_ratio:g}: expected a share above 0 and up to 1")
-    patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
-    if not 1 <= int(patches * (1 - config.mask_ratio)) < patches:
-        raise InputError(f"--mask-ratio {config.mask_ratio:g}: expected a share that leaves 1 to {patches - 1} of {patches} "
-                         "patches visible")
-    start_time = time.time()
-    device, autocast, rank, world = data.start_run(config, sizes["embed_dim"] < NARROW)
+    """Trains an MRM as `config` says and returns the content of result.json.
+
+    Leaves config.json, last.pt, tokenizer.tiktoken, log.jsonl, result.json and curves.png in
+    `config.out`. Raises InputError for data, weights or folders that cannot be used.
+    """
+    start = time.time()
+    device, rank, world = data.join(config)
+    config = fill_options(config, world)
     if rank == 0:
-        data.check_writable(out)
-    paths, reports = read_records(config)
-    saved = data.load_checkpoint(out / "last.pt") if config.resume else None
-
-    # Records: every token of every report in memory, images as `ImageSet` caches them
-    train = len(paths) - config.holdout
-    if saved:
-        tokenizer = data.load_tokenizer(out / "tokenizer.tiktoken")
-    else:
-        tokenizer = data.train_tokenizer(reports[:train], recipe["vocab_size"])
-    tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
-    side = 2 * sizes["img_size"]
-    crop = (recipe["min_crop"], 1.0)
-
-    def augment(images, generator):
-        return data.random_resized_crop(images, side, crop, generator=generator)
-
-    batch_size = config.batch_size or recipe["batch_size"]
-    image_set = data.ImageSet(paths[:train], side, augment, config.seed)
-    image_set.preload()
-    heldout = torch.stack([image for image, _ in data.ImageSet(paths[train:], side)]).to(device)
-    heldout = data.normalize(heldout, mean, std)
-
-    # Model and optimiser: AdamW, no weight decay on biases, norms and tokens
-    arguments = sizes | dict(vocab_size=0 if config.image_only else tokenizer.n_vocab)
+        data.check_writable(config.out)
+    saved = last_state(config)
+    records = load_records(config, device)
+    arguments = dict(MODELS[config.preset])
+    arguments["vocab_size"] = 0 if config.image_only else records.tokenizer.n_vocab
+    data.seed(config.seed)
     model = MRM(**arguments).to(device)
     if config.weights and not saved:
-        load_encoder(model, weights_of(config.weights)[0], config.weights)
-    log = data.RunLog(out, config, rank, config.resume, start_time)
-    if rank == 0 and not saved:
-        data.save_tokenizer(tokenizer, out / "tokenizer.tiktoken")
-    effective = batch_size * config.accumulate * world
-    epochs = config.epochs or (0 if config.steps else recipe["epochs"])
-    steps = round(epochs * train / effective) if epochs else config.steps or recipe["steps"]
-    peak = (config.base_lr or recipe["base_lr"]) * effective / 256
-    decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1 and p.shape[:-1] != (1, 1)]
-    other = [p for p in model.parameters() if p.requires_grad and not (p.ndim > 1 and p.shape[:-1] != (1, 1))]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=device.type != "mps")
-    step = 0
+        load_encoder(model, read_weights(config.weights)[0], config.weights)
+    optimizer = make_optimizer(model, config, device)
+    effective = config.batch_size * config.accumulate * world
+    steps = data.number_of_steps(config, len(records.images), effective)
+    log = data.RunLog(config.out, config, rank, config.resume, start)
+    if rank == 0:
+        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        print(f"MRM {config.preset}: {parameters:.1f} M parameters, {len(records.images)} records, "
+              f"{steps} steps of {effective}, {device}")
+        data.save_tokenizer(records.tokenizer, Path(config.out) / "tokenizer.tiktoken")
+    history = train(config, model, arguments, optimizer, records, steps, saved, log, world)
+    result = {"preset": config.preset, "records": len(records.images),
+              "parameters": sum(parameter.numel() for parameter in model.parameters()),
+              "steps": steps, "batch_size": config.batch_size, **history[-1], "lr": config.lr,
+              "seconds": time.time() - start}
+    log.json("result.json", result)
+    if rank == 0:
+        show(config, result, history)
+    return result
+
+
+def train(config, model, arguments, optimizer, records, steps, saved, log, world):
+    """The training loop. Returns a dict for each time the held-out losses were measured."""
+    device, step, history = records.heldout.device, 0, []
+    autocast = autocast_for(config, model, device)
+    parallel = model
+    if world > 1:  # without the image loss the image decoder gets no gradients
+        parallel = nn.parallel.DistributedDataParallel(
+            model, find_unused_parameters=config.report_only)
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         data.set_random_state(saved["random"])
-        step = saved["step"]
-    parallel = model
-    if world > 1:
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=config.report_only)
-    else:
-        print(f"MRM {config.preset}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {train} "
-              f"records, {steps} steps of {effective}, {device}")
-
-    def save(step):
-        if rank == 0:
-            state = {"model": model.state_dict(), "arguments": arguments, "mean": mean, "std": std, "step": step,
-                     "mask_ratio": config.mask_ratio, "word_ratio": config.word_ratio,
-                     "optimizer": optimizer.state_dict(), "random": data.random_state()}
-            data.save_checkpoint(out / "last.pt", state)
-
-    batches = iter(data.train_batches(image_set, batch_size, step * config.accumulate, steps * config.accumulate,
-                                      config.seed, rank, world, config.workers))
-    history, waited, began, first = [], 0.0, time.time(), step
+        step, history = saved["step"], saved["history"]
+    batches = data.Timed(data.train_batches(
+        records.images, config.batch_size, step * config.accumulate, steps * config.accumulate,
+        config.seed, log.rank, world, config.workers), device, world)
     every = max(1, steps // 20)
-    for step in tqdm(range(step, steps), initial=step, total=steps, desc="pretrain", disable=rank > 0):
+    for step in tqdm(range(step, steps), initial=step, total=steps, desc="pretrain",
+                     disable=log.rank > 0):
+        # The rate rises slowly at first, while Adam has seen too few gradients to scale them well
+        lr = cosine_lr(step, steps, round(config.warmup * steps), config.lr)
         for group in optimizer.param_groups:
-            group["lr"] = data.cosine_lr(step, steps, round(recipe["warmup"] * steps), peak)
+            group["lr"] = lr
         losses = torch.zeros(2, device=device)
+        # Several small batches add up their gradients where one large batch exceeds the memory
         for _ in range(config.accumulate):
-            moment = time.time()
-            images, index = next(batches)
-            waited += time.time() - moment
-            images = data.normalize(images.to(device, non_blocking=True), mean, std)
-            report = None
-            if not config.image_only:
-                report = [part.to(device) for part in hide(tokenizer, tokens[index], words[index], config.word_ratio)]
+            images, rows = next(batches)
+            images = data.normalize(images.to(device, non_blocking=True), config.mean, config.std)
+            # Other words are hidden each time, so that no report can be learned by heart
+            report = records.report_batch(rows, config)
+            # Only the multiplications run in bfloat16. The losses are float32, because bfloat16's
+            # two or three digits would round away what one step gains
             with autocast():
-                image_loss, report_loss = parallel(images, report, not config.report_only, config.mask_ratio)
+                image_loss, report_loss = parallel(images, report, not config.report_only,
+                                                   config.mask_ratio)
             ((image_loss + report_loss) / config.accumulate).backward()
-            losses += torch.stack([image_loss, report_loss]).detach().float() / config.accumulate
+            losses += torch.stack([image_loss, report_loss]).detach() / config.accumulate
         optimizer.step()
         optimizer.zero_grad()
+        # The losses are read here alone, because reading a number makes a GPU wait
         if (step + 1) % every == 0 or step + 1 == steps:
             image_loss, report_loss = losses.tolist()
             if not math.isfinite(image_loss + report_loss):
-                raise InputError(f"step {step + 1}: the loss is not finite; lower --base-lr or use --dtype fp32")
-            line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss,
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "images_per_second": (step + 1 - first) * effective / (time.time() - began)}
-            line |= evaluate(model, tokenizer, heldout, tokens[train:], words[train:], config, autocast, device)
-            history.append(line)
-            log.line(**line)
-            save(step + 1)
-    seconds = time.time() - began
-    result = {"preset": config.preset, "steps": steps, "records": train, "parameters": sum(p.numel() for p in model.parameters()),
-              "images_per_second": (steps - first) * effective / seconds, "share_waiting_for_data": waited / seconds,
-              "peak_memory_mib": data.peak_memory_mib(device), "seconds": time.time() - log.start} | history[-1]
-    log.json("result.json", result)
-    if rank == 0:
-        xs = [line["step"] for line in history]
-        names = ("image_loss", "heldout_image_loss", "report_loss", "heldout_report_loss")
-        data.save_plot(out / "curves.png", {name: (xs, [line[name] for line in history]) for name in names},
-                       "MRM pretraining", "step", "loss")
-        print(f"held-out losses: image {result['heldout_image_loss']:.3f}, report {result['heldout_report_loss']:.3f}; "
-              f"{result['images_per_second']:.0f} images/s, {100 * result['share_waiting_for_data']:.0f} % of the time "
-              f"waiting for data; {out / 'last.pt'}")
-    return result
+                raise InputError(f"step {step + 1}: the loss is not finite; lower --lr or "
+                                 "use --dtype fp32")
+            history.append({"step": step + 1, "image_loss": image_loss, "report_loss": report_loss,
+                            "lr_of_step": lr, **batches.speed(),
+                            **evaluate(model, records, config, autocast)})
+            log.line(**history[-1])
+            save(config, model, arguments, optimizer, step + 1, history, log)
+    return history
 
 
-ENCODER = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
+def save(config, model, arguments, optimizer, step, history, log):
+    """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need."""
+    if log.rank == 0:
+        data.save_checkpoint(log.out / "last.pt", {
+            "model": model.state_dict(), "arguments": arguments, "mean": config.mean,
+            "std": config.std, "mask_ratio": config.mask_ratio, "word_ratio": config.word_ratio,
+            "config": dataclasses.asdict(config), "optimizer": optimizer.state_dict(),
+            "random": data.random_state(), "step": step, "history": history})
 
 
-def encoder_sizes(state, saved, source, num_heads=0):
-    """The ViT arguments that a state dict asks for. Heads are in no tensor: from the file, the option, or width / 64.
-
-    Raises InputError, naming `source`, where the tensors are not a ViT's.
-    """
-    if "sizes" in saved or "arguments" in saved:
-        return {name: value for name, value in saved.get("sizes", saved.get("arguments")).items() if name in ENCODER}
-    try:
-        dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-        side = math.isqrt(state["pos_embed"].shape[1] - 1) * patch
-        depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    except (KeyError, ValueError, AttributeError):
-        raise InputError(f"{source}: expected a ViT's tensors (patch_embed.proj.weight, pos_embed, blocks.*), found "
-                         f"{', '.join(sorted(state)[:4]) or 'none'}") from None
-    return dict(img_size=side, patch_size=patch, embed_dim=dim, depth=depth, num_heads=num_heads or max(1, dim // 64))
+def show(config, result, history):
+    """Draws OUT/curves.png and prints the end of a run in one line."""
+    steps = [line["step"] for line in history]
+    names = ("image_loss", "heldout_image_loss", "report_loss", "heldout_report_loss")
+    curves = {name: (steps, [line[name] for line in history]) for name in names}
+    out = Path(config.out)
+    data.save_plot(out / "curves.png", curves, "MRM pretraining", "step", "loss")
+    print(f"held-out losses: image {result['heldout_image_loss']:.3f}, "
+          f"report {result['heldout_report_loss']:.3f}; {result['images_per_second']:.0f} "
+          f"images/s, {100 * result['share_waiting_for_data']:.0f} % of the time waiting for data; "
+          f"{out / 'last.pt'}")
 
 
-def weights_of(path):
-    """The checkpoint of a run's folder, or a file: (its state dict, the whole file's dict)."""
-    state = data.load_checkpoint(data.checkpoint_file(path, "best.pt", "last.pt"))
-    return state.get("model", state), state
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Looking at it
 
 
 @torch.no_grad()
 def reconstruct(config, count=6):
-    """Writes OUT/reconstruction.png from held-out records: original, masked input, restored image, and the report with
-    its hidden words and the model's guesses. Raises InputError where --weights is no MRM checkpoint."""
+    """Draws OUT/reconstruction.png for held-out records: original, masked input, restored image,
+    and the report with its hidden words and the model's guesses.
+
+    Raises InputError where --weights is no MRM checkpoint.
+    """
     run = Path(config.weights or "runs/mrm")
-    state, saved = weights_of(run)
-    if "arguments" not in saved or "decoder_pred.weight" not in state:
-        raise InputError(f"{run}: expected an MRM checkpoint of this script, found one without the decoders")
     folder = run if run.is_dir() else run.parent
-    device, autocast, _, _ = data.start_run(config)
+    tensors, saved = read_weights(run)
+    if "arguments" not in saved or "decoder_pred.weight" not in tensors:
+        raise InputError(f"{run}: expected an MRM checkpoint of this script, found one without the "
+                         "decoders")
+    config = data.fill(config, {"out": str(folder), "mask_ratio": saved["mask_ratio"],
+                                "word_ratio": saved["word_ratio"],
+                                **pixel_statistics(config, saved["mean"], saved["std"])})
+    device, _, _ = data.join(config)
+    data.seed(config.seed)
     model = MRM(**saved["arguments"]).to(device).eval()
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise InputError(f"{run}: the weights do not fit this version's MRM: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{run}: the weights do not fit this version's MRM: {reason}") from None
     paths, reports = read_records(config)
     paths, reports = paths[-config.holdout:][:count], reports[-config.holdout:][:count]
-    images = torch.stack([image for image, _ in data.ImageSet(paths, 2 * model.img_size)]).to(device)
-    grey_mean, grey_std = data.statistics(images, saved["mean"], saved["std"])
-    images = data.normalize(images, grey_mean, grey_std)
-    latent, mask, ids_restore = model.encode(half_size(images), config.mask_ratio or saved["mask_ratio"])
-
-    # Restored: hidden patches as predicted, visible ones as they are, at the target's own mean and deviation
-    patch = 2 * model.patch_size
-    patches, unseen = patchify(images, patch), mask[..., None]
-    _, mean, std = normalised(patches)
-    prediction = model.decode_image(latent, ids_restore).float() * std + mean
-    grey = torch.full_like(patches, patches.mean())
-    pictures = [images, unpatchify(patches * (1 - unseen) + grey * unseen, patch),
-                unpatchify(patches * (1 - unseen) + prediction * unseen, patch)]
-    pictures = [(picture * grey_std + grey_mean).clamp(0, 1).cpu() for picture in pictures]
-
-    captions = [""] * count
+    images = torch.stack([image for image, _ in data.ImageSet(paths, 2 * model.img_size)])
+    pictures, latent = restored_pictures(model, images.to(device), config)
+    captions = [""] * len(paths)
     if hasattr(model, "report_decoder"):
         tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken")
         tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
-        tokens, inputs, hidden, padding = report = hide(tokenizer, tokens, words, config.word_ratio or saved["word_ratio"])
+        masked = mask_report(tokenizer, tokens, words, config.word_ratio)
+        tokens, inputs, hidden, padding = masked
+        parts = [part.to(device) for part in (inputs, hidden, padding)]
         guesses = tokens.clone()
-        guesses[hidden] = model.report_decoder(latent[:, 1:], *(part.to(device) for part in report[1:])).argmax(-1).cpu()
+        guesses[hidden] = model.report_decoder(latent[:, 1:], *parts).argmax(-1).cpu()
         right = (guesses == tokens)[hidden].float().mean().item()
         print(f"{100 * right:.1f} % of the hidden tokens are guessed right")
         captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, padding)]
-    out = Path(config.out or folder)
-    data.save_grid(out / "reconstruction.png", list(zip(*pictures)), ["original", "masked input", "restored"], captions, scale=2)
-    print(out / "reconstruction.png")
+    out = Path(config.out) / "reconstruction.png"
+    titles = ["original", "masked input", "restored"]
+    data.save_grid(out, pictures, titles, captions, scale=2)
+    print(out)
+
+
+def restored_pictures(model, images, config):
+    """Rows (original, masked input, restored) of images (B, C, H, W) in [0, 1], and the latent.
+
+    Restored are the hidden patches as predicted and the visible ones as they are. A prediction is
+    standardised, so that it gets the mean and the deviation of its true patch.
+    """
+    grey_mean, grey_std = data.statistics(images, config.mean, config.std)
+    images = data.normalize(images, config.mean, config.std)
+    latent, mask, ids_restore = model.encode(half_size(images), config.mask_ratio)
+    side, hidden = 2 * model.patch_size, mask[..., None].bool()  # (B, N, 1)
+    patches = patchify(images, side)
+    _, mean, std = standardize_patches(patches)
+    prediction = model.decode_image(latent, ids_restore).float() * std + mean
+    masked = torch.where(hidden, patches.mean(), patches)
+    restored = torch.where(hidden, prediction, patches)
+    columns = [images, unpatchify(masked, side), unpatchify(restored, side)]
+    columns = [(column * grey_std + grey_mean).clamp(0, 1).cpu() for column in columns]
+    return list(zip(*columns)), latent
 
 
 def caption(tokenizer, tokens, guesses, hidden, padding):
-    """The report in one line; a run of hidden tokens as [truth > guess], or [truth] where the guess is right."""
+    """A report in one line, its hidden words as [truth > guess], or [truth] if guessed right."""
     text, start, length = "", 0, int((~padding).sum())
     while start < length:
         end = start
         while end < length and hidden[end] == hidden[start]:
             end += 1
-        truth, guess = tokenizer.decode(tokens[start:end].tolist()), tokenizer.decode(guesses[start:end].tolist())
-        if hidden[start]:
-            truth = f" [{truth.strip()}]" if truth == guess else f" [{truth.strip()} > {guess.strip()}]"
-        text, start = text + truth, end
+        truth = tokenizer.decode(tokens[start:end].tolist())
+        guess = tokenizer.decode(guesses[start:end].tolist())
+        if not hidden[start]:
+            text += truth
+        elif truth == guess:
+            text += f" [{truth.strip()}]"
+        else:
+            text += f" [{truth.strip()} > {guess.strip()}]"
+        start = end
     return text.strip()
 
 
 def main():
     config = data.parse_config(MRMConfig, description=__doc__)
-    reconstruct(config) if config.reconstruct else pretrain(config)
+    if config.reconstruct:
+        reconstruct(config)
+    else:
+        pretrain(config)
 
 
 if __name__ == "__main__":

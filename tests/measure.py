@@ -63,16 +63,16 @@ def vit(rounds=3):
     """Seconds a step of ViT-B/16: LoRA of rank 4 on 8 images of 224 x 224, and MRM on 4 records of 448 x 448 with 100 tokens,
     in float32 and in bfloat16 autocast, in turn in one process."""
     torch.manual_seed(0)
-    recipe = finetune.RECIPES["lora", "nih", 1]
-    sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER}
-    classifier = finetune.build_model(finetune.FinetuneConfig(), "lora", recipe, sizes, data.NIH_CLASSES).train()
+    config = data.fill(finetune.FinetuneConfig(method="lora"), finetune.RECIPES["lora", "nih", 1])
+    sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER_SIZES}
+    classifier = finetune.build_model(config, sizes, 14).train()
     record = mrm.MRM(**mrm.BASE, vocab_size=30000).train()
     images, targets, records = torch.rand(8, 1, 224, 224), torch.rand(8, 14).round(), torch.rand(4, 1, 448, 448)
     tokens, hidden = torch.randint(30000, (4, 100)), torch.rand(4, 100) < 0.5
     report = tokens, tokens.masked_fill(hidden, 0), hidden, torch.zeros(4, 100, dtype=torch.bool)
     losses = {"LoRA, batch 8": lambda: F.binary_cross_entropy_with_logits(classifier(images).float(), targets),
               "MRM, batch 4": lambda: sum(record(records, report))}
-    optimizers = {"LoRA, batch 8": finetune.make_optimizer(classifier, recipe),
+    optimizers = {"LoRA, batch 8": finetune.make_optimizer(classifier, config),
                   "MRM, batch 4": torch.optim.AdamW([p for p in record.parameters() if p.requires_grad], lr=1e-4, fused=True)}
     times = {(name, dtype): [] for name in losses for dtype in (torch.float32, torch.bfloat16)}
     for turn in range(1 + rounds):

@@ -81,14 +81,6 @@ def test_run_script_prints_one_line_and_exits_with_2(capsys):
     assert stop.value.code == 2 and capsys.readouterr().err == "error: a.txt: line 3: wrong\n"
 
 
-def test_cosine_lr():
-    rates = [data.cosine_lr(step, 100, 10, 2.0, 0.2) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
-    assert rates[55] == pytest.approx(1.1) and rates[100] == pytest.approx(0.2)
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert data.cosine_lr(0, 10, 0, 1.0) == 1.0
-
-
 def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "sub" / "a.bin"
     data.atomic_write(path, lambda file: file.write(b"old"))

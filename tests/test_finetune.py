@@ -1,6 +1,5 @@
 """finetune.py: AUROC against scikit-learn, runs of every method, resuming, prediction, and one line for each bad input."""
 import csv
-import dataclasses
 import json
 import os
 import shutil
@@ -90,31 +89,62 @@ def test_papers_recipes():
              "chexpert": [(2000, 150, 3e-3), (60000, 1500, 5e-4), (200000, 15000, 5e-4)]}
     full = {(name, ratio): row for name, rows in steps.items() for ratio, row in zip((1, 10, 100), rows)}
     for (name, ratio), expected in (full | {("covid", 100): (1000, 50, 3e-2)}).items():
-        recipe = finetune.recipe_for(FinetuneConfig(data=name), "full", ratio, 768)
+        recipe = finetune.recipe_for("full", name, ratio, 768)
         assert (recipe["steps"], round(recipe["warmup"] * recipe["steps"]), recipe["lr"]) == expected
         assert (recipe["batch_size"], recipe["optimizer"], recipe["drop_path"]) == (96, "sgd", 0.1)
 
 
-def test_options_go_before_the_recipe_and_small_models_have_their_own():
-    options = FinetuneConfig(data="nih", lr=0.7, rank=6, batch_size=3, optimizer="adamw", layer_decay=0.3, epochs=2)
-    recipe = finetune.recipe_for(options, "lora", 10, 768)
-    assert [recipe[name] for name in ("lr", "rank", "batch_size", "optimizer", "layer_decay", "epochs", "steps")] == [
-        0.7, 6, 3, "adamw", 0.3, 2, 0]
-    assert finetune.recipe_for(FinetuneConfig(data="nih"), "lora", 10, 128).items() >= finetune.SMALL["lora"].items()
-    assert finetune.recipe_for(FinetuneConfig(data="nih", steps=7), "lora", 10, 768)["steps"] == 7
+def filled(**options):
+    """The configuration that a run of a random start with these options works by."""
+    return finetune.fill_recipe(finetune.fill_cell(FinetuneConfig(weights="scratch", **options)))[0]
+
+
+def test_typed_options_win_over_the_recipe_and_small_models_have_their_own():
+    typed = dict(lr=0.7, rank=6, batch_size=3, optimizer="sgd", layer_decay=0.3, weight_decay=0.0, warmup=0.0,
+                 min_crop=0.9, drop_path=0.5, epochs=2.5)
+    config = filled(data="nih", method="lora", ratio=10, **typed)
+    assert {name: getattr(config, name) for name in typed} == typed and config.steps is None
+    recipe = finetune.recipe_for("lora", "nih", 10, 768)
+    config = data.fill(FinetuneConfig(data="nih", **typed), recipe)
+    assert {name: getattr(config, name) for name in typed} == typed and config.steps is None
+    config = data.fill(FinetuneConfig(data="nih", steps=7), recipe)
+    assert (config.steps, config.epochs, config.rank, config.lr) == (7, None, 8, 0.05)
+    assert finetune.recipe_for("lora", "nih", 10, 128) == finetune.SMALL["lora"]
+    config = filled(lora=True)
+    assert (config.method, config.ratio, config.img_size, config.num_heads) == ("lora", 10, 48, 4)
+    assert {name: getattr(config, name) for name in finetune.SMALL["lora"]} == finetune.SMALL["lora"]
+    assert filled(data="nih").ratio == 100 and filled(data="nih").method == "full"
+    with pytest.raises(data.InputError, match="--lora and --method: expected one of them, found --method full"):
+        filled(lora=True, method="full")
+
+
+def test_mean_and_std_zero_included():
+    assert filled().mean is filled().std is None  # of the tiny preset: each image's own
+    assert (filled(mean=0.0).mean, filled(mean=0.0).std) == (0.0, mrm.STD)
+    assert (filled(std=0.5).mean, filled(std=0.5).std) == (mrm.MEAN, 0.5)
+    with pytest.raises(data.InputError, match=r"--std: expected a number in \(0, inf\), found 0"):
+        filled(std=0.0)
+
+
+def optimizer_of(model, **options):
+    return finetune.make_optimizer(model, FinetuneConfig(**dict(optimizer="adamw", weight_decay=0.1, layer_decay=0.5,
+                                                                lr=1.0) | options))
 
 
 def test_layer_decay_and_no_decay_on_biases():
     model = mrm.ViT(16, 4, 1, 24, 2, 3, num_classes=2)
-    optimizer = finetune.make_optimizer(model, dict(optimizer="adamw", weight_decay=0.1, layer_decay=0.5, lr=1.0))
+    optimizer = optimizer_of(model)
     scale = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     assert scale[id(model.head.weight)] == (1, 0.1) and scale[id(model.head.bias)] == (1, 0)
     assert scale[id(model.blocks[1].mlp.fc1.weight)] == (0.5, 0.1) and scale[id(model.blocks[0].norm1.bias)] == (0.25, 0)
-    assert scale[id(model.patch_embed.proj.bias)] == (0.125, 0)
+    assert scale[id(model.patch_embed.proj.bias)] == (0.125, 0) and scale[id(model.fc_norm.weight)] == (1, 0)
+    assert scale[id(model.cls_token)] == scale[id(model.pos_embed)] == (0.125, 0)
     assert set(scale) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {name for name, p in model.named_parameters() if scale[id(p)][1]} == {
+        name for name, p in model.named_parameters() if mrm.decays(name, p)}  # pretraining's rule
     for p in model.blocks.parameters():
         p.requires_grad_(False)
-    optimizer = finetune.make_optimizer(model, dict(optimizer="sgd", weight_decay=0.0, layer_decay=1.0, lr=1.0))
+    optimizer = optimizer_of(model, optimizer="sgd", weight_decay=0.0, layer_decay=1.0)
     assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
     assert all(g["momentum"] == 0.9 and g["lr_scale"] == 1 for g in optimizer.param_groups)
 
@@ -179,6 +209,11 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4] and max(line["val_auroc"] for line in lines) == saved["val_auroc"]
     assert saved["images"] == {"train": 64, "val": 24, "test": 24} and saved["method"] == method
+    ran = json.loads((tmp_path / "config.json").read_text())
+    recipe = finetune.SMALL[method] | dict(steps=4, batch_size=16)
+    assert {name: ran[name] for name in recipe} == recipe and ran["method"] == method and ran["ratio"] == 10
+    assert ran == data.load_checkpoint(tmp_path / "last.pt")["config"]
+    assert (saved["steps"], saved["batch_size"], saved["lr"]) == (4, 16, recipe["lr"])
     lora, head = saved["lora_parameters"], saved["head_parameters"]
     assert head == 2 * 128 + 2 * 128 + 2 and lora == (2 * (128 * 4 + 4 * 128) if method == "lora" else 0)
     trainable = {"full": saved["total_parameters"], "lora": lora + head, "linear": head}
@@ -193,9 +228,10 @@ def test_overfits_one_batch():
     labels = torch.stack([torch.arange(16) % 2, torch.randint(2, (16,))], 1).float()  # the second: to be learned by heart
     sizes = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=4)
     for method, lr in (("full", 3e-3), ("lora", 3e-2)):
-        recipe = finetune.SMALL[method] | dict(lr=lr, layer_decay=1.0, rank=4)
-        model = finetune.build_model(FinetuneConfig(dropout=0.0), method, recipe, sizes, ["a", "b"])
-        optimizer = finetune.make_optimizer(model, recipe)
+        options = FinetuneConfig(method=method, dropout=0.0, lr=lr, layer_decay=1.0, rank=4)
+        options = data.fill(options, finetune.SMALL[method])
+        model = finetune.build_model(options, sizes, 2)
+        optimizer = finetune.make_optimizer(model, options)
         for _ in range(150):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(model(images), labels)
             optimizer.zero_grad()
@@ -205,7 +241,8 @@ def test_overfits_one_batch():
 
 
 def test_full_fine_tuning_learns(easy, tmp_path):
-    result = finetune.finetune(config(easy, tmp_path, steps=60, lr=2e-3, ratio=100))
+    result = finetune.finetune(config(easy, tmp_path, steps=None, epochs=15.0, lr=2e-3, ratio=100))
+    assert result["steps"] == 60
     assert result["auroc_per_class"]["Square"] > 0.9
 
 
@@ -241,12 +278,26 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     assert again["auroc"] == whole["auroc"]
 
 
-@pytest.mark.parametrize("other", [dict(method="linear"), dict(rank=2), dict(seed=3)], ids=["method", "rank", "seed"])
+@pytest.mark.parametrize("other", [dict(method="linear"), dict(rank=2), dict(seed=3), dict(steps=5), dict(min_crop=0.5),
+                                   dict(lr=0.1), dict(mean=0.0), dict(flip=True)], ids=lambda other: next(iter(other)))
 def test_resume_refuses_another_runs_state(easy, tmp_path, other):
     finetune.finetune(config(easy, tmp_path, method="lora"))
-    with pytest.raises(data.InputError, match=r"last\.pt: expected the state of a run of --method"):
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    flag = "--lr" if "method" in other else "--" + next(iter(other)).replace("_", "-")  # a method has its own rate
+    with pytest.raises(data.InputError, match=rf"last\.pt: expected {flag} .*, as asked for now, found a run with {flag}"):
         finetune.finetune(config(easy, tmp_path, **dict(method="lora", resume=True) | other))
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     finetune.load_run(tmp_path)  # the weights of the finished run are still there
+
+
+def test_resume_refuses_weights_that_have_changed(easy, tmp_path):
+    weights = rgb_weights(tmp_path / "rgb.pt")
+    options = dict(method="lora", weights=weights, num_heads=4)
+    finetune.finetune(config(easy, tmp_path / "run", **options))
+    state = data.load_checkpoint(weights)["model"]
+    data.save_checkpoint(weights, {"model": {name: tensor + 0.1 for name, tensor in state.items()}})
+    with pytest.raises(data.InputError, match=r"last\.pt: expected a run that started from .*rgb\.pt"):
+        finetune.finetune(config(easy, tmp_path / "run", resume=True, **options))
 
 
 def test_two_processes_predict_every_test_image_once(easy, tmp_path):
@@ -307,14 +358,61 @@ def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "lora/adapter.pt")))
 
 
-def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path):
-    table = FinetuneConfig(**dataclasses.asdict(config(easy, tmp_path, weights="")) | dict(
-        compare=True, methods="full,linear", ratios="10", inits="scratch", seeds=2))
-    finetune.compare(table)
+def table(easy, out, **options):
+    return config(easy, out, **dict(weights=None, compare=True, methods="full,linear", ratios="10", inits="scratch",
+                                    seeds=2) | options)
+
+
+def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeypatch):
+    finetune.compare(table(easy, tmp_path))
     first = (tmp_path / "compare.md").read_text()
     assert first.count("\n") == 4 and "| scratch | full | 10 |" in first
-    finetune.compare(table)
+    ran = json.loads((tmp_path / "scratch-full-10-1/config.json").read_text())
+    assert (ran["steps"], ran["batch_size"], ran["seed"], ran["method"]) == (4, 16, 1, "full")  # the typed ones
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "finetune", None)  # nothing runs again
+        finetune.compare(table(easy, tmp_path))
+        finetune.compare(table(easy, tmp_path, methods="linear", seeds=1, workers=1))
+    finetune.compare(table(easy, tmp_path))
     assert (tmp_path / "compare.md").read_text() == first
+
+
+@pytest.mark.parametrize("other", [dict(steps=5), dict(lr=0.5), dict(min_crop=0.5), dict(flip=True)],
+                         ids=lambda other: next(iter(other)))
+def test_compare_refuses_a_cell_of_other_options(easy, tmp_path, other):
+    options = dict(methods="linear", seeds=1)
+    finetune.compare(table(easy, tmp_path, **options))
+    before = (tmp_path / "compare.md").read_text()
+    flag = "--" + next(iter(other)).replace("_", "-")
+    with pytest.raises(data.InputError, match=rf"scratch-linear-10-0.*: expected {flag} .*found a run with {flag}"):
+        finetune.compare(table(easy, tmp_path, **options | other))
+    assert (tmp_path / "compare.md").read_text() == before
+
+
+def test_the_cells_of_a_comparison_share_val_and_test_images(easy, tmp_path, monkeypatch):
+    decoded = []
+
+    class Counted(data.ImageSet):
+        def preload(self):
+            decoded.append(len(self))
+            return super().preload()
+
+    monkeypatch.setattr(data, "ImageSet", Counted)
+    finetune.compare(table(easy, tmp_path, methods="linear", steps=1, evaluations=1))
+    assert sorted(decoded) == [24, 24, 64, 64]
+    kept = {}
+    for size in (48, 24):  # images of another size take the place of the first ones
+        finetune.finetune(config(easy, tmp_path / str(size), steps=1, img_size=size), kept)
+        assert {name: images.size for name, images in kept.items()} == {"val": size, "test": size}
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(method="full"), "expected --methods instead of --method"), (dict(lora=True), "--methods instead of --lora"),
+    (dict(ratio=1), "--ratios instead of --ratio")], ids=["method", "lora", "ratio"])
+def test_compare_does_not_override_what_was_typed(easy, tmp_path, options, message):
+    with pytest.raises(data.InputError, match=message):
+        finetune.compare(table(easy, tmp_path / "table", **options))
+    assert not (tmp_path / "table").exists()
 
 
 def spoil_list(root, text, part="train_10"):
@@ -363,9 +461,9 @@ def test_a_refused_run_leaves_the_one_before_it_alone(easy, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(ratio=5), "expected --ratio 1 or 10 or 100, found 5"), (dict(evaluations=0), "--evaluations from 1"),
-    (dict(steps=-1), "--steps and --epochs from 0"), (dict(img_size=33), "img_size 33 must be a multiple"),
-    (dict(method="lora", rank=-1), "rank >= 1"), (dict(split="covid1"), "expected no --split"),
+    (dict(ratio=5), "expected --ratio 1 or 10 or 100, found 5"), (dict(evaluations=0), r"--evaluations: expected a number in \[1, inf\), found 0"),
+    (dict(steps=-1), r"--steps: expected a number in \[1, inf\), found -1"), (dict(epochs=1.0), "--steps and --epochs: expected one"), (dict(img_size=33), "img_size 33 must be a multiple"),
+    (dict(method="lora", rank=-1), r"--rank: expected a number in \[1, inf\), found -1"), (dict(split="covid1"), "expected no --split"),
     (dict(lr=1e30, steps=6, evaluations=6), "the loss is not finite; lower --lr"), (dict(resume=True), r"last\.pt: no such checkpoint")],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, message):
@@ -376,7 +474,7 @@ def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, messa
 
 @pytest.mark.parametrize("options, message", [
     (dict(inits="imagenet"), "--inits: expected some of mrm,.* found 'imagenet'"), (dict(methods="full,lorra"), "found 'lorra'"),
-    (dict(ratios="1,5"), "found '5'"), (dict(seeds=0), "--seeds: expected 1 or more")], ids=["inits", "methods", "ratios", "seeds"])
+    (dict(ratios="1,5"), "found '5'"), (dict(seeds=0), r"--seeds: expected a number in \[1, inf\), found 0")], ids=["inits", "methods", "ratios", "seeds"])
 def test_compare_refuses_what_it_does_not_know_before_any_run(easy, tmp_path, options, message):
     with pytest.raises(data.InputError, match=message):
         finetune.compare(config(easy, tmp_path / "table", **dict(inits="scratch") | options))
@@ -391,12 +489,12 @@ def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
     data.save_checkpoint(tmp_path / "bare.pt", {"model": saved["model"]})
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     for options, message in [
-        (dict(weights="", predict=images), "--predict needs --weights RUN"),
+        (dict(weights=None, predict=images), "--predict needs --weights RUN"),
         (dict(weights=str(tmp_path), predict=images), r"best\.pt: no such checkpoint"),
         (dict(weights=str(tmp_path / "bare.pt"), predict=images), r"bare\.pt: expected the adapter\.pt or best\.pt"),
         (dict(weights=str(tmp_path / "sizeless.pt"), predict=images), r"sizeless\.pt: expected the adapter\.pt or best\.pt"),
         (dict(weights=str(tmp_path / "headless.pt"), predict=images), r"headless\.pt: expected head\.bias of shape \(2,\)"),
-        (dict(weights=run, predict=str(tmp_path / "none")), "none: expected a folder with images"),
+        (dict(weights=run, predict=str(tmp_path / "none")), "none: no such folder"),
         (dict(weights=run, predict=images, out=run + "/best.pt/out"), r"predictions\.csv: cannot be written"),
     ]:
         with pytest.raises(data.InputError, match=message) as error:
@@ -426,8 +524,12 @@ def test_pretraining_refuses_a_csv_without_the_columns(easy, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(word_ratio=2.0), "--word-ratio 2: expected a share"), (dict(word_ratio=-1.0), "--word-ratio -1: expected a share"),
-    (dict(mask_ratio=0.99), "--mask-ratio 0.99: expected .* leaves 1 to 15 of 16 patches"), (dict(mask_ratio=-0.5), "--mask-ratio -0.5")],
+    (dict(word_ratio=2.0), r"--word-ratio: expected a number in \(0, 1\], found 2"),
+    (dict(word_ratio=-1.0), r"--word-ratio: expected a number in \(0, 1\], found -1"),
+    (dict(word_ratio=0.0), r"--word-ratio: expected a number in \(0, 1\], found 0"),
+    (dict(mask_ratio=0.99), "--mask-ratio: expected .* leaves 1 to 15 of 16 patches visible, found 0.99"),
+    (dict(mask_ratio=0.0), r"--mask-ratio: expected a number in \(0, 1\), found 0"),
+    (dict(mask_ratio=-0.5), r"--mask-ratio: expected a number in \(0, 1\), found -0.5")],
     ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "")
 def test_pretraining_refuses_ratios_that_hide_nothing_or_everything(tmp_path, options, message):
     with pytest.raises(data.InputError, match=message):

@@ -1,4 +1,7 @@
 """lora.py against the formula in float64, merging, adapter files, and peft as oracle of the export."""
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn as nn
@@ -257,3 +260,9 @@ def test_usage_is_one_line(monkeypatch):
         monkeypatch.setattr("sys.argv", argv)
         with pytest.raises(data.InputError, match="usage: python lora.py merge"):
             lora.main()
+
+
+def test_help_is_printed_and_exits_with_0():
+    for arguments in (["--help"], ["-h"], ["merge", "--help"], ["export-peft", "--help"]):
+        done = subprocess.run([sys.executable, lora.__file__, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0 and "merge" in done.stdout and not done.stderr, (arguments, done.stderr)

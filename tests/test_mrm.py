@@ -1,10 +1,16 @@
-"""mrm.py against independent formulas: the ViT against a float64 loop, masking and losses against NumPy, learning."""
+"""mrm.py against independent formulas: the ViT against a float64 loop, masking and losses against
+NumPy, learning; runs, their options and their resumption."""
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import mrm
@@ -233,10 +239,10 @@ def test_drop_path_keeps_the_expectation():
     torch.manual_seed(0)
     block = mrm.Block(8, 2, drop_path=0.4).train()
     x = torch.ones(20000, 1, 1)
-    y = block.branch(x)
+    y = block.drop(x)
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.6])
     assert y.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(block.eval().branch(x), x)
+    assert torch.equal(block.eval().drop(x), x)
 
 
 def test_three_channel_weights_load_exactly_for_grey(capsys):
@@ -264,3 +270,155 @@ def test_positions_are_resized_and_other_encoders_refused(capsys):
         mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
     with pytest.raises(data.InputError, match="x.pth: expected a ViT's tensors"):
         mrm.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
+
+
+def test_cosine_lr():
+    rates = [mrm.cosine_lr(step, 100, 10, 2.0, 0.2) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.1) and rates[100] == pytest.approx(0.2)
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert mrm.cosine_lr(0, 10, 0, 1.0) == 1.0
+
+
+def test_one_rule_of_weight_decay():
+    """Weights of linear maps and embeddings decay; biases, norms, lone tokens and positions do not."""
+    model = mrm.MRM(**TINY, vocab_size=30)
+    decayed = {name for name, parameter in model.named_parameters() if mrm.decays(name, parameter)}
+    assert "blocks.0.attn.qkv.weight" in decayed and "patch_embed.proj.weight" in decayed
+    assert "report_decoder.token_embed.weight" in decayed
+    assert not decayed & {"cls_token", "mask_token", "pos_embed", "report_decoder.bias"}
+    assert not any(name.endswith(".bias") or "norm" in name for name in decayed)
+    config = mrm.MRMConfig(lr=1.0, weight_decay=0.3)
+    groups = mrm.make_optimizer(model, config, torch.device("cpu")).param_groups
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {named[id(p)] for group in groups for p in group["params"]} == {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for group in groups:
+        expected = {name in decayed for name in (named[id(p)] for p in group["params"])}
+        assert expected == {group["weight_decay"] == 0.3} and group["weight_decay"] in (0.3, 0)
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """40 records in the csv layout."""
+    root = tmp_path_factory.mktemp("films")
+    (root / "images").mkdir()
+    rng, rows = np.random.default_rng(0), ["image_path,report_content"]
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (96, 96)).astype(np.uint8)).save(root / "images" / f"{i}.png")
+        rows.append(f"{i}.png,The heart is normal in film {i} and the lungs are clear.")
+    (root / "training.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def record_run(root, out, **options):
+    options = dict(data="csv", root=str(root), out=str(out), device="cpu", dtype="fp32", holdout=8,
+                   batch_size=4, steps=4) | options
+    return mrm.MRMConfig(**options)
+
+
+def test_typed_options_win_over_the_preset():
+    filled = mrm.fill_options(mrm.MRMConfig(), world=1)
+    assert (filled.steps, filled.epochs, filled.batch_size, filled.vocab_size) == (4800, None, 32, 800)
+    assert filled.lr == pytest.approx(1.6e-2 * 32 / 256) and filled.mean is None is filled.std
+    typed = dict(warmup=0.0, min_crop=0.5, mask_ratio=0.25, word_ratio=0.25, vocab_size=300,
+                 batch_size=16, weight_decay=0.0)
+    filled = mrm.fill_options(mrm.MRMConfig(preset="base", epochs=3, **typed), world=2)
+    assert {name: getattr(filled, name) for name in typed} == typed
+    assert (filled.steps, filled.epochs) == (None, 3) and filled.lr == pytest.approx(1.5e-4 * 32 / 256)
+    filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=4), world=1)
+    assert filled.lr == pytest.approx(1e-3 * 128 / 256)
+    filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, lr=0.5), world=1)
+    assert filled.lr == 0.5  # the typed peak wins
+    assert mrm.fill_options(mrm.MRMConfig(mean=0.0), world=1).mean == 0.0  # and 0 means 0
+    assert mrm.fill_options(mrm.MRMConfig(mean=0.0), world=1).std == mrm.STD
+    base = mrm.fill_options(mrm.MRMConfig(preset="base", std=0.5), world=1)
+    assert (base.mean, base.std) == (mrm.MEAN, 0.5)
+
+
+def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
+    command = ["--data", "csv", "--root", films, "--out", tmp_path, "--holdout", 8, "--batch-size", 4,
+               "--epochs", 0.25, "--mean", 0, "--base-lr", "1e-3", "--warmup", 0, "--device", "cpu"]
+    done = subprocess.run([sys.executable, Path(mrm.__file__), *map(str, command)], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["mean"], saved["std"], saved["base_lr"]) == (0, mrm.STD, 1e-3)
+    assert saved["warmup"] == 0 and saved["lr"] == pytest.approx(1e-3 * 4 / 256)
+    assert json.loads((tmp_path / "result.json").read_text())["steps"] == 2  # a quarter of 32 / 4
+    assert data.load_checkpoint(tmp_path / "last.pt")["mean"] == 0
+
+
+def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path, monkeypatch):
+    whole = mrm.pretrain(record_run(films, tmp_path / "whole"))
+    saved = json.loads((tmp_path / "whole/config.json").read_text())
+    state = data.load_checkpoint(tmp_path / "whole/last.pt")
+    assert state["config"] == saved and saved["vocab_size"] == 800 and saved["word_ratio"] == 0.9
+    assert saved["lr"] == whole["lr"] == pytest.approx(1.6e-2 * 4 / 256)
+    assert {"images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds", "batch_size",
+            "steps", "heldout_image_loss", "heldout_report_loss"} <= whole.keys()
+
+    save = data.save_checkpoint
+
+    def save_and_stop(path, state):
+        save(path, state)
+        if state["step"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "save_checkpoint", save_and_stop)
+        mrm.pretrain(record_run(films, tmp_path / "part"))
+    part = mrm.pretrain(record_run(films, tmp_path / "part", resume=True))
+    losses = [name for name in whole if name.endswith("loss")]
+    assert len(losses) == 4 and [part[name] for name in losses] == [whole[name] for name in losses]
+    other = data.load_checkpoint(tmp_path / "part/last.pt")
+    assert all(torch.equal(state["model"][name], other["model"][name]) for name in state["model"])
+    assert [line["step"] for line in other["history"]] == [1, 2, 3, 4]
+    again = mrm.pretrain(record_run(films, tmp_path / "part", resume=True))  # of a finished run
+    assert [again[name] for name in losses] == [whole[name] for name in losses]
+
+
+@pytest.mark.parametrize("other", [dict(steps=6), dict(image_only=True), dict(seed=2), dict(mean=0.0),
+                                   dict(lr=1e-3), dict(preset="small"), dict(word_ratio=0.5)],
+                         ids=lambda other: next(iter(other)))
+def test_resuming_with_other_options_is_refused(films, tmp_path, other):
+    if not (films.parent / "run").exists():
+        mrm.pretrain(record_run(films, films.parent / "run", steps=1))
+    flag = "--" + next(iter(other)).replace("_", "-")
+    if "preset" in other or "lr" in other:
+        flag = "--"  # several options follow from these two
+    before = (films.parent / "run/last.pt").read_bytes()
+    with pytest.raises(data.InputError, match=rf"last\.pt: expected {flag}.*, found a run with") as error:
+        mrm.pretrain(record_run(films, films.parent / "run", **dict(steps=1, resume=True) | other))
+    assert "\n" not in str(error.value) and (films.parent / "run/last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(holdout=0), r"--holdout: expected a number in \[1, inf\), found 0"),
+    (dict(base_lr=0.0), r"--base-lr: expected a number in \(0, inf\)"),
+    (dict(accumulate=0), "--accumulate"), (dict(steps=2, epochs=1), "--steps and --epochs"),
+    (dict(image_only=True, report_only=True), "exclude each other")],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_options_that_cannot_be_used_are_one_line(films, tmp_path, options, message):
+    with pytest.raises(data.InputError, match=message) as error:
+        mrm.pretrain(record_run(films, tmp_path / "run", **options))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
+    run = record_run(films, tmp_path / "run", steps=1)
+    mrm.pretrain(run)
+    mrm.reconstruct(mrm.MRMConfig(data="csv", root=str(films), holdout=8, weights=str(tmp_path / "run"), device="cpu"))
+    assert (tmp_path / "run/reconstruction.png").stat().st_size > 0
+    assert "of the hidden tokens are guessed right" in capsys.readouterr().out
+    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    model = mrm.MRM(**state["arguments"]).eval()
+    model.load_state_dict(state["model"])
+    images = torch.rand(3, 1, 96, 96)
+    with torch.no_grad():
+        rows, _ = mrm.restored_pictures(model, images, mrm.fill_options(run, 1))
+    patches = [torch.stack([mrm.patchify(picture[None], 24)[0] for picture in row]) for row in rows]
+    for original, masked, restored in patches:  # visible patches are themselves, hidden ones one grey
+        hidden = masked.std(-1) < 1e-6
+        assert hidden.sum() == 2 and torch.equal(masked[~hidden], restored[~hidden])
+        torch.testing.assert_close(restored[~hidden], original[~hidden], atol=1e-5, rtol=0)
