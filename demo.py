@@ -234,17 +234,14 @@ def chest_film(rng, anatomy, findings, size):
 
 def write_report(rng, findings):
     """The report of a film states its findings and denies three of four of the others."""
-    def pick(options):
-        return options[rng.integers(len(options))]
-
     sentences = []
     for name, (_, _, grades, words) in FINDINGS.items():
         if name in findings:
             f = findings[name]
-            words = words.format(side=SIDES[f.side], zone=pick(ZONES[f.zone]))
-            sentences.append(pick(STATED).format(f"{pick(grades[f.grade])} {words}"))
+            words = words.format(side=SIDES[f.side], zone=rng.choice(ZONES[f.zone]))
+            sentences.append(rng.choice(STATED).format(f"{rng.choice(grades[f.grade])} {words}"))
         elif rng.random() < 0.75:
-            sentences.append(pick(DENIED).format(name.lower()))
+            sentences.append(rng.choice(DENIED).format(name.lower()))
     if not findings:
         sentences.append("The chest radiograph shows no acute disease.")
     return "FINDINGS: " + " ".join(sentences)
@@ -271,7 +268,6 @@ def draw_patient(folder, seed, size, patient):
 
 def write_lists(folder, rng, patients):
     """Writes the lists, training.csv (reports of train_list alone), patients.csv and classes.txt.
-
     In a random order of `patients` (lists of rows) 70 % of the images go to train_list, 10 % to
     val_list and 20 % to test_list; train_1 and train_10 are the first 1 % and 10 % of train_list.
     """
@@ -362,7 +358,6 @@ def draw_tissues(rng, level, n):
                       for k in (1, 2, 3, 4))
     r = np.hypot(x / width, y / length) / (shrink * outline)  # 1 at the brain's surface
     x, y = x / (width * shrink), y / (length * shrink)
-
     # Gyri: the ridges of a surface in polar coordinates run inward. High ridges are sulci, which
     # are filled with CSF and lined with grey matter.
     folds = random_surface(rng, (6, 44), (64, 1024))
@@ -382,9 +377,8 @@ def draw_tissues(rng, level, n):
     tissue[r < 1 + rng.uniform(0.17, 0.23)] = "fat"
     tissue[r < 1 + rng.uniform(0.08, 0.11)] = "bone"
     tissue[r < 1.03] = "csf"
-    cortex = rng.uniform(0.13, 0.18)
     tissue[(depth > 0.01 + 0.14 * np.clip(fold - 0.5, 0, 2)) & (r < 1)] = "grey"
-    tissue[(depth > cortex + 0.11 * np.clip(fold, -0.8, 2)) & (r < 1)] = "white"
+    tissue[(depth > rng.uniform(0.13, 0.18) + 0.11 * np.clip(fold, -0.8, 2)) & (r < 1)] = "white"
     tissue[(np.abs(x + 0.01 * wobble) < 0.022) & (np.abs(y) > 0.38) & (r < 1)] = "csf"
     big, middle = rng.uniform(0.7, 1.25), max(0.0, 1 - 0.8 * level**2)  # size of the ventricles
     for side in (-1, 1):
@@ -404,11 +398,8 @@ def draw_tissues(rng, level, n):
 
 
 def draw_brain(rng, level, size=64, detail=3):
-    """One axial slice of one subject: aligned T1 and T2, (size, size) float32 in [-1, 1].
-
-    `rng` is the subject, whose anatomy is the same in every slice; `level` in [-1, 1] is the height
-    of the slice. Tissues are drawn `detail` times finer and averaged, so that borders are mixed.
-    """
+    """One axial slice of the subject `rng` at the height `level` in [-1, 1]: aligned T1 and T2,
+    (size, size) float32 in [-1, 1]. Tissues are drawn `detail` times finer and then averaged."""
     n, images = size * detail, []
     tissue = draw_tissues(rng, level, n)
     for contrast in (0, 1):
