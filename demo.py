@@ -28,8 +28,8 @@ from data import InputError, option, parse_config, run_script, write_csv, write_
 
 SIDES = {-1: "right", 0: "bilateral", 1: "left"}
 ZONES = (("upper lobe", "upper zone"), ("mid zone", "mid lung"), ("lower lobe", "base"))
-STATED = ("There is {}.", "The film shows {}.", "Findings include {}.")
-DENIED = ("There is no {}.", "There is no evidence of {}.", "No sign of {} is seen.")
+STATED = ("{}.", "There is {}.")
+DENIED = ("No {}.", "There is no {}.", "No evidence of {}.")
 DEGREE = (("mild", "slight"), ("moderate",), ("severe", "marked"))
 SIZE = (("small", "minor"), ("moderate",), ("large", "sizeable"))
 FINDINGS = {  # class: chance, sides, words for the grade, words for the rest
@@ -39,16 +39,14 @@ FINDINGS = {  # class: chance, sides, words for the grade, words for the rest
     "Mass": (0.19, (-1, 1), SIZE, "rounded mass in the {side} {zone}"),
     "Pneumothorax": (0.17, (-1, 1), SIZE, "{side} pneumothorax"),
     "Consolidation": (0.17, (-1, 1), DEGREE, "patchy consolidation in the {side} {zone}"),
-    "Edema": (0.16, (0,), DEGREE, "pulmonary edema"),
-}
+    "Edema": (0.16, (0,), DEGREE, "pulmonary edema")}
 DEMO_CLASSES = tuple(FINDINGS)
 ANATOMY = {  # what all films of a patient share, drawn uniformly between two numbers
     "chest": (0.33, 0.42), "apex": (0.07, 0.15), "height": (0.54, 0.67), "dome": (0.07, 0.12),
     "left_lower": (-0.01, 0.04), "ctr": (0.39, 0.475), "droop": (0.20, 0.50),  # diaphragm, heart
     "pedicle": (0.055, 0.080), "marks": (0.7, 1.25),  # great vessels, strength of the small ones
     "neck": (0.11, 0.16), "shoulder": (0.02, 0.11), "trunk": (0.42, 0.56), "fat": (-0.12, 0.18),
-    "rib": (0.05, 0.11), "rib_gap": (0.068, 0.086), "rib_phase": (0, 1), "clavicle": (0.12, 0.20),
-}
+    "rib": (0.05, 0.11), "rib_gap": (0.068, 0.086), "rib_phase": (0, 1), "clavicle": (0.12, 0.20)}
 
 
 @dataclasses.dataclass
@@ -233,17 +231,19 @@ def chest_film(rng, anatomy, findings, size):
 
 
 def write_report(rng, findings):
-    """The report of a film states its findings and denies three of four of the others."""
-    sentences = []
+    """The report of a film states its findings and denies about three of four of the others."""
+    absent, sentences = [name for name in FINDINGS if name not in findings], []
+    unsaid = rng.permutation(absent)[: (len(absent) + 1) // 4]
     for name, (_, _, grades, words) in FINDINGS.items():
         if name in findings:
             f = findings[name]
             words = words.format(side=SIDES[f.side], zone=rng.choice(ZONES[f.zone]))
-            sentences.append(rng.choice(STATED).format(f"{rng.choice(grades[f.grade])} {words}"))
-        elif rng.random() < 0.75:
+            text = f"{rng.choice(grades[f.grade])} {words}"
+            sentences.append(rng.choice(STATED).format(text).capitalize())
+        elif name not in unsaid:
             sentences.append(rng.choice(DENIED).format(name.lower()))
     if not findings:
-        sentences.append("The chest radiograph shows no acute disease.")
+        sentences.append("Normal chest radiograph.")
     return "FINDINGS: " + " ".join(sentences)
 
 
