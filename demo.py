@@ -151,7 +151,7 @@ def edema(c, f):  # patchy haze around both hila, the wings of a bat, with coars
     x, y = c.rng.uniform(0.13, 0.19), c.apex + c.rng.uniform(0.50, 0.66) * c.height
     wing = np.exp(-(((c.X - x) / 0.10) ** 2) - ((c.y - y) / 0.17) ** 2)
     patchy = np.maximum(1 + 0.25 * smooth_noise(c.rng, c.size, c.size // 4), 0.4)
-    c.water += wing * patchy * (0.18 + 0.22 * f.severity)
+    c.water += wing * patchy * (0.12 + 0.20 * f.severity)
     c.marks = c.marks * (1 + (0.5 + 0.5 * f.severity) * wing)
 
 
