@@ -402,8 +402,8 @@ def metrics(fake, real):
     f and r are the images scaled to [0, 1]. mae = mean |f - r| and psnr = -10 log10 mean (f - r)^2,
     at most 100, over the foreground real != -1, as the paper defines them. ssim is taken over the
     whole image (7 x 7 uniform window, sample covariance, K 0.01 and 0.03, mean where the window
-    fits, as in scikit-image). mae_whole and psnr_whole take every pixel, ssim_foreground the windows
-    whose middle is foreground. The foreground metrics of an empty foreground are NaN.
+    fits, as in scikit-image). mae_whole and psnr_whole take every pixel, ssim_foreground takes the
+    windows whose middle is foreground. Foreground metrics are NaN where there is no foreground.
     """
     f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
     inside = (real != -1).double()
@@ -498,7 +498,7 @@ class Config(RunConfig):
 
 
 SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0,
-         "lr": 4e-3, "reg_lr": 4e-3, "decay": True, "pool": 50, "reg_net": "unet",
+         "lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "reg_net": "unet",
          "correction": 20.0, "smooth": 10.0, "identity": 5.0,
          "drift": 0.0, "synthetic": 0.0, "equivariance": 0.0}
 IMPROVED = SMALL | {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0,
@@ -590,6 +590,8 @@ class Run:
         self.opt_g, self.opt_d = self.adam(rates), self.adam({"netD": config.lr})
         size = config.pool if self.model.pooled else 0
         self.pools = {side: Pool(size) for side in ("A", "B")}
+        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / config.batch_size)
+        self.steps = data.number_of_steps(config, self.per_epoch, 1)
         self.step, self.best, self.seconds = 0, math.inf, 0.0
 
     def adam(self, rates):
@@ -597,9 +599,9 @@ class Run:
                   for part, rate in rates.items()]
         return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
 
-    def set_rates(self, steps):
-        """The learning rates of the coming step of `steps`."""
-        factor = min(1.0, 2 * (1 - self.step / steps)) if self.config.decay else 1.0
+    def set_rates(self):
+        """Sets the learning rates of the coming step."""
+        factor = min(1.0, 2 * (1 - self.step / self.steps)) if self.config.decay else 1.0
         for group in self.opt_g.param_groups + self.opt_d.param_groups:
             group["lr"] = group["peak"] * factor
 
@@ -676,15 +678,14 @@ def validate(run, val, log, epoch):
 def loop(run, pairs, val, log):
     """Trains from run.step to the end. Returns what Timed says of the loop's speed."""
     config = run.config
-    per_epoch = math.ceil(math.ceil(len(pairs) / run.world) / config.batch_size)
-    steps = data.number_of_steps(config, per_epoch, 1)
+    steps, per_epoch = run.steps, run.per_epoch
     every = max(per_epoch, steps // 10)
     batches = pairs.batches(config.batch_size, math.ceil(steps / per_epoch), True, config.seed,
                             run.step, run.rank, run.world, config.workers)
     batches = data.Timed(batches, run.device, run.world)
     while run.step < steps:
         a, b = next(batches)
-        run.set_rates(steps)
+        run.set_rates()
         # G is asked for b from misaligned pairs: R, inside the step, explains the misalignment.
         losses = training_step(run.model, config, a.to(run.device), b.to(run.device), run.opt_g,
                                run.opt_d, run.pools, run.autocast, run.world)
@@ -695,7 +696,8 @@ def loop(run, pairs, val, log):
             values = {name: float(loss) for name, loss in losses.items()}
             # A GAN that diverges does not recover, and NaN would overwrite the checkpoint.
             if not all(map(math.isfinite, values.values())):
-                raise InputError(run.out, "finite losses", f"{values} (step {run.step}): lower --lr")
+                raise InputError(f"{run.out}: the losses left the numbers at step {run.step} "
+                                 f"({values}): lower --lr")
             log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **values)
         # Val chooses the weights: the losses of a GAN do not tell which are best, test must not.
         if run.step % every == 0 or run.step == steps:

@@ -1,6 +1,8 @@
 """Layers of RegGAN, written so that a CPU is quick. Each equals the torch layer it stands for.
 
-    InstanceNorm   nn.InstanceNorm2d    torch's is 2 to 4 times slower than a group norm
+    InstanceNorm   nn.InstanceNorm2d    torch's is 2 to 4 times slower than a group norm, and in
+                                        torch 2.13 its gradient is wrong where it receives one in
+                                        channels_last
     Reflect        nn.ReflectionPad2d   under autocast torch's returns float32, and so does all
                                         that follows it
     LastConv       nn.Conv2d            with few output channels the library's kernels stand idle
