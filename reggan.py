@@ -499,12 +499,12 @@ class Config(RunConfig):
 
 SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0,
          "lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "reg_net": "unet",
-         "correction": 20.0, "smooth": 10.0, "identity": 5.0,
+         "correction": 20.0, "smooth": 10.0, "identity": 0.0,
          "drift": 0.0, "synthetic": 0.0, "equivariance": 0.0}
 IMPROVED = SMALL | {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0,
                     "drift": 100.0, "synthetic": 3.0, "equivariance": 30.0}
 PAPER = SMALL | {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0,
-                 "lr": 1e-4, "reg_lr": 1e-4, "decay": False, "identity": 0.0}
+                 "lr": 1e-4, "reg_lr": 1e-4, "decay": False}
 
 
 def complete(config):
