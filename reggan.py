@@ -12,28 +12,26 @@ G(a) onto b, and G is corrected through this flow. R is needed in training only;
     python reggan.py --compare --levels 0,3,5,elastic --seeds 3
     python reggan.py --translate DIR --weights RUN
 
-The default is the paper's method in small networks, --paper the paper's networks and schedule.
-Where this file departs from the official code (Kid-Liet/Reg-GAN), and why:
- 1. The generator runs once a step: D's step uses the same fake, detached. The official NC + R runs
-    G again after its step.
- 2. D's weights are frozen in G's step, and a bias before an instance norm, which subtracts it, is
-    never trained. Neither changes what is learnt.
- 3. Small networks learn at a constant rate, then linearly down to 0 over the second half, on eight
-    pairs a step. The official yaml files name a decay that no trainer applies, so --paper has none.
- 4. R's U-Net has as many levels as the image can be halved, up to the official seven. The official
-    one takes no image below 256 x 256. Its last layer starts at zero, officially at 1e-5.
- 5. Misaligned images are resampled bilinearly. The official code takes the nearest pixel.
- 6. MAE and PSNR leave the background out. The official Pix2Pix trainer computes its PSNR from
-    `fake[x][y]`, which takes whole rows; its CycleGAN trainer had the same fault and was repaired.
- 7. best.pt is chosen on val/ and reported on test/ where there is a test/; otherwise val/ is
-    reported with the last weights. The official code has one folder for both.
- 8. CycleGAN has its identity loss (Zhu et al. 2017), which the official code leaves out. --paper
-    leaves it out too.
- 9. NICE-GAN: G's step comes first, as in the other hosts; the adaptive norm takes pooled features;
+The default is the paper's method in small networks, --paper is its networks and schedule. The
+official code (Kid-Liet/Reg-GAN) is departed from in these points:
+ 1. The generator runs once a step: D's step uses the same fake, detached. Officially NC + R runs G
+    again after its step.
+ 2. D's weights are frozen in G's step. A bias before an instance norm, which subtracts it, is never
+    trained. Neither changes what is learnt.
+ 3. Small networks learn from eight pairs a step, at a constant rate that falls linearly to 0 over
+    the second half. The official yaml files name a decay that no trainer applies: --paper has none.
+ 4. R has as many levels as the image can be halved, up to the official seven, which take no image
+    below 256 x 256. Its last layer starts at zero, officially at 1e-5.
+ 5. Misaligned images are resampled bilinearly, officially to the nearest pixel.
+ 6. MAE and PSNR leave the background out. Officially too, but the PSNR of the Pix2Pix trainer takes
+    `fake[x][y]`, which is whole rows; the CycleGAN trainer had the same fault and was repaired.
+ 7. best.pt is chosen on val/ and reported on test/. Without test/, val/ is reported with the last
+    weights. Officially one folder serves for both.
+ 8. NICE-GAN: G's step comes first, as in the other hosts; the adaptive norm takes pooled features;
     the discriminators are shallower; the encoder halves the image as often as --downs says.
-Where the paper and its code differ, this file follows the code: the paper writes the adversarial
-loss with logarithms (eq. 1), the code has least squares; a pool of old fakes, which the paper does
-not mention, is in the code of every unconditional host but NC + R.
+The paper writes the adversarial loss with logarithms (eq. 1); its code, and this file, have least
+squares. In the code all unconditional hosts but NC + R show D a pool of old fakes; --paper does so
+too, and in the small networks NC + R has the pool as well.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx.
@@ -55,8 +53,7 @@ from torch.nn.utils.parametrize import cached
 import data
 from data import InputError, Pairs, RunConfig, RunLog, load_checkpoint, option, save_checkpoint
 from kernels import warp
-# torch's InstanceNorm2d, ReflectionPad2d and Conv2d, written so that a CPU is quick
-from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout
+from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's, quick on a CPU
 
 # --------------------------------------------------------------------------------------------------
 # The paper's networks
@@ -133,14 +130,12 @@ class Discriminator(nn.Module):
 
 
 def levels_of(size):
-    """How often a registration network halves an image of `size` = (H, W): to 2 pixels or more,
-    7 times at most."""
+    """How often R halves an image of `size` = (H, W): to 2 pixels or more, 7 times at most."""
     return min(7, min(size).bit_length() - 2)
 
 
 def start_at_zero(network, *last):
-    """Initialises the convolutions of R for leaky ReLUs, and those in `last` with zeros: then the
-    first flow is zero, the identity."""
+    """Initialises R for leaky ReLUs and its layers `last` with zeros: so the first flow is zero."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, a=0.2)
@@ -158,8 +153,7 @@ class Registration(nn.Module):
 
     def __init__(self, channels, size, width=32):
         super().__init__()
-        w = 2 * width
-        widths = [width] + [w] * (levels_of(size) - 1)
+        w, widths = 2 * width, [width] + [2 * width] * (levels_of(size) - 1)
 
         def block(i, o, kernel):
             conv = nn.Conv2d(i, o, kernel, padding=kernel // 2)
@@ -193,21 +187,15 @@ class Registration(nn.Module):
 
 
 def lsgan(verdict, real):
-    """mean (verdict - target)^2, target 1 for real and 0 for fake: the least-squares GAN.
-
-    A list of verdicts gives the sum over them.
-    """
+    """mean (verdict - target)^2, target 1 for real and 0 for fake; summed over several verdicts."""
     if isinstance(verdict, list):
         return sum(lsgan(v, real) for v in verdict)
     return (verdict - float(real)).square().mean()
 
 
 def contrast(discriminator, real, fake):
-    """D's loss, mean (D(real) - 1)^2 + mean D(fake)^2, in one pass over both images.
-
-    One pass equals two because no norm in D mixes images.
-    """
-    verdicts = discriminator(torch.cat((real, fake)))
+    """D's loss: mean (D(real) - 1)^2 + mean D(fake)^2."""
+    verdicts = discriminator(torch.cat((real, fake)))  # one pass for both: no norm mixes images
     if not isinstance(verdicts, list):
         verdicts = [verdicts]
     halves = [verdict.chunk(2) for verdict in verdicts]
@@ -306,22 +294,25 @@ class Pool:
 # Hosts: the translation methods that registration can join
 
 
+def generator_sizes(config):
+    return {name: getattr(config, name) for name in ("width", "blocks", "downs", "kernel")}
+
+
 class NC(nn.Module):
     """One direction and the adversarial loss alone; with registration this is RegGAN's "NC + R".
 
     A host is an nn.Module whose parts are named netG... and netD...: the prefix decides which
-    optimiser trains them. It has three methods. `translate(a)`. `generator_losses(a, b)` returns
-    (fakes, losses): fakes["B"] is the translation of a, the losses are weighted and ready to sum.
-    `discriminator_losses(a, b, fakes)` returns losses; its fakes are detached and, where `pooled`
-    is true, mixed with old ones. A class that is added to HOSTS has the training loop,
-    registration, resuming, metrics and the comparison.
+    optimiser trains them. It has `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), where
+    fakes["B"] is the translation of a and the losses are weighted and ready to sum; and
+    `discriminator_losses(a, b, fakes)` -> losses, whose fakes are detached and, where `pooled` is
+    true, mixed with old ones. A class in HOSTS has all that the scripts do with NC.
     """
 
     pooled = True
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
-        self.netG_A2B = make_generator(config, in_chans, out_chans)
+        self.netG_A2B = Generator(in_chans, out_chans, **generator_sizes(config))
         self.netD_B = Discriminator(out_chans, config.width)
 
     def translate(self, a):
@@ -333,10 +324,6 @@ class NC(nn.Module):
 
     def discriminator_losses(self, a, b, fakes):
         return {"d": contrast(self.netD_B, b, fakes["B"])}
-
-
-def make_generator(config, in_chans, out_chans):
-    return Generator(in_chans, out_chans, config.width, config.blocks, config.downs, config.kernel)
 
 
 class Pix2Pix(NC):
@@ -373,7 +360,7 @@ class Cycle(NC):
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
-        self.netG_B2A = make_generator(config, out_chans, in_chans)
+        self.netG_B2A = Generator(out_chans, in_chans, **generator_sizes(config))
         self.netD_A = Discriminator(in_chans, config.width)
         self.identity = config.identity if in_chans == out_chans else 0.0
 
@@ -452,16 +439,14 @@ def registration_metrics(flow, true_flow, real):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    root: str = option("", "folder with train/A, train/B, val/A, val/B and perhaps test/A, test/B "
-                       "(default: the demo pairs)")
+    root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
     reg: bool = option(True, "registration, which makes any host RegGAN; --no-reg: the host alone")
-    noise: float = option(3.0, "misalignment level n of the training pairs: rotation n degrees, "
-                          "shift and zoom 2n %", within="[0, 25]")
-    elastic: float = option(0.0, "bending misalignment on top: standard deviation in % of the "
-                            "image side", within="[0, inf)")
-    size: int = option(0, "scale every image to this many pixels a side (0: as they are)",
-                       within="[0, inf)")
+    noise: float = option(3.0, "level n of misalignment: rotation n degrees, shift and zoom 2n %",
+                          within="[0, 25]")
+    elastic: float = option(0.0, "bending on top: standard deviation in % of the image side",
+                            within="[0, inf)")
+    size: int = option(0, "pixels a side to scale images to (0: as they are)", within="[0, inf)")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
     improved: bool = option(False, "the registration network and losses that go beyond the paper")
@@ -469,38 +454,35 @@ class Config(RunConfig):
     kernel: int = option(None, "side of the generator's first and last kernels", within="[1, inf)")
     downs: int = option(None, "times the generator halves the image", within="[0, inf)")
     blocks: int = option(None, "residual blocks of the generator", within="[0, inf)")
-    reg_net: str = option(None, "registration network: unet is the paper's, coarse searches from "
-                          "coarse to fine", choices=["unet", "coarse"])
+    reg_net: str = option(None, "registration network: the paper's unet, or from coarse to fine",
+                          choices=["unet", "coarse"])
     reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
     decay: bool = option(None, "learning rates fall linearly to 0 over the second half of the run")
-    pool: int = option(None, "old fakes kept for the discriminators (0: they see new ones only)",
-                       within="[0, inf)")
+    pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
     correction: float = option(None, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
-    identity: float = option(None, "weight of CycleGAN's |G(b) - b|; left out where A and B have "
-                             "different channels", within="[0, inf)")
-    drift: float = option(None, "weight of the squared running mean of the flows, in % of the "
-                          "sides", within="[0, inf)")
-    synthetic: float = option(None, "weight of R's error, in % of the sides, on b and a copy of it "
-                              "that is moved at random", within="[0, inf)")
-    equivariance: float = option(None, "weight of |G(moved a) - moved G(a)| under random motion",
-                                 within="[0, inf)")
-    compare: bool = option(False, "train every row of --hosts at every level with every seed and "
-                           "write the table; goes on where it stopped", free=True)
-    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the table, +r with "
-                        "registration", free=True)
-    levels: str = option("0,3,5,elastic", "columns of the table: misalignment levels, or elastic "
-                         "(level 0 and 3 % bending)", free=True)
-    seeds: int = option(3, "runs a cell of the table", within="[1, inf)", free=True)
-    translate: str = option("", "translate the images of this folder with --weights into --out",
-                            free=True)
+    identity: float = option(None, "weight of CycleGAN's |G(b) - b|, if A and B have as many "
+                             "channels as each other", within="[0, inf)")
+    drift: float = option(None, "weight of the mean flow, squared, in % of the sides",
+                          within="[0, inf)")
+    synthetic: float = option(None, "weight of R's error, in % of the sides, on known motion",
+                              within="[0, inf)")
+    equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
+    compare: bool = option(False, "train all --hosts at all --levels; goes on where it stopped",
+                           free=True)
+    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r "
+                        "with registration", free=True)
+    levels: str = option("0,3,5,elastic", "its columns: --noise, or elastic: level 0, 3 % bending",
+                         free=True)
+    seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
+    translate: str = option("", "translate this folder with --weights into --out", free=True)
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
 
 
 SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0,
          "lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "reg_net": "unet",
-         "correction": 20.0, "smooth": 10.0, "identity": 0.0,
-         "drift": 0.0, "synthetic": 0.0, "equivariance": 0.0}
+         "correction": 20.0, "smooth": 10.0, "identity": 0.0, "drift": 0.0, "synthetic": 0.0,
+         "equivariance": 0.0}
 IMPROVED = SMALL | {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0,
                     "drift": 100.0, "synthetic": 3.0, "equivariance": 30.0}
 PAPER = SMALL | {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0,
@@ -508,10 +490,8 @@ PAPER = SMALL | {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size"
 
 
 def complete(config):
-    """`config` with every option that was not typed taken from the preset, and checked.
-
-    Raises InputError for options that are out of range or do not go together.
-    """
+    """`config` with what was not typed taken from the preset. Raises InputError for what is out of
+    range or does not go together."""
     if config.paper and config.improved:
         raise InputError("--paper and --improved", "one of them", "both; for the improved method "
                          "in wide networks: --improved --width 64 --kernel 7 --downs 2 --blocks 9")
@@ -526,8 +506,7 @@ def complete(config):
 
 
 def build(config, in_chans, out_chans, size):
-    """The networks of a filled configuration for images of `size` = (H, W): an nn.Module with the
-    host's netG..., netD... and, with --reg, `registration`."""
+    """The networks for images of `size` = (H, W): the host, and with --reg its `registration`."""
     model = HOSTS[config.host](config, in_chans, out_chans)
     if config.reg:
         width = max(16, config.width // 2)
@@ -541,19 +520,15 @@ def build(config, in_chans, out_chans, size):
 
 
 def trainable(module, *prefixes):
-    """The parameters to train whose names begin with one of `prefixes`."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    return [p for name, p in named if name.startswith(prefixes)]
+    named = module.named_parameters()
+    return [p for name, p in named if p.requires_grad and name.startswith(prefixes)]
 
 
 def make_pairs(config, part, misaligned=False, with_flow=True):
     """The pairs of a part; `misaligned` as in training, the same for every host."""
-    noise = {}
-    if misaligned:
-        noise = {"noise": config.noise, "elastic": config.elastic, "seed": config.seed,
-                 "with_flow": with_flow}
-    root = Path(config.root or data.demo_root(pairs=True))
-    return Pairs(root / part, size=config.size, rescale=config.rescale, **noise)
+    folder = Path(config.root or data.demo_root(pairs=True)) / part
+    noise = config.noise if misaligned else None
+    return Pairs(folder, noise, config.elastic, config.seed, config.size, config.rescale, with_flow)
 
 
 def records(config):
@@ -572,10 +547,7 @@ def records(config):
 
 
 class Run:
-    """The networks, the optimisers and the counters of a training run: what last.pt holds.
-
-    `config` is a filled configuration and `pairs` are its training pairs.
-    """
+    """The networks, optimisers and counters of a run on the training pairs `pairs`."""
 
     def __init__(self, config, pairs, device, rank, world):
         self.config, self.device, self.rank, self.world = config, device, rank, world
@@ -607,8 +579,8 @@ class Run:
 
     def weights(self):
         """What best.pt holds and `load_generator` reads."""
-        config = dataclasses.asdict(self.config)
-        return {"model": self.model.state_dict(), "config": config, **self.images}
+        return {"model": self.model.state_dict(), "config": dataclasses.asdict(self.config),
+                **self.images}
 
     def save(self, seconds):
         save_checkpoint(self.out / "last.pt", self.weights() | {
@@ -664,12 +636,9 @@ def validate(run, val, log, epoch):
     run.best = min(run.best, scores["mae"])
     if run.rank != 0:
         return
-    text = (f"epoch {epoch:g}: val mae {scores['mae']:.4f} psnr {scores['psnr']:.2f} "
-            f"ssim {scores['ssim']:.4f}")
-    if run.config.reg:
-        text += (f" registration error {scores['registration_error']:.2f} px of "
-                 f"{scores['misalignment']:.2f}")
-    print(text, flush=True)
+    names = ("mae", "psnr", "ssim", "registration_error", "misalignment")
+    shown = [f"{name} {scores[name]:.4g}" for name in names if name in scores]
+    print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
     if better:
         save_checkpoint(run.out / "best.pt", run.weights())
     run.save(time.time() - log.start)
@@ -843,11 +812,8 @@ def translate_folder(config):
 
 
 def compare(config):
-    """The paper's table: every row of --hosts at every level of --levels with every seed.
-
-    Each cell is a run of its own in OUT/cells, so the command goes on where it was stopped. Writes
-    OUT/table.csv, a line a run, and OUT/table.md. Returns the lines of table.csv as dicts.
-    """
+    """The paper's table: every row of --hosts at every level with every seed, each a run of its own
+    in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
     out = Path(config.out or "runs/reggan-compare")
     rows, levels = config.hosts.split(","), config.levels.split(",")
     cells, table = {}, []
@@ -856,7 +822,7 @@ def compare(config):
             for row in rows:
                 cells[f"{row}_{level}_{seed}"] = cell_config(config, row, level, seed)
     for name, result in data.run_cells(out / "cells", cells, train):
-        row, level, seed = name.rsplit("_", 2)
+        row, level, seed = name.split("_")
         table.append({"row": row, "level": level, "seed": int(seed)} | result)
         write_tables(out, table, rows, levels)
     print((out / "table.md").read_text())
@@ -914,10 +880,9 @@ def write_tables(out, table, rows, levels):
 class CoarseToFine(nn.Module):
     """R that searches from coarse to fine: (fake, real) -> flow (B, 2, H, W), zero at the start.
 
-    Up to 7 levels, from 2 x 2 pixels to half the resolution of `size`. Each level moves fake along
-    the flow so far, then by a further half of its own pixel in 8 directions. The 9 mean differences
-    to real within each of its pixels say which way is better, and the level adds a flow that goes
-    there.
+    Up to 7 levels, from 2 x 2 pixels to half the resolution. Each moves fake along the flow so far
+    and by a further half of its own pixel in 8 directions. The 9 mean differences to real within
+    each of its pixels say which way is better, and the level adds a flow that goes there.
     """
 
     def __init__(self, size, width=32):
@@ -1029,8 +994,8 @@ def added_losses(model, config, a, b, fake, flow):
 
 
 class LayerInstanceNorm(nn.Module):
-    """rho instance norm + (1 - rho) layer norm, rho learnt for each channel; then x gamma + beta,
-    which are learnt, or given where the norm is `adaptive`."""
+    """rho instance norm + (1 - rho) layer norm, rho learnt for each channel; times gamma, plus
+    beta, both learnt or, where the norm is `adaptive`, given."""
 
     def __init__(self, width, rho, adaptive):
         super().__init__()
@@ -1061,10 +1026,7 @@ class NiceResidual(nn.Module):
 
 
 class NiceGenerator(nn.Module):
-    """Decodes an encoding (B, 2 width, h, w), halved `downs` times, that a discriminator made.
-
-    It has no encoder of its own.
-    """
+    """Decodes an encoding (B, 2 width, h, w), halved `downs` times, that a discriminator made."""
 
     def __init__(self, out_chans=1, width=64, blocks=6, downs=2, kernel=7):
         super().__init__()
@@ -1090,10 +1052,8 @@ class NiceGenerator(nn.Module):
 
 
 class NiceDiscriminator(nn.Module):
-    """An encoder, class-activation attention, and two classifiers, 2 and 8 times coarser.
-
-    The encoding, halved once or twice, feeds a generator too.
-    """
+    """An encoder, which serves a generator too, class-activation attention, and two classifiers, 2
+    and 8 times coarser."""
 
     def __init__(self, in_chans=1, width=64, downs=2):
         super().__init__()
@@ -1117,8 +1077,7 @@ class NiceDiscriminator(nn.Module):
                                      conv(16 * w, 1, 3, 1))
 
     def encode(self, x):
-        """(encoding (B, 2w, h, w), class activation (B, 1)). Channels that tell real from fake
-        count more in the encoding."""
+        """(encoding (B, 2w, h, w), in which telling channels count more, activation (B, 1))."""
         H, W = x.shape[-2:]
         x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
         pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)                 # (B, 4w)

@@ -689,7 +689,7 @@ def blob(size, seed=0):
 @pytest.mark.parametrize("host", reggan.HOSTS)
 def test_host_losses_follow_their_formulas(host):
     torch.manual_seed(0)
-    model = reggan.build(config(host=host, reg=False), 1, 1, (32, 32)).eval()
+    model = reggan.build(config(host=host, reg=False, identity=5.0), 1, 1, (32, 32)).eval()
     a, b = blob(32), blob(32, 1)
 
     def l1(x, y):
