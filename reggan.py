@@ -39,6 +39,7 @@ flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx.
 import dataclasses
 import json
 import math
+import os
 import statistics
 import time
 from contextlib import nullcontext
@@ -1148,9 +1149,8 @@ def main():
         compare(config)
     else:
         result = train(config)
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-            return
-        print(json.dumps(result, indent=1))
+        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks
+            print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
