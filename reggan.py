@@ -442,7 +442,7 @@ def registration_metrics(flow, true_flow, real):
 class Config(RunConfig):
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
-    reg: bool = option(True, "registration, which makes any host RegGAN; --no-reg: the host alone")
+    reg: bool = option(True, "a registration network, which makes any host RegGAN")
     noise: float = option(3.0, "level n of misalignment: rotation n degrees, shift and zoom 2n %",
                           within="[0, 25]")
     elastic: float = option(0.0, "bending on top: standard deviation in % of the image side",
@@ -469,7 +469,7 @@ class Config(RunConfig):
     synthetic: float = option(None, "weight of R's error, in % of the sides, on known motion",
                               within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
-    compare: bool = option(False, "train all --hosts at all --levels; goes on where it stopped",
+    compare: bool = option(False, "train all hosts at all levels; goes on where it stopped",
                            free=True)
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r "
                         "with registration", free=True)
