@@ -367,10 +367,10 @@ class Cycle(NC):
 
     def generator_losses(self, a, b):
         fake_b, fake_a = self.netG_A2B(a), self.netG_B2A(b)
+        adversarial = lsgan(self.netD_B(fake_b), True) + lsgan(self.netD_A(fake_a), True)
         back_a, back_b = self.netG_B2A(fake_b), self.netG_A2B(fake_a)
-        losses = {
-            "adversarial": lsgan(self.netD_B(fake_b), True) + lsgan(self.netD_A(fake_a), True),
-            "cycle": 10 * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b))}
+        losses = {"adversarial": adversarial,
+                  "cycle": 10 * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b))}
         if self.identity:
             same_b, same_a = self.netG_A2B(b), self.netG_B2A(a)
             losses["identity"] = self.identity * (F.l1_loss(same_b, b) + F.l1_loss(same_a, a))
