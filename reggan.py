@@ -41,6 +41,7 @@ import json
 import math
 import os
 import statistics
+import textwrap
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -1142,8 +1143,19 @@ class Nice(nn.Module):
 HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle, "nice": Nice}
 
 
+def presets_in_words():
+    """What --help says of the options whose default is the preset's."""
+    lines = ["", "Presets, and what the other two change of the small one:"]
+    for title, preset in (("small", SMALL), ("improved", IMPROVED), ("paper", PAPER)):
+        shown = [f"{name} {value}" for name, value in preset.items()
+                 if preset is SMALL or value != SMALL[name]]
+        lines += textwrap.wrap(f"{title}: {', '.join(shown)}", 96, initial_indent="    ",
+                               subsequent_indent="        ")
+    return "\n".join(lines)
+
+
 def main():
-    config = data.parse_config(Config, description=__doc__)
+    config = data.parse_config(Config, description=__doc__ + presets_in_words())
     if config.translate:
         translate_folder(config)
     elif config.compare:
