@@ -1,47 +1,49 @@
-"""RegGAN: image-to-image translation learnt from misaligned pairs. Training, testing, translating, comparing.
+"""RegGAN: image-to-image translation that learns from misaligned pairs.
 
-Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurIPS 2021 (arXiv:2110.06465). Supervised
-translation wants pixel-aligned pairs, unsupervised translation wants none and has no unique solution. RegGAN takes pairs as
-they are and calls the misalignment label noise: a registration network R predicts the flow that carries G(a) onto b, and G
-is corrected through it. R explains the noise away during training; only G is used afterwards.
+Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurIPS 2021
+(arXiv:2110.06465). A supervised translator needs pairs that agree pixel by pixel. An unsupervised
+one needs no pairs, but its problem has many solutions. RegGAN takes pairs as they are and treats
+their misalignment as noise in the labels: a registration network R predicts the flow that carries
+G(a) onto b, and G is corrected through this flow. R is needed in training only; G is used alone.
 
-    python reggan.py                                    # NC + registration on the demo pairs, drawn on first use
+    python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
+    python reggan.py --improved         # with what stands under "Beyond the paper"
     python reggan.py --host cycle --no-reg --noise 3 --root DIR --paper
     python reggan.py --compare --levels 0,3,5,elastic --seeds 3
     python reggan.py --translate DIR --weights RUN
 
-Where this departs from the paper's official code (Kid-Liet/Reg-GAN), and why:
- 1. The generator runs once a step: the discriminator's step uses the same fake, detached. (Officially a second forward.)
- 2. The discriminators are frozen in the generator's step, and biases before an instance norm, which subtracts them, always.
- 3. Learning rate: constant, then linear to 0 over the second half, and a pool of 50 old fakes for unconditional
-    discriminators, as in CycleGAN. (Official yamls name a decay that no trainer runs; the pool is missing from NC + R.)
- 4. R searches from coarse to fine: it sees how well the images agree, moved along the flow so far and a step further, up to
-    half the resolution. (Officially a U-Net of the two images side by side, at full resolution, of a fixed depth that small
-    images do not survive.) Its last layers are zero.
- 5. Misalignment is resampled bilinearly. (Officially to the nearest pixel, with the global generator reseeded.)
- 6. MAE and PSNR exclude the background of every pixel. (Officially PSNR indexes `fake[x][y]`, whole rows.)
- 7. NICE-GAN: G's step comes first, as in the other hosts; adaptive norm from pooled features; shallower discriminators;
-    its encoder halves the image as often as --downs says.
- 8. Nothing is selected on the images that are reported: best.pt is chosen on val/ and reported on test/ where there is
-    one; otherwise val/ is reported with the last weights.
- 9. By default small networks and their rates, and correction weighs 100, as Pix2Pix's L1 does. --paper is the paper's
-    networks, schedule and weights.
-10. Registration brings three losses more. Nothing in the paper's keeps G from moving an image while R moves it back, and G is
-    used without R. `drift`: the flow is zero in the mean. `equivariance`: G of a moved image is the moved G of the image,
-    so that G cannot tell how far an image was zoomed and undo a part of it. `synthetic`: R also finds motion that is known,
-    of b against a moved copy; the likeness of two round heads teaches it too little about rotation.
+The default is the paper's method in small networks, --paper is its networks and schedule. The
+official code (Kid-Liet/Reg-GAN) is departed from in these points:
+ 1. The generator runs once a step: D's step uses the same fake, detached. Officially NC + R runs G
+    again after its step.
+ 2. D's weights are frozen in G's step. A bias before an instance norm, which subtracts it, is never
+    trained. Neither changes what is learnt.
+ 3. Small networks learn from eight pairs a step, at a constant rate that falls linearly to 0 over
+    the second half. The official yaml files name a decay that no trainer applies: --paper has none.
+ 4. R has as many levels as the image can be halved, up to the official seven, which take no image
+    below 256 x 256. Its last layer starts at zero, officially at 1e-5.
+ 5. Misaligned images are resampled bilinearly, officially to the nearest pixel.
+ 6. MAE and PSNR leave the background out. Officially too, but the PSNR of the Pix2Pix trainer takes
+    `fake[x][y]`, which is whole rows; the CycleGAN trainer had the same fault and was repaired.
+ 7. best.pt is chosen on val/ and reported on test/. Without test/, val/ is reported with the last
+    weights. Officially one folder serves for both.
+ 8. NICE-GAN: G's step comes first, as in the other hosts; the adaptive norm takes pooled features;
+    the discriminators are shallower; the encoder halves the image as often as --downs says.
+The paper writes the adversarial loss with logarithms (eq. 1); its code, and this file, have least
+squares. In the code all unconditional hosts but NC + R show D a pool of old fakes; --paper does so
+too, and in the small networks NC + R has the pool as well.
 
-Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1; flow (B, 2, H, W) in pixels.
+Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
+flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx.
 """
-import contextlib
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
 import statistics
+import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -51,72 +53,51 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
 
 import data
-from data import InputError, Pairs, RunConfig, RunLog, load_checkpoint, option, parse_config, save_checkpoint, start_run
+from data import InputError, Pairs, RunConfig, RunLog, load_checkpoint, option, save_checkpoint
 from kernels import warp
+from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's, quick on a CPU
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks of the paper
-
-
-class InstanceNorm(nn.Module):
-    """Zero mean and unit variance of each channel of each image; on a CPU as the group norm that it is, 2 to 4 times faster,
-    or, of a single image, as batch norm, whose backward pass is fast in channels_last too."""
-
-    def forward(self, x):
-        if x.is_cuda:
-            return F.instance_norm(x)
-        return F.batch_norm(x, None, None, training=True) if len(x) == 1 else F.group_norm(x, x.shape[1])
-
-
-class Reflect(nn.ReflectionPad2d):
-    """Reflection padding in the type of its input: autocast on a CPU would make float32 of it, and of all that follows."""
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x)
-
-
-class LastConv(nn.Conv2d):
-    """A k x k convolution to few channels. On a CPU as one 1 x k convolution to k times as many, whose rows are then added: with
-    one output channel the library's kernels idle, and at 7 x 7 this is 3 times as fast."""
-
-    def forward(self, x):
-        if x.is_cuda:
-            return super().forward(x)
-        k, H = self.kernel_size[0], x.shape[2] - self.kernel_size[0] + 1
-        rows = F.conv2d(x, self.weight.permute(2, 0, 1, 3).reshape(-1, self.in_channels, 1, k)).float().chunk(k, 1)
-        return sum(row[:, :, i:i + H] for i, row in enumerate(rows)) + self.bias.view(-1, 1, 1)
+# --------------------------------------------------------------------------------------------------
+# The paper's networks
 
 
 def normed(conv):
-    """A convolution that an instance norm follows: the norm subtracts the bias, so it is kept for the keys, untrained."""
+    """A convolution and an instance norm, which subtracts the bias: it is a key, never trained."""
     if conv.bias is not None:
         conv.bias.requires_grad_(False)
     return [conv, InstanceNorm()]
 
 
 class Residual(nn.Module):
+    """x + norm(conv(relu(norm(conv(x))))), both convolutions 3 x 3; `width` channels in and out."""
+
     def __init__(self, width):
         super().__init__()
-        self.conv_block = nn.Sequential(Reflect(1), *normed(nn.Conv2d(width, width, 3)), nn.ReLU(True),
-                                        Reflect(1), *normed(nn.Conv2d(width, width, 3)))
+        self.conv_block = nn.Sequential(
+            Reflect(1), *normed(nn.Conv2d(width, width, 3)), nn.ReLU(True),
+            Reflect(1), *normed(nn.Conv2d(width, width, 3)))
 
     def forward(self, x):
         return x + self.conv_block(x)
 
 
 class Generator(nn.Module):
-    """7 x 7 stem, stride-2 convolutions (two in the paper), residual blocks, as many transposed convolutions, tanh.
-    State-dict keys are Reg-GAN's, so its published netG_A2B.pth loads. Any H, W: padded inside, cropped back."""
+    """G: a 7 x 7 convolution, two of stride 2, nine residual blocks, two transposed ones, tanh.
+
+    State-dict keys are Reg-GAN's, so its published netG_A2B.pth loads. Takes any H and W: the image
+    is padded inside to a multiple of 2**downs, and the result is cropped.
+    """
 
     def __init__(self, in_chans=1, out_chans=1, width=64, blocks=9, downs=2, kernel=7):
         super().__init__()
-        self.multiple, widths = 2**downs, [width * 2**k for k in range(downs + 1)]
+        self.multiple = 2**downs
+        widths = [width * 2**level for level in range(downs + 1)]
         head = [Reflect(kernel // 2), *normed(nn.Conv2d(in_chans, width, kernel)), nn.ReLU(True)]
         tail = [Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh()]
         for i, o in zip(widths, widths[1:]):
             head += [*normed(nn.Conv2d(i, o, 3, stride=2, padding=1)), nn.ReLU(True)]
-            tail = [*normed(nn.ConvTranspose2d(o, i, 3, stride=2, padding=1, output_padding=1)), nn.ReLU(True)] + tail
+            up = nn.ConvTranspose2d(o, i, 3, stride=2, padding=1, output_padding=1)
+            tail = [*normed(up), nn.ReLU(True)] + tail
         self.model_head = nn.Sequential(*head)
         self.model_body = nn.Sequential(*(Residual(widths[-1]) for _ in range(blocks)))
         self.model_tail = nn.Sequential(*tail)
@@ -125,15 +106,16 @@ class Generator(nn.Module):
         H, W = x.shape[-2:]
         if H % self.multiple or W % self.multiple:
             x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
-        x = self.model_head[:2](x)
-        if len(x) == 1 and not x.is_cuda:
-            x = x.contiguous(memory_format=torch.channels_last)  # a CPU convolves it a sixth faster
-        x = self.model_head[2:](x)                                                          # (B, 4w, H/4, W/4)
-        return self.model_tail(self.model_body(x))[..., :H, :W].float()                     # (B, C, H, W)
+        x = quick_layout(self.model_head[:2](x))                                # (B, w, H, W)
+        x = self.model_body(self.model_head[2:](x))                             # (B, 4w, H/4, W/4)
+        return self.model_tail(x)[..., :H, :W].float()                          # (B, C, H, W)
 
 
 class Discriminator(nn.Module):
-    """4 x 4 PatchGAN whose verdicts are averaged to one number an image: (B, 1). Keys are Reg-GAN's."""
+    """D: a PatchGAN of 4 x 4 convolutions; its verdicts are averaged to one an image, (B, 1).
+
+    State-dict keys are Reg-GAN's.
+    """
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()
@@ -149,188 +131,190 @@ class Discriminator(nn.Module):
         return self.model(x).float().mean((2, 3))
 
 
-def percent(flow):
-    """(B, 2, H, W) in pixels as % of the sides, H and W."""
-    return 100 * flow / flow.new_tensor(flow.shape[2:]).view(2, 1, 1)
+def levels_of(size):
+    """How often R halves an image of `size` = (H, W): to 2 pixels or more, 7 times at most."""
+    return min(7, min(size).bit_length() - 2)
+
+
+def start_at_zero(network, *last):
+    """Initialises R for leaky ReLUs and its layers `last` with zeros: so the first flow is zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, a=0.2)
+            nn.init.zeros_(module.bias)
+    for conv in last:
+        nn.init.zeros_(conv.weight)
 
 
 class Registration(nn.Module):
-    """Residual network (fake, real) -> flow (B, 2, H, W) with warp(fake, flow) ~ real. Zero at the start. H, W >= 32.
+    """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W); warp(fake, flow) is to be like real.
 
-    Up to 7 levels, from 2 x 2 pixels to half the resolution. Each moves fake along the flow so far and a further half of its own
-    pixel in 8 directions: the 9 mean differences to real within each of its pixels say where to go, and it adds that."""
+    The flow is zero at the start. `channels` are those of fake and real together, `width` those of
+    the first level (32 in the paper); 7 levels at 256 x 256, fewer where `size` allows no more.
+    """
 
-    def __init__(self, size, width=32):
+    def __init__(self, channels, size, width=32):
         super().__init__()
-        w, levels = width, min(7, min(size).bit_length() - 2)
+        w, widths = 2 * width, [width] + [2 * width] * (levels_of(size) - 1)
 
-        def block(i):
-            return nn.Sequential(nn.Conv2d(i, w, 3, padding=1), nn.LeakyReLU(0.2, True), Residual(w), nn.LeakyReLU(0.2, True))
+        def block(i, o, kernel):
+            conv = nn.Conv2d(i, o, kernel, padding=kernel // 2)
+            return nn.Sequential(conv, nn.LeakyReLU(0.2, True))
 
-        self.blocks = nn.ModuleList(block(i) for i in [9] + [9 + w] * (levels - 1))
-        self.heads = nn.ModuleList(nn.Conv2d(w, 2, 3, padding=1) for _ in range(levels))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, a=0.2)
-                nn.init.zeros_(module.bias)
-        for head in self.heads:
-            nn.init.zeros_(head.weight)
-        self.register_buffer("mean", torch.zeros(2, *size))
-
-    def drift(self, flow, rate=0.01):
-        """Mean square of the running mean of the flows, in % of the sides. Misalignment is zero in the mean, but no other loss says
-        so: if every G(a) is shifted or zoomed alike, R undoes it, and G, which is used without R, stays off by that much."""
-        mean = torch.lerp(self.mean, percent(flow).mean(0), rate)
-        self.mean.copy_(mean.detach())
-        return mean.square().mean()
-
-    def synthetic_error(self, real):
-        """Mean error, in % of the sides, on real and a copy of it that a random affine motion moved. Where likeness alone is the
-        teacher, R soon finds the shifts and zooms of heads, which are round, but less than half of a rotation."""
-        motion = random_motion(real, mirrored=False)
-        return percent(self(real, warp(real, motion)) - motion).norm(dim=1).mean()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, o in zip([channels] + widths, widths):
+            self.down.append(nn.Sequential(block(i, o, 3), Residual(o)))
+        self.bottom = nn.Sequential(block(widths[-1], 2 * w, 1), Residual(2 * w), Residual(2 * w),
+                                    Residual(2 * w), block(2 * w, w, 1))
+        for i, skip in zip([w] + widths[:0:-1], reversed(widths)):
+            self.up.append(block(i + skip, skip, 3))
+        self.refine = nn.Sequential(Residual(width), block(width, width, 1))
+        self.output = nn.Conv2d(width, 2, 3, padding=1)
+        start_at_zero(self, self.output)
 
     def forward(self, fake, real):
-        H, W = real.shape[-2:]
-        x, flow = None, real.new_zeros(len(real), 2, H, W, dtype=torch.float32)
-        for level, (block, head) in enumerate(zip(self.blocks, self.heads)):
-            step = 2 ** (len(self.heads) - level - 1)  # half a pixel of this level
-            moved = F.pad(warp(fake, flow), (step,) * 4, mode="replicate").float()
-            moved = F.unfold(moved, 3, dilation=step).view(len(real), -1, 9, H, W)          # (B, C, 9, H, W)
-            costs = F.avg_pool2d((moved - real.unsqueeze(2)).abs().mean(1), 2 * step)       # (B, 9, h, w)
-            costs = 10 * (costs - costs.mean(1, keepdim=True))  # which way is better, not how good; of the order of 1
-            if x is not None:
-                costs = torch.cat((costs, F.interpolate(x, costs.shape[2:], mode="bilinear").float()), 1)
-            x = block(costs)
-            # a level moves by half of its own pixel at most: a flow that left the image would never return
-            more = step * torch.tanh(head(x).float() / step)
-            flow = flow + F.interpolate(more, (H, W), mode="bilinear", align_corners=True)  # keeps an affine flow affine
-        return flow
+        x, skips = torch.cat((fake, real), 1), []                               # (B, 2C, H, W)
+        for block in self.down:
+            skips.append(block(x))
+            x = F.max_pool2d(skips[-1], 2)
+        x = self.bottom(x)                                                      # (B, w, h, w)
+        for block, skip in zip(self.up, reversed(skips)):
+            x = F.interpolate(x, skip.shape[2:], mode="bilinear")
+            x = block(torch.cat((x, skip), 1))
+        return self.output(self.refine(x)).float()                              # (B, 2, H, W)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks of NICE-GAN (Chen et al., "Reusing Discriminators for Encoding", CVPR 2020)
-
-
-class LayerInstanceNorm(nn.Module):
-    """rho * instance norm + (1 - rho) * layer norm, rho a learnt share a channel; then gamma, beta: learnt, or given."""
-
-    def __init__(self, width, rho, adaptive):
-        super().__init__()
-        self.rho, self.instance = nn.Parameter(torch.full((1, width, 1, 1), rho)), InstanceNorm()
-        if not adaptive:
-            self.gamma, self.beta = nn.Parameter(torch.ones(1, width, 1, 1)), nn.Parameter(torch.zeros(1, width, 1, 1))
-
-    def forward(self, x, gamma=None, beta=None):
-        rho = self.rho.clamp(0, 1)
-        x = rho * self.instance(x) + (1 - rho) * F.group_norm(x, 1)  # one group: the layer norm of (C, H, W)
-        return x * self.gamma + self.beta if gamma is None else x * gamma + beta
-
-
-class NiceResidual(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv1, self.conv2 = (nn.Sequential(Reflect(1), nn.Conv2d(width, width, 3, bias=False)) for _ in "12")
-        self.norm1, self.norm2 = (LayerInstanceNorm(width, 0.9, True) for _ in "12")
-
-    def forward(self, x, gamma, beta):
-        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x), gamma, beta))), gamma, beta)
-
-
-class NiceGenerator(nn.Module):
-    """Decodes an encoding (B, 2 width, h, w), halved `downs` times, that a discriminator made: it has no encoder of its own."""
-
-    def __init__(self, out_chans=1, width=64, blocks=6, downs=2, kernel=7):
-        super().__init__()
-        w = width << downs
-        self.enter = nn.Sequential(Reflect(1), nn.Conv2d(2 * width, w, 3))
-        self.norm = LayerInstanceNorm(w, 0.1, False)
-        self.style = nn.Sequential(nn.Linear(w, w), nn.ReLU(True), nn.Linear(w, 2 * w))
-        self.blocks = nn.ModuleList(NiceResidual(w) for _ in range(blocks))
-        up = []
-        for i in (w >> k for k in range(downs)):
-            up += [Reflect(1), nn.Conv2d(i, 2 * i, 3), nn.PixelShuffle(2), LayerInstanceNorm(i // 2, 0.1, False), nn.ReLU(True)]
-        self.up = nn.Sequential(*up, Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh())
-
-    def forward(self, z, size):
-        x = F.relu(self.norm(self.enter(z)))
-        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)               # (B, w, 1, 1) each
-        for block in self.blocks:
-            x = block(x, 1 + gamma, beta)
-        return self.up(x)[..., :size[0], :size[1]].float()
-
-
-class NiceDiscriminator(nn.Module):
-    """Encoder, class-activation attention, two classifiers 2 and 8 times coarser. The encoding, halved once or twice, feeds a
-    generator too."""
-
-    def __init__(self, in_chans=1, width=64, downs=2):
-        super().__init__()
-        self.multiple, w = 2**downs, width
-
-        def conv(i, o, k=4, stride=2):
-            return [spectral_norm(nn.Conv2d(i, o, k, stride, 1)), nn.LeakyReLU(0.2)]
-
-        self.encoder = nn.Sequential(*conv(in_chans, w), *(conv(w, 2 * w) if downs == 2 else conv(w, 2 * w, 3, 1)))
-        self.cam = spectral_norm(nn.Linear(4 * w, 1, bias=False))
-        self.merge = nn.Conv2d(4 * w, 2 * w, 1)
-        self.share = nn.Parameter(torch.zeros(()))
-        self.shared = nn.Sequential(*conv(2 * w, 4 * w))
-        self.local = nn.Sequential(*conv(4 * w, 8 * w, 3, 1), *conv(8 * w, 1, 3, 1)[:1])
-        self.overall = nn.Sequential(*conv(4 * w, 8 * w), *conv(8 * w, 16 * w), *conv(16 * w, 1, 3, 1)[:1])
-
-    def encode(self, x):
-        """(encoding (B, 2w, h, w), class activation (B, 1)): channels that tell real from fake count more."""
-        H, W = x.shape[-2:]
-        x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
-        pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)                             # (B, 4w)
-        weight = self.cam.weight                                                            # (1, 4w)
-        attended = self.merge(torch.cat((x, x), 1) * weight[:, :, None, None])
-        return F.leaky_relu(x + self.share * attended, 0.2), F.linear(pooled, weight)
-
-    def forward(self, x):
-        z, activation = self.encode(x)
-        h = self.shared(z)
-        return [self.local(h).float(), self.overall(h).float(), activation.float()], z
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses and hosts
+# --------------------------------------------------------------------------------------------------
+# The paper's losses and its step
 
 
 def lsgan(verdict, real):
-    """Least-squares GAN: mean (verdict - target)^2, target 1 for real and 0 for fake; summed over several verdicts."""
+    """mean (verdict - target)^2, target 1 for real and 0 for fake; summed over several verdicts."""
     if isinstance(verdict, list):
         return sum(lsgan(v, real) for v in verdict)
     return (verdict - float(real)).square().mean()
 
 
 def contrast(discriminator, real, fake):
-    """D's loss lsgan(D(real), real) + lsgan(D(fake), fake), in one pass over both; no norm here mixes images."""
-    verdicts = discriminator(torch.cat((real, fake)))
-    halves = [v.chunk(2) for v in (verdicts if isinstance(verdicts, list) else [verdicts])]
+    """D's loss: mean (D(real) - 1)^2 + mean D(fake)^2."""
+    verdicts = discriminator(torch.cat((real, fake)))  # one pass for both: no norm mixes images
+    if not isinstance(verdicts, list):
+        verdicts = [verdicts]
+    halves = [verdict.chunk(2) for verdict in verdicts]
     return sum(lsgan(of_real, True) + lsgan(of_fake, False) for of_real, of_fake in halves)
 
 
+def correction(fake, flow, real):
+    """mean |warp(G(a), R(G(a), b)) - b|: G is compared with b only after R has moved it onto b."""
+    return F.l1_loss(warp(fake, flow), real)
+
+
 def smoothness(flow):
-    """mean (flow[y + 1, x] - flow[y, x])^2 + mean (flow[y, x + 1] - flow[y, x])^2 over both components (paper, eq. 5)."""
+    """mean (flow[y + 1, x] - flow[y, x])^2 + mean (flow[y, x + 1] - flow[y, x])^2.
+
+    The paper's ||grad R||^2: neighbouring pixels move alike, so that R cannot repaint the image.
+    """
     return flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean()
 
 
-class NC(nn.Module):
-    """One direction, adversarial loss only ("noise correction" when registration joins it: RegGAN).
+def registration_losses(model, config, a, b, fake):
+    """What R adds to G's losses: a dict, empty where the run has no registration."""
+    if not config.reg:
+        return {}
+    flow = model.registration(fake, b)
+    losses = {"correction": config.correction * correction(fake, flow, b),
+              "smooth": config.smooth * smoothness(flow)}
+    return losses | added_losses(model, config, a, b, fake, flow)  # none in the paper
 
-    A host is an nn.Module whose parts are named netG... and netD... (that prefix decides which optimiser trains them), with
-    three methods: `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), fakes["B"] the translation of a, the losses
-    weighted and ready to sum; `discriminator_losses(a, b, fakes)` -> losses, fakes detached, those named in `pooled` mixed
-    with old ones. Add a class to HOSTS and it has the training loop, registration, resuming, metrics and the comparison.
+
+def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext, world=1):
+    """One step down: G and R together, then D. Returns the losses.
+
+    G and R go down (D(G(a)) - 1)^2 + 20 correction + 10 smoothness, D goes down `contrast`; another
+    host than NC puts its own losses in the place of the adversarial one.
+    """
+    set_trainable(opt_d, False)  # D only judges here: its weights need no gradient
+    with autocast():
+        fakes, losses = model.generator_losses(a, b)  # fakes["B"] is G(a)
+        losses |= registration_losses(model, config, a, b, fakes["B"])
+    descend(losses, opt_g, world)  # one optimiser holds G and R: both go down the same sum
+    set_trainable(opt_d, True)
+    # The fakes are detached: what D learns from them must not flow back into G.
+    fakes = {side: pools[side](fake.detach()) for side, fake in fakes.items()}
+    with autocast():
+        d_losses = model.discriminator_losses(a, b, fakes)
+    descend(d_losses, opt_d, world)
+    return {name: loss.detach() for name, loss in (losses | d_losses).items()}
+
+
+def set_trainable(optimizer, trainable):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(trainable)
+
+
+def descend(losses, optimizer, world):
+    """One optimiser step on the sum of the losses; under torchrun with the mean gradient."""
+    optimizer.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    if world > 1:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([grad.flatten() for grad in grads])  # one message for all of them
+        torch.distributed.all_reduce(flat)
+        for grad, mean in zip(grads, (flat / world).split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))
+    optimizer.step()
+
+
+class Pool:
+    """The last `size` fakes: half of the time D gets an old one instead (Shrivastava et al. 2017).
+
+    So D does not forget what G made before. A pool of size 0 returns the fakes that it is given.
     """
 
-    pooled = ("B",)
+    def __init__(self, size=50):
+        self.size, self.images = size, []
+
+    def __call__(self, fakes):
+        if self.size == 0:
+            return fakes
+        return torch.stack([self.exchange(fake) for fake in fakes])
+
+    def exchange(self, fake):
+        if len(self.images) < self.size:
+            self.images.append(fake)
+            return fake
+        if torch.rand(()) >= 0.5:
+            return fake
+        k = int(torch.randint(self.size, ()))
+        old, self.images[k] = self.images[k], fake
+        return old
+
+
+# --------------------------------------------------------------------------------------------------
+# Hosts: the translation methods that registration can join
+
+
+def generator_sizes(config):
+    return {name: getattr(config, name) for name in ("width", "blocks", "downs", "kernel")}
+
+
+class NC(nn.Module):
+    """One direction and the adversarial loss alone; with registration this is RegGAN's "NC + R".
+
+    A host is an nn.Module whose parts are named netG... and netD...: the prefix decides which
+    optimiser trains them. It has `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), where
+    fakes["B"] is the translation of a and the losses are weighted and ready to sum; and
+    `discriminator_losses(a, b, fakes)` -> losses, whose fakes are detached and, where `pooled` is
+    true, mixed with old ones. A class in HOSTS has all that the scripts do with NC.
+    """
+
+    pooled = True
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
-        self.netG_A2B = Generator(in_chans, out_chans, config.width, config.blocks, config.downs, config.kernel)
+        self.netG_A2B = Generator(in_chans, out_chans, **generator_sizes(config))
         self.netD_B = Discriminator(out_chans, config.width)
 
     def translate(self, a):
@@ -345,9 +329,12 @@ class NC(nn.Module):
 
 
 class Pix2Pix(NC):
-    """Isola et al. 2017: the discriminator sees (a, b), and an L1 loss of weight 100 takes the pairs at their word."""
+    """Isola et al. 2017: D sees (a, b) side by side, and an L1 loss takes the pairs at their word.
 
-    pooled = ()
+    adversarial + 100 mean |G(a) - b|
+    """
+
+    pooled = False
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
@@ -359,41 +346,776 @@ class Pix2Pix(NC):
                              "l1": 100 * F.l1_loss(fake, b)}
 
     def discriminator_losses(self, a, b, fakes):
-        return {"d": contrast(self.netD_B, torch.cat((a, b), 1), torch.cat((a, fakes["B"]), 1))}
+        real, fake = torch.cat((a, b), 1), torch.cat((a, fakes["B"]), 1)
+        return {"d": contrast(self.netD_B, real, fake)}
 
 
 class Cycle(NC):
-    """CycleGAN (Zhu et al. 2017): both directions, and there and back again must be the identity (L1, weight 10)."""
+    """CycleGAN (Zhu et al. 2017): G from A to B, F from B to A, and there and back is the identity.
 
-    pooled = ("A", "B")
+    adversarial + 10 (mean |F(G(a)) - a| + mean |G(F(b)) - b|)
+                + identity (mean |G(b) - b| + mean |F(a) - a|)
+
+    Without the identity loss some seeds learn to invert the picture, which F inverts back. With the
+    weight that Zhu et al. give it, 5, none did, but seeds that were right became worse, so it is
+    off, as in the official code. It needs as many channels in A as in B and is left out otherwise.
+    """
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
-        self.netG_B2A = Generator(out_chans, in_chans, config.width, config.blocks, config.downs, config.kernel)
+        self.netG_B2A = Generator(out_chans, in_chans, **generator_sizes(config))
         self.netD_A = Discriminator(in_chans, config.width)
+        self.identity = config.identity if in_chans == out_chans else 0.0
 
     def generator_losses(self, a, b):
         fake_b, fake_a = self.netG_A2B(a), self.netG_B2A(b)
-        return {"A": fake_a, "B": fake_b}, {
-            "adversarial": lsgan(self.netD_B(fake_b), True) + lsgan(self.netD_A(fake_a), True),
-            "cycle": 10 * (F.l1_loss(self.netG_B2A(fake_b), a) + F.l1_loss(self.netG_A2B(fake_a), b))}
+        adversarial = lsgan(self.netD_B(fake_b), True) + lsgan(self.netD_A(fake_a), True)
+        back_a, back_b = self.netG_B2A(fake_b), self.netG_A2B(fake_a)
+        losses = {"adversarial": adversarial,
+                  "cycle": 10 * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b))}
+        if self.identity:
+            same_b, same_a = self.netG_A2B(b), self.netG_B2A(a)
+            losses["identity"] = self.identity * (F.l1_loss(same_b, b) + F.l1_loss(same_a, a))
+        return {"A": fake_a, "B": fake_b}, losses
 
     def discriminator_losses(self, a, b, fakes):
         return {"d": contrast(self.netD_A, a, fakes["A"]) + contrast(self.netD_B, b, fakes["B"])}
 
 
-class Nice(nn.Module):
-    """NICE-GAN: the discriminators' encoders serve the generators, and only the discriminators' losses train them. Both
-    directions, cycle and identity (L1, weight 10)."""
+# --------------------------------------------------------------------------------------------------
+# Metrics
 
-    pooled = ()
+
+def metrics(fake, real):
+    """MAE, PSNR and SSIM of fake and real (B, C, H, W) in [-1, 1]: a dict of (B,) tensors.
+
+    f and r are the images scaled to [0, 1]. mae = mean |f - r| and psnr = -10 log10 mean (f - r)^2,
+    at most 100, over the foreground real != -1, as the paper defines them. ssim is taken over the
+    whole image (7 x 7 uniform window, sample covariance, K 0.01 and 0.03, mean where the window
+    fits, as in scikit-image). mae_whole and psnr_whole take every pixel, ssim_foreground takes the
+    windows whose middle is foreground. Foreground metrics are NaN where there is no foreground.
+    """
+    f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
+    inside = (real != -1).double()
+
+    def mean(x, mask):
+        return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+
+    def window(x):
+        return F.avg_pool2d(x, 7, stride=1)
+
+    mf, mr = window(f), window(r)
+    unbiased = 49 / 48  # of the covariance over the 49 pixels of a window
+    vf = unbiased * (window(f * f) - mf * mf)
+    vr = unbiased * (window(r * r) - mr * mr)
+    vfr = unbiased * (window(f * r) - mf * mr)
+    ssim = (2 * mf * mr + 1e-4) * (2 * vfr + 9e-4) / ((mf**2 + mr**2 + 1e-4) * (vf + vr + 9e-4))
+    scores = {"ssim": ssim.mean((1, 2, 3)), "ssim_foreground": mean(ssim, inside[..., 3:-3, 3:-3])}
+    for suffix, mask in (("", inside), ("_whole", torch.ones_like(inside))):
+        scores["mae" + suffix] = mean((f - r).abs(), mask)
+        scores["psnr" + suffix] = -10 * mean((f - r).square(), mask).clamp(min=1e-10).log10()
+    return scores
+
+
+def registration_metrics(flow, true_flow, real):
+    """Of flows (B, 2, H, W) in pixels, a dict of (B,) tensors.
+
+    registration_error is the mean length of flow - true_flow over the foreground of real, and
+    misalignment the same of a zero flow. folding is the share of pixels where the map p + flow(p)
+    has a Jacobian determinant <= 0 (forward differences): there the flow turns the image over.
+    """
+    inside = (real != -1).any(1)
+
+    def mean_length(x):
+        return (x.norm(dim=1) * inside).sum((1, 2)) / inside.sum((1, 2))
+
+    dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]          # (B, 2, H-1, W-1)
+    determinant = (1 + dy[:, 0]) * (1 + dx[:, 1]) - dy[:, 1] * dx[:, 0]
+    return {"registration_error": mean_length(flow - true_flow),
+            "misalignment": mean_length(true_flow),
+            "folding": (determinant <= 0).double().mean((1, 2))}
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
+    root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
+    host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
+    reg: bool = option(True, "a registration network, which makes any host RegGAN")
+    noise: float = option(3.0, "level n of misalignment: rotation n degrees, shift and zoom 2n %",
+                          within="[0, 25]")
+    elastic: float = option(0.0, "bending on top: standard deviation in % of the image side",
+                            within="[0, inf)")
+    size: int = option(0, "pixels a side to scale images to (0: as they are)", within="[0, inf)")
+    rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
+    paper: bool = option(False, "the paper's networks and schedule instead of small ones")
+    improved: bool = option(False, "the registration network and losses that go beyond the paper")
+    width: int = option(None, "channels of the first layer", within="[1, inf)")
+    kernel: int = option(None, "side of the generator's first and last kernels", within="[1, inf)")
+    downs: int = option(None, "times the generator halves the image", within="[0, inf)")
+    blocks: int = option(None, "residual blocks of the generator", within="[0, inf)")
+    reg_net: str = option(None, "registration network: the paper's unet, or from coarse to fine",
+                          choices=["unet", "coarse"])
+    reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
+    decay: bool = option(None, "learning rates fall linearly to 0 over the second half of the run")
+    pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
+    correction: float = option(None, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
+    smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
+    identity: float = option(None, "weight of CycleGAN's |G(b) - b|, if A and B have as many "
+                             "channels as each other", within="[0, inf)")
+    drift: float = option(None, "weight of the mean flow, squared, in % of the sides",
+                          within="[0, inf)")
+    synthetic: float = option(None, "weight of R's error, in % of the sides, on known motion",
+                              within="[0, inf)")
+    equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
+    compare: bool = option(False, "train all hosts at all levels; goes on where it stopped",
+                           free=True)
+    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r "
+                        "with registration", free=True)
+    levels: str = option("0,3,5,elastic", "its columns: --noise, or elastic: level 0, 3 % bending",
+                         free=True)
+    seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
+    translate: str = option("", "translate this folder with --weights into --out", free=True)
+    weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
+
+
+SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0,
+         "lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "reg_net": "unet",
+         "correction": 20.0, "smooth": 10.0, "identity": 0.0, "drift": 0.0, "synthetic": 0.0,
+         "equivariance": 0.0}
+IMPROVED = SMALL | {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0,
+                    "drift": 100.0, "synthetic": 3.0, "equivariance": 30.0}
+PAPER = SMALL | {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0,
+                 "lr": 1e-4, "reg_lr": 1e-4, "decay": False}
+
+
+def complete(config):
+    """`config` with what was not typed taken from the preset. Raises InputError for what is out of
+    range or does not go together."""
+    if config.paper and config.improved:
+        raise InputError("--paper and --improved", "one of them", "both; for the improved method "
+                         "in wide networks: --improved --width 64 --kernel 7 --downs 2 --blocks 9")
+    preset = IMPROVED if config.improved else SMALL
+    if config.paper:
+        unpooled = config.host == "nc" and config.reg  # the official NC + R keeps no old fakes
+        preset = PAPER | {"pool": 0} if unpooled else PAPER
+    config = data.fill(config, preset)
+    if config.host == "nice" and config.downs not in (1, 2):
+        raise InputError("--downs", "1 or 2, which is what nice takes", config.downs)
+    return config
+
+
+def build(config, in_chans, out_chans, size):
+    """The networks for images of `size` = (H, W): the host, and with --reg its `registration`."""
+    model = HOSTS[config.host](config, in_chans, out_chans)
+    if config.reg:
+        width = max(16, config.width // 2)
+        if config.reg_net == "unet":
+            model.registration = Registration(2 * out_chans, size, width)
+        else:
+            model.registration = CoarseToFine(size, width)
+        if config.drift:
+            model.registration.register_buffer("mean", torch.zeros(2, *size))  # see running_mean
+    return model
+
+
+def trainable(module, *prefixes):
+    named = module.named_parameters()
+    return [p for name, p in named if p.requires_grad and name.startswith(prefixes)]
+
+
+def make_pairs(config, part, misaligned=False, with_flow=True):
+    """The pairs of a part; `misaligned` as in training, the same for every host."""
+    folder = Path(config.root or data.demo_root(pairs=True)) / part
+    noise = config.noise if misaligned else None
+    return Pairs(folder, noise, config.elastic, config.seed, config.size, config.rescale, with_flow)
+
+
+def records(config):
+    """(training pairs, val, test): val and test hold aligned pairs, on which G is judged, and
+    misaligned ones, on which R is. Test is val where the data has no test/."""
+    pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
+    last = "test" if (pairs.folder.parent / "test").is_dir() else "val"
+    val, test = ([make_pairs(config, part), make_pairs(config, part, misaligned=True)]
+                 for part in ("val", last))
+    for other in val + test:
+        if (other.in_chans, other.out_chans) != (pairs.in_chans, pairs.out_chans):
+            channels = f"{pairs.in_chans} channels in A and {pairs.out_chans} in B"
+            raise InputError(other.folder, f"{channels}, as in {pairs.folder}",
+                             f"{other.in_chans} and {other.out_chans}")
+    return pairs, val, test
+
+
+class Run:
+    """The networks, optimisers and counters of a run on the training pairs `pairs`."""
+
+    def __init__(self, config, pairs, device, rank, world):
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.out = Path(config.out or "runs/reggan")
+        self.autocast = data.autocast(config, device)
+        self.images = {"in_chans": pairs.in_chans, "out_chans": pairs.out_chans,
+                       "shape": list(pairs.shape)}
+        self.model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
+        rates = {"netG": config.lr}
+        if config.reg:
+            rates["registration"] = config.reg_lr
+        self.opt_g, self.opt_d = self.adam(rates), self.adam({"netD": config.lr})
+        size = config.pool if self.model.pooled else 0
+        self.pools = {side: Pool(size) for side in ("A", "B")}
+        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / config.batch_size)
+        self.steps = data.number_of_steps(config, self.per_epoch, 1)
+        self.step, self.best, self.seconds = 0, math.inf, 0.0
+
+    def adam(self, rates):
+        groups = [{"params": trainable(self.model, part), "peak": rate}
+                  for part, rate in rates.items()]
+        return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+
+    def set_rates(self):
+        """Sets the learning rates of the coming step."""
+        factor = min(1.0, 2 * (1 - self.step / self.steps)) if self.config.decay else 1.0
+        for group in self.opt_g.param_groups + self.opt_d.param_groups:
+            group["lr"] = group["peak"] * factor
+
+    def weights(self):
+        """What best.pt holds and `load_generator` reads."""
+        return {"model": self.model.state_dict(), "config": dataclasses.asdict(self.config),
+                **self.images}
+
+    def save(self, seconds):
+        save_checkpoint(self.out / "last.pt", self.weights() | {
+            "opt_g": self.opt_g.state_dict(), "opt_d": self.opt_d.state_dict(),
+            "pools": {side: pool.images for side, pool in self.pools.items()},
+            "step": self.step, "best": self.best, "seconds": seconds,
+            "random": data.random_state()})
+
+    def resume(self):
+        path = self.out / "last.pt"
+        state = load_checkpoint(path)
+        data.check_same(state["config"], self.config, path)
+        self.model.load_state_dict(state["model"])
+        self.opt_g.load_state_dict(state["opt_g"])
+        self.opt_d.load_state_dict(state["opt_d"])
+        for side, pool in self.pools.items():
+            pool.images = [image.to(self.device) for image in state["pools"][side]]
+        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+        data.set_random_state(state["random"])
+
+
+@torch.no_grad()
+def evaluate(run, aligned, misaligned):
+    """Metrics of G on aligned pairs and of R on misaligned ones, means over images: a dict."""
+    run.model.eval()
+    scores = []
+    for pairs in [aligned, misaligned] if run.config.reg else [aligned]:
+        batches = pairs.batches(run.config.batch_size, rank=run.rank, world=run.world)
+        for a, b, *true_flow in batches:
+            a, b = a.to(run.device), b.to(run.device)
+            with run.autocast():
+                fake = run.model.translate(a)
+                flow = run.model.registration(fake, b) if true_flow else None
+            if true_flow:
+                values = registration_metrics(flow, true_flow[0].to(run.device), b)
+            else:
+                values = metrics(fake, b)
+            scores += [(name, float(v)) for name, column in values.items() for v in column]
+    run.model.train()
+    if run.world > 1:
+        parts = [None] * run.world
+        torch.distributed.all_gather_object(parts, scores)
+        scores = sum(parts, [])
+    names = dict.fromkeys(name for name, _ in scores)
+    return {name: statistics.fmean(v for other, v in scores if other == name) for name in names}
+
+
+def validate(run, val, log, epoch):
+    """Scores the networks on val and writes the checkpoints."""
+    scores = evaluate(run, *val)
+    log.line(step=run.step, epoch=epoch, val=scores)
+    better = scores["mae"] < run.best
+    run.best = min(run.best, scores["mae"])
+    if run.rank != 0:
+        return
+    names = ("mae", "psnr", "ssim", "registration_error", "misalignment")
+    shown = [f"{name} {scores[name]:.4g}" for name in names if name in scores]
+    print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
+    if better:
+        save_checkpoint(run.out / "best.pt", run.weights())
+    run.save(time.time() - log.start)
+
+
+def loop(run, pairs, val, log):
+    """Trains from run.step to the end. Returns what Timed says of the loop's speed."""
+    config = run.config
+    steps, per_epoch = run.steps, run.per_epoch
+    every = max(per_epoch, steps // 10)
+    batches = pairs.batches(config.batch_size, math.ceil(steps / per_epoch), True, config.seed,
+                            run.step, run.rank, run.world, config.workers)
+    batches = data.Timed(batches, run.device, run.world)
+    while run.step < steps:
+        a, b = next(batches)
+        run.set_rates()
+        # G is asked for b from misaligned pairs: R, inside the step, explains the misalignment.
+        losses = training_step(run.model, config, a.to(run.device), b.to(run.device), run.opt_g,
+                               run.opt_d, run.pools, run.autocast, run.world)
+        run.step += 1
+        epoch = run.step / per_epoch
+        # Reading a loss makes the GPU finish its work, so it is done three times an epoch only.
+        if run.step % max(1, per_epoch // 3) == 0 or run.step == steps:
+            values = {name: float(loss) for name, loss in losses.items()}
+            # A GAN that diverges does not recover, and NaN would overwrite the checkpoint.
+            if not all(map(math.isfinite, values.values())):
+                raise InputError(f"{run.out}: the losses left the numbers at step {run.step} "
+                                 f"({values}): lower --lr")
+            log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **values)
+        # Val chooses the weights: the losses of a GAN do not tell which are best, test must not.
+        if run.step % every == 0 or run.step == steps:
+            validate(run, val, log, epoch)
+    return batches.speed()
+
+
+def finish(run, test, log, speed):
+    """Tests the best weights, writes result.json and the pictures. Returns the result."""
+    if run.world > 1:
+        torch.distributed.barrier()  # rank 0 may still be writing best.pt
+    part = test[0].folder.name
+    chosen = "last.pt (nothing chosen)"
+    if part == "test":  # weights that val chose would score too well on val itself
+        run.model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
+        chosen = "best.pt (chosen on val)"
+    config = run.config
+    result = evaluate(run, *test) | {
+        "host": config.host, "registration": config.reg, "noise": config.noise,
+        "elastic": config.elastic, "part": part, "weights": chosen, "images": len(test[0]),
+        "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "seconds": time.time() - log.start, **speed}
+    log.json("result.json", result)
+    if run.rank == 0:
+        draw_run(run, *test)
+    return result
+
+
+def train(config):
+    """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
+    start = time.time()
+    config = complete(config)
+    device, rank, world = data.join(config)
+    data.seed(config.seed)
+    if rank == 0:
+        data.check_writable(config.out or "runs/reggan")
+    pairs, val, test = records(config)
+    run = Run(config, pairs, device, rank, world)
+    if config.resume:
+        run.resume()
+    # Nothing can be refused any more: only now is the log of an earlier run replaced.
+    log = RunLog(run.out, config, rank, config.resume, start - run.seconds)
+    speed = loop(run, pairs, val, log)
+    return finish(run, test, log, speed)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures, translating, comparing
+
+
+@torch.no_grad()
+def draw_run(run, aligned, misaligned, rows=4):
+    """OUT/translation.png: pairs of the test part, their translations, and what R made of a
+    misaligned one. OUT/curves.png: losses and validation."""
+    run.model.eval()
+    titles, pictures = ["A", "B", "G(A)", "|G(A) - B|"], []
+    if run.config.reg:
+        titles += ["A moved", "B moved", "G(A) warped", "|warped - B|", "flow"]
+    for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
+        a, b = (x.to(run.device)[None] for x in aligned.item(0, i))
+        fake = run.model.translate(a)
+        row = [a, b, fake, (fake - b).abs() - 1]
+        if run.config.reg:
+            a, b, _ = (x.to(run.device)[None] for x in misaligned.item(0, i))
+            fake = run.model.translate(a)
+            flow = run.model.registration(fake, b)
+            warped = warp(fake, flow)
+            grid = torch.full_like(b[:, :1], -0.8)
+            grid[:, :, ::6] = grid[:, :, :, ::6] = 1.0
+            row += [a, b, warped, (warped - b).abs() - 1, warp(grid, flow)]
+        pictures.append([(x[0].cpu() + 1) / 2 for x in row])
+    data.save_grid(run.out / "translation.png", pictures, titles=titles,
+                   scale=max(1, 128 // aligned.shape[1]))
+    curves = {}
+    for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
+        values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
+        for name, value in values.items():
+            if name not in ("step", "epoch", "lr", "seconds"):
+                xs, ys = curves.setdefault(name, ([], []))
+                xs.append(line["epoch"])
+                ys.append(value)
+    title = run.config.host + " + R" if run.config.reg else run.config.host
+    data.save_plot(run.out / "curves.png", curves, title, "epoch", "loss")
+
+
+def load_generator(path):
+    """(model, translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN
+    generator (netG_A2B.pth). Raises InputError for any other file."""
+    path = Path(path)
+    state = load_checkpoint(path / "best.pt" if path.is_dir() else path)
+    if "model_head.1.weight" in state:
+        width, in_chans = state["model_head.1.weight"].shape[:2]
+        blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
+        config = complete(Config(paper=True, width=width, blocks=blocks))
+        model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
+        translate = model
+    elif "model" in state and "config" in state:
+        unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
+        if unknown:
+            raise InputError(f"{path}: trained with options that this reggan.py has not "
+                             f"({', '.join(sorted(unknown))}): train again")
+        config, in_chans = complete(Config(**state["config"])), state["in_chans"]
+        model = build(config, in_chans, state["out_chans"], state["shape"])
+        translate, state = model.translate, state["model"]
+    else:
+        raise InputError(path, "a checkpoint of reggan.py or a Reg-GAN generator", "other keys")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: the weights do not fit: {reason}") from None
+    return model, translate, config, in_chans
+
+
+@torch.no_grad()
+def translate_folder(config):
+    """Writes the translation of every image of --translate under the same name, format and bit
+    depth into --out."""
+    if not config.weights:
+        raise InputError("--translate needs --weights RUN: a run's folder, its best.pt, or a "
+                         "Reg-GAN netG_A2B.pth")
+    model, translate, trained, in_chans = load_generator(config.weights)
+    device, _, _ = data.join(config)
+    autocast = data.autocast(config, device)
+    model.to(device).eval()
+    spans = data.parse_rescale(config.rescale or trained.rescale)
+    folder, out = Path(config.translate), Path(config.out or "runs/translate")
+    images = {name: data.read_slice(folder / name, spans[0]) for name in data.list_slices(folder)}
+    for name, image in images.items():
+        if len(image) != in_chans:
+            raise InputError(f"{folder / name}: {len(image)} channels, "
+                             f"the generator takes {in_chans}")
+    for name, image in images.items():
+        H, W = image.shape[1:]
+        scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows
+        a = F.interpolate(image[None].to(device), (round(H * scale), round(W * scale)),
+                          mode="bilinear", antialias=scale < 1)
+        with autocast():
+            fake = translate(a)
+        fake = F.interpolate(fake, (H, W), mode="bilinear")[0]
+        data.write_slice(out / name, fake, folder / name, spans[1])
+    print(f"{len(images)} images translated into {out}")
+
+
+def compare(config):
+    """The paper's table: every row of --hosts at every level with every seed, each a run of its own
+    in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
+    out = Path(config.out or "runs/reggan-compare")
+    rows, levels = config.hosts.split(","), config.levels.split(",")
+    cells, table = {}, []
+    for seed in range(config.seed, config.seed + config.seeds):
+        for level in levels:
+            for row in rows:
+                cells[f"{row}_{level}_{seed}"] = cell_config(config, row, level, seed)
+    for name, result in data.run_cells(out / "cells", cells, train):
+        row, level, seed = name.split("_")
+        table.append({"row": row, "level": level, "seed": int(seed)} | result)
+        write_tables(out, table, rows, levels)
+    print((out / "table.md").read_text())
+    return table
+
+
+def cell_config(config, row, level, seed):
+    """The filled configuration of a cell. Raises InputError for an unknown row or level."""
+    host = row.removesuffix("+r")
+    if host not in HOSTS:
+        raise InputError("--hosts", f"{', '.join(HOSTS)}, with +r for registration", row)
+    noise, elastic = 0.0, config.elastic or 3.0
+    if level != "elastic":
+        try:
+            noise, elastic = float(level), config.elastic
+        except ValueError:
+            raise InputError("--levels", "numbers or elastic", level) from None
+    return complete(dataclasses.replace(config, host=host, reg=row.endswith("+r"), noise=noise,
+                                        elastic=elastic, seed=seed))
+
+
+def write_tables(out, table, rows, levels):
+    """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
+    header = list(dict.fromkeys(name for line in table for name in line))
+    data.write_csv(out / "table.csv", header, [[line.get(n, "") for n in header] for line in table])
+    titles = {"psnr": "PSNR over the foreground, dB", "mae": "MAE over the foreground",
+              "ssim": "SSIM", "registration_error": "registration error, pixels",
+              "folding": "share of pixels where the flow folds"}
+
+    def cell(row, level, name):
+        values = [line[name] for line in table
+                  if (line["row"], line["level"]) == (row, level) and name in line]
+        digits = 2 if name in ("psnr", "registration_error") else 4
+        text = f"{statistics.fmean(values):.{digits}f}" if values else ""
+        if len(values) > 1:
+            text += f" ± {statistics.stdev(values):.{digits}f}"
+        return text
+
+    parts = []
+    for name, title in titles.items():
+        lines = [[row] + [cell(row, level, name) for level in levels] for row in rows]
+        lines = [line for line in lines if any(line[1:])]
+        header = ["method"] + [f"level {level}" for level in levels]
+        parts.append(f"{title}\n\n{data.markdown_table(header, lines)}")
+    data.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Beyond the paper: --improved
+#
+# The paper's losses leave G free to move an image as long as R moves it back, and G is used without
+# R. Three more losses take that freedom away, and another R finds larger motion in fewer steps.
+
+
+class CoarseToFine(nn.Module):
+    """R that searches from coarse to fine: (fake, real) -> flow (B, 2, H, W), zero at the start.
+
+    Up to 7 levels, from 2 x 2 pixels to half the resolution. Each moves fake along the flow so far
+    and by a further half of its own pixel in 8 directions. The 9 mean differences to real within
+    each of its pixels say which way is better, and the level adds a flow that goes there.
+    """
+
+    def __init__(self, size, width=32):
+        super().__init__()
+        w, levels = width, levels_of(size)
+
+        def block(i):
+            return nn.Sequential(nn.Conv2d(i, w, 3, padding=1), nn.LeakyReLU(0.2, True),
+                                 Residual(w), nn.LeakyReLU(0.2, True))
+
+        self.blocks = nn.ModuleList(block(i) for i in [9] + [9 + w] * (levels - 1))
+        self.heads = nn.ModuleList(nn.Conv2d(w, 2, 3, padding=1) for _ in range(levels))
+        start_at_zero(self, *self.heads)
+
+    def forward(self, fake, real):
+        B, _, H, W = real.shape
+        x, flow = None, real.new_zeros(B, 2, H, W, dtype=torch.float32)
+        for level, (block, head) in enumerate(zip(self.blocks, self.heads)):
+            step = 2 ** (len(self.heads) - level - 1)  # half a pixel of this level
+            moved = F.pad(warp(fake, flow), (step,) * 4, mode="replicate").float()
+            moved = F.unfold(moved, 3, dilation=step).view(B, -1, 9, H, W)      # (B, C, 9, H, W)
+            costs = F.avg_pool2d((moved - real.unsqueeze(2)).abs().mean(1), 2 * step)
+            # Which of the 9 is better matters, not how good it is. 10 makes it of the order of 1.
+            costs = 10 * (costs - costs.mean(1, keepdim=True))                  # (B, 9, h, w)
+            if x is not None:
+                x = F.interpolate(x, costs.shape[2:], mode="bilinear").float()
+                costs = torch.cat((costs, x), 1)
+            x = block(costs)
+            # A level moves by half of its own pixel at most: a flow that has left the image has no
+            # gradient and would never return.
+            more = step * torch.tanh(head(x).float() / step)
+            # With corners aligned an affine flow stays affine.
+            flow = flow + F.interpolate(more, (H, W), mode="bilinear", align_corners=True)
+        return flow
+
+
+def percent(flow):
+    """A flow (B, 2, H, W) in pixels as % of the sides H and W."""
+    return 100 * flow / flow.new_tensor(flow.shape[2:]).view(2, 1, 1)
+
+
+def random_motion(images, spread=0.1, mirrored=True):
+    """A random affine flow for each image: (B, 2, H, W) in pixels.
+
+    Every entry of its matrix strays by `spread`, its shift by half of `spread` of the sides
+    (standard deviations). `mirrored` turns y over half of the time, and x half of the time.
+    """
+    (B, _, H, W), at = images.shape, {"device": images.device}
+    y, x = torch.meshgrid(torch.arange(H, **at) - (H - 1) / 2, torch.arange(W, **at) - (W - 1) / 2,
+                          indexing="ij")
+    mirror = torch.ones(B, 2, 1, **at)
+    if mirrored:
+        mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1
+    one = torch.eye(2, **at)
+    matrix = mirror * (one + spread * torch.randn(B, 2, 2, **at)) - one
+    shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * torch.tensor((H, W), **at).view(2, 1, 1)
+    return torch.einsum("bij,jhw->bihw", matrix, torch.stack((y, x))) + shift
+
+
+def running_mean(mean, flow, rate=0.01):
+    """0.99 mean + 0.01 (mean of the batch's flows, in % of the sides): (2, H, W)."""
+    return torch.lerp(mean, percent(flow).mean(0), rate)
+
+
+def drift_loss(mean, flow):
+    """mean m^2, m the running mean of the flows with this batch's.
+
+    Misalignment is zero in the mean, but the paper's losses do not know that. If every G(a) is
+    shifted or zoomed alike, R undoes it, and G, which is used without R, stays off by that much.
+    """
+    return running_mean(mean, flow).square().mean()
+
+
+def synthetic_loss(registration, real):
+    """mean |R(real, warp(real, u)) - u|, in % of the sides, for a random affine flow u.
+
+    Where the likeness of two heads is the only teacher, R soon finds shifts and zooms, but less
+    than half of a rotation, because heads are round. Here the motion is known.
+    """
+    motion = random_motion(real, mirrored=False)
+    return percent(registration(real, warp(real, motion)) - motion).norm(dim=1).mean()
+
+
+def equivariance_loss(model, a, fake):
+    """mean |G(warp(a, u)) - warp(G(a), u)| for a random affine flow u.
+
+    G of a moved image is the moved G of the image, so G cannot tell how far an image was zoomed and
+    undo a part of it.
+    """
+    motion = random_motion(a)
+    return F.l1_loss(model.translate(warp(a, motion)), warp(fake, motion))
+
+
+def added_losses(model, config, a, b, fake, flow):
+    """The weighted losses that go beyond the paper: a dict of those whose weight is not 0."""
+    losses, R = {}, model.registration
+    if config.drift:
+        losses["drift"] = config.drift * drift_loss(R.mean, flow)
+        R.mean.copy_(running_mean(R.mean, flow.detach()))  # the loss itself changes nothing
+    if config.synthetic:
+        losses["synthetic"] = config.synthetic * synthetic_loss(R, b[::2])  # half teach as much
+    if config.equivariance:
+        losses["equivariance"] = config.equivariance * equivariance_loss(model, a, fake)
+    return losses
+
+
+# --------------------------------------------------------------------------------------------------
+# NICE-GAN (Chen et al., "Reusing Discriminators for Encoding", CVPR 2020)
+
+
+class LayerInstanceNorm(nn.Module):
+    """rho instance norm + (1 - rho) layer norm, rho learnt for each channel; times gamma, plus
+    beta, both learnt or, where the norm is `adaptive`, given."""
+
+    def __init__(self, width, rho, adaptive):
+        super().__init__()
+        self.rho, self.instance = nn.Parameter(torch.full((1, width, 1, 1), rho)), InstanceNorm()
+        if not adaptive:
+            self.gamma = nn.Parameter(torch.ones(1, width, 1, 1))
+            self.beta = nn.Parameter(torch.zeros(1, width, 1, 1))
+
+    def forward(self, x, gamma=None, beta=None):
+        if gamma is None:
+            gamma, beta = self.gamma, self.beta
+        rho = self.rho.clamp(0, 1)
+        layer = F.group_norm(x, 1)  # with one group, group norm is the layer norm of (C, H, W)
+        return (rho * self.instance(x) + (1 - rho) * layer) * gamma + beta
+
+
+class NiceResidual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Sequential(Reflect(1), nn.Conv2d(width, width, 3, bias=False))
+        self.conv2 = nn.Sequential(Reflect(1), nn.Conv2d(width, width, 3, bias=False))
+        self.norm1 = LayerInstanceNorm(width, 0.9, adaptive=True)
+        self.norm2 = LayerInstanceNorm(width, 0.9, adaptive=True)
+
+    def forward(self, x, gamma, beta):
+        y = F.relu(self.norm1(self.conv1(x), gamma, beta))
+        return x + self.norm2(self.conv2(y), gamma, beta)
+
+
+class NiceGenerator(nn.Module):
+    """Decodes an encoding (B, 2 width, h, w), halved `downs` times, that a discriminator made."""
+
+    def __init__(self, out_chans=1, width=64, blocks=6, downs=2, kernel=7):
+        super().__init__()
+        w = width * 2**downs
+        self.enter = nn.Sequential(Reflect(1), nn.Conv2d(2 * width, w, 3))
+        self.norm = LayerInstanceNorm(w, 0.1, adaptive=False)
+        self.style = nn.Sequential(nn.Linear(w, w), nn.ReLU(True), nn.Linear(w, 2 * w))
+        self.blocks = nn.ModuleList(NiceResidual(w) for _ in range(blocks))
+        up = []
+        for level in range(downs, 0, -1):
+            i = width * 2**level
+            up += [Reflect(1), nn.Conv2d(i, 2 * i, 3), nn.PixelShuffle(2),
+                   LayerInstanceNorm(i // 2, 0.1, adaptive=False), nn.ReLU(True)]
+        up += [Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh()]
+        self.up = nn.Sequential(*up)
+
+    def forward(self, z, size):
+        x = F.relu(self.norm(self.enter(z)))
+        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)   # (B, w, 1, 1) each
+        for block in self.blocks:
+            x = block(x, 1 + gamma, beta)
+        return self.up(x)[..., :size[0], :size[1]].float()
+
+
+class NiceDiscriminator(nn.Module):
+    """An encoder, which serves a generator too, class-activation attention, and two classifiers, 2
+    and 8 times coarser."""
+
+    def __init__(self, in_chans=1, width=64, downs=2):
+        super().__init__()
+        self.multiple, w = 2**downs, width
+
+        def conv(i, o, kernel=4, stride=2):
+            return spectral_norm(nn.Conv2d(i, o, kernel, stride, 1))
+
+        def leaky():
+            return nn.LeakyReLU(0.2)
+
+        first = conv(in_chans, w)
+        second = conv(w, 2 * w) if downs == 2 else conv(w, 2 * w, 3, 1)
+        self.encoder = nn.Sequential(first, leaky(), second, leaky())
+        self.cam = spectral_norm(nn.Linear(4 * w, 1, bias=False))
+        self.merge = nn.Conv2d(4 * w, 2 * w, 1)
+        self.share = nn.Parameter(torch.zeros(()))
+        self.shared = nn.Sequential(conv(2 * w, 4 * w), leaky())
+        self.local = nn.Sequential(conv(4 * w, 8 * w, 3, 1), leaky(), conv(8 * w, 1, 3, 1))
+        self.overall = nn.Sequential(conv(4 * w, 8 * w), leaky(), conv(8 * w, 16 * w), leaky(),
+                                     conv(16 * w, 1, 3, 1))
+
+    def encode(self, x):
+        """(encoding (B, 2w, h, w), in which telling channels count more, activation (B, 1))."""
+        H, W = x.shape[-2:]
+        x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
+        pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)                 # (B, 4w)
+        weight = self.cam.weight                                                # (1, 4w)
+        attended = self.merge(torch.cat((x, x), 1) * weight[:, :, None, None])
+        return F.leaky_relu(x + self.share * attended, 0.2), F.linear(pooled, weight)
+
+    def forward(self, x):
+        z, activation = self.encode(x)
+        h = self.shared(z)
+        return [self.local(h).float(), self.overall(h).float(), activation.float()], z
+
+    def verdicts(self, x):
+        return self(x)[0]
+
+
+class Nice(nn.Module):
+    """Both directions as in CycleGAN, but the discriminators' encoders serve the generators, and
+    only the discriminators' losses train them.
+
+    adversarial + 10 cycle + 10 identity
+    """
+
+    pooled = False
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
         blocks = max(1, config.blocks * 2 // 3)  # 6 where the paper's generator has 9
-        self.netG_A2B, self.netG_B2A = (NiceGenerator(c, config.width, blocks, config.downs, config.kernel)
-                                        for c in (out_chans, in_chans))
-        self.netD_A, self.netD_B = (NiceDiscriminator(c, config.width, config.downs) for c in (in_chans, out_chans))
+
+        def generator(channels):
+            return NiceGenerator(channels, config.width, blocks, config.downs, config.kernel)
+
+        self.netG_A2B, self.netG_B2A = generator(out_chans), generator(in_chans)
+        self.netD_A = NiceDiscriminator(in_chans, config.width, config.downs)
+        self.netD_B = NiceDiscriminator(out_chans, config.width, config.downs)
 
     def translate(self, a):
         return self.netG_A2B(self.netD_A.encode(a)[0], a.shape[-2:])
@@ -403,470 +1125,44 @@ class Nice(nn.Module):
         with cached():  # one spectral norm for both images that a discriminator sees
             with torch.no_grad():
                 z = torch.cat((self.netD_A.encode(a)[0], self.netD_B.encode(b)[0]))
-            (same_a, fake_a), (fake_b, same_b) = (netG(z, size).chunk(2) for netG in (self.netG_B2A, self.netG_A2B))
+            same_a, fake_a = self.netG_B2A(z, size).chunk(2)
+            fake_b, same_b = self.netG_A2B(z, size).chunk(2)
             (verdict_b, z_b), (verdict_a, z_a) = self.netD_B(fake_b), self.netD_A(fake_a)
+        back_a, back_b = self.netG_B2A(z_b, size), self.netG_A2B(z_a, size)
         return {"A": fake_a, "B": fake_b}, {
             "adversarial": lsgan(verdict_b, True) + lsgan(verdict_a, True),
-            "cycle": 10 * (F.l1_loss(self.netG_B2A(z_b, size), a) + F.l1_loss(self.netG_A2B(z_a, size), b)),
+            "cycle": 10 * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b)),
             "identity": 10 * (F.l1_loss(same_a, a) + F.l1_loss(same_b, b))}
 
     def discriminator_losses(self, a, b, fakes):
         with cached():
-            return {"d": contrast(lambda x: self.netD_A(x)[0], a, fakes["A"]) + contrast(lambda x: self.netD_B(x)[0], b, fakes["B"])}
+            return {"d": contrast(self.netD_A.verdicts, a, fakes["A"])
+                    + contrast(self.netD_B.verdicts, b, fakes["B"])}
 
 
 HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle, "nice": Nice}
 
 
-class Pool:
-    """The last `size` fakes: half of the time an old one goes to the discriminator instead (Shrivastava et al. 2017)."""
-
-    def __init__(self, size=50):
-        self.size, self.images = size, []
-
-    def __call__(self, fakes):
-        out = []
-        for fake in fakes:
-            swap = len(self.images) == self.size and torch.rand(()) < 0.5
-            k = int(torch.randint(self.size, ())) if swap else len(self.images)
-            out.append(self.images[k] if swap else fake)
-            self.images[k:k + 1] = [fake] if swap or k < self.size else []
-        return torch.stack(out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def metrics(fake, real):
-    """MAE, PSNR and SSIM of fake and real (B, C, H, W) in [-1, 1]: a dict of (B,) tensors, one number an image.
-
-    On [0, 1], that is halved: mae = mean |f - r| / 2 and psnr = -10 log10 mean ((f - r) / 2)^2, at most 100, over the
-    foreground real != -1 as the paper defines them; ssim over the whole image (7 x 7 uniform window, sample covariance,
-    K 0.01 and 0.03, mean where the window fits, as in scikit-image). mae_whole and psnr_whole take every pixel,
-    ssim_foreground the foreground's windows. Foreground metrics of an empty foreground are NaN.
-    """
-    f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
-    inside = (real != -1).double()
-
-    def mean(x, mask):
-        return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
-
-    def pool(x):
-        return F.avg_pool2d(x, 7, stride=1)
-
-    n, whole = 49 / 48, torch.ones_like(inside)
-    mf, mr = pool(f), pool(r)
-    vf, vr, vfr = (n * (pool(x * y) - mx * my) for x, y, mx, my in ((f, f, mf, mf), (r, r, mr, mr), (f, r, mf, mr)))
-    ssim = (2 * mf * mr + 1e-4) * (2 * vfr + 9e-4) / ((mf**2 + mr**2 + 1e-4) * (vf + vr + 9e-4))
-    out = {"ssim": ssim.mean((1, 2, 3)), "ssim_foreground": mean(ssim, inside[..., 3:-3, 3:-3])}
-    for name, mask in (("", inside), ("_whole", whole)):
-        out["mae" + name] = mean((f - r).abs(), mask)
-        out["psnr" + name] = -10 * mean((f - r).square(), mask).clamp(min=1e-10).log10()
-    return out
-
-
-def registration_metrics(flow, true_flow, real):
-    """Of a flow (B, 2, H, W) in pixels, (B,) each: registration_error, the mean length of flow - true_flow over the
-    foreground of real; misalignment, the same of a zero flow; folding, the share of pixels whose map p + flow(p) has a
-    Jacobian determinant <= 0 (forward differences)."""
-    inside = (real != -1).any(1)
-
-    def mean(x):
-        return (x.norm(dim=1) * inside).sum((1, 2)) / inside.sum((1, 2))
-
-    dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]                      # (B, 2, H-1, W-1)
-    determinant = (1 + dy[:, 0]) * (1 + dx[:, 1]) - dy[:, 1] * dx[:, 0]
-    return {"registration_error": mean(flow - true_flow), "misalignment": mean(true_flow),
-            "folding": (determinant <= 0).double().mean((1, 2))}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    root: str = option("", "folder with train/A, train/B, val/A, val/B and perhaps test/A, test/B (default: the demo pairs)")
-    host: str = option("nc", "the translation method", choices=list(HOSTS))
-    reg: bool = option(True, "registration, which makes any host RegGAN; --no-reg leaves the host alone")
-    noise: float = option(3.0, "misalignment level n of the training pairs: rotation n degrees, shift and zoom 2n %")
-    elastic: float = option(0.0, "bending misalignment on top: standard deviation in % of the image side")
-    size: int = option(0, "scale every image to this many pixels a side (0: as they are)")
-    rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
-    paper: bool = option(False, "the paper's networks, schedule and weights instead of small ones: the numbers that each option names")
-    width: int = option(8, "channels of the first layer; 64 in the paper")
-    kernel: int = option(3, "side of the generator's first and last kernels; 7 in the paper")
-    downs: int = option(1, "times the generator halves the image; 2 in the paper")
-    blocks: int = option(3, "residual blocks of the generator; 9 in the paper")
-    batch: int = option(8, "pairs a step; 1 in the paper")
-    lr: float = option(4e-3, "learning rate of Adam, constant, then linear to 0 over the second half; 1e-4 in the paper")
-    reg_lr: float = option(8e-3, "the same of the registration network; 1e-4 in the paper")
-    epochs: int = option(100, "passes over the training pairs; 80 in the paper")
-    correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|; 20 in the paper")
-    smooth: float = option(10.0, "weight of the flow's squared gradient")
-    drift: float = option(100.0, "weight of the squared running mean of the flows, in % of the sides; 0 in the paper")
-    synthetic: float = option(3.0, "weight of R's error, in % of the sides, on b and a randomly moved copy; 0 in the paper")
-    equivariance: float = option(30.0, "weight of |G(moved a) - moved G(a)| under random motion, with registration; 0 in the paper")
-    compare: bool = option(False, "train every host at every level with every seed and write the table; goes on where it stopped")
-    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the table, +r with registration")
-    levels: str = option("0,3,5,elastic", "columns of the table: misalignment levels, or elastic (level 0 and 3 % bending)")
-    seeds: int = option(3, "runs a cell")
-    translate: str = option("", "translate the images of this folder with --weights into --out")
-    weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth")
-
-
-PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "epochs": 80, "batch": 1, "lr": 1e-4, "reg_lr": 1e-4,
-         "correction": 20.0, "drift": 0.0, "synthetic": 0.0, "equivariance": 0.0}
-
-
-def trainable(module, *prefixes):
-    return [p for name, p in module.named_parameters() if p.requires_grad and name.startswith(prefixes)]
-
-
-def descend(losses, optimizer, world):
-    """One step down the sum of the losses; under torchrun along the mean gradient of all processes."""
-    optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    if world > 1:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])
-        torch.distributed.all_reduce(flat)
-        for g, mean in zip(grads, (flat / world).split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
-    optimizer.step()
-
-
-def random_motion(images, spread=0.1, mirrored=True):
-    """A random affine flow for each image: (B, 2, H, W) in pixels. Every entry of its matrix strays by `spread`, its shift by half
-    of `spread` of the sides (standard deviations); `mirrored` in y and in x half of the time each."""
-    (B, _, H, W), at = images.shape, {"device": images.device}
-    y, x = torch.meshgrid(torch.arange(H, **at) - (H - 1) / 2, torch.arange(W, **at) - (W - 1) / 2, indexing="ij")
-    mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1 if mirrored else torch.ones(B, 2, 1, **at)
-    matrix = mirror * (torch.eye(2, **at) + spread * torch.randn(B, 2, 2, **at)) - torch.eye(2, **at)
-    shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * torch.tensor((H, W), **at).view(2, 1, 1)
-    return torch.einsum("bij,jhw->bihw", matrix, torch.stack((y, x))) + shift
-
-
-def build(config, in_chans, out_chans, size):
-    """The networks of a run: an nn.Module with the host's netG..., netD... and, with --reg, `registration`."""
-    model = HOSTS[config.host](config, in_chans, out_chans)
-    if config.reg:
-        model.registration = Registration(size, max(16, config.width // 2))
-    return model
-
-
-def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=contextlib.nullcontext, world=1):
-    """One step of any host with or without registration: first G (and R), then D on the same fakes. Returns the losses."""
-    d_parameters = opt_d.param_groups[0]["params"]
-    for p in d_parameters:
-        p.requires_grad_(False)  # G's step needs D's gradient to its input only
-    with autocast():
-        fakes, losses = model.generator_losses(a, b)
-        if config.reg:
-            flow = model.registration(fakes["B"], b)
-            losses["correction"] = config.correction * F.l1_loss(warp(fakes["B"], flow), b)
-            losses["smooth"] = config.smooth * smoothness(flow)
-            if config.drift:
-                losses["drift"] = config.drift * model.registration.drift(flow)
-            if config.synthetic:
-                losses["synthetic"] = config.synthetic * model.registration.synthetic_error(b[::2])  # half of them teach as much
-            if config.equivariance:
-                motion = random_motion(a)
-                difference = F.l1_loss(model.translate(warp(a, motion)), warp(fakes["B"], motion))
-                losses["equivariance"] = config.equivariance * difference
-    descend(losses, opt_g, world)
-    for p in d_parameters:
-        p.requires_grad_(True)
-    fakes = {side: pools[side](fake.detach()) if side in pools else fake.detach() for side, fake in fakes.items()}
-    with autocast():
-        d_losses = model.discriminator_losses(a, b, fakes)
-    descend(d_losses, opt_d, world)
-    return {name: loss.detach() for name, loss in (losses | d_losses).items()}
-
-
-def make_pairs(config, part, misaligned=False, with_flow=True):
-    """The pairs of a part; `misaligned` as in training, the same for every host."""
-    noise = {"noise": config.noise, "elastic": config.elastic, "seed": config.seed, "with_flow": with_flow} if misaligned else {}
-    return Pairs(Path(config.root or data.demo_root(pairs=True)) / part, size=config.size, rescale=config.rescale, **noise)
-
-
-@torch.no_grad()
-def evaluate(model, config, aligned, misaligned, device, autocast, rank=0, world=1):
-    """Metrics of G on aligned pairs and of R on misaligned ones, averaged over images: a dict of floats."""
-    model.eval()
-    rows = []
-    for pairs in [aligned] + [misaligned] * config.reg:
-        for a, b, *true_flow in pairs.batches(config.batch, rank=rank, world=world):
-            a, b = a.to(device), b.to(device)
-            with autocast():
-                fake = model.translate(a)
-                flow = model.registration(fake, b) if true_flow else None
-            scores = registration_metrics(flow, true_flow[0].to(device), b) if true_flow else metrics(fake, b)
-            rows += [(name, float(v)) for name, values in scores.items() for v in values]
-    model.train()
-    if world > 1:
-        parts = [None] * world
-        torch.distributed.all_gather_object(parts, rows)
-        rows = sum(parts, [])
-    return {name: statistics.fmean(v for other, v in rows if other == name) for name, _ in rows}
-
-
-def train(config):
-    """Trains one host on one misalignment level and tests it. Returns what result.json holds."""
-    if config.paper:
-        default = {field.name: field.default for field in dataclasses.fields(Config)}
-        config = dataclasses.replace(config, **{k: v for k, v in PAPER.items() if getattr(config, k) == default[k]})
-    for name in ("epochs", "batch", "width", "lr", "reg_lr"):
-        if getattr(config, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected a positive number")
-    for name in ("correction", "smooth", "drift", "synthetic", "equivariance"):
-        if getattr(config, name) < 0:
-            raise InputError(f"--{name} {getattr(config, name)}: expected 0 or more")
-    if config.host == "nice" and config.downs not in (1, 2):
-        raise InputError(f"--downs {config.downs}: nice takes 1 or 2")
-    if config.noise < 0 or config.elastic < 0 or config.noise > 25:
-        raise InputError(f"--noise {config.noise} --elastic {config.elastic}: expected 0 to 25 and 0 or more")
-    device, autocast, rank, world = start_run(config)
-    out = Path(config.out or "runs/reggan")
-    if rank == 0:
-        data.check_writable(out)
-    pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
-    part = "test" if (pairs.folder.parent / "test").is_dir() else "val"
-    val, test = ([make_pairs(config, p), make_pairs(config, p, misaligned=True)] for p in ("val", part))
-    for other in val + test:
-        if (other.in_chans, other.out_chans) != (pairs.in_chans, pairs.out_chans):
-            raise InputError(f"{other.folder}: {other.in_chans} and {other.out_chans} channels, "
-                             f"{pairs.folder} has {pairs.in_chans} and {pairs.out_chans}")
-    model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
-    peaks = {"netG": config.lr, "registration": config.reg_lr, "netD": config.lr}
-
-    def adam(*parts):
-        groups = [{"params": trainable(model, part), "peak": peaks[part]} for part in parts]
-        return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
-
-    opt_g, opt_d = adam("netG", *["registration"] * config.reg), adam("netD")
-    pools = {side: Pool() for side in model.pooled}
-    step, best, seconds = 0, float("inf"), 0.0
-    meta = {"in_chans": pairs.in_chans, "out_chans": pairs.out_chans, "shape": list(pairs.shape)}
-    if config.resume:
-        state = load_checkpoint(out / "last.pt")
-        check_same(state["config"], config, out / "last.pt")
-        model.load_state_dict(state["model"])
-        opt_g.load_state_dict(state["opt_g"])
-        opt_d.load_state_dict(state["opt_d"])
-        for side, pool in pools.items():
-            pool.images = [image.to(device) for image in state["pools"][side]]
-        step, best, seconds = state["step"], state["best"], state["seconds"]
-        data.set_random_state(state["random"])
-    log = RunLog(out, config, rank, config.resume)
-    per_epoch = -(-(-(-len(pairs) // world)) // config.batch)
-    steps, every = config.epochs * per_epoch, max(1, config.epochs // 10) * per_epoch
-    batches = iter(pairs.batches(config.batch, config.epochs, True, config.seed, step, rank, world, config.workers))
-    began, waited, images = time.time(), 0.0, 0
-    while step < steps:
-        clock = time.time()
-        a, b = next(batches)
-        waited += time.time() - clock
-        for group in opt_g.param_groups + opt_d.param_groups:
-            group["lr"] = group["peak"] * min(1.0, 2 * (1 - step / steps))
-        losses = training_step(model, config, a.to(device), b.to(device), opt_g, opt_d, pools, autocast, world)
-        step, images = step + 1, images + len(a) * world
-        if step % max(1, per_epoch // 3) == 0 or step == steps:
-            values = {name: float(loss) for name, loss in losses.items()}
-            if not all(map(math.isfinite, values.values())):
-                raise InputError(f"{out}: the losses left the numbers at step {step} ({values}): lower --lr")
-            log.line(step=step, epoch=step / per_epoch, lr=opt_g.param_groups[0]["lr"], **values)
-        if step % every == 0 or step == steps:
-            scores = evaluate(model, config, *val, device, autocast, rank, world)
-            log.line(step=step, epoch=step / per_epoch, val=scores)
-            if rank == 0:
-                print(f"epoch {step / per_epoch:g} of {config.epochs}: val mae {scores['mae']:.4f} psnr {scores['psnr']:.2f} "
-                      f"ssim {scores['ssim']:.4f}" + (f" registration error {scores['registration_error']:.2f} px of "
-                      f"{scores['misalignment']:.2f}" if config.reg else ""), flush=True)
-                saved = {"model": model.state_dict(), "config": dataclasses.asdict(config), **meta}
-                if scores["mae"] < best:
-                    save_checkpoint(out / "best.pt", saved)
-                best = min(best, scores["mae"])
-                save_checkpoint(out / "last.pt", saved | {
-                    "opt_g": opt_g.state_dict(), "opt_d": opt_d.state_dict(), "step": step, "best": best,
-                    "pools": {side: pool.images for side, pool in pools.items()}, "random": data.random_state(),
-                    "seconds": seconds + time.time() - began})
-    if world > 1:
-        torch.distributed.barrier()  # best.pt is being written
-    if part == "test":
-        model.load_state_dict(load_checkpoint(out / "best.pt")["model"])
-    clock = time.time() - began
-    result = evaluate(model, config, *test, device, autocast, rank, world)
-    result |= {"host": config.host, "registration": config.reg, "noise": config.noise, "elastic": config.elastic, "part": part,
-               "weights": "best.pt (chosen on val)" if part == "test" else "last.pt (nothing chosen)", "images": len(test[0]),
-               "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "seconds": seconds + clock,
-               "images_per_second": images / max(clock, 1e-9), "waiting_for_data": waited / max(clock, 1e-9),
-               "peak_memory_mib": data.peak_memory_mib(device)}
-    log.json("result.json", result)
-    if rank == 0:
-        draw_run(out, model, config, *test, device)
-    return result
-
-
-def check_same(saved, config, path):
-    """Raises InputError where a run cannot go on because an option that shapes it has changed."""
-    for name, now in dataclasses.asdict(config).items():
-        if name not in ("out", "resume", "device", "workers", "kernels") and saved.get(name) != now:
-            raise InputError(f"{path}: that run has --{name} {saved.get(name)}, not {now}: --resume goes on with the same options")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures, translating, comparing
-
-
-@torch.no_grad()
-def draw_run(out, model, config, aligned, misaligned, device, rows=4):
-    """OUT/translation.png: pairs of the test part, their translations and what registration made of a misaligned one;
-    OUT/curves.png: losses and validation."""
-    model.eval()
-    pictures = []
-    for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
-        a, b = (x.to(device)[None] for x in aligned.item(0, i))
-        fake = model.translate(a)
-        row = [a, b, fake, (fake - b).abs() - 1]
-        if config.reg:
-            a, b, _ = (x.to(device)[None] for x in misaligned.item(0, i))
-            fake = model.translate(a)
-            flow = model.registration(fake, b)
-            moved = warp(fake, flow)
-            lines = torch.full_like(b[:, :1], -0.8)
-            lines[:, :, ::6], lines[:, :, :, ::6] = 1.0, 1.0
-            row += [a, b, moved, (moved - b).abs() - 1, warp(lines, flow)]
-        pictures.append([(x[0].cpu() + 1) / 2 for x in row])
-    titles = ["A", "B", "G(A)", "|G(A) - B|"] + ["A moved", "B moved", "G(A) warped", "|warped - B|", "flow"] * config.reg
-    data.save_grid(out / "translation.png", pictures, titles=titles[:len(pictures[0])], scale=max(1, 128 // aligned.shape[1]))
-    curves = {}
-    for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()):
-        for name, value in (line if "val" not in line else {"val mae x 100": 100 * line["val"]["mae"]}).items():
-            if name not in ("step", "epoch", "lr", "seconds"):
-                xs, ys = curves.setdefault(name, ([], []))
-                xs.append(line["epoch"])
-                ys.append(value)
-    data.save_plot(out / "curves.png", curves, f"{config.host}{' + R' * config.reg}", "epoch", "loss")
-
-
-def load_generator(path):
-    """(translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN generator (netG_A2B.pth)."""
-    path = Path(path)
-    state = load_checkpoint(path / "best.pt" if path.is_dir() else path)
-    if "model_head.1.weight" in state:
-        width, in_chans = state["model_head.1.weight"].shape[:2]
-        blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
-        config = Config(width=width, blocks=blocks, kernel=7)
-        model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
-        translate = model
-    elif "model" in state and "config" in state:
-        unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
-        if unknown:
-            raise InputError(f"{path}: trained with options that this reggan.py has not ({', '.join(sorted(unknown))}): train again")
-        config, in_chans = Config(**state["config"]), state["in_chans"]
-        model = build(config, in_chans, state["out_chans"], state["shape"])
-        translate, state = model.translate, state["model"]
-    else:
-        raise InputError(f"{path}: neither a checkpoint of reggan.py nor a Reg-GAN generator (keys model_head.*)")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise InputError(f"{path}: the weights do not fit: {' '.join(str(error).split())[:200]}") from None
-    return model, translate, config, in_chans
-
-
-@torch.no_grad()
-def translate_folder(config):
-    """Writes the translation of every image of --translate under the same name, format and bit depth into --out."""
-    if not config.weights:
-        raise InputError("--translate needs --weights RUN: a run's folder, its best.pt, or a Reg-GAN netG_A2B.pth")
-    model, translate, trained, in_chans = load_generator(config.weights)
-    device, autocast, rank, world = start_run(config)
-    model.to(device).eval()
-    spans = data.parse_rescale(config.rescale or trained.rescale)
-    folder, out = Path(config.translate), Path(config.out or "runs/translate")
-    images = {name: data.read_slice(folder / name, spans[0]) for name in data.list_slices(folder)}
-    for name, image in images.items():
-        if len(image) != in_chans:
-            raise InputError(f"{folder / name}: {len(image)} channels, the generator takes {in_chans}")
-    for name, image in images.items():
-        H, W = image.shape[1:]
-        scale = (trained.size or max(H, W)) / max(H, W)  # the size that the generator was trained on
-        a = F.interpolate(image[None].to(device), (round(H * scale), round(W * scale)), mode="bilinear", antialias=scale < 1)
-        with autocast():
-            fake = translate(a)
-        data.write_slice(out / name, F.interpolate(fake, (H, W), mode="bilinear")[0], folder / name, spans[1])
-    print(f"{len(images)} images translated into {out}")
-
-
-def compare(config):
-    """The paper's table: every row of --hosts at every level of --levels with every seed, each cell a run of its own in
-    OUT/cells that is kept, so the command goes on where it was stopped. Writes OUT/table.csv and OUT/table.md."""
-    out, table = Path(config.out or "runs/reggan-compare"), []
-    hosts, levels = config.hosts.split(","), config.levels.split(",")
-    for row in hosts:
-        if row.removesuffix("+r") not in HOSTS:
-            raise InputError(f"--hosts {row}: expected {', '.join(HOSTS)}, with +r for registration")
-    try:
-        noises = {level: (0.0, config.elastic or 3.0) if level == "elastic" else (float(level), config.elastic) for level in levels}
-    except ValueError:
-        raise InputError(f"--levels {config.levels}: expected numbers or elastic") from None
-    for seed in range(config.seed, config.seed + config.seeds):
-        for level in levels:
-            for row in hosts:
-                cell = out / "cells" / f"{row}_{level}_{seed}"
-                run = dataclasses.replace(
-                    config, compare=False, out=str(cell), host=row.removesuffix("+r"), reg=row.endswith("+r"), seed=seed,
-                    noise=noises[level][0], elastic=noises[level][1], hosts="", levels="", seeds=0, resume=(cell / "last.pt").exists())
-                if (cell / "result.json").exists():
-                    check_same(data.read_json(cell / "config.json"), run, cell / "config.json")
-                    result = data.read_json(cell / "result.json")
-                else:
-                    print(f"{row}, level {level}, seed {seed}", flush=True)
-                    result = train(run)
-                table.append({"row": row, "level": level, "seed": seed} | result)
-                write_tables(out, table, hosts, levels)
-    print((out / "table.md").read_text())
-    return table
-
-
-def write_tables(out, table, hosts, levels):
-    """table.csv: a line a run; table.md: mean and standard deviation over the seeds."""
-    names = {"psnr": "PSNR over the foreground, dB", "mae": "MAE over the foreground", "ssim": "SSIM",
-             "registration_error": "registration error, pixels", "folding": "share of pixels where the flow folds"}
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for r in table for k in r)), restval="")
-    writer.writeheader()
-    writer.writerows(table)
-
-    def cell(row, level, name):
-        values = [r[name] for r in table if (r["row"], r["level"]) == (row, level) and name in r]
-        if not values:
-            return ""
-        digits = 2 if name in ("psnr", "registration_error") else 4
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-    lines = []
-    for name, title in names.items():
-        lines += [title, "", "| method | " + " | ".join(f"level {level}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
-        lines += [f"| {row} | " + " | ".join(cell(row, level, name) for level in levels) + " |"
-                  for row in hosts if any(cell(row, level, name) for level in levels)] + [""]
-    data.atomic_write(out / "table.csv", lambda file: file.write(text.getvalue().encode()))
-    data.atomic_write(out / "table.md", lambda file: file.write("\n".join(lines).encode()))
+def presets_in_words():
+    """What --help says of the options whose default is the preset's."""
+    lines = ["", "Presets, and what the other two change of the small one:"]
+    for title, preset in (("small", SMALL), ("improved", IMPROVED), ("paper", PAPER)):
+        shown = [f"{name} {value}" for name, value in preset.items()
+                 if preset is SMALL or value != SMALL[name]]
+        lines += textwrap.wrap(f"{title}: {', '.join(shown)}", 96, initial_indent="    ",
+                               subsequent_indent="        ")
+    return "\n".join(lines)
 
 
 def main():
-    config = parse_config(Config, description=__doc__)
+    config = data.parse_config(Config, description=__doc__ + presets_in_words())
     if config.translate:
         translate_folder(config)
     elif config.compare:
         compare(config)
     else:
         result = train(config)
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks
             print(json.dumps(result, indent=1))
 
 

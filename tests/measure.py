@@ -2,12 +2,11 @@
 
     python tests/measure.py pixels DEMO     # logistic regression of the pixels of the demo records in DEMO: validation AUROC
     python tests/measure.py vit             # a LoRA step and an MRM step of the paper's ViT-B/16, float32 against bfloat16
-    python tests/measure.py step            # an NC + R step, the official code's form against ours: operations, bytes, seconds
+    python tests/measure.py step            # an NC + R step, the official code against ours: operations, bytes, seconds
     python tests/measure.py motions RUN     # the share of shifts, zooms and rotations that the R of a run finds on val
     python tests/measure.py bound SEED      # NC at level 5 with the true flow in R's place, as a cell of reggan.py --compare
 """
 import contextlib
-import copy
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,6 +23,7 @@ import data
 import finetune
 import mrm
 import reggan
+from kernels import cpu
 
 
 def pixels(root):
@@ -52,9 +51,9 @@ def pixels(root):
 def official_layers(module):
     """Puts torch's own layers, which the official code uses, where ours stand in for them."""
     for name, child in module.named_children():
-        if isinstance(child, reggan.InstanceNorm):
+        if isinstance(child, cpu.InstanceNorm):
             setattr(module, name, torch.nn.LazyInstanceNorm2d(affine=False))
-        elif isinstance(child, (reggan.Reflect, reggan.LastConv)):
+        elif isinstance(child, (cpu.Reflect, cpu.LastConv)):
             child.__class__ = type(child).__base__
         official_layers(child)
     return module
@@ -94,8 +93,8 @@ def official_step(model, a, b, opt_g, opt_d):
     opt_g.zero_grad()
     fake = model.netG_A2B(a)
     flow = model.registration(fake, b)
-    losses = {"adversarial": reggan.lsgan(model.netD_B(fake), True), "correction": 20 * F.l1_loss(reggan.warp(fake, flow), b),
-              "smooth": 10 * reggan.smoothness(flow)}
+    losses = {"adversarial": reggan.lsgan(model.netD_B(fake), True),
+              "correction": 20 * reggan.correction(fake, flow, b), "smooth": 10 * reggan.smoothness(flow)}
     sum(losses.values()).backward()
     opt_g.step()
     opt_d.zero_grad()
@@ -105,34 +104,6 @@ def official_step(model, a, b, opt_g, opt_d):
     losses["d"].backward()
     opt_d.step()
     return losses
-
-
-class OfficialRegistration(nn.Module):
-    """The official code's R: a residual U-Net of the two images side by side, at full resolution, 7 levels, up to 64 wide."""
-
-    def __init__(self, widths=(32, 64, 64, 64, 64, 64, 64)):
-        super().__init__()
-
-        def block(i, o, kernel, *more):
-            return nn.Sequential(nn.Conv2d(i, o, kernel, padding=kernel // 2), nn.LeakyReLU(0.2, True), *more)
-
-        self.down = nn.ModuleList(block(i, o, 3, reggan.Residual(o)) for i, o in zip((2, *widths), widths))
-        self.bottom = nn.Sequential(block(64, 128, 1), *(reggan.Residual(128) for _ in range(3)), block(128, 64, 1))
-        self.up = nn.ModuleList(block(i + s, s, 3) for i, s in zip((64, *widths[:0:-1]), widths[::-1]))
-        self.refine = nn.Sequential(reggan.Residual(32), block(32, 32, 1))
-        self.output = nn.Conv2d(32, 2, 3, padding=1)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
-
-    def forward(self, fake, real):
-        x, skips = torch.cat((fake, real), 1), []
-        for block in self.down:
-            skips.append(block(x))
-            x = F.max_pool2d(skips[-1], 2)
-        x = self.bottom(x)
-        for block, skip in zip(self.up, reversed(skips)):
-            x = block(torch.cat((F.interpolate(x, skip.shape[-2:], mode="bilinear"), skip), 1))
-        return self.output(self.refine(x))
 
 
 class Bytes(TorchDispatchMode):
@@ -148,33 +119,39 @@ class Bytes(TorchDispatchMode):
 
 
 def step(rounds=3, size=256):
-    """Batch 1, 256 x 256, the paper's networks: the official form in float32, ours in float32 and in bfloat16 autocast, from the
-    same weights of G and D; both R start with a zero flow, so the first steps agree whatever R is made of.
-    Losses of the first step and G(a) after it; operations and bytes; seconds, in turn in one process."""
-    torch.manual_seed(0)
-    config = reggan.Config(**reggan.PAPER)
-    a, b = torch.rand(2, 1, 1, size, size) * 2 - 1
-    model = reggan.build(config, 1, 1, (size, size))
-    adam = dict(lr=1e-4, betas=(0.5, 0.999))
+    """The step of --paper, batch 1, 256 x 256.
 
-    def form(official, autocast=contextlib.nullcontext):
-        copied = copy.deepcopy(model)
+    The official code's form in float32, ours in float32 and in bfloat16 autocast, and ours with the
+    coarse-to-fine R in bfloat16, all from the same weights of G and D. Every R starts with a zero
+    flow, so the first steps agree whatever R is made of. Prints the losses of the first step and
+    how G(a) differs after it, operations and bytes, and seconds, in turn in one process.
+    """
+    a, b = torch.rand(2, 1, 1, size, size) * 2 - 1
+
+    def form(official=False, autocast=contextlib.nullcontext, **options):
+        config = reggan.complete(reggan.Config(paper=True, **options))
+        torch.manual_seed(0)  # G and D are made before R
+        model = reggan.build(config, 1, 1, (size, size))
         if official:
-            copied.registration = OfficialRegistration()
-            official_layers(copied).requires_grad_(True)
-        optimizers = [torch.optim.Adam(reggan.trainable(copied, *prefixes), fused=not official, **adam)
+            official_layers(model).requires_grad_(True)
+        optimizers = [torch.optim.Adam(reggan.trainable(model, *prefixes), 1e-4, (0.5, 0.999), fused=not official)
                       for prefixes in (("netG", "registration"), ("netD",))]
         if official:
-            return copied, lambda: official_step(copied, a, b, *optimizers)
-        return copied, lambda: reggan.training_step(copied, config, a, b, *optimizers, {"B": reggan.Pool()}, autocast)
+            return model, lambda: official_step(model, a, b, *optimizers)
+        pools = {"B": reggan.Pool(0)}
+        return model, lambda: reggan.training_step(model, config, a, b, *optimizers, pools, autocast)
 
-    forms = {"official, float32": form(True), "ours, float32": form(False),
-             "ours, bfloat16": form(False, lambda: torch.autocast("cpu", torch.bfloat16))}
+    def bfloat16():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    forms = {"official, float32": form(official=True), "ours, float32": form(),
+             "ours, bfloat16": form(autocast=bfloat16),
+             "ours with the coarse-to-fine R, bfloat16": form(autocast=bfloat16, reg_net="coarse")}
     fakes = {}
-    for name, (copied, run) in forms.items():
+    for name, (model, run) in forms.items():
         losses = {key: round(float(value.detach()), 5) for key, value in run().items()}
         with torch.no_grad():
-            fakes[name] = copied.translate(a)
+            fakes[name] = model.translate(a)
         difference = (fakes[name] - fakes["official, float32"]).abs()
         with FlopCounterMode(display=False) as operations, Bytes() as moved:
             run()
@@ -213,7 +190,7 @@ def motions(*runs, rounds=20):
         print(f"{run}: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()), flush=True)
 
 
-class TrueFlow(reggan.Registration):
+class TrueFlow(reggan.CoarseToFine):
     """In training the true flow of the batch, which `bound` leaves in `flow`."""
 
     flow = None
@@ -238,9 +215,9 @@ def bound(seed):
             pairs.batches = pairs_alone
         return pairs
 
-    reggan.make_pairs, reggan.Registration = with_true_flow, TrueFlow
-    config = reggan.Config(size=32, epochs=60, dtype="fp32", noise=5.0, seed=int(seed), smooth=0.0, drift=0.0, synthetic=0.0,
-                           out=f"runs/bound-{seed}")
+    reggan.make_pairs, reggan.CoarseToFine = with_true_flow, TrueFlow
+    config = reggan.Config(improved=True, size=32, epochs=60.0, dtype="fp32", noise=5.0, seed=int(seed), smooth=0.0,
+                           drift=0.0, synthetic=0.0, out=f"runs/bound-{seed}")
     result = reggan.train(config)
     print(f"seed {seed}: PSNR {result['psnr']:.2f} dB, MAE {result['mae']:.4f}")
 

@@ -19,7 +19,22 @@ import demo as demo_drawing
 import reggan
 from kernels import warp
 
-SMALL = dict(width=4, blocks=1, batch=2, epochs=1, device="cpu")
+SMALL = dict(width=4, blocks=1, batch_size=2, epochs=1, device="cpu")
+EVERY_LOSS = ("correction", "smooth", "drift", "synthetic", "equivariance")
+
+
+def filled(**options):
+    """A configuration as training sees it: what is not named comes from the preset."""
+    return reggan.complete(reggan.Config(**{**SMALL, **options}))
+
+
+def optimizers_of(model, **rates):
+    parts = ("netG", "registration"), ("netD",)
+    return [torch.optim.Adam(reggan.trainable(model, *names), **rates) for names in parts]
+
+
+def make_pools(size=50):
+    return {side: reggan.Pool(size) for side in "AB"}
 
 
 def smooth_image(n, seed, size=32):
@@ -59,24 +74,6 @@ def test_one_pass_over_real_and_fake_is_two_passes():
             together = reggan.contrast(lambda x: judge(D, x), real, fake)
             apart = reggan.lsgan(judge(D, real), True) + reggan.lsgan(judge(D, fake), False)
         assert together.item() == pytest.approx(apart.item(), rel=1e-5)  # the verdicts are float32
-
-
-def test_layers_that_stand_in_for_torchs_own_equal_them():
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
-    for images in (x, x[:1], x[:1].contiguous(memory_format=torch.channels_last)):  # a single image takes another way
-        assert torch.allclose(reggan.InstanceNorm()(images), torch.nn.InstanceNorm2d(3)(images), atol=1e-12)
-    for k in (3, 7):
-        conv = reggan.LastConv(3, 2, k)
-        y = x.float().requires_grad_()
-        ours, theirs = conv(y), F.conv2d(y, conv.weight, conv.bias)
-        assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
-        weights = torch.randn_like(ours)
-        for mine, other in zip(*(torch.autograd.grad((out * weights).sum(), (y, conv.weight, conv.bias)) for out in (ours, theirs))):
-            assert torch.allclose(mine, other, atol=1e-3)
-    with torch.autocast("cpu", torch.bfloat16):
-        padded = reggan.Reflect(2)(x.bfloat16())
-    assert padded.dtype == torch.bfloat16 and torch.equal(padded, torch.nn.ReflectionPad2d(2)(x.bfloat16()))
 
 
 def test_metrics_against_scikit_image():
@@ -143,9 +140,10 @@ def test_state_dict_keys_are_reg_gans():
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 48)])
 def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
     a, b = torch.randn(3, 1, *size), torch.randn(3, 1, *size)
-    flow = reggan.Registration(size, 8)(a, b)
-    assert flow.shape == (3, 2, *size) and not flow.any()
-    assert torch.equal(warp(a, flow), a)
+    for R in (reggan.Registration(2, size, 8), reggan.CoarseToFine(size, 8)):
+        flow = R(a, b)
+        assert flow.shape == (3, 2, *size) and not flow.any()
+        assert torch.equal(warp(a, flow), a)
     generator = reggan.Generator(1, 2, 4, 1)
     fake = generator(a)
     assert fake.shape == (3, 2, *size) and fake.abs().max() <= 1
@@ -156,24 +154,27 @@ def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
 @pytest.mark.parametrize("downs", [1, 2])
 def test_nice_gan_reads_as_finely_as_the_other_generators(downs, root):
     """Its encoding is halved as often as their inner images, so the decoder is handed as many pixels."""
-    host = reggan.Nice(reggan.Config(host="nice", downs=downs, **SMALL), 1, 2)
+    host = reggan.Nice(filled(host="nice", downs=downs), 1, 2)
     a = smooth_image(2, 0, 44)
     assert host.netD_A.encode(a)[0].shape == (2, 8, 44 // 2**downs, 44 // 2**downs)
     assert host.translate(a).shape == (2, 2, 44, 44)
     assert host.translate(a[..., :43, :33]).shape == (2, 2, 43, 33)
-    with pytest.raises(data.InputError, match="--downs 3: nice takes 1 or 2"):
+    with pytest.raises(data.InputError, match="--downs: expected 1 or 2, which is what nice takes, found 3"):
         reggan.train(reggan.Config(root=str(root), out=str(root / "run"), host="nice", downs=3, **SMALL))
     assert not (root / "run").exists()
 
 
 def test_drift_is_the_mean_square_of_the_running_mean_flow():
     """m <- 0.99 m + 0.01 mean over the batch, from zero, in % of the sides; its gradient is the same for every image of the batch."""
-    R, m = reggan.Registration((32, 48), 8).double(), np.zeros((2, 32, 48))
+    mean, m = torch.zeros(2, 32, 48, dtype=torch.float64), np.zeros((2, 32, 48))
     for seed in range(3):
         flow = torch.randn(4, 2, 32, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
         m = 0.99 * m + 0.01 * flow.detach().numpy().mean(0) * 100 / np.array([32, 48])[:, None, None]
-        loss = R.drift(flow)
+        loss = reggan.drift_loss(mean, flow)
+        assert loss.item() == reggan.drift_loss(mean, flow).item()  # the loss leaves the mean alone
         assert loss.item() == pytest.approx((m**2).mean(), rel=1e-12)
+        mean = reggan.running_mean(mean, flow.detach())
+        assert np.allclose(mean.numpy(), m, rtol=1e-12)
     (slope,) = torch.autograd.grad(loss, flow)
     assert np.allclose(slope, np.broadcast_to(2 * m / m.size * 0.01 / 4 * 100 / np.array([32, 48])[:, None, None], flow.shape), rtol=1e-9)
 
@@ -184,11 +185,13 @@ def test_drift_takes_back_a_shift_that_generator_and_registration_share():
 
     def shift_left(weight):
         shift, undo = torch.tensor([3.0, 0.0]).requires_grad_(), torch.tensor([-3.0, 0.0]).requires_grad_()
-        R, optimizer = reggan.Registration((32, 32), 8), torch.optim.Adam([shift, undo], 0.03)
+        mean, optimizer = torch.zeros(2, 32, 32), torch.optim.Adam([shift, undo], 0.03)
         for _ in range(800):
             flow = undo.view(1, 2, 1, 1).expand(1, 2, 32, 32)
             fake = warp(b, shift.view(1, 2, 1, 1).expand(1, 2, 32, 32))
-            loss = 20 * F.mse_loss(warp(fake, flow)[..., 4:-4, 4:-4], b[..., 4:-4, 4:-4]) + weight * R.drift(flow)
+            loss = 20 * F.mse_loss(warp(fake, flow)[..., 4:-4, 4:-4], b[..., 4:-4, 4:-4])
+            loss = loss + weight * reggan.drift_loss(mean, flow)
+            mean = reggan.running_mean(mean, flow.detach())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -199,25 +202,25 @@ def test_drift_takes_back_a_shift_that_generator_and_registration_share():
 
 def test_synthetic_error_is_the_mean_error_in_percent_of_the_sides():
     """Of an R that finds no motion it is the mean length of the motion; of one that finds all of it, 0."""
-    R, b = reggan.Registration((32, 48), 8), smooth_image(3, 0, 48)[:, :, :32]
+    R, b = reggan.CoarseToFine((32, 48), 8), smooth_image(3, 0, 48)[:, :, :32]
     torch.manual_seed(0)
-    error = R.synthetic_error(b).item()
+    error = reggan.synthetic_loss(R, b).item()
     torch.manual_seed(0)
     motion = reggan.random_motion(b, mirrored=False)
     dy, dx = motion.double().numpy().swapaxes(0, 1)
     assert error == pytest.approx(np.hypot(100 * dy / 32, 100 * dx / 48).mean(), rel=1e-5)
     R.forward = lambda fake, real: motion if torch.equal(real, warp(fake, motion)) else 0 * motion
     torch.manual_seed(0)
-    assert R.synthetic_error(b).item() == 0
+    assert reggan.synthetic_loss(R, b).item() == 0
 
 
 def test_synthetic_motion_teaches_rotation():
     """R on nothing but synthetic motion: a rotation of other images is found to a tenth, its sense included."""
     torch.manual_seed(0)
-    R = reggan.Registration((32, 32), 16)
+    R = reggan.CoarseToFine((32, 32), 16)
     optimizer = torch.optim.Adam(R.parameters(), 8e-3, betas=(0.5, 0.999))
     for step in range(80):
-        loss = R.synthetic_error(smooth_image(8, step))
+        loss = reggan.synthetic_loss(R, smooth_image(8, step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -249,16 +252,16 @@ def test_random_motion_is_affine_mirrors_half_of_the_time_and_keeps_the_middle_n
 
 def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_that_does():
     """Weight times mean |G(moved a) - moved G(a)|: a point-wise G commutes with every motion, a G that shifts with few."""
-    config = reggan.Config(host="nc", synthetic=0, **SMALL)
+    config = filled(improved=True, synthetic=0.0)
     a, b = smooth_image(4, 0), smooth_image(4, 1)
 
     def equivariance(G, **options):
         torch.manual_seed(0)
         model = reggan.build(dataclasses.replace(config, **options), 1, 1, (32, 32))
         model.netG_A2B.forward = lambda x: G(x) + 0 * model.netG_A2B.model_head[1].weight.sum()
-        optimizers = [torch.optim.Adam(reggan.trainable(model, *prefix)) for prefix in (("netG", "registration"), ("netD",))]
         torch.manual_seed(1)
-        losses = reggan.training_step(model, dataclasses.replace(config, **options), a, b, *optimizers, {"B": reggan.Pool()})
+        losses = reggan.training_step(model, dataclasses.replace(config, **options), a, b,
+                                      *optimizers_of(model), make_pools())
         return losses.get("equivariance")
 
     assert equivariance(lambda x: 1 - 2 * x) < 1e-5
@@ -272,7 +275,7 @@ def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_th
 
 def test_no_flow_leaves_the_image_by_more_than_half_of_it():
     """A flow that points out of the image everywhere has no gradient and would never come back."""
-    R = reggan.Registration((32, 48), 8)
+    R = reggan.CoarseToFine((32, 48), 8)
     with torch.no_grad():
         for head in R.heads:
             head.bias.fill_(1e4)
@@ -280,16 +283,17 @@ def test_no_flow_leaves_the_image_by_more_than_half_of_it():
     assert 12 < flow.max() < 16
 
 
-def test_registration_alone_recovers_a_translation():
+@pytest.mark.parametrize("network", ["unet", "coarse"])
+def test_registration_alone_recovers_a_translation(network):
     torch.manual_seed(0)
     b = smooth_image(4, 5)
     true = torch.tensor([2.0, -1.5]).view(1, 2, 1, 1).expand(4, 2, 32, 32)
     a = warp(b, -true)
-    R = reggan.Registration((32, 32), 16)
+    R = reggan.Registration(2, (32, 32), 16) if network == "unet" else reggan.CoarseToFine((32, 32), 16)
     optimizer = torch.optim.Adam(R.parameters(), 2e-3)
     for _ in range(100):
         flow = R(a, b)
-        loss = 20 * F.l1_loss(warp(a, flow), b) + 10 * reggan.smoothness(flow)
+        loss = 20 * reggan.correction(a, flow, b) + 10 * reggan.smoothness(flow)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -297,46 +301,86 @@ def test_registration_alone_recovers_a_translation():
     assert error < 0.5, error
 
 
-@pytest.mark.parametrize("reg", [True, False])
+@pytest.mark.parametrize("form", ["no-reg", "paper's", "improved"])
 @pytest.mark.parametrize("host", list(reggan.HOSTS))
-def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, reg):
+def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, form):
     torch.manual_seed(0)
-    config = reggan.Config(host=host, reg=reg, **SMALL)
+    config = filled(host=host, reg=form != "no-reg", improved=form == "improved")
     model = reggan.build(config, 1, 1, (32, 32))
     with torch.no_grad():
         for p in model.parameters():  # R's last layer is zero, which stops the gradient to all before it
             p.add_(0.02 * torch.randn_like(p))
-    opt_g = torch.optim.Adam(reggan.trainable(model, "netG", "registration"), 1e-2)
-    opt_d = torch.optim.Adam(reggan.trainable(model, "netD"), 1e-2)
+    opt_g, opt_d = optimizers_of(model, lr=1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    pools = {side: reggan.Pool() for side in model.pooled}
-    losses = reggan.training_step(model, config, smooth_image(2, 0), smooth_image(2, 1), opt_g, opt_d, pools)
+    losses = reggan.training_step(model, config, smooth_image(2, 0), smooth_image(2, 1), opt_g, opt_d,
+                                  make_pools())
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert all((name in losses) == reg for name in ("correction", "smooth", "drift", "synthetic", "equivariance"))
+    expected = {"no-reg": (), "paper's": EVERY_LOSS[:2], "improved": EVERY_LOSS}[form]
+    assert [name for name in losses if name in EVERY_LOSS] == list(expected)
     same = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
     assert not same, same
 
 
-def test_registration_losses_follow_their_formulas():
+@pytest.mark.parametrize("network", ["unet", "coarse"])
+def test_registration_losses_follow_their_formulas(network):
     """20 mean |warp(G(a), R(G(a), b)) - b| and 10 times the smoothness, of the networks before the step, in float64."""
     torch.manual_seed(0)
-    config = reggan.Config(host="nc", correction=20, smooth=10, **SMALL)
+    config = filled(reg_net=network)
     model = reggan.build(config, 1, 1, (32, 32))
     with torch.no_grad():
-        for head in model.registration.heads:
-            head.weight.normal_(0, 0.1)
+        for name, weight in model.registration.named_parameters():
+            if name.startswith(("heads", "output")) and name.endswith("weight"):
+                weight.normal_(0, 0.1)
     a, b = smooth_image(2, 0), smooth_image(2, 1)
     with torch.no_grad():
         fake = model.translate(a)
         flow = model.registration(fake, b).double().numpy()
-    optimizers = [torch.optim.Adam(reggan.trainable(model, *prefix)) for prefix in (("netG", "registration"), ("netD",))]
-    losses = reggan.training_step(model, config, a, b, *optimizers, {"B": reggan.Pool()})
+    losses = reggan.training_step(model, config, a, b, *optimizers_of(model), make_pools())
     y, x = np.meshgrid(np.arange(32), np.arange(32), indexing="ij")
     moved = [map_coordinates(f[0], [(y + dy).clip(0, 31), (x + dx).clip(0, 31)], order=1)
              for f, (dy, dx) in zip(fake.double().numpy(), flow)]
     assert np.abs(flow).max() > 0.3
     assert losses["correction"].item() == pytest.approx(20 * np.abs(np.stack(moved) - b[:, 0].double().numpy()).mean(), rel=1e-5)
     assert losses["smooth"].item() == pytest.approx(10 * ((np.diff(flow, axis=2) ** 2).mean() + (np.diff(flow, axis=3) ** 2).mean()), rel=1e-5)
+
+
+def test_a_step_trains_g_and_r_on_the_papers_sum_and_d_on_its_own():
+    """The gradients of the step are those of the written-out equations, and D is judged on the same fakes."""
+    torch.manual_seed(0)
+    config = filled(pool=0)
+    model = reggan.build(config, 1, 1, (32, 32))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    a, b = smooth_image(2, 0), smooth_image(2, 1)
+    parts = [reggan.trainable(model, "netG", "registration"), reggan.trainable(model, "netD")]
+    fake = model.netG_A2B(a)
+    flow = model.registration(fake, b)
+    total = ((model.netD_B(fake) - 1).square().mean() + 20 * (warp(fake, flow) - b).abs().mean()
+             + 10 * (flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean()))
+    d = (model.netD_B(b) - 1).square().mean() + model.netD_B(fake.detach()).square().mean()
+    expected = torch.autograd.grad(total, parts[0]), torch.autograd.grad(d, parts[1])
+    optimizers = [torch.optim.SGD(part, lr=1.0) for part in parts]
+    before = [[p.detach().clone() for p in part] for part in parts]
+    losses = reggan.training_step(model, config, a, b, *optimizers, make_pools(0))
+    assert list(losses) == ["adversarial", "correction", "smooth", "d"]
+    assert torch.isclose(losses["d"], d) and torch.isclose(sum(losses.values()), total + d)
+    for part, old, grads in zip(parts, before, expected):
+        for p, q, grad in zip(part, old, grads):
+            assert torch.allclose(q - p, grad, atol=1e-4), (q - p - grad).abs().max()
+
+
+def test_a_pool_hands_out_each_fake_or_one_it_kept():
+    torch.manual_seed(0)
+    fakes = torch.arange(400.0).view(200, 2, 1, 1, 1)
+    assert all(torch.equal(reggan.Pool(0)(pair), pair) for pair in fakes)
+    pool = reggan.Pool(10)
+    given = torch.cat([pool(pair) for pair in fakes]).flatten()
+    assert torch.equal(given[:10], torch.arange(10.0)) and len(pool.images) == 10
+    new = given[10:] == torch.arange(10.0, 400)
+    assert new.float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert (given[10:][~new] < torch.arange(10.0, 400)[~new]).all()
+    assert len(given[10:].unique()) == 390  # one that left the pool does not come back
 
 
 def test_overfits_one_pair(root):
@@ -347,7 +391,7 @@ def test_overfits_one_pair(root):
     for side in "AB":
         (root / "val" / side / "s0.npy").write_bytes((root / "train" / side / "s0.npy").read_bytes())
     result = reggan.train(reggan.Config(root=str(root), out=str(root / "run"), host="pix2pix", reg=False, noise=0,
-                                        width=8, blocks=1, batch=1, epochs=150, lr=4e-3, device="cpu"))
+                                        width=8, blocks=1, batch_size=1, epochs=150, lr=4e-3, device="cpu"))
     negative = np.load(root / "val" / "B" / "s0.npy").astype(np.float64)
     inside = negative != -1
     constant = np.abs(negative[inside] - np.median(negative[inside])).mean() / 2  # the best constant image
@@ -475,7 +519,7 @@ def test_a_bfloat16_run_ends_near_a_float32_run(root):
 
 def test_two_processes_under_torchrun_leave_one_run(root):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(Path(reggan.__file__)),
-               "--root", str(root), "--out", str(root / "run"), "--width", "4", "--blocks", "1", "--batch", "2", "--epochs", "2", "--device", "cpu"]
+               "--root", str(root), "--out", str(root / "run"), "--width", "4", "--blocks", "1", "--batch-size", "2", "--epochs", "2", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((root / "run" / "result.json").read_text())
@@ -492,12 +536,12 @@ def save(path, array):
 BAD = {
     "unmatched names": (lambda r: (r / "train/B/s0.npy").rename(r / "train/B/other.npy"), r"same file names.*s0\.npy.*other\.npy"),
     "mixed sizes": (lambda r: [save(r / f"train/{s}/s1.npy", smooth_image(1, 0, 40)[0, 0].numpy()) for s in "AB"], r"s1\.npy.*--size"),
-    "a volume": (lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32, 5), np.float32)), r"s0\.npy: expected a 2-D array.*\(32, 32, 5\)"),
-    "NaN": (lambda r: save(r / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32)), r"s0\.npy: 1024 of 1024 values are NaN"),
+    "a volume": (lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32, 5), np.float32)), r"s0\.npy: expected numbers of shape \(H, W\).*\(32, 32, 5\)"),
+    "NaN": (lambda r: save(r / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32)), r"s0\.npy: expected finite numbers, found 1024 of 1024 NaN"),
     "a constant image": (lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32), np.float32)), r"s0\.npy: a constant image"),
-    "an empty folder": (lambda r: [p.unlink() for p in (r / "train/A").iterdir()], r"train/A: no image in this folder"),
-    "a truncated file": (lambda r: (r / "train/A/s0.npy").write_bytes((r / "train/A/s0.npy").read_bytes()[:200]), r"s0\.npy: not a readable image"),
-    "values out of range": (lambda r: save(r / "train/A/s0.npy", 300 * smooth_image(1, 0)[0, 0].numpy()), r"s0\.npy: values from .* expected -1 to 1: --rescale"),
+    "an empty folder": (lambda r: [p.unlink() for p in (r / "train/A").iterdir()], r"train/A: expected a folder with images \(.*\), found none"),
+    "a truncated file": (lambda r: (r / "train/A/s0.npy").write_bytes((r / "train/A/s0.npy").read_bytes()[:200]), r"s0\.npy: expected a complete .* image, found"),
+    "values out of range": (lambda r: save(r / "train/A/s0.npy", 300 * smooth_image(1, 0)[0, 0].numpy()), r"s0\.npy: expected values from -1 to 1, found -\d.* to .*: --rescale"),
 }
 
 
@@ -511,11 +555,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"reg_lr": 0}, "--reg-lr 0: expected a positive number"), ({"synthetic": -1}, "--synthetic -1: expected 0 or more"),
-    ({"drift": -0.5}, "--drift -0.5: expected 0 or more")])
+    ({"reg_lr": 0}, r"--reg-lr: expected a number in \(0, inf\), found 0"),
+    ({"synthetic": -1}, r"--synthetic: expected a number in \[0, inf\), found -1"),
+    ({"drift": -0.5}, r"--drift: expected a number in \[0, inf\), found -0\.5"),
+    ({"noise": 26}, r"--noise: expected a number in \[0, 25\], found 26"),
+    ({"width": 0}, r"--width: expected a number in \[1, inf\), found 0"),
+    ({"steps": 3}, "--steps and --epochs: expected one of them, found both"),
+    ({"paper": True, "improved": True}, "--paper and --improved: expected one of them, found both")])
 def test_options_out_of_range_are_refused(root, options, message):
     with pytest.raises(data.InputError, match=message):
-        reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL, **options))
+        reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL | options))
     assert not (root / "run").exists()
 
 
@@ -523,7 +572,7 @@ def test_a_refused_run_leaves_the_one_before_it_alone(root):
     config = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
     reggan.train(config)
     before = {path: path.read_bytes() for path in sorted((root / "run").iterdir())}
-    with pytest.raises(data.InputError, match=r"last\.pt: that run has --width 4, not 6"):
+    with pytest.raises(data.InputError, match=r"last\.pt: expected --width 6, as asked for now, found a run with --width 4;"):
         reggan.train(dataclasses.replace(config, resume=True, width=6))
     save(root / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32))
     with pytest.raises(data.InputError, match="NaN"):
@@ -535,6 +584,71 @@ def test_a_folder_that_cannot_be_written_is_refused_first(root):
     (root / "file").write_text("")
     with pytest.raises(data.InputError, match="file/run: cannot be written"):
         reggan.train(reggan.Config(root=str(root), out=str(root / "file" / "run"), **SMALL))
+
+
+PRESETS = {(): {"width": 8, "batch_size": 8, "epochs": 100, "reg_net": "unet", "correction": 20, "smooth": 10, "drift": 0,
+                "synthetic": 0, "equivariance": 0, "decay": True, "pool": 50},
+           ("improved",): {"width": 8, "batch_size": 8, "epochs": 100, "reg_net": "coarse", "lr": 4e-3, "reg_lr": 8e-3,
+                           "correction": 100, "smooth": 10, "drift": 100, "synthetic": 3, "equivariance": 30},
+           ("paper",): {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80, "lr": 1e-4,
+                        "reg_lr": 1e-4, "reg_net": "unet", "correction": 20, "smooth": 10, "drift": 0, "synthetic": 0,
+                        "equivariance": 0, "identity": 0, "decay": False, "pool": 0}}
+
+
+@pytest.mark.parametrize("switch", PRESETS)
+def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
+    flags = [f"--{name}" for name in switch]
+    config = reggan.complete(data.parse_config(reggan.Config, flags))
+    assert {name: getattr(config, name) for name in PRESETS[switch]} == PRESETS[switch]
+    assert config.steps is None and None not in [getattr(config, name) for name in reggan.SMALL]
+    typed = {"width": 8, "batch_size": 8, "epochs": 100.0, "lr": 4e-3, "correction": 0.0, "reg_net": "coarse", "pool": 7}
+    typed_flags = [word for name, value in typed.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    config = reggan.complete(data.parse_config(reggan.Config, [*flags, *typed_flags]))
+    assert {name: getattr(config, name) for name in typed} == typed
+    steps = reggan.complete(data.parse_config(reggan.Config, [*flags, "--steps", "7"]))
+    assert (steps.steps, steps.epochs) == (7, None)
+    assert reggan.complete(config) == config  # what is filled stays
+
+
+def test_the_papers_hosts_but_nc_with_registration_keep_a_pool():
+    pools = {(host, reg): reggan.complete(reggan.Config(paper=True, host=host, reg=reg)).pool
+             for host in ("nc", "cycle") for reg in (True, False)}
+    assert pools == {("nc", True): 0, ("nc", False): 50, ("cycle", True): 50, ("cycle", False): 50}
+
+
+def test_the_papers_registration_network_is_the_official_one():
+    """At 256 x 256: 7 levels of 32, 64, ..., 64 channels, 128 at the bottom; at other sizes as many as fit."""
+    R = reggan.build(reggan.complete(reggan.Config(paper=True, blocks=1)), 1, 1, (256, 256)).registration
+    shapes = {name: tuple(p.shape) for name, p in R.state_dict().items()}
+    for level in range(7):
+        assert shapes[f"down.{level}.0.0.weight"] == (32 if level == 0 else 64, (2, 32, *[64] * 5)[level], 3, 3)
+        assert shapes[f"up.{level}.0.weight"] == ((64, 128, 3, 3) if level < 6 else (32, 96, 3, 3))
+    assert shapes["bottom.0.0.weight"] == (128, 64, 1, 1) and shapes["output.weight"] == (2, 32, 3, 3)
+    assert {name.split(".")[0] for name in shapes} == {"down", "bottom", "up", "refine", "output"}
+    for size, levels in (((256, 256), 7), ((512, 300), 7), ((128, 128), 6), ((64, 200), 5), ((33, 32), 4)):
+        assert len(reggan.Registration(2, size, 4).down) == len(reggan.CoarseToFine(size, 4).heads) == levels
+
+
+def test_the_learning_rates_are_constant_or_fall_over_the_second_half(drawn):
+    for options, expected in (({}, [1, 1, 1, 0.8, 0.4]), ({"decay": False}, [1] * 5)):
+        c = config(drawn, steps=5, epochs=None, lr=0.01, reg_lr=0.02, **options)
+        run = reggan.Run(c, reggan.records(c)[0], torch.device("cpu"), 0, 1)
+        for run.step, factor in enumerate(expected):
+            run.set_rates()
+            rates = [group["lr"] for group in run.opt_g.param_groups + run.opt_d.param_groups]
+            assert rates == pytest.approx([0.01 * factor, 0.02 * factor, 0.01 * factor])
+
+
+def test_steps_instead_of_epochs_and_the_result_says_how_fast_it_was(drawn, tmp_path):
+    c = reggan.Config(**SMALL | dict(root=str(drawn), epochs=None, steps=4, out=str(tmp_path)))
+    result = reggan.train(c)  # 6 pairs, 2 each: an epoch and a third
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "val" in line] == [3, 4]
+    assert [line["epoch"] for line in lines if "val" in line] == pytest.approx([1, 4 / 3])
+    assert 0 < result["share_waiting_for_data"] < 1 and result["images_per_second"] > 0 and result["peak_memory_mib"] > 0
+    assert result["seconds"] > 8 / result["images_per_second"]
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["steps"] == 4 and saved["epochs"] is None and saved["lr"] == reggan.SMALL["lr"]
 
 
 def test_an_unknown_host_is_refused(capsys):
@@ -563,7 +677,7 @@ def drawn(tmp_path_factory):
 
 
 def config(root="", **options):
-    return reggan.Config(**({"root": str(root), "width": 8, "blocks": 1, "batch": 4, "device": "cpu", "dtype": "fp32"} | options))
+    return reggan.complete(reggan.Config(**{"root": str(root), "width": 8, "blocks": 1, "batch_size": 4, "device": "cpu", "dtype": "fp32", **options}))
 
 
 def blob(size, seed=0):
@@ -575,7 +689,7 @@ def blob(size, seed=0):
 @pytest.mark.parametrize("host", reggan.HOSTS)
 def test_host_losses_follow_their_formulas(host):
     torch.manual_seed(0)
-    model = reggan.build(config(host=host, reg=False), 1, 1, (32, 32)).eval()
+    model = reggan.build(config(host=host, reg=False, identity=5.0), 1, 1, (32, 32)).eval()
     a, b = blob(32), blob(32, 1)
 
     def l1(x, y):
@@ -592,6 +706,8 @@ def test_host_losses_follow_their_formulas(host):
         if host == "nc":
             assert torch.isclose(losses["adversarial"], (model.netD_B(fakes["B"]) - 1).square().mean())
         if host == "cycle":
+            same = l1(model.netG_A2B(b), b) + l1(model.netG_B2A(a), a)
+            assert torch.isclose(losses["identity"], 5 * same)  # half of the cycle's weight
             there = l1(model.netG_B2A(fakes["B"]), a) + l1(model.netG_A2B(fakes["A"]), b)
             assert torch.isclose(losses["cycle"], 10 * there)
             assert torch.isclose(losses["adversarial"], squares([model.netD_A(fakes["A"]), model.netD_B(fakes["B"])], 1))
@@ -637,13 +753,43 @@ def test_batches_resume_and_divide(drawn):
     assert sum(len(batch[0]) for rank in (0, 1) for batch in pairs.batches(4, rank=rank, world=2)) == len(pairs)
 
 
+def test_the_identity_loss_needs_as_many_channels_in_both_domains():
+    a, b = smooth_image(6, 0).view(2, 3, 32, 32), smooth_image(2, 1)
+    colour = reggan.build(config(host="cycle"), 3, 1, (32, 32))
+    assert "identity" not in colour.generator_losses(a, b)[1]
+    off = reggan.build(config(host="cycle", identity=0.0), 1, 1, (32, 32))
+    assert "identity" not in off.generator_losses(b, b)[1]
+
+
 def test_compare_goes_on_and_writes_tables(drawn, tmp_path):
-    c = config(drawn, epochs=1, compare=True, hosts="nc,nc+r", levels="0,elastic", seeds=1, out=str(tmp_path / "t"))
+    c = reggan.Config(root=str(drawn), width=8, blocks=1, batch_size=4, device="cpu", dtype="fp32", epochs=1, compare=True,
+                      hosts="nc,nc+r", levels="0,elastic", seeds=1, out=str(tmp_path / "t"))
     reggan.compare(c)
     stamp = (tmp_path / "t/cells/nc+r_0_0/result.json").stat().st_mtime_ns
-    reggan.compare(c)
+    table = reggan.compare(c)
     assert (tmp_path / "t/cells/nc+r_0_0/result.json").stat().st_mtime_ns == stamp
+    assert [(line["row"], line["level"], line["seed"]) for line in table] == [
+        ("nc", "0", 0), ("nc+r", "0", 0), ("nc", "elastic", 0), ("nc+r", "elastic", 0)]
     assert "| nc+r |" in (tmp_path / "t/table.md").read_text()
     assert len((tmp_path / "t/table.csv").read_text().splitlines()) == 5
     with pytest.raises(data.InputError, match="munit"):
         reggan.compare(dataclasses.replace(c, hosts="munit"))
+    with pytest.raises(data.InputError, match="--levels: expected numbers or elastic, found much"):
+        reggan.compare(dataclasses.replace(c, levels="much"))
+    with pytest.raises(data.InputError, match="options.json: expected --width 9, as asked for now, found a run with --width 8"):
+        reggan.compare(dataclasses.replace(c, width=9))
+    more = reggan.compare(dataclasses.replace(c, seeds=2, hosts="nc"))  # what steers the comparison is free
+    assert [line["seed"] for line in more] == [0, 0, 1, 1]
+
+
+def test_a_comparison_of_the_papers_form_goes_on_where_it_was_stopped(drawn, tmp_path, monkeypatch):
+    c = reggan.Config(root=str(drawn), paper=True, width=4, blocks=1, epochs=2, device="cpu", compare=True, hosts="nc+r",
+                      levels="0", seeds=1, out=str(tmp_path))
+    finish = reggan.finish
+    monkeypatch.setattr(reggan, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        reggan.compare(c)
+    monkeypatch.setattr(reggan, "finish", finish)
+    (line,) = reggan.compare(c)
+    saved = json.loads((tmp_path / "cells/nc+r_0_0/config.json").read_text())
+    assert np.isfinite(line["psnr"]) and saved["resume"] and saved["lr"] == 1e-4 and saved["batch_size"] == 1

@@ -1,0 +1,60 @@
+"""kernels/cpu.py: each layer equals the layer of torch that it stands for."""
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout
+
+
+def test_instance_norm_is_torchs_with_the_gradient_of_its_formula():
+    """The gradient is compared with the formula's: torch's own is wrong for a channels_last one."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    single = x[:1].contiguous(memory_format=torch.channels_last)
+    for images in (x, x[:1], single):  # a single image takes another way
+        images = images.clone().requires_grad_()
+        ours = InstanceNorm()(images)
+        assert torch.allclose(ours, nn.InstanceNorm2d(3)(images), atol=1e-12)
+        centred = images - images.mean((2, 3), keepdim=True)
+        formula = centred / (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
+        weights = torch.randn_like(ours)  # channels_last where the image is
+        mine, other = (torch.autograd.grad((out * weights).sum(), images, retain_graph=True)[0]
+                       for out in (ours, formula))
+        assert torch.allclose(mine, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [3, 7])
+def test_last_conv_is_torchs_with_its_gradients(k):
+    torch.manual_seed(0)
+    conv = LastConv(3, 2, k)
+    x = torch.randn(2, 3, 9, 11, requires_grad=True)
+    ours, theirs = conv(x), F.conv2d(x, conv.weight, conv.bias)
+    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
+    weights = torch.randn_like(ours)
+    inputs = (x, conv.weight, conv.bias)
+    grads = [torch.autograd.grad((out * weights).sum(), inputs) for out in (ours, theirs)]
+    for mine, other in zip(*grads):
+        assert torch.allclose(mine, other, atol=1e-3)
+
+
+def test_reflect_pads_as_torch_does_and_keeps_bfloat16():
+    x = torch.randn(2, 3, 9, 11).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        padded = Reflect(2)(x)
+    assert padded.dtype == torch.bfloat16
+    assert torch.equal(padded, nn.ReflectionPad2d(2)(x))
+
+
+def test_quick_layout_changes_the_layout_of_a_single_image_alone():
+    batch = torch.randn(2, 3, 9, 11)
+    assert quick_layout(batch) is batch
+    single = quick_layout(batch[:1])
+    assert torch.equal(single, batch[:1])
+    assert single.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_state_dict_keys_are_torchs():
+    for ours, theirs in ((InstanceNorm(), nn.InstanceNorm2d(3)), (Reflect(1), nn.ReflectionPad2d(1)),
+                         (LastConv(3, 2, 7), nn.Conv2d(3, 2, 7))):
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
