@@ -934,7 +934,6 @@ DATASETS = {
               "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
 }
 NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
-UNUSUAL = re.compile(r'[\s,"\\]|//|\./')  # what `split_line` looks at in a name
 
 
 def read_text(path):
@@ -991,28 +990,35 @@ def read_list(path, num_labels=None, skip_bad=False):
     listed twice; `skip_bad` leaves such lines out and says so on stderr. An empty list is always an
     error.
     """
-    lines = read_text(path).splitlines()
+    text = read_text(path)
+    lines = text.splitlines()
     first = list(itertools.islice((line for line in lines if line.strip()), 1000))
     if not first:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
     k = num_labels
     if k is None:
         k = Counter(len(split_line(line)[1]) for line in first).most_common(1)[0][0]
-    names, digits, bad, binary = {}, bytearray(), [], frozenset("01")
+    # A million lines hold few different rows of labels, so that most lines are looked up.
+    plain = not any(mark in text for mark in ("\\", '"', ",", "./", "//"))
+    names, digits, bad, known = {}, bytearray(), [], {}
     for number, line in enumerate(lines, 1):
-        name, *labels = line.rsplit(None, k) or [""]
-        if not (name and len(labels) == k and binary.issuperset(labels)) or UNUSUAL.search(name):
+        name, *rest = line.split(None, 1) or [""]
+        rest = rest[0] if rest else ""
+        if not (plain and name and rest in known):
             if not line.strip():
                 continue
-            name, labels = split_line(line)  # ten times slower, for few lines
-        if len(labels) != k or not binary.issuperset(labels):
-            bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after "
-                       f"{name!r}, found {' '.join(labels) or 'none'}")
-        elif name in names:
+            name, labels = split_line(line)
+            if len(labels) != k or not set(labels) <= {"0", "1"}:
+                bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after "
+                           f"{name!r}, found {' '.join(labels) or 'none'}")
+                continue
+            rest = " ".join(labels)
+            known[rest] = "".join(labels).encode()
+        if name in names:
             bad.append(f"line {number}: {name!r} is listed before, in line {names[name]}")
         else:
             names[name] = number
-            digits += "".join(labels).encode()
+            digits += known[rest]
     if bad and not (skip_bad and names):
         raise InputError(f"{path}: {bad[0]}; correct the list, or leave out such lines "
                          f"({len(bad)}) with --skip-bad-lines")
@@ -1467,7 +1473,8 @@ class ImageSet(torch.utils.data.Dataset):
         names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
-        self.deep = deep or common_scale(self.paths[::math.ceil(max(1, len(self)) / 32)])
+        some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
+        self.deep = deep or common_scale([self.path(i) for i in some])
 
     @property
     def paths(self):
