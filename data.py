@@ -56,7 +56,8 @@ class InputError(Exception):
     def __init__(self, where, expected=None, found=None):
         if expected is not None:
             where = f"{where}: expected {expected}, found {found}"
-        super().__init__(" ".join(str(where).splitlines()))
+        text = " ".join(str(where).splitlines())
+        super().__init__(text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}")
 
 
 def option(default, help, **metadata):
@@ -673,7 +674,7 @@ def read_pixels(path, short_side=None, grey=False):
         if isinstance(error, UnidentifiedImageError):
             reason = "another kind of file"
         raise InputError(path, "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image",
-                         reason[:500]) from None
+                         reason) from None
     while pixels.ndim > 2 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     flat = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
