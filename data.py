@@ -1108,7 +1108,7 @@ def locate(data, root, names, allow_outside=False):
             found = listing(os.path.dirname(place)).get(stem + ending.lower())
             if found and os.path.isfile(found):
                 return found
-        return None if places else ""
+        return None if len(places) == len(folders) else ""
 
     return list(map(find, names))
 
@@ -1122,7 +1122,8 @@ def find_images(data, root, names, source, allow_outside=False):
         name = names[wrong[0]]
         whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")
         lines = ((number, line.replace("\\", "/")) for number, line in read_lines(source))
-        number = next((number for number, line in lines if whole.search(line)), "?")
+        number = next((number for number, line in lines
+                       if whole.search(line) or split_line(line)[0] == name), "?")
         folder = os.path.join(root or ".", DATASETS[data]["images"])
         if paths[wrong[0]] == "":
             raise InputError(f"{source}: line {number}", f"an image below {root or '.'}", f"{name!r}"
@@ -1603,7 +1604,8 @@ def holding(dtype, low, high):
     float32."""
     if dtype.kind in "iuf":
         limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-        if limits.min <= low and high <= limits.max and (dtype.kind == "f" or high - low >= 64):
+        fine = dtype.kind == "f" or high - low >= 64
+        if fine and float(limits.min) <= low and high <= float(limits.max):
             return dtype
     return np.dtype(np.float32)
 
