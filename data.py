@@ -618,13 +618,15 @@ FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}
                "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}"}
 
 
-def file_kind(head, path):
-    """npy, dicom, nifti or picture by the first 352 bytes of a file, else by its ending, else ""."""
+def file_kind(file):
+    """npy, dicom, nifti or picture by the first bytes of an open file, else by its ending, else ""."""
+    head = file.read(352)
+    file.seek(0)
     for kind, pattern in FIRST_BYTES.items():
         if re.match(pattern, head, re.DOTALL):
             return kind
     kinds = {".npy": "npy", ".dcm": "dicom", ".dicom": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}
-    ending = split_ending(str(path))[1].lower()
+    ending = split_ending(str(file.name))[1].lower()
     return kinds.get(ending, "picture" if ending else "")
 
 
@@ -651,10 +653,8 @@ def read_pixels(path, short_side=None, grey=False):
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(352)
-            file.seek(0)
-            kind, white = file_kind(head, path), None
-            if not head:
+            kind, white = file_kind(file), None
+            if not os.fstat(file.fileno()).st_size:
                 raise InputError(path, "an image", "an empty file; copy it again")
             if kind == "npy":
                 pixels = np.load(file, allow_pickle=False)
@@ -891,24 +891,17 @@ def list_images(folder):
         seen.add(os.path.realpath(place))
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links come last
         for path in (os.path.join(place, name) for name in files if name[0] != "."):
-            (paths if is_image(path) else others).append(path)
+            known = split_ending(path)[1]
+            if not known and os.path.isfile(path) and os.access(path, os.R_OK):
+                with open(path, "rb") as file:
+                    known = file_kind(file)
+            (paths if known else others).append(path)
     if others:
         print(f"note: {folder}: {len(others)} files are no images and left out, such as "
               f"{min(others)}", file=sys.stderr)
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
     return sorted(paths)
-
-
-def is_image(path):
-    """Whether a file is an image by its ending or its first bytes."""
-    if split_ending(path)[1] or not os.path.isfile(path):
-        return bool(split_ending(path)[1])
-    try:
-        with open(path, "rb") as file:
-            return bool(file_kind(file.read(352), path))
-    except OSError:
-        return False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1039,14 +1032,14 @@ def split_files(data, root, split="", ratio=100):
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder")
     splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
-    if "{split}" in layout["val"] and split not in splits:
+    named, ratios = "{split}" in layout["val"], " or ".join(map(str, layout["train"]))
+    if named and split not in splits:
         there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
         raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
-    if split and "{split}" not in layout["val"]:
+    if split and not named:
         raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
     if ratio not in layout["train"]:
-        there = " or ".join(map(str, layout["train"]))
-        raise InputError(f"--data {data}", f"--ratio {there}", ratio)
+        raise InputError(f"--data {data}", f"--ratio {ratios}", ratio)
     files = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
     files = {part: root / name.format(split=split) for part, name in files.items()}
     for path in files.values():
@@ -1345,12 +1338,11 @@ def load_tokenizer(path):
         try:
             token, rank = line.split()
             tokens.append(base64.b64decode(token, validate=True))
-            ranked = int(rank) == number
+            if int(rank) != number:
+                raise ValueError
         except ValueError:
-            ranked = False
-        if not ranked:
-            raise InputError(f"{path}: line {number + 1}",
-                             f"a token in base64 and its rank {number}", repr(line[:60]))
+            raise InputError(f"{path}: line {number + 1}", "a token in base64 and its rank "
+                             f"{number}", repr(line[:60])) from None
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
         raise InputError(path, "different tokens, all 256 bytes among them", "a damaged file")
     return make_encoding(tokens)
@@ -1599,29 +1591,17 @@ def read_slice(path, rescale=None, blank=False):
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
 
-def holding(dtype, low, high):
-    """`dtype` where it holds the numbers from low to high, integers in at least 64 steps, else
-    float32."""
-    if dtype.kind in "iuf":
-        limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-        fine = dtype.kind == "f" or high - low >= 64
-        if fine and float(limits.min) <= low and high <= float(limits.max):
-            return dtype
-    return np.dtype(np.float32)
-
-
 def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] in the format of the file `source`.
 
     `rescale` = (lo, hi) are the numbers that stand for -1 and 1. .npy and NIfTI keep the type of
-    `source` where that holds them, else become float32; a NIfTI keeps its header. Raises InputError
-    for a picture whose type does not hold them.
+    `source` where that holds these, integers in 64 steps or more, else become float32; a NIfTI
+    keeps its header. Raises InputError for a picture whose type does not hold them.
     """
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     with open(source, "rb") as file:
-        kind = file_kind(file.read(352), source)
-        file.seek(0)
+        kind = file_kind(file)
         if kind == "npy":
             like = np.load(file)
             dtype, (low, high) = like.dtype, rescale or (-1, 1)
@@ -1633,10 +1613,14 @@ def write_slice(path, image, source, rescale=None):
                 form, mode = picture.format, picture.mode
             dtype = np.dtype({"I": np.uint16, "F": np.float32}.get(mode[0], np.uint8))
             low, high = rescale or ((-1, 1) if mode == "F" else (0, np.iinfo(dtype).max))
-    if kind == "picture" and holding(dtype, low, high) != dtype:
-        raise InputError(source, f"a format that holds B's values, {low:g} to {high:g}",
-                         f"{dtype} {form}; keep A as .npy or NIfTI")
-    dtype = holding(dtype, low, high)
+    if dtype.kind in "iuf":
+        limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+        holds = float(limits.min) <= low and high <= float(limits.max)
+    if dtype.kind not in "iuf" or not holds or (dtype.kind != "f" and high - low < 64):
+        if kind == "picture":
+            raise InputError(source, f"a format that holds B's values, {low:g} to {high:g}",
+                             f"{dtype} {form}; keep A as .npy or NIfTI")
+        dtype = np.dtype(np.float32)
     values = (array + 1) * ((high - low) / 2) + low
     values = (values if dtype.kind == "f" else values.round()).astype(dtype)
     if kind == "npy":
