@@ -474,7 +474,8 @@ class Saving:
         print("stopping after this step; once more leaves at once", file=sys.stderr, flush=True)
 
     def after(self, steps):
-        wanted = torch.tensor([self.signal, time.time() - self.saved > self.seconds], dtype=torch.long)
+        late = time.time() - self.saved > self.seconds
+        wanted = torch.tensor([self.signal, late], dtype=torch.long)
         if self.world > 1:
             wanted = wanted.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
             torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
@@ -619,7 +620,7 @@ FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}
 
 
 def file_kind(file):
-    """npy, dicom, nifti or picture by the first bytes of an open file, else by its ending, else ""."""
+    """npy, dicom, nifti or picture by an open file's first bytes, else by its ending, else ""."""
     head = file.read(352)
     file.seek(0)
     for kind, pattern in FIRST_BYTES.items():
@@ -1118,11 +1119,10 @@ def find_images(data, root, names, source, allow_outside=False):
         number = next((number for number, line in lines
                        if whole.search(line) or split_line(line)[0] == name), "?")
         folder = os.path.join(root or ".", DATASETS[data]["images"])
+        reason = f"no image {name!r} in {folder} ({len(wrong)} of {len(names)} are missing)"
         if paths[wrong[0]] == "":
-            raise InputError(f"{source}: line {number}", f"an image below {root or '.'}", f"{name!r}"
-                             ", which leads out of it; --allow-outside reads such images")
-        raise InputError(f"{source}: line {number}: no image {name!r} in {folder} "
-                         f"({len(wrong)} of {len(names)} are missing)")
+            reason = f"{name!r} leads out of {root or '.'}; --allow-outside reads such images"
+        raise InputError(f"{source}: line {number}: {reason}")
     return paths
 
 
@@ -1215,7 +1215,8 @@ def not_excluded(paths, exclude, root):
     if lone:
         print(f"WARNING: {exclude}: {len(lone)} of {len(listed)} names are of no image here and of "
               f"no patient of one, the first: {lone[0]!r}", file=sys.stderr)
-    return [i for i, (key, patient) in enumerate(ours) if key not in keys and patient not in patients]
+    return [i for i, (key, patient) in enumerate(ours)
+            if key not in keys and patient not in patients]
 
 
 def demo_root(root="", pairs=False):
@@ -1242,9 +1243,10 @@ def demo_root(root="", pairs=False):
 # lower-cased and runs of white space become one space: they are short, and case in them says
 # little. A word is a run of letters (anything beyond ASCII counts as one), of digits, or of
 # punctuation, with the space before it; no token crosses words. Where writing has no spaces
-# (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256 bytes,
-# the merges, then the special tokens. Python's and tiktoken's engines read the pattern alike.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"
+# (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256
+# bytes, the merges, then the special tokens. Python's and tiktoken's engines read the pattern alike.
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
+            "\U00020000-\U0003ffff")
 WORD = (rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
         r"| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+")
 SPECIAL = ("<pad>", "<mask>", "<eot>")
@@ -1762,8 +1764,8 @@ class Pairs(torch.utils.data.Dataset):
                 highest[side] = max(highest[side], float(image.max()))
         for side, span, value in zip("AB", self.rescale, highest):
             if span is None and value < -0.87:  # 4095 of 65535 is -0.875
-                raise InputError(self.folder / side, "values up to 1", f"{value:.3f} at most: is it "
-                                 "12-bit data in 16-bit files? --rescale LO,HI maps LO..HI to -1..1")
+                raise InputError(self.folder / side, "values up to 1", f"{value:.3f} at most; does "
+                                 "it hold 12 bits in 16? --rescale LO,HI maps LO..HI to -1..1")
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):
@@ -1840,6 +1842,7 @@ class AuditConfig:
     data: str = option("", "layout (default: covid where there is ROOT/splits, else demo)",
                        choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
+    allow_outside: bool = option(False, "also images that the lists name outside ROOT")
 
 
 def audit(config):
@@ -1855,11 +1858,13 @@ def audit(config):
     lists, problems = read_every_list(data, root, config.split)
     names = sorted({name for listed, _ in lists.values() for name in listed})
     patients = dict(zip(names, patient_ids(root, names)))
-    paths = [path or name for path, name in zip(locate(data, root, names), names)]
+    paths = locate(data, root, names, config.allow_outside)
+    paths = [path or name for path, name in zip(paths, names)]
     digests = dict(zip(names, over_images(pixel_hash, paths)))
     problems += [wrong for _, wrong in digests.values() if wrong]
-    unlisted = set(image_keys(root, list_images(root / DATASETS[data]["images"])))
-    unlisted -= set(image_keys(root, paths))
+    folder = root / DATASETS[data]["images"]
+    there = list_images(folder if folder.is_dir() else root)
+    unlisted = set(image_keys(root, there)) - set(image_keys(root, paths))
     if unlisted:
         print(f"{len(unlisted)} images are in no list, such as {min(unlisted)}")
     known = {key: {patients[name] for name in listed} - {None}
