@@ -813,7 +813,7 @@ def read_image(path, short_side=None, deep=None):
 def common_scale(paths):
     """White of the 16-bit files among `paths`: `full_scale` of the largest value in any of them.
 
-    What is below 65535 is said on stderr.
+    A scale below 65535 is said on stderr.
     """
     highest = 0
     for path in paths:
@@ -825,7 +825,7 @@ def common_scale(paths):
             highest = max(highest, int(pixels.max()))
     scale = full_scale(highest) if highest else 65535
     if scale < 65535:
-        say_once(f"no value above {highest} in {len(paths)} files of 16 bits: {scale} is white")
+        say_once(f"no value above {highest} in the 16-bit images looked at: {scale} is white")
     return scale
 
 
@@ -896,7 +896,10 @@ def list_images(folder):
             if not known and os.path.isfile(path) and os.access(path, os.R_OK):
                 with open(path, "rb") as file:
                     known = file_kind(file)
-            (paths if known else others).append(path)
+            if known:
+                paths.append(path)
+            else:
+                others.append(path)
     if others:
         print(f"note: {folder}: {len(others)} files are no images and left out, such as "
               f"{min(others)}", file=sys.stderr)
