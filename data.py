@@ -32,6 +32,8 @@ import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -842,8 +844,12 @@ def over_images(function, paths):
     if processes == 1 or len(paths) < 200:
         return list(bar(map(function, paths)))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with context.Pool(processes, torch.set_num_threads, (1,)) as pool:
-        return list(bar(pool.imap(function, paths, chunksize=16)))
+    try:
+        with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+            return list(bar(pool.map(function, paths, chunksize=16)))
+    except BrokenProcessPool:
+        raise InputError("the processes that read images ended: too little memory, or a script "
+                         "without `if __name__ == '__main__':` around its calls") from None
 
 
 def read_bytes(path, short_side, deep=None):

@@ -1147,6 +1147,22 @@ if __name__ == "__main__":
     assert run.stdout == "equal\n", run.stderr[-2000:]
 
 
+@pytest.mark.parametrize("source", ["a file", "standard input"])
+def test_many_images_read_by_a_script_without_a_main_guard_are_no_endless_wait(paths, tmp_path, source):
+    code = f"""
+import sys, types, multiprocessing
+sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+multiprocessing.set_start_method("spawn", force=True)
+import data
+data.sys = types.SimpleNamespace(platform="darwin", stderr=sys.stderr, exit=sys.exit)
+data.run_script(lambda: data.over_images(data.pixel_hash, {paths!r} * 20))
+"""
+    (tmp_path / "main.py").write_text(code)
+    command = [sys.executable, "main.py"] if source == "a file" else [sys.executable, "-"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, input=code, timeout=120)
+    assert run.returncode == 2 and run.stderr.splitlines()[-1].startswith("error: the processes that read images ended"), run.stderr[-900:]
+
+
 def test_an_image_set_holds_its_paths_in_one_tensor():
     names = [f"/data/é影/{i}.png" for i in range(1000)]
     images = data.ImageSet(names, 32, deep=65535)
