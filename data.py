@@ -823,7 +823,7 @@ def common_scale(paths):
             pixels, white = read_pixels(path, short_side=1)
         except InputError:
             continue  # whoever reads it says so
-        if white == 65535 or (white is None and pixels.dtype == np.uint16):
+        if white == 65535 or (white is None and pixels.dtype.str[1:] == "u2"):
             highest = max(highest, int(pixels.max()))
     scale = full_scale(highest) if highest else 65535
     if scale < 65535:
@@ -890,8 +890,11 @@ def list_images(folder):
     """
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
+    def stop(error):
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+
     paths, others, seen = [], [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(place) in seen:
             folders.clear()
             continue
@@ -1253,7 +1256,7 @@ def demo_root(root="", pairs=False):
 # little. A word is a run of letters (anything beyond ASCII counts as one), of digits, or of
 # punctuation, with the space before it; no token crosses words. Where writing has no spaces
 # (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256
-# bytes, the merges, then the special tokens. Python's and tiktoken's engines read the pattern alike.
+# bytes, the merges, then the special tokens. Python and tiktoken read the pattern alike.
 UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
             "\U00020000-\U0003ffff")
 WORD = (rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
@@ -1476,7 +1479,7 @@ class ImageSet(torch.utils.data.Dataset):
     def __init__(self, paths, size, augment=None, seed=0, deep=None):
         # One tensor, since workers would copy a list of strings as they count references to it.
         names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
-        self.names = torch.from_numpy(names.view(np.uint8).reshape(len(names), -1))
+        self.names = torch.from_numpy(names.view(np.uint8).reshape(len(names), names.itemsize))
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
         some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
         self.deep = deep or common_scale([self.path(i) for i in some])

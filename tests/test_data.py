@@ -963,7 +963,7 @@ def test_fewer_bits_in_16_are_told_from_several_files(tmp_path, capsys, bits):
     ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
     for i, top in enumerate((0.3, 0.6, 0.97)):
         deep = (ramp * top * (2**bits - 1)).round().astype(np.uint16)
-        Image.fromarray(deep).save(tmp_path / f"{i}.png") if i else np.save(tmp_path / "0.npy", deep)
+        Image.fromarray(deep).save(tmp_path / f"{i}.png") if i else np.save(tmp_path / "0.npy", deep.astype(">u2"))
     data.say_once.cache_clear()
     images = data.ImageSet(data.list_images(tmp_path), 64)
     for preload in (False, True):
@@ -1104,6 +1104,17 @@ def test_listing_a_folder_looks_at_the_content_and_counts_the_rest(folder, tmp_p
     assert all(data.read_image(path).shape[0] == 1 for path in data.list_images(root))
 
 
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("images"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    fails(lambda: data.list_images(folder), folder / "images", "Permission denied")
+
+
 def test_unreadable_images_are_left_out_where_asked_for(folder, capsys):
     paths = [str(folder / "images" / name) for name in ("a0.png", "a1.png", "b0.png")]
     assert data.readable(paths) == [0, 1, 2] and not capsys.readouterr().err
@@ -1169,6 +1180,7 @@ def test_an_image_set_holds_its_paths_in_one_tensor():
     again = pickle.loads(pickle.dumps(images))
     assert images.paths == again.paths == names and images.path(7) == names[7] and len(images) == 1000
     assert not any(isinstance(value, (list, tuple, dict)) for value in vars(images).values())
+    assert data.ImageSet([], 32).paths == [] and len(data.ImageSet([], 32)) == 0
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
