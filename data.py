@@ -1069,14 +1069,14 @@ def class_names(data, root, split, count):
     Raises InputError for another count.
     """
     path = Path(root or ".") / "classes.txt"
-    classes = DATASETS[data]["classes"] or [f"class {i + 1}" for i in range(count)]
+    where, classes = f"--data {data}", DATASETS[data]["classes"]
+    classes = classes or [f"class {i + 1}" for i in range(count)]
     if path.exists():
-        classes = [line for _, line in read_lines(path)]
+        where, classes = path, [line for _, line in read_lines(path)]
     elif data == "covid" and split.startswith("viral"):
         classes = ["Viral"]
     if len(classes) != count:
-        raise InputError(path if path.exists() else f"--data {data}",
-                         f"{count} classes, as the lists have labels",
+        raise InputError(where, f"{count} classes, as the lists have labels",
                          f"{len(classes)}: {', '.join(classes)}")
     return classes
 
@@ -1762,6 +1762,7 @@ class Pairs(torch.utils.data.Dataset):
         self.names, self.kept, first, highest = list_pairs(folder), {}, None, [-1.0, -1.0]
         for name in self.names:
             a, b = self.read(name)
+            highest = [max(value, float(image.max())) for value, image in zip(highest, (a, b))]
             if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = a, b
             if a.shape[1:] != b.shape[1:]:
@@ -1772,8 +1773,6 @@ class Pairs(torch.utils.data.Dataset):
                 raise InputError(self.folder / "A" / name, "the shapes of the files before it, "
                                  f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all "
                                  f"N x N)", f"{tuple(a.shape)} and {tuple(b.shape)}")
-            for side, image in enumerate((a, b)):
-                highest[side] = max(highest[side], float(image.max()))
         for side, span, value in zip("AB", self.rescale, highest):
             if span is None and value < -0.87:  # 4095 of 65535 is -0.875
                 raise InputError(self.folder / side, "values up to 1", f"{value:.3f} at most; does "
@@ -1879,8 +1878,7 @@ def audit(config):
     unlisted = set(image_keys(root, there)) - set(image_keys(root, paths))
     if unlisted:
         print(f"{len(unlisted)} images are in no list, such as {min(unlisted)}")
-    known = {key: {patients[name] for name in listed} - {None}
-             for key, (listed, _) in lists.items()}
+    known = {key: {patients[name] for name in lists[key][0]} - {None} for key in lists}
     print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
     for (split, part), (listed, labels) in lists.items():
         classes = class_names(data, root, split, labels.shape[1])
