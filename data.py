@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -31,13 +32,15 @@ import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from kernels import warp
@@ -55,7 +58,8 @@ class InputError(Exception):
     def __init__(self, where, expected=None, found=None):
         if expected is not None:
             where = f"{where}: expected {expected}, found {found}"
-        super().__init__(where)
+        text = " ".join(str(where).splitlines())
+        super().__init__(text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}")
 
 
 def option(default, help, **metadata):
@@ -312,7 +316,12 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # a damaged file raises one of a dozen types
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        text = str(error).strip() or type(error).__name__
+        code = re.search(r"GLOBAL (\S+)", text)
+        if code:  # torch's own text goes on to say how to load the file unprotected
+            raise InputError(f"{path}: refused: it holds code to run ({code[1]}), not tensors and "
+                             "plain values alone") from None
+        reason = "damaged, or of another kind" if "Weights only" in text else text[:200]
         raise InputError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict):
         raise InputError(path, "a dict with a 'model' entry or a state dict", type(state).__name__)
@@ -393,7 +402,7 @@ class RunLog:
         if rank == 0 and not resume:
             for name in RUN_FILES:  # a later command must not take an older run's for this one's
                 (self.out / name).unlink(missing_ok=True)
-            (self.out / "log.jsonl").write_text("")
+            self.append("", "w")
 
     def json(self, name, value):
         if self.rank == 0:
@@ -402,8 +411,14 @@ class RunLog:
     def line(self, **values):
         if self.rank == 0:
             values["seconds"] = round(time.time() - self.start, 2)
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(values, default=float) + "\n")
+            self.append(json.dumps(values, default=float) + "\n")
+
+    def append(self, text, mode="a"):
+        try:
+            with open(self.out / "log.jsonl", mode) as file:
+                file.write(text)
+        except OSError as error:
+            raise InputError(f"{self.out}/log.jsonl: cannot be written: {error.strerror}") from None
 
 
 class Timed:
@@ -461,7 +476,8 @@ class Saving:
         print("stopping after this step; once more leaves at once", file=sys.stderr, flush=True)
 
     def after(self, steps):
-        wanted = torch.tensor([self.signal, time.time() - self.saved > self.seconds], dtype=torch.long)
+        late = time.time() - self.saved > self.seconds
+        wanted = torch.tensor([self.signal, late], dtype=torch.long)
         if self.world > 1:
             wanted = wanted.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
             torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
@@ -509,14 +525,6 @@ def run_cells(folder, configs, run):
 # Pictures
 
 
-def as_picture(image, scale=1):
-    """A PIL picture of an (H, W), (1, H, W) or (3, H, W) image in [0, 1], `scale` times as large."""
-    pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
-    pixels = pixels[None] if pixels.ndim == 2 else pixels
-    picture = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-    return picture.resize((picture.width * scale, picture.height * scale), Image.NEAREST)
-
-
 def save_png(path, canvas):
     atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
@@ -524,36 +532,34 @@ def save_png(path, canvas):
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
 
-    rows: lists of images, (H, W) or (C, H, W) in [0, 1]; titles: one a column; captions: one a row,
-    wrapped below it.
+    rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
+    titles: one a column; captions: one a row, wrapped below it.
     """
+    def picture(image):
+        pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
+        pixels = pixels.expand(3, *pixels.shape[-2:]).permute(1, 2, 0).contiguous()  # (H, W, 3)
+        drawn = Image.fromarray(pixels.numpy())
+        return drawn.resize((drawn.width * scale, drawn.height * scale), Image.NEAREST)
+
     font, gap, line = ImageFont.load_default(12), 8, 16
-    rows = [[as_picture(image, scale) for image in row] for row in rows]
-    widths = [max(math.ceil(font.getlength(title)), *(row[i].width for row in rows if i < len(row)))
-              for i, title in enumerate(titles)]
-    lefts = [gap + sum(widths[:i]) + gap * i for i in range(len(widths) + 1)]
-    texts = [textwrap.wrap(text, lefts[-1] // 6) for text in captions or [""] * len(rows)]
-    heights = [max(picture.height for picture in row) + line * len(text) + gap
+    rows = [[picture(image) for image in row] for row in rows]
+    wide = max(math.ceil(font.getlength(title)) for title in titles)
+    wide = max([wide] + [drawn.width for row in rows for drawn in row]) + gap
+    texts = [textwrap.wrap(text, len(titles) * wide // 6) for text in captions or [""] * len(rows)]
+    heights = [max(drawn.height for drawn in row) + line * len(text) + gap
                for row, text in zip(rows, texts)]
-    canvas = Image.new("RGB", (lefts[-1], sum(heights) + gap + line), "white")
+    size = gap + wide * len(titles), gap + line + sum(heights)
+    canvas = Image.new("RGB", size, "white")
     draw, top = ImageDraw.Draw(canvas), gap + line
-    for left, title in zip(lefts, titles):
-        draw.text((left, gap // 2), title, "black", font)
+    for i, title in enumerate(titles):
+        draw.text((gap + i * wide, gap // 2), title, "black", font)
     for row, text, height in zip(rows, texts, heights):
-        for left, picture in zip(lefts, row):
-            canvas.paste(picture, (left, top))
+        for i, drawn in enumerate(row):
+            canvas.paste(drawn, (gap + i * wide, top))
         below = top + height - gap - line * len(text)
         draw.text((gap, below), "\n".join(text), "black", font, spacing=4)
         top += height
     save_png(path, canvas)
-
-
-def nice_ticks(low, high, count=6):
-    """At most `count` round numbers in [low, high], apart by 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = next(power * m for m in (1, 2, 5, 10, 20) if (high - low) / (power * m) <= count - 1)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [step * i for i in range(first, last + 1)]
 
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
@@ -576,29 +582,29 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
     canvas = Image.new("RGB", (left + width + 420, top + height + 110), "white")
     draw = ImageDraw.Draw(canvas)
 
-    def place(x, y):
-        return (left + width * (x - low[0]) / (high[0] - low[0]),
-                top + height * (high[1] - y) / (high[1] - low[1]))
+    def place(point):
+        x, y = (point - low) / (high - low)
+        return left + width * x, top + height * (1 - y)
 
-    for value in nice_ticks(low[0], high[0]):
-        x = place(value, low[1])[0]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        value = low + share * (high - low)
+        x, y = place(value)
         draw.line((x, top, x, top + height), "#dddddd", 2)
-        draw.text((x, top + height + 8), f"{value:.6g}", "black", font, "ma")
-    for value in nice_ticks(low[1], high[1]):
-        y = place(low[0], value)[1]
         draw.line((left, y, left + width, y), "#dddddd", 2)
-        draw.text((left - 10, y), f"{value:.6g}", "black", font, "rm")
+        draw.text((x, top + height + 8), f"{value[0]:.4g}", "black", font, "ma")
+        draw.text((left - 10, y), f"{value[1]:.4g}", "black", font, "rm")
     draw.rectangle((left, top, left + width, top + height), outline="black", width=2)
     if diagonal:
-        draw.line((*place(0, 0), *place(1, 1)), "#999999", 3)
+        draw.line((left, top + height, left + width, top), "#999999", 3)
     for i, (name, points) in enumerate(curves.items()):
-        colour, y = COLOURS[i % len(COLOURS)], top + 34 * i
-        dots = [place(*point) for point in points.T]
+        colour, y = COLOURS[i % len(COLOURS)], top + 34 * i + 20
+        dots = [place(point) for point in points.T]
         draw.line(dots, colour, 4, "curve")
-        for x, dot_y in dots if len(dots) < 30 else []:
-            draw.ellipse((x - 5, dot_y - 5, x + 5, dot_y + 5), colour)
-        draw.line((left + width + 20, y + 20, left + width + 50, y + 20), colour, 5)
-        draw.text((left + width + 60, y + 20), name, "black", font, "lm")
+        if len(dots) < 30:
+            for dot in dots:
+                draw.circle(dot, 5, colour)
+        draw.line((left + width + 20, y, left + width + 50, y), colour, 5)
+        draw.text((left + width + 60, y), name, "black", font, "lm")
     draw.text((left + width / 2, 20), title, "black", font, "ma")
     draw.text((left + width / 2, top + height + 50), xlabel, "black", font, "ma")
     draw.text((left, top - 14), ylabel, "black", font, "ls")
@@ -609,7 +615,33 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
 # Reading images
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".dcm", ".tif", ".tiff", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".dcm", ".dicom", ".tif", ".tiff", ".bmp",
+                  ".nii", ".nii.gz")
+FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}n.1\0|.{4}n.2\0",
+               "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}"}
+
+
+def file_kind(file):
+    """npy, dicom, nifti or picture by an open file's first bytes, else by its ending, else ""."""
+    head = file.read(352)
+    file.seek(0)
+    for kind, pattern in FIRST_BYTES.items():
+        if re.match(pattern, head, re.DOTALL):
+            return kind
+    kinds = {".npy": "npy", ".dcm": "dicom", ".dicom": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}
+    ending = split_ending(str(file.name))[1].lower()
+    return kinds.get(ending, "picture" if ending else "")
+
+
+def split_ending(name):
+    """("chest.1", ".PNG") of "chest.1.PNG"; the second is "" without one of IMAGE_SUFFIXES."""
+    ending = next((end for end in IMAGE_SUFFIXES if name[-7:].lower().endswith(end)), "")
+    return name[:len(name) - len(ending)], name[len(name) - len(ending):]
+
+
+@functools.cache
+def say_once(text):
+    print(f"note: {text}", file=sys.stderr)
 
 
 def read_pixels(path, short_side=None, grey=False):
@@ -620,20 +652,19 @@ def read_pixels(path, short_side=None, grey=False):
     .npy and NIfTI, whose numbers may mean anything. `short_side` lets a JPEG be decoded at the
     smallest of its 1/8, 1/4, 1/2 reductions that is not below it, and `grey` as grey.
     Raises InputError for a file that is missing, empty, truncated, of another kind, of another
-    shape, or with numbers that are not finite.
+    shape, of several pages, or with numbers that are not finite.
     """
     try:
         with open(path, "rb") as file:
-            head = file.read(132)
-            file.seek(0)
-            if not head:
+            kind, white = file_kind(file), None
+            if not os.fstat(file.fileno()).st_size:
                 raise InputError(path, "an image", "an empty file; copy it again")
-            if head.startswith(b"\x93NUMPY"):
-                pixels, white = np.load(file, allow_pickle=False), None
-            elif head[128:] == b"DICM" or str(path).lower().endswith(".dcm"):
+            if kind == "npy":
+                pixels = np.load(file, allow_pickle=False)
+            elif kind == "dicom":
                 pixels, white = read_dicom(file), 1
-            elif str(path).lower().endswith((".nii", ".nii.gz")):
-                pixels, white = np.asanyarray(nifti().load(path).dataobj), None
+            elif kind == "nifti":
+                pixels = np.asanyarray(read_nifti(file).dataobj)
             else:
                 pixels, white = read_picture(file, short_side, grey)
     except FileNotFoundError:
@@ -641,79 +672,131 @@ def read_pixels(path, short_side=None, grey=False):
     except InputError:
         raise
     except Exception as error:  # a damaged file raises one of a dozen types, by its decoder
-        reason = str(error).split("\n")[0] or type(error).__name__
+        first, *hints = str(error).strip().splitlines() or [type(error).__name__]
+        reason = "; ".join([*map(str.strip, hints), first])  # a decoder to install is named last
         if isinstance(error, UnidentifiedImageError):
             reason = "another kind of file"
         raise InputError(path, "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image",
                          reason) from None
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
+    while pixels.ndim > 2 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     flat = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
     if not flat or not pixels.size or pixels.dtype.kind not in "buif":
         raise InputError(path, "numbers of shape (H, W), (H, W, 1) or (H, W, 3)",
                          f"{pixels.dtype} of shape {pixels.shape}")
-    if not np.isfinite(pixels).all():
-        wrong = int((~np.isfinite(pixels)).sum())
+    wrong = np.count_nonzero(~np.isfinite(pixels))
+    if wrong:
         raise InputError(path, "finite numbers", f"{wrong} of {pixels.size} NaN or infinite")
     return pixels, white
 
 
 def read_picture(file, short_side, grey):
-    """The pixels and full scale of what PIL reads: uint8, uint16, or a float TIFF's numbers."""
+    """The pixels and full scale of what PIL reads, turned as its EXIF orientation says."""
     with Image.open(file) as picture:
+        if picture.format == "TIFF" and picture.n_frames > 1:
+            raise InputError(file.name, "one page", picture.n_frames)
         if picture.format == "JPEG" and short_side:
             picture.draft("L" if grey else None, (short_side, short_side))
         picture.load()
-        if picture.mode == "F":
-            return np.array(picture), None
-        if picture.mode.startswith("I"):  # PIL's own conversion to 8 bits would clip 16 to white
-            return np.array(picture).clip(0, 65535).astype(np.uint16), 65535
-        mode = "L" if grey or picture.mode in ("1", "L", "LA") else "RGB"
-        return np.array(picture if picture.mode == mode else picture.convert(mode)), 255
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        return np.array(picture), None
+    if picture.mode.startswith("I"):  # PIL's own conversion to 8 bits would clip 16 to white
+        pixels = np.array(picture)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            return pixels, None
+        return pixels.astype(np.uint16), 65535
+    mode = "L" if grey or picture.mode in ("1", "L", "LA") else "RGB"
+    return np.array(picture.convert(mode)), 255
 
 
 def read_dicom(file):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
 
-    Modality LUT, then VOI LUT or window, then stretched from the minimum to the maximum;
-    MONOCHROME1 is inverted.
+    The palette, or modality LUT, then VOI LUT or window; then the minimum becomes 0 and the maximum
+    1, padding left out, which becomes black; MONOCHROME1 is inverted. A blank slope is 1, a blank
+    intercept 0, and a window without a width is none.
     """
     try:
         import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+        from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
     except ImportError:
         raise InputError(f"{file.name}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
     record = pydicom.dcmread(file, force=True)
-    pixels = apply_voi_lut(apply_modality_lut(record.pixel_array, record), record)
-    pixels = stretch(pixels.astype(np.float64))
-    return 1 - pixels if record.PhotometricInterpretation == "MONOCHROME1" else pixels
+    if int(record.get("NumberOfFrames") or 1) > 1:
+        raise InputError(file.name, "one frame", record.NumberOfFrames)
+    for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
+        if name in record and record[name].is_empty:
+            say_once(f"DICOM with a blank {name}: taken as {default}")
+            setattr(record, name, default)
+    if "WindowWidth" in record or "WindowCenter" in record:
+        width = np.ravel(record.get("WindowWidth") or 0)[0]
+        if width < 1 or record.get("WindowCenter") is None:
+            say_once("DICOM with a window of no width or centre: read without a window")
+            record.pop("WindowWidth", None)
+            record.pop("WindowCenter", None)
+    if "PixelData" in record and not record.file_meta.get("TransferSyntaxUID"):
+        say_once("DICOM without a transfer syntax: read as little endian")
+        record.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2"
+    raw, kind = record.pixel_array, record.PhotometricInterpretation
+    inside = np.ones(raw.shape, bool)
+    if record.get("PixelPaddingValue") is not None:
+        ends = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
+        ends = sorted(ends[0] if end is None else end for end in ends)
+        inside = (raw < ends[0]) | (raw > ends[1])
+    if kind == "PALETTE COLOR":
+        pixels = apply_color_lut(raw, record).astype(np.float64)
+    else:
+        pixels = apply_voi_lut(apply_modality_lut(raw, record), record).astype(np.float64)
+    if inside.any():
+        pixels = stretch(pixels, pixels[inside])
+    pixels = 1 - pixels if kind == "MONOCHROME1" else pixels
+    pixels[~inside] = 0
+    return pixels
 
 
-def nifti():
+def read_nifti(file):
+    """The NIfTI image in an open file, compressed or not."""
     try:
         import nibabel
     except ImportError:
-        raise InputError("NIfTI needs nibabel: pip install nibabel") from None
-    return nibabel
+        raise InputError(f"{file.name}: NIfTI needs nibabel: pip install nibabel") from None
+    content = file.read()
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    kind = nibabel.Nifti2Image if content[4:8] == b"n+2\0" else nibabel.Nifti1Image
+    return kind.from_bytes(content)
 
 
-def stretch(pixels):
-    """From the minimum, which becomes 0, to the maximum, which becomes 1."""
-    low, high = pixels.min(), pixels.max()
+def stretch(pixels, among=None):
+    """`pixels` with the minimum of `among` (default: of themselves) at 0 and the maximum at 1."""
+    among = pixels if among is None else among
+    low, high = among.min(), among.max()
     return (pixels - low) / (high - low or 1)
 
 
-def read_image(path, short_side=None):
+def full_scale(highest):
+    """White of 16-bit files whose largest value is `highest`: they often hold 12 bits or fewer."""
+    return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
+
+
+def read_image(path, short_side=None, deep=None):
     """Reads an image file as grey: float32 (1, H, W) in [0, 1]. `read_pixels` lists the formats.
 
     short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size).
-    Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale; other numbers stay
-    as they are within [0, 1] and are stretched from minimum to maximum elsewhere. Colour becomes
-    grey by ITU-R 601. Raises InputError.
+    Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale, which is `deep` of
+    16 bits (None: `full_scale` of this file's largest value); other numbers stay as they are within
+    [0, 1] and are stretched from minimum to maximum elsewhere. Colour becomes grey by ITU-R 601.
+    Raises InputError, also for a 16-bit value above `deep`.
     """
     pixels, white = read_pixels(path, short_side, grey=True)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         white = np.iinfo(pixels.dtype).max
+    if white == 65535:
+        white = deep or full_scale(pixels.max())
+        if pixels.max() > white:
+            raise InputError(path, f"values up to {white}, as in the other 16-bit images of this "
+                             "list", pixels.max())
     if white is None:
         pixels = pixels.astype(np.float64)
         pixels = stretch(pixels) if pixels.min() < 0 or pixels.max() > 1 else pixels
@@ -729,6 +812,25 @@ def read_image(path, short_side=None):
     return image
 
 
+def common_scale(paths):
+    """White of the 16-bit files among `paths`: `full_scale` of the largest value in any of them.
+
+    A scale below 65535 is said on stderr.
+    """
+    highest = 0
+    for path in paths:
+        try:
+            pixels, white = read_pixels(path, short_side=1)
+        except InputError:
+            continue  # whoever reads it says so
+        if white == 65535 or (white is None and pixels.dtype.str[1:] == "u2"):
+            highest = max(highest, int(pixels.max()))
+    scale = full_scale(highest) if highest else 65535
+    if scale < 65535:
+        say_once(f"no value above {highest} in the 16-bit images looked at: {scale} is white")
+    return scale
+
+
 def over_images(function, paths):
     """[function(path) for path in paths], many of them by one process a core, with a progress bar.
 
@@ -742,13 +844,17 @@ def over_images(function, paths):
     if processes == 1 or len(paths) < 200:
         return list(bar(map(function, paths)))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with context.Pool(processes, torch.set_num_threads, (1,)) as pool:
-        return list(bar(pool.imap(function, paths, chunksize=16)))
+    try:
+        with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+            return list(bar(pool.map(function, paths, chunksize=16)))
+    except BrokenProcessPool:
+        raise InputError("the processes that read images ended: too little memory, or a script "
+                         "without `if __name__ == '__main__':` around its calls") from None
 
 
-def read_bytes(path, short_side):
+def read_bytes(path, short_side, deep=None):
     """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
-    return (read_image(path, short_side) * 255).round_().byte().numpy()
+    return (read_image(path, short_side, deep) * 255).round_().byte().numpy()
 
 
 def pixel_hash(path):
@@ -760,15 +866,55 @@ def pixel_hash(path):
         return "", str(error)
 
 
-def list_images(folder, endings=IMAGE_SUFFIXES):
-    """Every image below a folder, sorted paths. Raises InputError where there is none."""
+def readable(paths):
+    """The indices of the images that can be read, for --skip-bad: each is decoded once here.
+
+    Says on stderr how many are left out. Raises InputError where none is left.
+    """
+    wrong = [reason for _, reason in over_images(pixel_hash, paths)]
+    keep = [i for i, reason in enumerate(wrong) if not reason]
+    first = next(filter(None, wrong), "")
+    if not keep:
+        raise InputError(f"{first}; no other image is left")
+    if first:
+        print(f"WARNING: {len(wrong) - len(keep)} of {len(wrong)} images cannot be read and are "
+              f"left out, the first: {first}", file=sys.stderr)
+    return keep
+
+
+def list_images(folder):
+    """Every image below a folder, sorted paths. Linked folders are followed, each folder once.
+
+    A file with another ending, or none, is an image where its first bytes say so; the number of
+    those left out is said on stderr. Raises InputError where no image is found.
+    """
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
-    paths = sorted(str(path) for path in Path(folder).rglob("*")
-                   if path.name.lower().endswith(endings) and path.name[0] != ".")
+    def stop(error):
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+
+    paths, others, seen = [], [], set()
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links come last
+        for path in (os.path.join(place, name) for name in files if name[0] != "."):
+            known = split_ending(path)[1]
+            if not known and os.path.isfile(path) and os.access(path, os.R_OK):
+                with open(path, "rb") as file:
+                    known = file_kind(file)
+            if known:
+                paths.append(path)
+            else:
+                others.append(path)
+    if others:
+        print(f"note: {folder}: {len(others)} files are no images and left out, such as "
+              f"{min(others)}", file=sys.stderr)
     if not paths:
-        raise InputError(folder, f"a folder with images ({', '.join(endings)})", "none")
-    return paths
+        raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
+    return sorted(paths)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -794,7 +940,7 @@ DATASETS = {
               "train": {100: "splits/{split}/train.txt"},
               "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
 }
-NUMBER = re.compile(r"-?\d+(\.\d*)?")
+NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
 
 
 def read_text(path):
@@ -803,7 +949,7 @@ def read_text(path):
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(path, "a text file in UTF-8", f"otherwise ({error})") from None
 
 
@@ -817,50 +963,77 @@ def read_json(path):
     """The content of a .json file. Raises InputError where it is missing or damaged."""
     try:
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        reason = f"line {error.lineno}: not readable as JSON ({error.msg})"
-        raise InputError(f"{path}: {reason}") from None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise InputError(f"{path}: line {line}: not readable as JSON ({error})") from None
+
+
+def plain_name(name):
+    """A name as every list writes it: `a/b.png`, whatever its slashes, `./`, quotes and spaces."""
+    name = name.strip().strip('"').replace("\\", "/")
+    return os.path.normpath(name) if "//" in name or "./" in name else name
 
 
 def split_line(line):
-    """`name l1 ... lk` as (name, labels): numbers at the end are labels; a name may hold spaces."""
+    """`name l1 ... lk` or `name,l1,...,lk` as (name, labels).
+
+    Numbers at the end are labels; a name may hold spaces.
+    """
+    name, *labels = [field.strip() for field in line.split(",")]
+    if labels and (split_ending(name.strip('"'))[1] or all(map(NUMBER.fullmatch, labels))):
+        return plain_name(name), labels
     words = line.split()
     count = 0
     while count < len(words) - 1 and NUMBER.fullmatch(words[-1 - count]):
         count += 1
-    return line.strip().rsplit(None, count)[0], words[len(words) - count:]
+    return plain_name(line.strip().rsplit(None, count)[0]), words[len(words) - count:]
 
 
 def read_list(path, num_labels=None, skip_bad=False):
     """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)).
 
-    k is `num_labels`, or what most lines have: 0 of a list of names only. Raises InputError, with
-    the line, for another number of labels, a label that is not 0 or 1 and a name listed twice;
-    `skip_bad` leaves such lines out and says so on stderr. An empty list is always an error.
+    k is `num_labels`, or what most of the first lines have: 0 of a list of names only. Raises
+    InputError, with the line, for another number of labels, a label that is not 0 or 1 and a name
+    listed twice; `skip_bad` leaves such lines out and says so on stderr. An empty list is always an
+    error.
     """
-    lines = [(number, *split_line(line)) for number, line in read_lines(path)]
-    if not lines:
+    text = read_text(path)
+    lines = text.splitlines()
+    first = list(itertools.islice((line for line in lines if line.strip()), 1000))
+    if not first:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
     k = num_labels
     if k is None:
-        k = Counter(len(labels) for _, _, labels in lines).most_common(1)[0][0]
-    names, rows, bad = {}, [], []
-    for number, name, labels in lines:
-        if len(labels) != k or not set(labels) <= {"0", "1"}:
-            bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after "
-                       f"{name!r}, found {' '.join(labels) or 'none'}")
-        elif name in names:
+        k = Counter(len(split_line(line)[1]) for line in first).most_common(1)[0][0]
+    # A million lines hold few different rows of labels, so that most lines are looked up.
+    plain = not any(mark in text for mark in ("\\", '"', ",", "./", "//"))
+    names, digits, bad, known = {}, bytearray(), [], {}
+    for number, line in enumerate(lines, 1):
+        name, *rest = line.split(None, 1) or [""]
+        rest = rest[0] if rest else ""
+        if not (plain and name and rest in known):
+            if not line.strip():
+                continue
+            name, labels = split_line(line)
+            if len(labels) != k or not set(labels) <= {"0", "1"}:
+                bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after "
+                           f"{name!r}, found {' '.join(labels) or 'none'}")
+                continue
+            rest = " ".join(labels)
+            known[rest] = "".join(labels).encode()
+        if name in names:
             bad.append(f"line {number}: {name!r} is listed before, in line {names[name]}")
         else:
             names[name] = number
-            rows.append([label == "1" for label in labels])
+            digits += known[rest]
     if bad and not (skip_bad and names):
         raise InputError(f"{path}: {bad[0]}; correct the list, or leave out such lines "
                          f"({len(bad)}) with --skip-bad-lines")
     if bad:
-        print(f"WARNING: {path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}",
-              file=sys.stderr)
-    return list(names), torch.tensor(rows, dtype=torch.float32).reshape(len(names), k)
+        print(f"WARNING: {path}: {len(bad)} of {len(bad) + len(names)} lines left out, the first: "
+              f"{bad[0]}", file=sys.stderr)
+    labels = torch.tensor(np.frombuffer(digits, np.uint8) - ord("0"), dtype=torch.float32)
+    return list(names), labels.reshape(len(names), k)
 
 
 def split_files(data, root, split="", ratio=100):
@@ -872,14 +1045,14 @@ def split_files(data, root, split="", ratio=100):
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder")
     splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
-    if "{split}" in layout["val"] and split not in splits:
+    named, ratios = "{split}" in layout["val"], " or ".join(map(str, layout["train"]))
+    if named and split not in splits:
         there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
         raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
-    if split and "{split}" not in layout["val"]:
+    if split and not named:
         raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
     if ratio not in layout["train"]:
-        there = " or ".join(map(str, layout["train"]))
-        raise InputError(f"--data {data}", f"--ratio {there}", ratio)
+        raise InputError(f"--data {data}", f"--ratio {ratios}", ratio)
     files = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
     files = {part: root / name.format(split=split) for part, name in files.items()}
     for path in files.values():
@@ -896,68 +1069,109 @@ def class_names(data, root, split, count):
     Raises InputError for another count.
     """
     path = Path(root or ".") / "classes.txt"
-    classes = DATASETS[data]["classes"] or [f"class {i + 1}" for i in range(count)]
+    where, classes = f"--data {data}", DATASETS[data]["classes"]
+    classes = classes or [f"class {i + 1}" for i in range(count)]
     if path.exists():
-        classes = [line for _, line in read_lines(path)]
+        where, classes = path, [line for _, line in read_lines(path)]
     elif data == "covid" and split.startswith("viral"):
         classes = ["Viral"]
     if len(classes) != count:
-        raise InputError(path if path.exists() else f"--data {data}",
-                         f"{count} classes, as the lists have labels",
+        raise InputError(where, f"{count} classes, as the lists have labels",
                          f"{len(classes)}: {', '.join(classes)}")
     return classes
 
 
-def find_image(data, root, name):
-    """The path of an image named relative to the layout's image folder or to the root, else None.
+def locate(data, root, names, allow_outside=False):
+    """The path of each image, named relative to the layout's image folder or to the root.
 
-    A name without an ending may be a .png, .dcm or .jpg.
+    The ending may be left out, or its case may differ. None stands for a name that is not there,
+    "" for one that leads out of the root, unless `allow_outside`.
     """
-    folders = (os.path.join(root or ".", DATASETS[data]["images"]), str(root or "."))
-    places = (os.path.join(folder, name + ending) for ending in ("", ".png", ".dcm", ".jpg")
-              for folder in folders)
-    return next((place for place in places if os.path.isfile(place)), None)
+    root = str(root or ".")
+    folders = dict.fromkeys([os.path.join(root, DATASETS[data]["images"]), os.path.join(root, "")])
+    inside = os.path.join(os.path.abspath(root), "")
+
+    @functools.cache
+    def listing(folder):
+        """The files of a folder by their names with the ending in lower case, and without it."""
+        there = {}
+        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            stem, ending = split_ending(file)
+            there[stem + ending.lower()] = os.path.join(folder, file)
+            there.setdefault(stem, os.path.join(folder, file))
+        return there
+
+    def find(name):
+        name = plain_name(name)
+        places = [os.path.join(folder, name) for folder in folders]
+        if not allow_outside and (".." in name or os.path.isabs(name)):
+            places = [place for place in places if os.path.abspath(place).startswith(inside)]
+        for place in places:
+            if os.path.isfile(place):
+                return place
+        for place in places:
+            stem, ending = split_ending(os.path.basename(place))
+            found = listing(os.path.dirname(place)).get(stem + ending.lower())
+            if found and os.path.isfile(found):
+                return found
+        return None if len(places) == len(folders) else ""
+
+    return list(map(find, names))
 
 
-def find_images(data, root, names, source):
-    """`find_image` of every name in the list or CSV `source`. Raises InputError, with the line,
-    where any is missing."""
-    paths = [find_image(data, root, name) for name in names]
-    missing = [name for name, path in zip(names, paths) if path is None]
-    if missing:
-        whole = re.compile(rf"(?<![\w./-]){re.escape(missing[0])}(?![\w.-])")
-        number = next((number for number, line in read_lines(source) if whole.search(line)), "?")
+def find_images(data, root, names, source, allow_outside=False):
+    """The path (`locate`) of every name in the list or CSV `source`. Raises InputError, with the
+    line, where any is missing or leads out of the root."""
+    paths = locate(data, root, names, allow_outside)
+    wrong = [i for i, path in enumerate(paths) if not path]
+    if wrong:
+        name = names[wrong[0]]
+        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")
+        lines = ((number, line.replace("\\", "/")) for number, line in read_lines(source))
+        number = next((number for number, line in lines
+                       if whole.search(line) or split_line(line)[0] == name), "?")
         folder = os.path.join(root or ".", DATASETS[data]["images"])
-        raise InputError(f"{source}: line {number}: no image {missing[0]!r} in {folder} "
-                         f"({len(missing)} of {len(names)} are missing)")
+        reason = f"no image {name!r} in {folder} ({len(wrong)} of {len(names)} are missing)"
+        if paths[wrong[0]] == "":
+            reason = f"{name!r} leads out of {root or '.'}; --allow-outside reads such images"
+        raise InputError(f"{source}: line {number}: {reason}")
     return paths
 
 
 def read_csv(path, columns):
     """The rows of a CSV as (line, value of each of `columns`); names in the header are stripped.
 
-    Raises InputError with the line.
+    Raises InputError with the line at which the row begins, also where a field holds further rows:
+    a quote that is not closed takes in everything up to the next one.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
-    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    line = 1
     try:
         header = [name.strip() for name in next(reader, [])]
         if not set(columns) <= set(header):
             raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}",
                              ", ".join(header) or "an empty file")
         places = [header.index(name) for name in columns]
+        line = reader.line_num + 1
         for row in reader:
-            if row and len(row) <= max(places):
-                line = f"{path}: line {reader.line_num}"
-                raise InputError(line, f"{len(header)} fields", len(row))
+            if row and (len(row) <= max(places) or any(row[len(header):])):
+                raise InputError(f"{path}: line {line}", f"{len(header)} fields",
+                                 f"{len(row)}; text with commas stands in double quotes")
+            pieces = [piece for field in row for piece in re.split(r"[,\n]", field)[1:]
+                      if "\n" in field]
+            swallowed = next((piece for piece in pieces if split_ending(piece.strip())[1]), None)
+            if swallowed:
+                raise InputError(f"{path}: line {line}", "one row", f"{swallowed.strip()!r} in a "
+                                 "field of it; a double quote is not closed")
             if row:
-                yield reader.line_num, *(row[place].strip() for place in places)
+                yield line, *(row[place].strip() for place in places)
+            line = reader.line_num + 1
     except csv.Error as error:
-        line = f"{path}: line {reader.line_num}"
-        raise InputError(f"{line}: not readable as CSV ({error})") from None
+        raise InputError(f"{path}: line {line}: not readable as CSV ({error}); is a double quote "
+                         "not closed?") from None
 
 
-def read_reports(path, root):
+def read_reports(path, root, allow_outside=False):
     """The records of a training.csv (image_path, report_content): (image paths, reports).
 
     Raises InputError, with the line, for missing columns, images or reports, and for no record.
@@ -967,17 +1181,19 @@ def read_reports(path, root):
         if not name or not report:
             empty = "report_content" if name else "image_path"
             raise InputError(f"{path}: line {line}", "an image and its report", f"no {empty}")
-        names.append(name)
+        names.append(plain_name(name))
         reports.append(report)
     if not reports:
         raise InputError(path, "records below the header", "none")
-    return find_images("csv", root, names, path), reports
+    return find_images("csv", root, names, path, allow_outside), reports
 
 
-def record_names(root, paths):
-    """Paths or names as the lists write them: relative to the root, without the images/ before."""
+def image_keys(root, names):
+    """What identifies each image, of its path or of any way to name it: the path relative to the
+    root, without images/ before it and the ending behind it."""
     root = os.path.join(str(root or "."), "")
-    return [str(path).removeprefix(root).removeprefix("images/") for path in paths]
+    names = (plain_name(str(name).removeprefix(root)) for name in names)
+    return [split_ending(name.removeprefix("images/"))[0] for name in names]
 
 
 def patient_ids(root, names):
@@ -988,20 +1204,31 @@ def patient_ids(root, names):
     """
     tables = [Path(root) / name for name in ("patients.csv", "records.csv")]
     table = next((path for path in tables if path.exists()), None)
-    rows = read_csv(table, ("image_path", "patient_id")) if table else ()
-    known = {record_names(root, [name])[0]: patient for _, name, patient in rows}
-    written = (re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}\.)", name) for name in names)
-    return [known.get(name) or (match and match[0].strip("/"))
-            for name, match in zip(names, written)]
+    rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
+    patients = [patient for _, _, patient in rows]
+    known = dict(zip(image_keys(root, [name for _, name, _ in rows]), patients))
+    keys = image_keys(root, names)
+    written = (re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)", key) for key in keys)
+    return [known.get(key) or (match and match[0].strip("/")) for key, match in zip(keys, written)]
 
 
 def not_excluded(paths, exclude, root):
-    """Indices of the paths that are neither in the list file `exclude` nor of a patient who is."""
-    listed = set(record_names(root, [split_line(line)[0] for _, line in read_lines(exclude)]))
-    names = record_names(root, paths)
-    patients = set(patient_ids(root, listed)) - {None}
-    return [i for i, (name, patient) in enumerate(zip(names, patient_ids(root, names)))
-            if name not in listed and patient not in patients]
+    """Indices of the paths that are neither in the list file `exclude` nor of a patient who is.
+
+    Says on stderr how many of its names are of no image and no patient among the paths.
+    """
+    listed = image_keys(root, [split_line(line)[0] for _, line in read_lines(exclude)])
+    ours = list(zip(image_keys(root, paths), patient_ids(root, paths)))
+    theirs = list(zip(listed, patient_ids(root, listed)))
+    keys, patients = set(listed), {patient for _, patient in theirs} - {None}
+    known = {key for key, _ in ours} | {("patient", patient) for _, patient in ours}
+    lone = [key for key, patient in theirs
+            if key not in known and (patient is None or ("patient", patient) not in known)]
+    if lone:
+        print(f"WARNING: {exclude}: {len(lone)} of {len(listed)} names are of no image here and of "
+              f"no patient of one, the first: {lone[0]!r}", file=sys.stderr)
+    return [i for i, (key, patient) in enumerate(ours)
+            if key not in keys and patient not in patients]
 
 
 def demo_root(root="", pairs=False):
@@ -1027,9 +1254,13 @@ def demo_root(root="", pairs=False):
 # A byte-level byte-pair encoding trained on the reports at hand and run by tiktoken. Reports are
 # lower-cased and runs of white space become one space: they are short, and case in them says
 # little. A word is a run of letters (anything beyond ASCII counts as one), of digits, or of
-# punctuation, with the space before it; no token crosses words. The vocabulary is the 256 bytes,
-# the merges, then the special tokens. Python's and tiktoken's engines read the pattern alike.
-WORD = r" ?[^\x00-@\[-`{-\x7f]+| ?[0-9]+| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"
+# punctuation, with the space before it; no token crosses words. Where writing has no spaces
+# (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256
+# bytes, the merges, then the special tokens. Python and tiktoken read the pattern alike.
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
+            "\U00020000-\U0003ffff")
+WORD = (rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
+        r"| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+")
 SPECIAL = ("<pad>", "<mask>", "<eot>")
 
 
@@ -1066,24 +1297,28 @@ def train_tokenizer(reports, vocab_size):
         for pair in zip(word, word[1:]):
             pairs[pair] += counts[w]
             where[pair].add(w)
-    while pairs and len(tokens) < vocab_size - len(SPECIAL):
-        most = max(pairs.values())
-        if most < 2:
-            break
-        pair = min(pair for pair, count in pairs.items() if count == most)
+    heap = [(-count, pair) for pair, count in pairs.items()]  # most frequent, smallest ids first
+    heapq.heapify(heap)
+    while heap and len(tokens) < vocab_size - len(SPECIAL):
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair] or count > -2:
+            continue  # rare, or its count changed later: the heap holds an entry of the new count
         token = tokens[pair[0]] + tokens[pair[1]]
         new = ids.setdefault(token, len(tokens))  # another pair may have made the same bytes
         if new == len(tokens):
             tokens.append(token)
+        changed = Counter()
         for w in where.pop(pair):
             for old in zip(words[w], words[w][1:]):
-                pairs[old] -= counts[w]
-                if not pairs[old]:
-                    del pairs[old]
+                changed[old] -= counts[w]
             words[w] = merge(words[w], pair, new)
             for fresh in zip(words[w], words[w][1:]):
-                pairs[fresh] += counts[w]
+                changed[fresh] += counts[w]
                 where[fresh].add(w)
+        for other, change in changed.items():
+            pairs[other] += change
+            if change and pairs[other] > 1:
+                heapq.heappush(heap, (-pairs[other], other))
     return make_encoding(tokens)
 
 
@@ -1117,12 +1352,11 @@ def load_tokenizer(path):
         try:
             token, rank = line.split()
             tokens.append(base64.b64decode(token, validate=True))
-            ranked = int(rank) == number
+            if int(rank) != number:
+                raise ValueError
         except ValueError:
-            ranked = False
-        if not ranked:
-            raise InputError(f"{path}: line {number + 1}",
-                             f"a token in base64 and its rank {number}", repr(line[:60]))
+            raise InputError(f"{path}: line {number + 1}", "a token in base64 and its rank "
+                             f"{number}", repr(line[:60])) from None
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
         raise InputError(path, "different tokens, all 256 bytes among them", "a damaged file")
     return make_encoding(tokens)
@@ -1237,27 +1471,40 @@ class ImageSet(torch.utils.data.Dataset):
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
     `augment(images, generator)`; (seed, draw) seed the generator, so that neither workers nor
     resuming change it. Without `augment` it holds the centre crops. set[i] is (image, i).
-    `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ.
+    `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; with workers it can be
+    pickled, a function of a module or a functools.partial of one. `deep` is the number that stands
+    for white in 16-bit files (default: `full_scale` of the largest value in 32 of them).
     """
 
-    def __init__(self, paths, size, augment=None, seed=0):
-        self.paths, self.size, self.augment, self.seed = list(paths), size, augment, seed
-        self.cache = None
+    def __init__(self, paths, size, augment=None, seed=0, deep=None):
+        # One tensor, since workers would copy a list of strings as they count references to it.
+        names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
+        self.names = torch.from_numpy(names.view(np.uint8).reshape(len(names), names.itemsize))
+        self.size, self.augment, self.seed, self.cache = size, augment, seed, None
+        some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
+        self.deep = deep or common_scale([self.path(i) for i in some])
+
+    @property
+    def paths(self):
+        return [self.path(i) for i in range(len(self))]
+
+    def path(self, index):
+        return os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0"))
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def read(self, index):
         """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
         if self.cache is not None:
             return self.cache[index]
-        return torch.from_numpy(read_bytes(self.paths[index], self.size))
+        return torch.from_numpy(read_bytes(self.path(index), self.size, self.deep))
 
     def preload(self, limit=2 * 2**30):
         """Decodes every image into memory, if they take less than `limit` bytes; returns self."""
         if self.cache is None and len(self) * self.size**2 * 1.25 < limit:
-            images = over_images(functools.partial(read_bytes, short_side=self.size), self.paths)
-            images = [torch.from_numpy(image) for image in images]
+            read = functools.partial(read_bytes, short_side=self.size, deep=self.deep)
+            images = [torch.from_numpy(image) for image in over_images(read, self.paths)]
             same = len({image.shape for image in images}) == 1
             self.cache = torch.stack(images) if same else images
         return self
@@ -1330,22 +1577,23 @@ def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
 # --------------------------------------------------------------------------------------------------
 # A/B pairs
 
-SLICE_SUFFIXES = (".npy", ".png", ".jpg", ".jpeg", ".nii", ".nii.gz")
 
-
-def read_slice(path, rescale=None):
-    """A 2-D image as float32 (C, H, W) in [-1, 1], C = 1 or 3.
+def read_slice(path, rescale=None, blank=False):
+    """A 2-D image as float32 (C, H, W) in [-1, 1], C = 1 or 3; background is exactly -1.
 
     The numbers of .npy and NIfTI are taken as they are and must lie in [-1, 1]; pictures run from
     -1 (black) to 1 (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips.
-    Raises InputError for what cannot be read, small or constant images, and numbers outside.
+    Raises InputError for what cannot be read, small images, constant ones unless `blank`, numbers
+    outside, and DICOM, whose numbers are stretched file by file.
     """
     pixels, white = read_pixels(path)
     pixels = pixels.astype(np.float32)
+    if white == 1:
+        raise InputError(path, "a .npy, NIfTI, PNG, JPEG or TIFF slice", "DICOM; convert it")
     if min(pixels.shape[:2]) < 32:
         raise InputError(path, "at least 32 x 32 pixels", " x ".join(map(str, pixels.shape[:2])))
     low, high = float(pixels.min()), float(pixels.max())
-    if low == high:
+    if low == high and not blank:
         raise InputError(f"{path}: a constant image, every value is {low:g}: nothing to learn or "
                          "measure, remove the pair")
     span = rescale or (white and (0, white))
@@ -1358,43 +1606,62 @@ def read_slice(path, rescale=None):
 
 
 def write_slice(path, image, source, rescale=None):
-    """Writes `image` (C, H, W) in [-1, 1] in the format, bit depth and range of `source`."""
-    path, source = Path(path), Path(source)
-    array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0).squeeze()
+    """Writes `image` (C, H, W) in [-1, 1] in the format of the file `source`.
 
-    def numbers(low, high, dtype):
-        values = (array + 1) * ((high - low) / 2) + low
-        return (values if dtype.kind == "f" else values.round()).astype(dtype)
-
-    if source.name.endswith(".npy"):
-        values = numbers(*rescale or (-1, 1), np.load(source, mmap_mode="r").dtype)
+    `rescale` = (lo, hi) are the numbers that stand for -1 and 1. .npy and NIfTI keep the type of
+    `source` where that holds these, integers in 64 steps or more, else become float32; a NIfTI
+    keeps its header. Raises InputError for a picture whose type does not hold them.
+    """
+    array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
+    array = array[..., 0] if array.shape[2] == 1 else array
+    with open(source, "rb") as file:
+        kind = file_kind(file)
+        if kind == "npy":
+            like = np.load(file)
+            dtype, (low, high) = like.dtype, rescale or (-1, 1)
+        elif kind == "nifti":
+            like = read_nifti(file)
+            dtype, (low, high) = like.get_data_dtype(), rescale or (-1, 1)
+        else:
+            with Image.open(file) as picture:
+                form, mode = picture.format, picture.mode
+            dtype = np.dtype({"I": np.uint16, "F": np.float32}.get(mode[0], np.uint8))
+            low, high = rescale or ((-1, 1) if mode == "F" else (0, np.iinfo(dtype).max))
+    if dtype.kind in "iuf":
+        limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
+        holds = float(limits.min) <= low and high <= float(limits.max)
+    if dtype.kind not in "iuf" or not holds or (dtype.kind != "f" and high - low < 64):
+        if kind == "picture":
+            raise InputError(source, f"a format that holds B's values, {low:g} to {high:g}",
+                             f"{dtype} {form}; keep A as .npy or NIfTI")
+        dtype = np.dtype(np.float32)
+    values = (array + 1) * ((high - low) / 2) + low
+    values = (values if dtype.kind == "f" else values.round()).astype(dtype)
+    if kind == "npy":
         atomic_write(path, lambda file: np.save(file, values))
-    elif source.name.endswith((".nii", ".nii.gz")):
-        like = nifti().load(source)
-        values = numbers(*rescale or (-1, 1), like.get_data_dtype())
-        values = values.reshape(like.shape[:2] + (-1,) * (array.ndim > 2))
-        content = nifti().Nifti1Image(values, like.affine).to_bytes()
-        content = gzip.compress(content) if source.name.endswith(".gz") else content
+    elif kind == "nifti":
+        header = like.header.copy()
+        header.set_data_dtype(dtype)
+        header["cal_min"] = header["cal_max"] = 0  # they are of A's values
+        shape = like.shape if array.ndim == 2 else like.shape[:2] + (-1,)
+        content = type(like)(values.reshape(shape), like.affine, header).to_bytes()
+        content = gzip.compress(content) if str(path).lower().endswith(".gz") else content
         atomic_write(path, lambda file: file.write(content))
     else:
-        with Image.open(source) as like:
-            white, form = 65535 if like.mode.startswith("I") else 255, like.format
-        values = numbers(*rescale or (0, white), np.dtype(float)).round().clip(0, white)
-        picture = Image.fromarray(values.astype(np.uint16 if white > 255 else np.uint8))
         quality = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
-        atomic_write(path, lambda file: picture.save(file, form, **quality))
+        atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **quality))
 
 
 def list_slices(folder):
     """The names of the images in a folder, sorted. Raises InputError where there is none."""
-    return [os.path.relpath(path, folder) for path in list_images(folder, SLICE_SUFFIXES)]
+    return [os.path.relpath(path, folder) for path in list_images(folder)]
 
 
 def list_pairs(folder):
     """The names that `folder`/A and `folder`/B share. Raises InputError with the names that only
     one of them has."""
     a, b = (set(list_slices(Path(folder) / side)) for side in "AB")
-    lone = [f"only in {side}: {', '.join(sorted(names)[:5])}{' ...' * (len(names) > 5)} ({len(names)})"
+    lone = [f"only in {side}: {', '.join(sorted(names)[:5])} ({len(names)})"
             for side, names in (("A", a - b), ("B", b - a)) if names]
     if lone:
         raise InputError(f"{folder}: A and B must hold the same file names; {'; '.join(lone)}")
@@ -1492,9 +1759,10 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
-        self.names, self.kept, first = list_pairs(folder), {}, None
+        self.names, self.kept, first, highest = list_pairs(folder), {}, None, [-1.0, -1.0]
         for name in self.names:
             a, b = self.read(name)
+            highest = [max(value, float(image.max())) for value, image in zip(highest, (a, b))]
             if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = a, b
             if a.shape[1:] != b.shape[1:]:
@@ -1505,6 +1773,10 @@ class Pairs(torch.utils.data.Dataset):
                 raise InputError(self.folder / "A" / name, "the shapes of the files before it, "
                                  f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all "
                                  f"N x N)", f"{tuple(a.shape)} and {tuple(b.shape)}")
+        for side, span, value in zip("AB", self.rescale, highest):
+            if span is None and value < -0.87:  # 4095 of 65535 is -0.875
+                raise InputError(self.folder / side, "values up to 1", f"{value:.3f} at most; does "
+                                 "it hold 12 bits in 16? --rescale LO,HI maps LO..HI to -1..1")
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):
@@ -1557,11 +1829,16 @@ def parse_rescale(text):
 
 def fit_square(image, size):
     """Scales the longer side of (C, H, W) to `size`, antialiased, and pads to a square with
-    background; 0 leaves it as it is."""
+    background; 0 leaves it as it is.
+
+    A pixel that saw nothing but background (-1) is exactly -1, so `image != -1` is the foreground
+    at every size.
+    """
     if not size or tuple(image.shape[1:]) == (size, size):
         return image
     H, W = (max(1, round(n * size / max(image.shape[1:]))) for n in image.shape[1:])
-    image = F.interpolate(image[None], (H, W), mode="bilinear", antialias=True)[0].clamp(-1, 1)
+    image = F.interpolate(image[None] + 1, (H, W), mode="bilinear", antialias=True)[0] - 1
+    image = image.clamp(-1, 1)  # the sum of 1 above makes 0 of the background, which stays 0
     top, left = (size - H) // 2, (size - W) // 2
     return F.pad(image, (left, size - W - left, top, size - H - top), value=-1.0)
 
@@ -1576,6 +1853,7 @@ class AuditConfig:
     data: str = option("", "layout (default: covid where there is ROOT/splits, else demo)",
                        choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
+    allow_outside: bool = option(False, "also images that the lists name outside ROOT")
 
 
 def audit(config):
@@ -1591,11 +1869,16 @@ def audit(config):
     lists, problems = read_every_list(data, root, config.split)
     names = sorted({name for listed, _ in lists.values() for name in listed})
     patients = dict(zip(names, patient_ids(root, names)))
-    paths = [find_image(data, root, name) or name for name in names]
+    paths = locate(data, root, names, config.allow_outside)
+    paths = [path or name for path, name in zip(paths, names)]
     digests = dict(zip(names, over_images(pixel_hash, paths)))
     problems += [wrong for _, wrong in digests.values() if wrong]
-    known = {key: {patients[name] for name in listed} - {None}
-             for key, (listed, _) in lists.items()}
+    folder = root / DATASETS[data]["images"]
+    there = list_images(folder if folder.is_dir() else root)
+    unlisted = set(image_keys(root, there)) - set(image_keys(root, paths))
+    if unlisted:
+        print(f"{len(unlisted)} images are in no list, such as {min(unlisted)}")
+    known = {key: {patients[name] for name in lists[key][0]} - {None} for key in lists}
     print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
     for (split, part), (listed, labels) in lists.items():
         classes = class_names(data, root, split, labels.shape[1])
