@@ -1469,7 +1469,7 @@ class ImageSet(torch.utils.data.Dataset):
     """Grey images whose shorter side is `size`, as 8 bits, read when they are asked for.
 
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
-    `augment(images, generator)`; (seed, draw) seed the generator, so that neither workers nor
+    `augment(images, generator=)`; (seed, draw) seed the generator, so that neither workers nor
     resuming change it. Without `augment` it holds the centre crops. set[i] is (image, i).
     `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; with workers it can be
     pickled, a function of a module or a functools.partial of one. `deep` is the number that stands
@@ -1520,7 +1520,7 @@ class ImageSet(torch.utils.data.Dataset):
         else:
             images = [self.read(i).float() / 255 for i in indices.tolist()]
         if self.augment is not None:
-            return self.augment(images, seeded(self.seed, draw)), indices
+            return self.augment(images, generator=seeded(self.seed, draw)), indices
         return torch.stack([self.centre(image) for image in images]), indices
 
     def centre(self, image):

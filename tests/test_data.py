@@ -1131,15 +1131,13 @@ sys.path.insert(0, {str(Path(data.__file__).parent)!r})
 class Mac(types.ModuleType):
     def __getattr__(self, name):
         return "darwin" if name == "platform" else getattr(sys, name)
-def crop(images, generator, size):
-    return data.random_resized_crop(images, size, generator=generator)
 import data
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn", force=True)
     import torch
     data.sys = Mac("sys")
     paths = {paths!r}
-    sets = [data.ImageSet(paths, 48, functools.partial(crop, size=24), 3) for _ in range(2)]
+    sets = [data.ImageSet(paths, 48, functools.partial(data.random_resized_crop, size=24), 3) for _ in range(2)]
     one, two = (list(data.train_batches(s, 4, 0, 3, 3, workers=w)) for s, w in zip(sets, (0, 1)))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, two))
     assert len(data.over_images(functools.partial(data.read_bytes, short_side=16), paths * 20)) == 20 * len(paths)
