@@ -230,45 +230,6 @@ def multiplies_bf16(device_type):
     return False
 
 
-def start_run(config, narrow=False):
-    """Seeds the generators, joins the process group under torchrun and picks the hardware.
-
-    narrow: of a model that bfloat16 slows down on a CPU, where converting numbers costs more than multiplying them faster
-    saves; --dtype auto leaves it in float32 there.
-    Returns (device, autocast, rank, world): `autocast()` is the context of a forward pass.
-    """
-    if not config.kernels:
-        os.environ["MEDVISION_NO_KERNELS"] = "1"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name not in ("cuda", "mps", "cpu") or (name == "cuda" and not torch.cuda.is_available()):
-        raise InputError(f"--device {config.device}: expected auto, cuda, mps or cpu with that hardware present")
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-    if name == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
-    random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)
-    torch.manual_seed(config.seed)
-    bf16 = config.dtype == "bf16" or (config.dtype == "auto" and multiplies_bf16(name) and not (narrow and name == "cpu"))
-
-    def autocast():
-        return torch.autocast(name, torch.bfloat16, enabled=bf16)
-
-    return device, autocast, rank, world
-
-
-def cosine_lr(step, steps, warmup, peak, floor=0.0):
-    """Learning rate of `step` (from 0): linear warm-up over `warmup` steps to `peak`, then half a cosine to `floor`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 

@@ -596,7 +596,7 @@ def test_crops_repeat_differ_and_take_any_shape(photo):
 def test_narrow_models_stay_in_float32_on_a_cpu():
     supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     for dtype, narrow, wanted in (("auto", True, False), ("auto", False, supported), ("bf16", True, True), ("fp32", False, False)):
-        _, autocast, _, _ = data.start_run(data.RunConfig(device="cpu", dtype=dtype), narrow)
+        autocast = data.autocast(data.RunConfig(dtype=dtype), torch.device("cpu"), narrow)
         with autocast():
             assert (F.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype == torch.bfloat16) == wanted
 
