@@ -430,7 +430,8 @@ def write_demo_records(out, patients=2400, size=128, seed=0, processes=None):
     temporary, old = (Path(f"{os.path.abspath(out)}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
         if out.exists() and not (out / "demo.json").exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"pairs"}):
-            raise InputError(f"{out}: expected demo records (demo.json) or nothing, found something else: not overwritten")
+            raise InputError(f"{out}: expected demo records (demo.json) or nothing, found something else: not overwritten; "
+                             "data of your own needs --data as well as --root")
         for name in ("images", "masks"):
             (temporary / name).mkdir(parents=True)
         draw = partial(draw_patient, temporary, seed, size)
