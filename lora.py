@@ -37,6 +37,7 @@ Where this file departs from MED-PEFT's code, and why:
 Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank.
 """
 import dataclasses
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ import torch.nn as nn
 
 import data
 import kernels
+import mrm
 from data import InputError, option
 
 # --------------------------------------------------------------------------------------------------
@@ -189,6 +191,47 @@ def frozen_state_dict(model):
             if part_of(name) == "backbone"}
 
 
+def fingerprint(tensors):
+    """A hash of the encoder's tensors in a dict, by which an adapter recognises the weights that it
+    belongs to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if name.split(".")[0] in mrm.ENCODER_PARTS and "lora_" not in name:
+            tensor = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def other_base(path, base):
+    return InputError(f"{path}: {base} are not the weights this adapter was trained on; they are "
+                      "others, or have changed since")
+
+
+def read_base(path, saved, given=""):
+    """The base weights of the adapter file `path` that holds `saved`: (their path, tensors).
+
+    They are `given`, or lie where the run had them, in the same place seen from the adapter, or
+    below one of the folders around it. Raises InputError where they are not found or are not those
+    that the adapter was trained on.
+    """
+    weights, folder = str(given or saved.get("weights", "")), Path(path).absolute().parent
+    if not weights:
+        raise InputError(f"{path}: names no base weights; give them with --weights (finetune.py: "
+                         "--base)")
+    places = [Path(weights)]
+    if not given:
+        places += [folder / saved.get("weights_from_here", weights),
+                   *(parent / weights for parent in folder.parents)]
+    base = next((place for place in places if place.exists()), None)
+    if base is None:
+        raise InputError(f"{path}: its base weights {weights} are not there: no such checkpoint; "
+                         "give them with --weights (finetune.py: --base)")
+    tensors, _ = mrm.read_weights(base)
+    if saved.get("base_fingerprint") not in (None, fingerprint(tensors)):
+        raise other_base(path, base)
+    return base, tensors
+
+
 def save_adapter(path, model, **extra):
     """Writes LoRA + fc_norm + head, what rebuilds them (rank, alpha, dropout, targets) and `extra`
     plain values."""
@@ -254,11 +297,7 @@ def read_adapter(config):
     """What a command works on: (base tensors by name, all that the adapter file holds, names of the
     adapted layers). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
-    if not config.weights and "weights" not in saved:
-        raise InputError(f"{config.adapter}: names no base weights; give them with --weights")
-    source = data.checkpoint_file(config.weights or saved["weights"], "best.pt", "last.pt")
-    base = data.load_checkpoint(source)
-    base = base.get("model", base)
+    source, base = read_base(config.adapter, saved, config.weights)
     adapter, rank = saved["adapter"], saved["lora"]["rank"]
     layers = [name.removesuffix(".lora_A") for name in adapter if name.endswith(".lora_A")]
     for name in layers:
@@ -317,14 +356,17 @@ def export_peft(config):
             rows[adapted[g]][:, g * rank : (g + 1) * rank] = B_g
         tensors[f"base_model.model.{name}.lora_A.weight"] = A
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    whole = len(A)  # G*r
-    description = {"peft_type": "LORA", "r": whole,
-                   "lora_alpha": settings["alpha"] / settings["rank"] * whole,
-                   "lora_dropout": settings["dropout"],
-                   "target_modules": list(settings["targets"]), "bias": "none"}
+    # Layers with different numbers of adapted parts have different ranks, which peft reads by name
+    ranks = {name: sum(parts) * rank for name, parts in settings["targets"].items()}
+    alphas = {name: settings["alpha"] / rank * whole for name, whole in ranks.items()}
+    description = {"peft_type": "LORA", "r": max(ranks.values()), "rank_pattern": ranks,
+                   "lora_alpha": max(alphas.values()), "alpha_pattern": alphas,
+                   "lora_dropout": settings["dropout"], "target_modules": list(ranks),
+                   "bias": "none"}
     data.save_checkpoint(out / "adapter_model.bin", tensors)
     data.write_json(out / "adapter_config.json", description)
-    print(f"{out}: {len(tensors)} tensors of rank {whole} for peft")
+    print(f"{out}: {len(tensors)} tensors of rank "
+          f"{', '.join(map(str, sorted(set(ranks.values()))))} for peft")
 
 
 def main():
