@@ -446,27 +446,27 @@ def encoder_sizes(tensors, saved, source, num_heads=None):
     except (KeyError, ValueError):
         expected = "a ViT's tensors (patch_embed.proj.weight, pos_embed, blocks.*)"
         raise InputError(source, expected, ", ".join(sorted(tensors)[:4]) or "none") from None
-    side = math.isqrt(class_and_square(positions, source).shape[1] - 1) * patch
     heads = num_heads or HEADS.get(dim)
     if heads is None:
         raise InputError(f"{source}: the number of attention heads cannot be read from weights of "
                          f"width {dim}; give it with --num-heads")
+    side = grid_side(positions, source) * patch
     return dict(img_size=side, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads)
 
 
-def class_and_square(positions, source):
-    """Positions (1, 1 + n*n, D), the class token's first, of the file `source`.
+def grid_side(positions, source):
+    """n of positions (1, 1 + n*n, D), the class token's first.
 
-    Where the file has none for the class token (n*n alone), its position is 0. Raises InputError
-    for other layouts: a distillation token, registers, a grid that is not square.
+    Raises InputError, naming `source`, for other layouts: none for the class token, one for a
+    distillation token, a grid that is not square.
     """
     length = positions.shape[1] if positions.ndim == 3 else 0
-    if length > 1 and math.isqrt(length) ** 2 == length:
-        return F.pad(positions, (0, 0, 1, 0))
-    if length < 2 or math.isqrt(length - 1) ** 2 != length - 1:
-        raise InputError(f"{source}: pos_embed", "positions (1, 1 + n*n, width): the class "
-                         "token's and a square grid's", tuple(positions.shape))
-    return positions
+    side = math.isqrt(max(0, length - 1))
+    if side < 1 or length != 1 + side * side:
+        raise InputError(f"{source}: pos_embed", "positions (1, 1 + n*n, width), the class token's "
+                         "and those of a square grid (put zeros first where the class token has "
+                         "none)", tuple(positions.shape))
+    return side
 
 
 def load_encoder(model, tensors, source):
@@ -489,8 +489,8 @@ def load_encoder(model, tensors, source):
         tensors["patch_embed.proj.weight"] = kernel.sum(1, keepdim=True)
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors and name in own and tensors[name].shape[-1] == own[name].shape[2]:
-            positions = class_and_square(tensors[name], source)
-            tensors[name] = resize_positions(positions, own[name].shape[1])
+            grid_side(tensors[name], source)
+            tensors[name] = resize_positions(tensors[name], own[name].shape[1])
     for name in own:
         if name.split(".")[0] not in ENCODER_PARTS or "lora_" in name:
             continue
