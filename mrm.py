@@ -401,7 +401,7 @@ ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its t
 HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of a width: tiny here, timm, MAE
 # Parts of other ViTs that this one would leave out of its sum: register and distillation tokens, a
 # norm before the blocks, relative and rotary positions. Decoders and old heads may be left out
-FOREIGN = re.compile(r"reg|storage_tok|dist_token|norm_pre|ln_pre|rel|rope")
+FOREIGN = re.compile(r"reg_tok|register|storage_tok|dist_token|norm_pre|ln_pre|rel_pos|relative|rope")
 
 
 def read_weights(path):
@@ -436,8 +436,9 @@ def encoder_sizes(tensors, saved, source, num_heads=None):
     known = saved.get("sizes", saved.get("arguments"))
     if isinstance(known, dict):
         sizes = {name: value for name, value in known.items() if name in ENCODER_SIZES}
-        if not all(isinstance(value, int) and value > 0 for value in sizes.values()):
-            raise InputError(source, "whole numbers above 0 as sizes of the ViT", sizes)
+        whole = all(isinstance(value, int) and value > 0 for value in sizes.values())
+        if not whole or not set(ENCODER_SIZES) - {"in_chans"} <= sizes.keys():
+            raise InputError(source, f"whole numbers above 0 as {', '.join(ENCODER_SIZES)}", sizes)
         return sizes
     try:
         dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
