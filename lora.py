@@ -357,7 +357,7 @@ def export_peft(config):
         tensors[f"base_model.model.{name}.lora_A.weight"] = A
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     # Layers with different numbers of adapted parts have different ranks, which peft reads by name
-    ranks = {name: sum(parts) * rank for name, parts in settings["targets"].items()}
+    ranks = {name: len(adapter[name + ".lora_A"]) for name in layers}
     alphas = {name: settings["alpha"] / rank * whole for name, whole in ranks.items()}
     description = {"peft_type": "LORA", "r": max(ranks.values()), "rank_pattern": ranks,
                    "lora_alpha": max(alphas.values()), "alpha_pattern": alphas,
