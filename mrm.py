@@ -411,8 +411,7 @@ def read_weights(path):
     names such as `module.`. Tensors outside such a prefix are left out.
     """
     path = data.checkpoint_file(path, "best.pt", "last.pt")
-    saved = data.load_checkpoint(path)
-    tensors = saved
+    saved = tensors = data.load_checkpoint(path)
     for name in ("model", "state_dict", "model_ema", "teacher", "module"):
         if isinstance(tensors.get(name), dict):
             tensors = tensors[name]
@@ -490,8 +489,7 @@ def load_encoder(model, tensors, source):
         tensors["patch_embed.proj.weight"] = kernel.sum(1, keepdim=True)
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors and name in own and tensors[name].shape[-1] == own[name].shape[2]:
-            grid_side(tensors[name], source)
-            tensors[name] = resize_positions(tensors[name], own[name].shape[1])
+            tensors[name] = resize_positions(tensors[name], own[name].shape[1], source)
     for name in own:
         if name.split(".")[0] not in ENCODER_PARTS or "lora_" in name:
             continue
@@ -519,11 +517,11 @@ def list_parts(names):
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def resize_positions(positions, length):
+def resize_positions(positions, length, source):
     """(1, 1 + n*n, D) -> (1, length, D) with length = 1 + m*m, bicubic; the class token's stays."""
-    if positions.shape[1] == length:
+    n, m = grid_side(positions, source), math.isqrt(length - 1)
+    if n == m:
         return positions
-    n, m = math.isqrt(positions.shape[1] - 1), math.isqrt(length - 1)
     grid = positions[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
     grid = F.interpolate(grid, size=(m, m), mode="bicubic", antialias=True)
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
@@ -631,13 +629,10 @@ def last_state(config, steps, **facts):
         return None
     path = Path(config.out) / "last.pt"
     saved = data.load_checkpoint(path)
-    old = dict(saved.get("config", {}))
-    if not {"steps", *facts} <= saved.keys():
-        raise InputError(path, f"entries steps, {', '.join(facts)}, as this version writes",
-                         ", ".join(sorted(saved)))
-    data.check_same(old | {"steps": config.steps, "epochs": config.epochs}, config, path)
+    same = {"steps": config.steps, "epochs": config.epochs}
+    data.check_same(saved.get("config", {}) | same, config, path)
     for name, value in facts.items():
-        if saved[name] != value:
+        if saved.get(name) != value:
             raise InputError(path, f"a run with the same {name.replace('_', ' ')} as now",
                              "one with another; give the same, or another --out")
     if steps < saved["steps"]:
@@ -842,8 +837,8 @@ def train(config, model, optimizer, records, steps, saved, facts, log, world):
     every = max(1, steps // 20)
 
     def save(step):
-        state = {"model": model.state_dict(), "step": step, "history": history}
-        save_state(log, model, optimizer, config, world, facts | state)
+        save_state(log, model, optimizer, config, world, facts | {
+            "model": model.state_dict(), "step": step, "history": history})
 
     with data.Saving(save, world) as saving:
         for step in tqdm(range(step, steps), initial=step, total=steps, desc="pretrain",
