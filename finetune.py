@@ -286,8 +286,8 @@ def pretrain_demo(config, init="mrm", seed=0):
                 if not field.metadata.get("free") and field.name != "lr"  # follows from base_lr
                 and ran.get(field.name) != getattr(mrm.fill_options(settings, 1), field.name)]
     if changed:
-        print(f"WARNING: {', '.join(changed)} changed since {folder} was made; delete the folder to "
-              "pretrain anew")
+        print(f"WARNING: {', '.join(changed)} changed since {folder} was made; delete the folder "
+              "to pretrain anew")
     return folder
 
 

@@ -401,7 +401,7 @@ ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its t
 HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of a width: tiny here, timm, MAE
 # Parts of other ViTs that this one would leave out of its sum: register and distillation tokens, a
 # norm before the blocks, relative and rotary positions. Decoders and old heads may be left out
-FOREIGN = re.compile(r"reg_tok|register|storage_tok|dist_token|norm_pre|ln_pre|rel_pos|relative|rope")
+FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|norm_pre|ln_pre|rel_pos|relative|rope")
 
 
 def read_weights(path):
@@ -636,8 +636,8 @@ def last_state(config, steps, **facts):
             raise InputError(path, f"a run with the same {name.replace('_', ' ')} as now",
                              "one with another; give the same, or another --out")
     if steps < saved["steps"]:
-        raise InputError("--steps or --epochs", f"at least the {saved['steps']} steps of the run in "
-                         f"{path}", f"{steps} steps")
+        raise InputError("--steps or --epochs", f"at least the {saved['steps']} steps of the run "
+                         f"in {path}", f"{steps} steps")
     if steps > saved["steps"]:
         print(f"{path}: going on to {steps} steps instead of {saved['steps']}; from step "
               f"{saved['step'] + 1} on the learning rate is that of a run of {steps} steps")
@@ -893,8 +893,9 @@ def check_finite(step, paths, rows, **values):
     for name, value in values.items():
         if not torch.isfinite(value).all():
             files = ", ".join(str(paths[row]) for row in rows[:8]) + ", ..." * (len(rows) > 8)
-            raise InputError(f"step {step}: the {name.replace('_', ' ')} is not finite; lower --lr, use --dtype "
-                             f"fp32 or look at the images of the batch: {files}")
+            name = name.replace("_", " ")
+            raise InputError(f"step {step}: the {name} is not finite; lower --lr, use --dtype fp32 "
+                             f"or look at the images of the batch: {files}")
 
 
 def average(values, world):

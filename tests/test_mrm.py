@@ -206,6 +206,18 @@ def test_the_report_sees_the_image():
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
+def test_the_report_decoder_sees_the_mean_of_all_visible_patches():
+    _, (_, inputs, hidden, padding) = batch()
+    torch.manual_seed(0)
+    decoder = randomised(mrm.MRM(**TINY, vocab_size=30)).report_decoder.eval()
+    tokens = torch.randn(3, 5, 24, requires_grad=True)
+    logits = decoder(tokens, inputs, hidden, padding)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), tokens)
+    torch.testing.assert_close(gradient, gradient.mean(1, keepdim=True).expand_as(gradient))
+    assert gradient.abs().sum(-1).min() > 0
+    torch.testing.assert_close(decoder(tokens.flip(1), inputs, hidden, padding), logits)
+
+
 def test_report_dropout_acts_in_training_alone():
     images, report = batch()
     torch.manual_seed(0)
