@@ -166,6 +166,9 @@ def test_decode_image_puts_patches_back_in_their_place():
         (gradient,) = torch.autograd.grad(prediction[0, place].square().sum(), latent, retain_graph=True)
         used = gradient[0].abs().sum(1).nonzero().flatten().tolist()
         assert used == [1 + restore[0, place].item()]
+    hidden = (mask[0] == 1).nonzero().flatten()  # these are the mask token at their own position
+    tokens = model.mask_token[0] + model.decoder_pos_embed[0, 1 + hidden]
+    torch.testing.assert_close(prediction[0, hidden], model.decoder_pred(model.decoder_norm(tokens)))
 
 
 def batch(vocab=30, seed=0):
@@ -577,6 +580,17 @@ def test_images_alone_need_no_reports(films, tmp_path):
     again = mrm.pretrain(record_run(root, tmp_path / "run", steps=2, image_only=True, resume=True))
     assert again["image_loss"] == result["image_loss"]
     mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
+
+
+@pytest.mark.parametrize("options, still", [
+    (dict(), ()), (dict(accumulate=2), ()), (dict(report_only=True), ("decoder_", "mask_token"))], ids=["both", "passes", "reports"])
+def test_a_run_moves_every_network_that_it_trains(films, tmp_path, options, still):
+    mrm.pretrain(record_run(films, tmp_path / "run", steps=2, weight_decay=0.0, **options))
+    saved = data.load_checkpoint(tmp_path / "run/last.pt")
+    data.seed(0)
+    for name, fresh in mrm.MRM(**saved["arguments"]).named_parameters():
+        moved = not torch.equal(fresh, saved["model"][name])
+        assert moved == (fresh.requires_grad and not name.startswith(still)), name
 
 
 def test_a_run_knows_its_records(films, tmp_path, capsys):
