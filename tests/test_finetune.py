@@ -702,3 +702,12 @@ def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(eas
     with pytest.raises(data.InputError, match=r"step 4: the loss is not finite.*images/00\d\d\.png") as error:
         finetune.finetune(config(easy, tmp_path, steps=9, resume=True))
     assert "\n" not in str(error.value) and (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path, steps=1, evaluations=1, layer_decay=1e-6, lr=0.1, weight_decay=0.0, warmup=1.0))
+    data.seed(0)
+    fresh = finetune.build_model(filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2).state_dict()
+    ran = data.load_checkpoint(tmp_path / "best.pt")["model"]
+    moved = {name: (ran[name] - tensor).abs().max().item() for name, tensor in fresh.items()}
+    assert moved["head.weight"] > 1e-3 and moved["blocks.0.mlp.fc1.weight"] < 1e-5

@@ -675,3 +675,15 @@ def test_ranks_draw_their_own_numbers():
     torch.manual_seed(5)
     assert drawn[0] == torch.rand(4).tolist()  # one process alone goes on as it was seeded
     assert len({tuple(row) for row in drawn}) == 3
+
+
+def test_held_out_losses_hide_the_same_every_time(films, tmp_path):
+    config = mrm.fill_options(record_run(films, tmp_path), 1)
+    records = mrm.load_records(config, *mrm.read_records(config), torch.device("cpu"))
+    model = mrm.MRM(**mrm.MODELS["tiny"], vocab_size=records.tokenizer.n_vocab)
+    autocast = mrm.autocast_for(config, model, torch.device("cpu"))
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        losses.append(mrm.evaluate(model, records, config, autocast))
+    assert losses[0] == losses[1]
