@@ -78,7 +78,7 @@ class RunConfig:
 
     out: str = option(None, "folder of this run (default: runs/<script>)", free=True)
     resume: bool = option(False, "go on from OUT/last.pt", free=True)
-    seed: int = option(0, "seed of every random choice of the run")
+    seed: int = option(0, "seed of every random choice of the run", within="[0, 4294967295]")
     steps: int = option(None, "optimiser steps; typed alone, it replaces the preset's epochs",
                         within="[1, inf)")
     epochs: float = option(None, "passes over the training data; typed alone, it replaces the "
@@ -364,6 +364,9 @@ class RunLog:
             for name in RUN_FILES:  # a later command must not take an older run's for this one's
                 (self.out / name).unlink(missing_ok=True)
             self.append("", "w")
+        if rank == 0:
+            for path in self.out.glob(".*.tmp"):  # of a run that was killed while it wrote
+                path.unlink()
 
     def json(self, name, value):
         if self.rank == 0:

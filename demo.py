@@ -321,7 +321,8 @@ def write_demo_records(out, patients=2400, size=128, seed=0):
     with new_folder(out, replace=True) as new:
         if out.exists() and not (out / "demo.json").exists():
             if out.is_file() or {path.name for path in out.iterdir()} - {"pairs"}:
-                raise InputError(out, "a demo or no folder", "other files: give another folder")
+                raise InputError(out, "a demo or no folder", "other files; data of your own "
+                                 "needs --data as well as --root")
         for name in ("images", "masks"):
             (new / name).mkdir()
         numbers = tqdm(range(1, patients + 1), "drawing patients", leave=False, disable=None)

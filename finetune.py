@@ -24,8 +24,10 @@ Where this file departs from their official code, and why:
 Shapes: B batch, n samples, k classes.
 """
 import dataclasses
+import functools
 import hashlib
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -48,8 +50,11 @@ def weighted_auroc(scores, labels, weights):
     """Area under the ROC curve of one class for R weightings of the samples.
 
     AUROC = P(score of a positive > score of a negative) + P(equal) / 2, the Mann-Whitney statistic.
-    scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only.
+    scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only. Raises
+    InputError for scores that are not finite, which have no order.
     """
+    if not np.isfinite(scores).all():
+        raise InputError("AUROC", "finite scores", f"{np.sum(~np.isfinite(scores))} that are not")
     order = np.argsort(scores, kind="stable")
     scores, labels, weights = scores[order], labels[order], weights[:, order]
     groups = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # where a new score begins
@@ -153,8 +158,9 @@ class FinetuneConfig(RunConfig):
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
     ratio: int = option(None, "percent of the labels (default: 10 for the demo, else 100)",
                         within="[1, 100]")
-    weights: str = option(None, "checkpoint, run folder or 'scratch' (default: the demo MRM, "
-                          "pretrained on first use)")
+    weights: str = option(None, "checkpoint, run folder (of --lora: its adapter is trained further)"
+                          " or 'scratch' (default: the demo MRM, pretrained on first use)")
+    base: str = option("", "base weights of an adapter, where they moved", free=True)
     method: str = option(None, "what is trained: everything; LoRA + fc_norm + head; fc_norm + head "
                          "(default: full)", choices=["full", "lora", "linear"])
     lora: bool = option(False, "short for --method lora", free=True)
@@ -167,14 +173,16 @@ class FinetuneConfig(RunConfig):
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     drop_path: float = option(None, "chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
+    accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
     flip: bool = option(False, "flip training images left-right at random (not where labels or "
                         "reports name sides)")
-    mean: float = option(None, "mean of the pixels in [0, 1] (default: the weights', else 0.4978)")
+    mean: float = option(None, "mean of the pixels in [0, 1] (default: the weights', else 0.4978)",
+                         within="(-inf, inf)")
     std: float = option(None, "their standard deviation (default: the weights', else 0.2449; "
                         "CXR-MAE: mean 0.4785, 0.2834)", within="(0, inf)")
     img_size: int = option(None, "pixels a side (default: the weights')", within="[1, inf)")
-    num_heads: int = option(None, "attention heads, for weights that do not say (default: width / "
-                            "64)", within="[1, inf)")
+    num_heads: int = option(None, "attention heads, for weights that do not say (default: that of "
+                            "a well-known width)", within="[1, inf)")
     evaluations: int = option(10, "times the validation list is evaluated; the best state is kept",
                               within="[1, inf)")
     skip_bad_lines: bool = option(False, "leave out lines that cannot be read instead of stopping")
@@ -232,12 +240,8 @@ def load_images(parts, config, kept):
     `kept` holds the validation and test images of the cell before, for a comparison: cells of the
     same images share them, and other images take their place.
     """
-    side, scale = config.img_size, (config.min_crop, 1.0)
-
-    def augment(images, generator):
-        images = data.random_resized_crop(images, side, scale, generator=generator)
-        return data.random_flip(images, generator) if config.flip else images
-
+    side = config.img_size
+    augment = functools.partial(mrm.augment, side=side, min_crop=config.min_crop, flip=config.flip)
     parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed)
     parts["train"].images.preload()
     for name in ("val", "test"):
@@ -260,18 +264,30 @@ def demo_folder(init="mrm", seed=0):
 def pretrain_demo(config, init="mrm", seed=0):
     """Pretrains the tiny MRM on the demo records, if `demo_folder` does not hold it yet.
 
-    init: mrm, or image-only or report-only, which leave one of the two losses out. Returns the
-    folder.
+    init: mrm, or image-only or report-only, which leave one of the two losses out. Says what is
+    used again, and warns where mrm.py or the options have changed since. Returns the folder.
     """
     folder = demo_folder(init, seed)
+    settings = mrm.MRMConfig(
+        out=folder, root=config.root if config.data == "demo" else "", seed=seed,
+        image_only=init == "image-only", report_only=init == "report-only",
+        mask_ratio=0.75 if init == "image-only" else None,  # the best of 0.25, 0.5 and 0.75
+        device=config.device, dtype=config.dtype, workers=config.workers)
     if not (Path(folder) / "result.json").exists():
         print(f"no --weights given: pretraining the tiny {init} on the demo records first, into "
               f"{folder}")
-        mrm.pretrain(mrm.MRMConfig(
-            out=folder, root=config.root if config.data == "demo" else "", seed=seed,
-            image_only=init == "image-only", report_only=init == "report-only",
-            mask_ratio=0.75 if init == "image-only" else None,  # the best of 0.25, 0.5 and 0.75
-            device=config.device, dtype=config.dtype, workers=config.workers))
+        mrm.pretrain(settings)
+        return folder
+    result, ran = (data.read_json(Path(folder) / name) for name in ("result.json", "config.json"))
+    print(f"no --weights given: {folder} is used again, the tiny {init} after "
+          f"{result['steps']} steps on the records of {ran['root'] or 'demo'}")
+    changed = ["mrm.py"] if result.get("mrm.py") != mrm.SOURCE else []
+    changed += [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(settings)
+                if not field.metadata.get("free") and field.name != "lr"  # follows from base_lr
+                and ran.get(field.name) != getattr(mrm.fill_options(settings, 1), field.name)]
+    if changed:
+        print(f"WARNING: {', '.join(changed)} changed since {folder} was made; delete the folder "
+              "to pretrain anew")
     return folder
 
 
@@ -284,33 +300,48 @@ def fill_cell(config):
     return data.fill(config, {"out": "runs/finetune", "method": method, "ratio": ratio})
 
 
-def fill_recipe(config):
+def fill_recipe(config, classes=None):
     """Reads the weights that a run starts from, and fills `config` from them and from its recipe.
 
-    Returns (config, sizes of the ViT, tensors by name or None for a random start). Raises
-    InputError for weights that are no ViT's.
+    Returns (config, sizes of the ViT, tensors by name or None for a random start, what else the
+    file of the weights holds). fc_norm and head are left out where the weights do not name
+    `classes` in the same order. Raises InputError for weights that are no ViT's.
     """
     if config.weights is None:
         config = dataclasses.replace(config, weights=pretrain_demo(config))
+    found = {}
     if config.weights == "scratch":
-        tensors, known = None, mrm.PRESETS["tiny"]
-        sizes = mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, "scratch")
+        tensors, known = None, mrm.PRESETS["tiny"] | {"sizes": mrm.MODELS["tiny"]}
     else:
-        tensors, known = mrm.read_weights(config.weights)
-        sizes = mrm.encoder_sizes(tensors, known, config.weights, config.num_heads)
+        path = data.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
+        tensors, known = mrm.read_weights(path)
+        if "adapter" in known:  # the rank is found, and the user may not type another
+            if config.method != "lora":
+                raise InputError(path, "--lora, which trains this adapter further (python lora.py "
+                                 "merge makes a plain ViT of it)", f"--method {config.method}")
+            known = lora.read_adapter_file(path) | {"path": path}
+            known["base"], tensors = lora.read_base(path, known, config.base)
+            config = dataclasses.replace(config, alpha=known["lora"]["alpha"])
+            found = {"rank": known["lora"]["rank"]}
+            if known.get("classes") != classes:
+                raise InputError(path, f"the classes of the data, {classes}", known.get("classes"))
+        elif known.get("classes") != classes:
+            tensors = {name: tensor for name, tensor in tensors.items()
+                       if lora.part_of(name) != "head"}
+    sizes = mrm.encoder_sizes(tensors, known, config.weights, config.num_heads)
     recipe = recipe_for(config.method, config.data, config.ratio, sizes["embed_dim"])
     pixels = mrm.pixel_statistics(config, known.get("mean", mrm.MEAN), known.get("std", mrm.STD))
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
-    config = data.fill(config, recipe | pixels | named)
+    config = data.fill(config, recipe | pixels | named | found)
     if config.num_heads != sizes["num_heads"]:
         raise InputError(f"--num-heads of {config.weights}", sizes["num_heads"], config.num_heads)
-    return config, sizes | {"img_size": config.img_size}, tensors
+    return config, sizes | {"img_size": config.img_size}, tensors, known
 
 
-def build_model(config, sizes, classes, tensors=None):
-    """A ViT of the given weights with a new head, frozen as `config.method` says.
+def build_model(config, sizes, classes, tensors=None, known={}):
+    """A ViT of the given weights with `classes` outputs, frozen as `config.method` says.
 
-    Raises InputError for weights or sizes that do not fit.
+    tensors, known: see `fill_recipe`. Raises InputError for weights or sizes that do not fit.
     """
     try:
         model = mrm.ViT(**sizes, num_classes=classes, drop_path=config.drop_path)
@@ -323,7 +354,9 @@ def build_model(config, sizes, classes, tensors=None):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(lora.part_of(name) == "head")
     if tensors is not None:
-        mrm.load_encoder(model, tensors, config.weights)
+        mrm.load_encoder(model, tensors, known.get("base", config.weights))
+    if "adapter" in known:
+        lora.load_adapter(model, known["path"])
     return model
 
 
@@ -350,14 +383,6 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(list(groups.values()), lr=config.lr)
 
 
-def fingerprint(model):
-    """A hash of the frozen backbone, by which an adapter recognises the weights it belongs to."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(lora.frozen_state_dict(model).items()):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------
 # One run
 
@@ -365,7 +390,9 @@ def fingerprint(model):
 @torch.no_grad()
 def predict(model, images, config, device, rank=0, world=1):
     """Logits (n, k) of an ImageSet in its order. Every process computes its share of them."""
-    autocast, logits, rows = mrm.autocast_for(config, model, device), [], []
+    autocast = mrm.autocast_for(config, model, device)
+    # A process without a share of the images hands on these empty ones
+    logits, rows = [torch.zeros(0, model.head.out_features)], [torch.zeros(0, dtype=torch.long)]
     model.eval()
     for batch, index in data.eval_batches(images, 64, rank, world, config.workers):
         with autocast():
@@ -395,114 +422,137 @@ def finetune(config, kept=None):
     if rank == 0:
         data.check_writable(config.out)
     parts, classes = read_lists(config)
-    config, sizes, tensors = fill_recipe(config)
-    steps = data.number_of_steps(config, len(parts["train"].names), config.batch_size * world)
+    config, sizes, tensors, known = fill_recipe(config, classes)
+    effective = config.batch_size * config.accumulate * world
+    steps = data.number_of_steps(config, len(parts["train"].names), effective)
     data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
-    model = build_model(config, sizes, len(classes), tensors).to(device)
-    about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
-             "weights": config.weights, "method": config.method}
-    backbone = fingerprint(model)
-    saved = mrm.last_state(config)
-    if saved and saved["fingerprint"] != backbone:
-        raise InputError(Path(config.out) / "last.pt", f"a run that started from {config.weights} "
-                         "as it is now", "one that started from other weights")
+    model = build_model(config, sizes, len(classes), tensors, known).to(device)
+    facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
+             "weights": lora.fingerprint(model.state_dict())}
+    saved = mrm.last_state(config, steps, **facts)
     load_images(parts, config, {} if kept is None else kept)
     log = data.RunLog(config.out, config, rank, config.resume, start)
-    if config.method == "lora":
-        about["fingerprint"] = backbone
-        if tensors is None:  # an adapter is nothing without the random weights below it
-            about["weights"] = str(log.out / "base.pt")
-            if rank == 0:
-                base = {"model": lora.frozen_state_dict(model), "arguments": sizes}
-                data.save_checkpoint(log.out / "base.pt", base)
+    about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
+             "method": config.method}
+    base = known.get("base", config.weights)
+    if config.method == "lora" and tensors is None:
+        # An adapter is nothing without the random weights below it
+        base, tensors = log.out / "base.pt", lora.frozen_state_dict(model)
+        if rank == 0:
+            data.save_checkpoint(base, {"model": tensors, "arguments": sizes})
     if rank == 0:
-        print_plan(config, model, len(parts["train"].names), steps, world, device)
-    best, history = train(config, model, parts, steps, saved, backbone, log, device, world)
+        print_plan(config, model, len(parts["train"].names), steps, effective, device)
+    best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
+                          world)
     model.load_state_dict(best["trained"], strict=False)
     if rank == 0 and config.method == "lora":
+        about |= {"weights": os.path.abspath(base), "base_fingerprint": lora.fingerprint(tensors),
+                  "weights_from_here": os.path.relpath(base, log.out)}
         lora.save_adapter(log.out / "adapter.pt", model, **about)
     elif rank == 0:
+        about["weights"] = config.weights
         data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
     scores = predict(model, parts["test"].images, config, device, rank, world).numpy()
     return write_results(config, model, parts, classes, scores, best, history, log)
 
 
+def hash_lists(parts, classes):
+    """A hash of every list and of the classes in their order, which a resumed run must share."""
+    digest = hashlib.sha256(repr(classes).encode())
+    for part in parts.values():
+        digest.update(repr(part.names).encode() + part.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
 @torch.no_grad()
-def evaluate(model, part, config, device, rank, world):
-    """Mean AUROC and loss on the validation list."""
+def evaluate(model, part, config, step, device, rank, world):
+    """Mean AUROC and loss on the validation list after `step` steps."""
     scores = predict(model, part.images, config, device, rank, world)
+    wrong = (~scores.isfinite()).any(1).nonzero().flatten().tolist()
+    mrm.check_finite(step, part.paths, wrong, validation_score=scores)
     return {"val_auroc": mean_auroc(scores.numpy(), part.labels.numpy()),
             "val_loss": F.binary_cross_entropy_with_logits(scores, part.labels).item()}
 
 
-def train(config, model, parts, steps, saved, backbone, log, device, world):
+def train(config, model, parts, steps, saved, facts, log, device, world):
     """The training loop. Returns (best, history): AUROC, step and trained tensors of the state that
     did best on the validation list, and a dict for each time it was evaluated."""
     labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = make_optimizer(model, config)
-    step, history, best = 0, [], {"auroc": -1.0, "step": 0, "trained": None}
+    step, history, losses = 0, [], []
+    best = {"auroc": -1.0, "step": 0, "trained": None}
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    mrm.seed_rank(config.seed, log.rank)
     if saved:
         model.load_state_dict(saved["trained"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
-        data.set_random_state(saved["random"])
-        step, history, best = saved["step"], saved["history"], saved["best"]
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        step, history = mrm.go_on(saved, optimizer, log)
+        best, losses = saved["best"], saved["losses"]
     batches = data.Timed(data.train_batches(
-        parts["train"].images, config.batch_size, step, steps, config.seed, log.rank, world,
-        config.workers), device, world)
-    every, losses = max(1, steps // config.evaluations), []
+        parts["train"].images, config.batch_size, step * config.accumulate,
+        steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
+    every = max(1, steps // config.evaluations)
+
+    def trained():
+        return {name: parameter.detach().cpu().clone()
+                for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def save(step):
+        state = {"trained": trained(), "best": best, "losses": losses, "step": step,
+                 "history": history}
+        mrm.save_state(log, model, optimizer, config, world, facts | state)
+
     model.train()
-    for step in tqdm(range(step, steps), initial=step, total=steps, desc=config.method,
-                     disable=log.rank > 0):
-        # The rate rises slowly at first: large steps for a head that knows nothing yet would
-        # spoil the pretrained blocks
-        lr = mrm.cosine_lr(step, steps, round(config.warmup * steps), config.lr, floor=1e-6)
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr_scale"] * lr
-        images, rows = next(batches)
-        with autocast():
-            images = images.to(device, non_blocking=True)
-            logits = parallel(data.normalize(images, config.mean, config.std))
-        # The loss is float32: its gradient, probability - label, is near 0 for most labels, and
-        # bfloat16 would round it to two or three digits
-        loss = F.binary_cross_entropy_with_logits(logits.float(), labels[rows.to(device)])
-        loss.backward()
-        # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())  # not read here: reading a number makes a GPU wait
-        if (step + 1) % every == 0 or step + 1 == steps:
-            mean_loss, losses = float(sum(losses)) / len(losses), []
-            if not np.isfinite(mean_loss):
-                raise InputError(f"step {step + 1}: the loss is not finite; lower --lr or use "
-                                 "--dtype fp32")
-            # The choice is made on the validation list. The best of many scores on the test list
-            # would be the luckiest one, and higher than on any new list
-            scores = evaluate(model, parts["val"], config, device, log.rank, world)
-            history.append({"step": step + 1, "loss": mean_loss, **scores, **batches.speed()})
-            log.line(**history[-1])
-            tensors = model.state_dict()
-            tensors = {name: tensors[name].detach().cpu().clone() for name in trained}
-            if scores["val_auroc"] > best["auroc"]:
-                best = {"auroc": scores["val_auroc"], "step": step + 1, "trained": tensors}
-            if log.rank == 0:
-                data.save_checkpoint(log.out / "last.pt", {
-                    "trained": tensors, "optimizer": optimizer.state_dict(), "best": best,
-                    "random": data.random_state(), "step": step + 1, "history": history,
-                    "fingerprint": backbone, "config": dataclasses.asdict(config)})
+    with data.Saving(save, world) as saving:
+        for step in tqdm(range(step, steps), initial=step, total=steps, desc=config.method,
+                         disable=log.rank > 0):
+            # The rate rises slowly at first: large steps for a head that knows nothing yet would
+            # spoil the pretrained blocks
+            lr = mrm.cosine_lr(step, steps, round(config.warmup * steps), config.lr, floor=1e-6)
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr_scale"] * lr
+            loss_of_step, seen = torch.zeros((), device=device), []
+            for _ in range(config.accumulate):
+                images, rows = next(batches)
+                with autocast():
+                    images = images.to(device, non_blocking=True)
+                    logits = parallel(data.normalize(images, config.mean, config.std))
+                # The loss is float32: its gradient, probability - label, is near 0 for most
+                # labels, and bfloat16 would round it to two or three digits
+                loss = F.binary_cross_entropy_with_logits(logits.float(), labels[rows.to(device)])
+                (loss / config.accumulate).backward()
+                loss_of_step += loss.detach() / config.accumulate
+                seen += rows.tolist()
+            # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
+            norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups
+                                             for p in g["params"]], 1.0)
+            mrm.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step, gradient=norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(mrm.average(loss_of_step, world).item())
+            if (step + 1) % every == 0 or step + 1 == steps:
+                # The choice is made on the validation list. The best of many scores on the test
+                # list would be the luckiest one, and higher than on any new list
+                scores = evaluate(model, parts["val"], config, step + 1, device, log.rank,
+                                  world)
+                history.append({"step": step + 1, "loss": sum(losses) / len(losses), **scores,
+                                **batches.speed()})
+                log.line(**history[-1])
+                losses.clear()
+                if scores["val_auroc"] > best["auroc"]:
+                    best.update(auroc=scores["val_auroc"], step=step + 1, trained=trained())
+                save(step + 1)
+            saving.after(step + 1)
     return best, history
 
 
-def print_plan(config, model, images, steps, world, device):
+def print_plan(config, model, images, steps, effective, device):
     """One line on what is about to be trained, and how much of the model that is."""
     count = lora.count_parameters(model)
     share = 100 * count["lora"] / (count["total"] - count["head"])
     print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
           f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % "
           f"of the backbone, fc_norm + head {count['head']:,}); {steps} steps of "
-          f"{config.batch_size * world}, {device}")
+          f"{effective}, {device}")
 
 
 def write_results(config, model, parts, classes, scores, best, history, log):
@@ -563,25 +613,27 @@ def write_predictions(out, names, classes, probabilities, labels=None):
 # Prediction and comparison
 
 
-def load_run(run):
+def load_run(run, base=""):
     """The model of a finished run (its folder, adapter.pt or best.pt), merged.
 
-    Returns (ViT in eval mode, all that the file holds). Raises InputError for another file, and for
-    an adapter whose base weights have changed.
+    base: where the base weights of an adapter moved. Returns (ViT in eval mode, all that the file
+    holds). Raises InputError for another file, and for an adapter whose base weights have changed.
     """
     path = data.checkpoint_file(run, "adapter.pt", "best.pt")
     saved = data.load_checkpoint(path)
-    needed = {"weights", "fingerprint"} if "adapter" in saved else {"model"}
+    needed = {"weights"} if "adapter" in saved else {"model"}
     if not needed | {"sizes", "classes", "mean", "std"} <= saved.keys():
         raise InputError(path, "the adapter.pt or best.pt of a fine-tuning run",
                          f"entries {sorted(saved)[:6]}")
-    model = mrm.ViT(**saved["sizes"], num_classes=len(saved["classes"]))
+    sizes = mrm.encoder_sizes({}, saved, path)
+    model = mrm.ViT(**sizes, num_classes=len(saved["classes"]))
     if "adapter" in saved:
-        base = saved["weights"]
-        mrm.load_encoder(model, mrm.read_weights(base)[0], base)
-        if fingerprint(model) != saved["fingerprint"]:
-            raise InputError(f"{path}: {base} are not the weights this adapter was trained on; "
-                             "they have changed since")
+        base, tensors = lora.read_base(path, saved, base)
+        mrm.load_encoder(model, tensors, base)
+        # Adapters of older versions name the weights as they are in the model, not in their file
+        ours = lora.fingerprint(model.state_dict())
+        if saved.get("fingerprint", ours) != ours:
+            raise lora.other_base(path, base)
         lora.load_adapter(model, path)
         lora.merge_lora(model)
         return model.eval(), saved
@@ -599,7 +651,7 @@ def predict_folder(config):
     `config.predict`."""
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
-    model, saved = load_run(config.weights)
+    model, saved = load_run(config.weights, config.base)
     pixels = mrm.pixel_statistics(config, saved["mean"], saved["std"])
     config = data.fill(config, {"out": "runs/predict"} | pixels)
     device, _, _ = data.join(config)

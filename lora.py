@@ -37,6 +37,7 @@ Where this file departs from MED-PEFT's code, and why:
 Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank.
 """
 import dataclasses
+import hashlib
 import math
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ import torch.nn as nn
 
 import data
 import kernels
+import mrm
 from data import InputError, option
 
 # --------------------------------------------------------------------------------------------------
@@ -189,6 +191,47 @@ def frozen_state_dict(model):
             if part_of(name) == "backbone"}
 
 
+def fingerprint(tensors):
+    """A hash of the encoder's tensors in a dict, by which an adapter recognises the weights that it
+    belongs to."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if name.split(".")[0] in mrm.ENCODER_PARTS and "lora_" not in name:
+            tensor = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def other_base(path, base):
+    return InputError(f"{path}: {base} are not the weights this adapter was trained on; they are "
+                      "others, or have changed since")
+
+
+def read_base(path, saved, given=""):
+    """The base weights of the adapter file `path` that holds `saved`: (their path, tensors).
+
+    They are `given`, or lie where the run had them, in the same place seen from the adapter, or
+    below one of the folders around it. Raises InputError where they are not found or are not those
+    that the adapter was trained on.
+    """
+    weights, folder = str(given or saved.get("weights", "")), Path(path).absolute().parent
+    if not weights:
+        raise InputError(f"{path}: names no base weights; give them with --weights (finetune.py: "
+                         "--base)")
+    places = [Path(weights)]
+    if not given:
+        places += [folder / saved.get("weights_from_here", weights),
+                   *(parent / weights for parent in folder.parents)]
+    base = next((place for place in places if place.exists()), None)
+    if base is None:
+        raise InputError(f"{path}: its base weights {weights} are not there: no such checkpoint; "
+                         "give them with --weights (finetune.py: --base)")
+    tensors, _ = mrm.read_weights(base)
+    if saved.get("base_fingerprint") not in (None, fingerprint(tensors)):
+        raise other_base(path, base)
+    return base, tensors
+
+
 def save_adapter(path, model, **extra):
     """Writes LoRA + fc_norm + head, what rebuilds them (rank, alpha, dropout, targets) and `extra`
     plain values."""
@@ -251,27 +294,26 @@ class LoRAConfig:
 
 
 def read_adapter(config):
-    """What a command works on: (base tensors by name, all that the adapter file holds, names of the
-    adapted layers). Raises InputError where they do not fit each other."""
+    """What a command works on: (base tensors by name, all that the adapter file holds, the adapted
+    layers by name). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
-    if not config.weights and "weights" not in saved:
-        raise InputError(f"{config.adapter}: names no base weights; give them with --weights")
-    source = data.checkpoint_file(config.weights or saved["weights"], "best.pt", "last.pt")
-    base = data.load_checkpoint(source)
-    base = base.get("model", base)
-    adapter, rank = saved["adapter"], saved["lora"]["rank"]
-    layers = [name.removesuffix(".lora_A") for name in adapter if name.endswith(".lora_A")]
-    for name in layers:
-        weight, A = base.get(name + ".weight"), adapter[name + ".lora_A"]
+    source, base = read_base(config.adapter, saved, config.weights)
+    adapter, settings, layers = saved["adapter"], saved["lora"], {}
+    for key in [key for key in adapter if key.endswith(".lora_A")]:
+        name, rank = key.removesuffix(".lora_A"), settings["rank"]
+        weight, A, B = base.get(name + ".weight"), adapter[key], adapter.get(name + ".lora_B")
         if weight is None or weight.shape[1] != A.shape[1]:
             raise InputError(f"{source}: {name}.weight does not fit {config.adapter}: other "
                              "weights than it was trained on")
-        parts, B = saved["lora"]["targets"][name.rpartition(".")[2]], adapter.get(name + ".lora_B")
+        parts = settings["targets"][name.rpartition(".")[2]]
         fits = B is not None and B.shape == (sum(parts) * len(weight) // len(parts), rank)
         if not fits or len(A) != sum(parts) * rank:
             found = "no such tensor" if B is None else tuple(B.shape)
             raise InputError(f"{config.adapter}: {name}.lora_B does not fit {name}.lora_A and the "
                              f"weights ({found})")
+        layers[name] = LoRALinear(weight.shape[1], len(weight), rank, settings["alpha"],
+                                  parts=parts, bias=False)
+        layers[name].load_state_dict({"weight": weight, "lora_A": A, "lora_B": B})
     return base, saved, layers
 
 
@@ -279,18 +321,12 @@ def merge(config):
     """Writes one plain ViT: the base encoder with every delta added, fc_norm and head of the
     adapter."""
     base, saved, layers = read_adapter(config)
-    settings, adapter = saved["lora"], saved["adapter"]
     merged = {name: tensor for name, tensor in base.items()
-              if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks")}
-    for name in layers:
-        weight = base[name + ".weight"]
-        parts = settings["targets"][name.rpartition(".")[2]]
-        layer = LoRALinear(weight.shape[1], weight.shape[0], settings["rank"], settings["alpha"],
-                           parts=parts, bias=False)
-        layer.load_state_dict({"weight": weight, "lora_A": adapter[name + ".lora_A"],
-                               "lora_B": adapter[name + ".lora_B"]})
-        merged[name + ".weight"] = merge_lora(layer).weight.detach()
-    merged |= {name: tensor for name, tensor in adapter.items() if part_of(name) == "head"}
+              if name.split(".")[0] in mrm.ENCODER_PARTS}
+    merged |= {name + ".weight": merge_lora(layer).weight.detach()
+               for name, layer in layers.items()}
+    merged |= {name: tensor for name, tensor in saved["adapter"].items()
+               if part_of(name) == "head"}
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
     about = {name: saved[name] for name in ("sizes", "classes", "mean", "std") if name in saved}
     data.save_checkpoint(out, {"model": merged, **about})
@@ -302,28 +338,29 @@ def export_peft(config):
 
     The G adapted parts of rank r become one adapter of rank G*r. A stays (G*r, in). B (out, G*r) is
     block-diagonal: B_g fills the rows of its part and the columns of its rank. peft scales by
-    lora_alpha / (G*r), so that lora_alpha = scale * G*r. fc_norm and head stay in the adapter file.
+    lora_alpha / (G*r), so that lora_alpha = scale * G*r. Layers with different G have different
+    ranks, which peft reads by name. fc_norm and head stay in the adapter file.
     """
-    base, saved, layers = read_adapter(config)
-    settings, adapter, tensors = saved["lora"], saved["adapter"], {}
+    _, saved, layers = read_adapter(config)
     out = Path(config.out or Path(config.adapter).with_name("peft"))
-    for name in layers:
-        A, rank = adapter[name + ".lora_A"], settings["rank"]
-        parts = settings["targets"][name.rpartition(".")[2]]
-        adapted = [part for part, on in enumerate(parts) if on]
-        B = torch.zeros(len(base[name + ".weight"]), len(A))
-        rows = B.chunk(len(parts))  # views (out/P, G*r)
-        for g, B_g in enumerate(adapter[name + ".lora_B"].chunk(len(adapted))):
-            rows[adapted[g]][:, g * rank : (g + 1) * rank] = B_g
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+    tensors, ranks, alphas = {}, {}, {}
+    for name, layer in layers.items():
+        ranks[name] = len(layer.lora_A)
+        alphas[name] = layer.scale * ranks[name]
+        adapted = [part for part, on in enumerate(layer.parts) if on]
+        B = torch.zeros(layer.out_features, ranks[name])
+        rows = B.chunk(len(layer.parts))  # views (out/P, G*r)
+        for g, B_g in enumerate(layer.lora_B.detach().chunk(len(adapted))):
+            rows[adapted[g]][:, g * layer.rank : (g + 1) * layer.rank] = B_g
+        tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    whole = len(A)  # G*r
-    description = {"peft_type": "LORA", "r": whole,
-                   "lora_alpha": settings["alpha"] / settings["rank"] * whole,
-                   "lora_dropout": settings["dropout"],
-                   "target_modules": list(settings["targets"]), "bias": "none"}
+    description = {"peft_type": "LORA", "r": max(ranks.values()), "rank_pattern": ranks,
+                   "lora_alpha": max(alphas.values()), "alpha_pattern": alphas,
+                   "lora_dropout": saved["lora"]["dropout"], "target_modules": list(layers),
+                   "bias": "none"}
     data.save_checkpoint(out / "adapter_model.bin", tensors)
     data.write_json(out / "adapter_config.json", description)
+    whole = ", ".join(map(str, sorted(set(ranks.values()))))
     print(f"{out}: {len(tensors)} tensors of rank {whole} for peft")
 
 

@@ -30,7 +30,11 @@ Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a pat
 tokens of a report.
 """
 import dataclasses
+import functools
+import hashlib
+import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -394,32 +398,75 @@ class MRM(ViT):
 
 ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its tensors' names begin
+HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of a width: tiny here, timm, MAE
+# Parts of other ViTs that this one would leave out of its sum: register and distillation tokens, a
+# norm before the blocks, relative and rotary positions. Decoders and old heads may be left out
+FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|norm_pre|ln_pre|rel_pos|relative|rope")
 
 
 def read_weights(path):
-    """The checkpoint of a run's folder, or a file: (its tensors by name, all that it holds)."""
-    saved = data.load_checkpoint(data.checkpoint_file(path, "best.pt", "last.pt"))
-    return saved.get("model", saved), saved
+    """The checkpoint of a run's folder, or a file: (its tensors by name, all that it holds).
+
+    Opens the usual wrappings: an entry such as `state_dict`, and a prefix of all the encoder's
+    names such as `module.`. Tensors outside such a prefix are left out.
+    """
+    path = data.checkpoint_file(path, "best.pt", "last.pt")
+    saved = tensors = data.load_checkpoint(path)
+    for name in ("model", "state_dict", "model_ema", "teacher", "module"):
+        if isinstance(tensors.get(name), dict):
+            tensors = tensors[name]
+    tensors = {str(name): tensor for name, tensor in tensors.items() if torch.is_tensor(tensor)}
+    first = "patch_embed.proj.weight"
+    prefixes = [name.removesuffix(first) for name in tensors if ("." + name).endswith("." + first)]
+    if len(prefixes) > 1:
+        raise InputError(path, "one encoder", f"several: {', '.join(map(repr, sorted(prefixes)))}")
+    for prefix in prefixes:
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                   if name.startswith(prefix)}
+    return tensors, saved
 
 
 def encoder_sizes(tensors, saved, source, num_heads=None):
     """The ViT arguments that a checkpoint asks for: those it names, else what its shapes say.
 
-    No tensor tells the number of heads: it is `num_heads`, or the width / 64. Raises InputError,
-    naming `source`, where the tensors are not a ViT's.
+    No tensor tells the number of heads: it is `num_heads`, or that of a well-known width. Raises
+    InputError, naming `source`, where the tensors are not a ViT's.
     """
-    if "sizes" in saved or "arguments" in saved:
-        known = saved.get("sizes", saved.get("arguments"))
-        return {name: value for name, value in known.items() if name in ENCODER_SIZES}
+    known = saved.get("sizes", saved.get("arguments"))
+    if isinstance(known, dict):
+        sizes = {name: value for name, value in known.items() if name in ENCODER_SIZES}
+        whole = all(isinstance(value, int) and value > 0 for value in sizes.values())
+        if not whole or not set(ENCODER_SIZES) - {"in_chans"} <= sizes.keys():
+            raise InputError(source, f"whole numbers above 0 as {', '.join(ENCODER_SIZES)}", sizes)
+        return sizes
     try:
         dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
-        side = math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch
+        positions = tensors["pos_embed"]
         depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    except (KeyError, ValueError, AttributeError):
+    except (KeyError, ValueError):
         expected = "a ViT's tensors (patch_embed.proj.weight, pos_embed, blocks.*)"
         raise InputError(source, expected, ", ".join(sorted(tensors)[:4]) or "none") from None
-    return dict(img_size=side, patch_size=patch, embed_dim=dim, depth=depth,
-                num_heads=num_heads or max(1, dim // 64))
+    heads = num_heads or HEADS.get(dim)
+    if heads is None:
+        raise InputError(f"{source}: the number of attention heads cannot be read from weights of "
+                         f"width {dim}; give it with --num-heads")
+    side = grid_side(positions, source) * patch
+    return dict(img_size=side, patch_size=patch, embed_dim=dim, depth=depth, num_heads=heads)
+
+
+def grid_side(positions, source):
+    """n of positions (1, 1 + n*n, D), the class token's first.
+
+    Raises InputError, naming `source`, for other layouts: none for the class token, one for a
+    distillation token, a grid that is not square.
+    """
+    length = positions.shape[1] if positions.ndim == 3 else 0
+    side = math.isqrt(max(0, length - 1))
+    if side < 1 or length != 1 + side * side:
+        raise InputError(f"{source}: pos_embed", "positions (1, 1 + n*n, width), the class token's "
+                         "and those of a square grid (put zeros first where the class token has "
+                         "none)", tuple(positions.shape))
+    return side
 
 
 def load_encoder(model, tensors, source):
@@ -427,16 +474,22 @@ def load_encoder(model, tensors, source):
 
     A patch embedding of three channels becomes one of one channel by summing over the channels,
     which is exact for grey repeated three times. `pos_embed` is resized where the grid differs.
-    Raises InputError, naming `source`, for an encoder of another width, depth or patch size.
+    Raises InputError, naming `source` and the tensor, for an encoder of another width, depth or
+    patch size, for one that computes with more tensors, and for numbers that are not finite.
     """
-    own = model.state_dict()
-    tensors = dict(tensors)
+    own, tensors = model.state_dict(), dict(tensors)
+    for name in own.keys() & tensors.keys():
+        tensor = tensors[name]
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise InputError(f"{source}: {name}", "floating-point numbers", tensor.dtype)
+        if not torch.isfinite(tensor.float()).all():
+            raise InputError(f"{source}: {name}", "finite numbers", "NaN or infinity")
     kernel = tensors.get("patch_embed.proj.weight")
-    if kernel is not None and kernel.shape[1] == 3 and model.in_chans == 1:
+    if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 3 and model.in_chans == 1:
         tensors["patch_embed.proj.weight"] = kernel.sum(1, keepdim=True)
     for name in ("pos_embed", "decoder_pos_embed"):
-        if name in tensors and name in own and tensors[name].shape[2] == own[name].shape[2]:
-            tensors[name] = resize_positions(tensors[name], own[name].shape[1])
+        if name in tensors and name in own and tensors[name].shape[-1] == own[name].shape[2]:
+            tensors[name] = resize_positions(tensors[name], own[name].shape[1], source)
     for name in own:
         if name.split(".")[0] not in ENCODER_PARTS or "lora_" in name:
             continue
@@ -444,14 +497,16 @@ def load_encoder(model, tensors, source):
             found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
             raise InputError(f"{source}: the encoder does not fit: {name} is "
                              f"{tuple(own[name].shape)} in the model, the file has {found}")
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    if depth > len(model.blocks):
-        raise InputError(f"{source}: the encoder does not fit: {len(model.blocks)} blocks in the "
-                         f"model, {depth} in the file")
     fits = {name: tensor for name, tensor in tensors.items()
             if name in own and tensor.shape == own[name].shape}
-    model.load_state_dict(fits, strict=False)
     new, left = own.keys() - fits.keys(), tensors.keys() - fits.keys()
+    for name in sorted(left):
+        if name.split(".")[0] in ENCODER_PARTS or FOREIGN.match(name):
+            depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+            raise InputError(f"{source}: the encoder does not fit: the model has no place for "
+                             f"{name}, which changes its result ({len(model.blocks)} blocks in "
+                             f"the model, {depth} in the file)")
+    model.load_state_dict(fits, strict=False)
     print(f"{source}: {len(fits)} tensors loaded, {len(new)} new{list_parts(new)}, "
           f"{len(left)} left{list_parts(left)}")
 
@@ -462,12 +517,12 @@ def list_parts(names):
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def resize_positions(positions, length):
+def resize_positions(positions, length, source):
     """(1, 1 + n*n, D) -> (1, length, D) with length = 1 + m*m, bicubic; the class token's stays."""
-    if positions.shape[1] == length:
+    n, m = grid_side(positions, source), math.isqrt(length - 1)
+    if n == m:
         return positions
-    n, m = math.isqrt(positions.shape[1] - 1), math.isqrt(length - 1)
-    grid = positions[:, 1:].reshape(1, n, n, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
+    grid = positions[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
     grid = F.interpolate(grid, size=(m, m), mode="bicubic", antialias=True)
     return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
 
@@ -479,6 +534,7 @@ MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR's pixels in [0, 1], from the official
 # Below this width a CPU trains faster in float32 than in bfloat16 (Zen 4: at width 128 1.4 times
 # faster, at 256 the same, at 768 1.7 times slower)
 NARROW = 256
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # by which an edit is noticed
 
 BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768,
             decoder_depth=4, decoder_heads=6, report_dim=384, report_depth=6, report_heads=6,
@@ -498,31 +554,35 @@ PRESETS = {  # the values of the options that the user does not type
     "small": PAPER | dict(vocab_size=8000),
     "base": PAPER | dict(vocab_size=30000),
 }
+RECORDS = dict(data="demo", root="", exclude="", holdout=64)  # which records, unless typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MRMConfig(RunConfig):
-    data: str = option("demo", "demo records, or csv: a training.csv with columns image_path and "
-                       "report_content", choices=["demo", "csv"])
-    root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
-    exclude: str = option("", "list file: its images and those of its patients are left out")
+    data: str = option(None, "demo records, or csv: a training.csv with columns image_path and "
+                       "report_content (default: demo; for --reconstruct the run's)",
+                       choices=["demo", "csv"])
+    root: str = option(None, "data folder (demo: where the demo records are, or are drawn)")
+    exclude: str = option(None, "list file: its images and those of its patients are left out")
     preset: str = option("tiny", "model and recipe; base is the paper's", choices=list(MODELS))
     weights: str = option("", "start from this checkpoint's encoder (the paper starts from MAE's)")
     image_only: bool = option(False, "ablation: restore images only")
     report_only: bool = option(False, "ablation: restore reports only")
     mask_ratio: float = option(None, "share of image patches hidden", within="(0, 1)")
     word_ratio: float = option(None, "share of report words hidden", within="(0, 1]")
-    vocab_size: int = option(None, "tokens of the vocabulary that is learned from the reports")
+    vocab_size: int = option(None, "tokens of the vocabulary that is learned from the reports",
+                             within="[259, inf)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
-    mean: float = option(None, "mean of the pixels in [0, 1] (tiny: each image's own)")
+    mean: float = option(None, "mean of the pixels in [0, 1] (tiny: each image's own)",
+                         within="(-inf, inf)")
     std: float = option(None, "deviation of the pixels (tiny: each's own)", within="(0, inf)")
     base_lr: float = option(None, "peak learning rate at an effective batch of 256, where --lr is "
                             "not given", within="(0, inf)")
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     weight_decay: float = option(0.05, "weight decay of AdamW", within="[0, inf)")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
-    holdout: int = option(64, "last records, never trained on, for the losses in the log and "
-                          "--reconstruct", within="[1, inf)")
+    holdout: int = option(None, "last records, never trained on, for the losses in the log and "
+                          "--reconstruct (default: 64)", within="[1, inf)")
     reconstruct: bool = option(False, "draw what --weights restores, and stop", free=True)
 
 
@@ -532,7 +592,8 @@ def fill_options(config, world):
     Raises InputError for options that contradict each other.
     """
     preset = PRESETS[config.preset]
-    config = data.fill(config, {"out": "runs/mrm"} | preset | pixel_statistics(config, **preset))
+    config = data.fill(config, RECORDS | {"out": "runs/mrm"} | preset
+                       | pixel_statistics(config, **preset))
     if config.lr is None:  # the linear scaling rule (Goyal et al., 2017)
         effective = config.batch_size * config.accumulate * world
         config = dataclasses.replace(config, lr=config.base_lr * effective / 256)
@@ -558,16 +619,28 @@ def pixel_statistics(config, mean, std, **others):
     return {"mean": mean, "std": std}
 
 
-def last_state(config):
+def last_state(config, steps, **facts):
     """What OUT/last.pt holds, to go on from with --resume; None for a new run.
 
-    Raises InputError where it is of a run with other options.
+    `facts` are what the run is made of beside its options, as `steps` and they were saved. More
+    steps than the run was planned for are allowed. Raises InputError where anything else differs.
     """
     if not config.resume:
         return None
     path = Path(config.out) / "last.pt"
     saved = data.load_checkpoint(path)
-    data.check_same(saved.get("config", {}), config, path)
+    same = {"steps": config.steps, "epochs": config.epochs}
+    data.check_same(saved.get("config", {}) | same, config, path)
+    for name, value in facts.items():
+        if saved.get(name) != value:
+            raise InputError(path, f"a run with the same {name.replace('_', ' ')} as now",
+                             "one with another; give the same, or another --out")
+    if steps < saved["steps"]:
+        raise InputError("--steps or --epochs", f"at least the {saved['steps']} steps of the run "
+                         f"in {path}", f"{steps} steps")
+    if steps > saved["steps"]:
+        print(f"{path}: going on to {steps} steps instead of {saved['steps']}; from step "
+              f"{saved['step'] + 1} on the learning rate is that of a run of {steps} steps")
     return saved
 
 
@@ -576,16 +649,24 @@ def last_state(config):
 
 
 def read_records(config):
-    """The records of `config.root`/training.csv less the excluded: (image paths, reports)."""
+    """The records of `config.root`/training.csv less the excluded: (image paths, reports).
+
+    With --image-only the reports are empty, and the file needs no column of them.
+    """
     root = data.demo_root(config.root) if config.data == "demo" else Path(config.root)
-    paths, reports = data.read_reports(root / "training.csv", root)
+    listed = root / "training.csv"
+    if config.image_only:
+        names = [name for _, name in data.read_csv(listed, ("image_path",))]
+        paths, reports = data.find_images("csv", root, names, listed), [""] * len(names)
+    else:
+        paths, reports = data.read_reports(listed, root)
     if config.exclude:
         keep = data.not_excluded(paths, config.exclude, root)
         paths, reports = [paths[i] for i in keep], [reports[i] for i in keep]
         print(f"{len(keep)} records are left after excluding the images and patients of "
               f"{config.exclude}")
     if len(paths) < 2 * config.holdout:
-        raise InputError(root / "training.csv", f"at least {2 * config.holdout} records for "
+        raise InputError(listed, f"at least {2 * config.holdout} records for "
                          f"--holdout {config.holdout}", len(paths))
     return paths, reports
 
@@ -609,28 +690,33 @@ class Records:
         return [part.to(self.heldout.device) for part in report]
 
 
-def load_records(config, device):
+def load_records(config, paths, reports, device):
     """Decodes images into memory where they fit, learns the tokenizer and encodes the reports.
 
     A resumed run reads the tokenizer that it wrote when it began.
     """
-    paths, reports = read_records(config)
     sizes, count = MODELS[config.preset], len(paths) - config.holdout
-    if config.resume:
-        tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
-    else:
-        tokenizer = data.train_tokenizer(reports[:count], config.vocab_size)
-    tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
-    side, scale = 2 * sizes["img_size"], (config.min_crop, 1.0)
-
-    def crop(images, generator):
-        return data.random_resized_crop(images, side, scale, generator=generator)
-
+    tokenizer = tokens = words = None
+    if not config.image_only:
+        if config.resume:
+            tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
+        else:
+            tokenizer = data.train_tokenizer(reports[:count], config.vocab_size)
+        tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
+    side = 2 * sizes["img_size"]
+    crop = functools.partial(augment, side=side, min_crop=config.min_crop)
     images = data.ImageSet(paths[:count], side, crop, config.seed)
     images.preload()
     heldout = torch.stack([image for image, _ in data.ImageSet(paths[count:], side)]).to(device)
     heldout = data.normalize(heldout, config.mean, config.std)
     return Records(images, heldout, tokenizer, tokens, words)
+
+
+def augment(images, generator, side, min_crop, flip=False):
+    """Random crops (B, C, side, side) of at least the share `min_crop` of each image, half of them
+    mirrored with `flip`. No local function, because worker processes must find it by its name."""
+    images = data.random_resized_crop(images, side, (min_crop, 1.0), generator=generator)
+    return data.random_flip(images, generator) if flip else images
 
 
 def mask_report(tokenizer, tokens, words, ratio, generator=None):
@@ -700,8 +786,13 @@ def pretrain(config):
     config = fill_options(config, world)
     if rank == 0:
         data.check_writable(config.out)
-    saved = last_state(config)
-    records = load_records(config, device)
+    paths, reports = read_records(config)
+    effective = config.batch_size * config.accumulate * world
+    steps = data.number_of_steps(config, len(paths) - config.holdout, effective)
+    facts = {"records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
+             "number_of_processes": world}
+    saved = last_state(config, steps, **facts)
+    records = load_records(config, paths, reports, device)
     arguments = dict(MODELS[config.preset])
     arguments["vocab_size"] = 0 if config.image_only else records.tokenizer.n_vocab
     data.seed(config.seed)
@@ -709,26 +800,26 @@ def pretrain(config):
     if config.weights and not saved:
         load_encoder(model, read_weights(config.weights)[0], config.weights)
     optimizer = make_optimizer(model, config, device)
-    effective = config.batch_size * config.accumulate * world
-    steps = data.number_of_steps(config, len(records.images), effective)
     log = data.RunLog(config.out, config, rank, config.resume, start)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        print(f"MRM {config.preset}: {parameters:.1f} M parameters, {len(records.images)} records, "
-              f"{steps} steps of {effective}, {device}")
-        data.save_tokenizer(records.tokenizer, Path(config.out) / "tokenizer.tiktoken")
-    history = train(config, model, arguments, optimizer, records, steps, saved, log, world)
-    result = {"preset": config.preset, "records": len(records.images),
-              "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        print(f"MRM {config.preset}: {parameters / 1e6:.1f} M parameters, {len(records.images)} "
+              f"records, {steps} steps of {effective}, {device}")
+        if records.tokenizer:
+            data.save_tokenizer(records.tokenizer, Path(config.out) / "tokenizer.tiktoken")
+    facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
+              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}
+    history = train(config, model, optimizer, records, steps, saved, facts, log, world)
+    result = {"preset": config.preset, "records": len(records.images), "parameters": parameters,
               "steps": steps, "batch_size": config.batch_size, **history[-1], "lr": config.lr,
-              "seconds": time.time() - start}
+              "mrm.py": SOURCE, "seconds": time.time() - start}
     log.json("result.json", result)
     if rank == 0:
         show(config, result, history)
     return result
 
 
-def train(config, model, arguments, optimizer, records, steps, saved, log, world):
+def train(config, model, optimizer, records, steps, saved, facts, log, world):
     """The training loop. Returns a dict for each time the held-out losses were measured."""
     device, step, history = records.heldout.device, 0, []
     autocast = autocast_for(config, model, device)
@@ -736,59 +827,114 @@ def train(config, model, arguments, optimizer, records, steps, saved, log, world
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(
             model, find_unused_parameters=config.report_only)
+    seed_rank(config.seed, log.rank)
     if saved:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        data.set_random_state(saved["random"])
-        step, history = saved["step"], saved["history"]
+        step, history = go_on(saved, optimizer, log)
     batches = data.Timed(data.train_batches(
         records.images, config.batch_size, step * config.accumulate, steps * config.accumulate,
         config.seed, log.rank, world, config.workers), device, world)
     every = max(1, steps // 20)
-    for step in tqdm(range(step, steps), initial=step, total=steps, desc="pretrain",
-                     disable=log.rank > 0):
-        # The rate rises slowly at first, while Adam has seen too few gradients to scale them well
-        lr = cosine_lr(step, steps, round(config.warmup * steps), config.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses = torch.zeros(2, device=device)
-        # Several small batches add up their gradients where one large batch exceeds the memory
-        for _ in range(config.accumulate):
-            images, rows = next(batches)
-            images = data.normalize(images.to(device, non_blocking=True), config.mean, config.std)
-            # Other words are hidden each time, so that no report can be learned by heart
-            report = records.report_batch(rows, config)
-            # Only the multiplications run in bfloat16. The losses are float32, because bfloat16's
-            # two or three digits would round away what one step gains
-            with autocast():
-                image_loss, report_loss = parallel(images, report, not config.report_only,
-                                                   config.mask_ratio)
-            ((image_loss + report_loss) / config.accumulate).backward()
-            losses += torch.stack([image_loss, report_loss]).detach() / config.accumulate
-        optimizer.step()
-        optimizer.zero_grad()
-        # The losses are read here alone, because reading a number makes a GPU wait
-        if (step + 1) % every == 0 or step + 1 == steps:
-            image_loss, report_loss = losses.tolist()
-            if not math.isfinite(image_loss + report_loss):
-                raise InputError(f"step {step + 1}: the loss is not finite; lower --lr or "
-                                 "use --dtype fp32")
-            history.append({"step": step + 1, "image_loss": image_loss, "report_loss": report_loss,
-                            "lr_of_step": lr, **batches.speed(),
-                            **evaluate(model, records, config, autocast)})
-            log.line(**history[-1])
-            save(config, model, arguments, optimizer, step + 1, history, log)
+
+    def save(step):
+        save_state(log, model, optimizer, config, world, facts | {
+            "model": model.state_dict(), "step": step, "history": history})
+
+    with data.Saving(save, world) as saving:
+        for step in tqdm(range(step, steps), initial=step, total=steps, desc="pretrain",
+                         disable=log.rank > 0):
+            # The rate rises slowly at first, while Adam has seen too few gradients to scale them
+            lr = cosine_lr(step, steps, round(config.warmup * steps), config.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses, seen = torch.zeros(2, device=device), []
+            # Several small batches add up their gradients where a large one exceeds the memory
+            for _ in range(config.accumulate):
+                images, rows = next(batches)
+                images = images.to(device, non_blocking=True)
+                images = data.normalize(images, config.mean, config.std)
+                # Other words are hidden each time, so that no report can be learned by heart
+                report = records.report_batch(rows, config)
+                # Only the multiplications run in bfloat16. The losses are float32, because
+                # bfloat16's two or three digits would round away what one step gains
+                with autocast():
+                    image_loss, report_loss = parallel(images, report, not config.report_only,
+                                                       config.mask_ratio)
+                ((image_loss + report_loss) / config.accumulate).backward()
+                losses += torch.stack([image_loss, report_loss]).detach() / config.accumulate
+                seen += rows.tolist()
+            check_finite(step + 1, records.images.paths, seen, loss=losses)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % every == 0 or step + 1 == steps:
+                image_loss, report_loss = average(losses, world).tolist()
+                history.append({"step": step + 1, "image_loss": image_loss,
+                                "report_loss": report_loss, "lr_of_step": lr, **batches.speed(),
+                                **evaluate(model, records, config, autocast)})
+                log.line(**history[-1])
+                save(step + 1)
+            saving.after(step + 1)
     return history
 
 
-def save(config, model, arguments, optimizer, step, history, log):
-    """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need."""
+# --------------------------------------------------------------------------------------------------
+# What the loops of pretraining and fine-tuning share
+
+
+def seed_rank(seed, rank):
+    """Gives the processes behind the first random numbers of their own, for masks and dropout."""
+    if rank:
+        data.seed(data.seeded(seed, rank).initial_seed() % 2**32)
+
+
+def check_finite(step, paths, rows, **values):
+    """Raises InputError, with the step and the images `rows` of the batch, for a value that is not
+    finite. This comes before the update, so that the weights and the last checkpoint stay good."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            files = ", ".join(str(paths[row]) for row in rows[:8]) + ", ..." * (len(rows) > 8)
+            name = name.replace("_", " ")
+            raise InputError(f"step {step}: the {name} is not finite; lower --lr, use --dtype fp32 "
+                             f"or look at the images of the batch: {files}")
+
+
+def average(values, world):
+    """The mean over the processes of a tensor `values`."""
+    if world > 1:
+        torch.distributed.all_reduce(values)
+        values /= world
+    return values
+
+
+def save_state(log, model, optimizer, config, world, state):
+    """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need.
+
+    Every process calls it, since each has random numbers of its own. Raises InputError where the
+    weights are not finite, which leaves the checkpoint before it.
+    """
+    random = [data.random_state()] * world
+    if world > 1:
+        torch.distributed.all_gather_object(random, data.random_state())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise InputError(f"step {state['step']}: {name} is not finite; lower --lr or use "
+                             f"--dtype fp32; {log.out / 'last.pt'} holds the state before it")
     if log.rank == 0:
-        data.save_checkpoint(log.out / "last.pt", {
-            "model": model.state_dict(), "arguments": arguments, "mean": config.mean,
-            "std": config.std, "mask_ratio": config.mask_ratio, "word_ratio": config.word_ratio,
+        data.save_checkpoint(log.out / "last.pt", state | {
             "config": dataclasses.asdict(config), "optimizer": optimizer.state_dict(),
-            "random": data.random_state(), "step": step, "history": history})
+            "random": random})
+
+
+def go_on(saved, optimizer, log):
+    """Puts back what a resumed run has besides its weights. Returns (step, history)."""
+    optimizer.load_state_dict(saved["optimizer"])
+    data.set_random_state(saved["random"][log.rank])
+    if log.rank == 0:  # lines of steps that a killed run made and did not save are made again
+        steps = {line["step"] for line in saved["history"]}
+        lines = [line for line in data.read_text(log.out / "log.jsonl").splitlines(True)
+                 if line.endswith("}\n") and json.loads(line)["step"] in steps]
+        data.atomic_write(log.out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
+    return saved["step"], saved["history"]
 
 
 def show(config, result, history):
@@ -821,9 +967,12 @@ def reconstruct(config, count=6):
     if "arguments" not in saved or "decoder_pred.weight" not in tensors:
         raise InputError(f"{run}: expected an MRM checkpoint of this script, found one without the "
                          "decoders")
-    config = data.fill(config, {"out": str(folder), "mask_ratio": saved["mask_ratio"],
-                                "word_ratio": saved["word_ratio"],
-                                **pixel_statistics(config, saved["mean"], saved["std"])})
+    ran = saved.get("config", {})  # the run knows its records
+    config = data.fill(config, {name: ran.get(name, RECORDS[name]) for name in RECORDS} | {
+        "out": str(folder), "mask_ratio": saved["mask_ratio"], "word_ratio": saved["word_ratio"],
+        **pixel_statistics(config, saved["mean"], saved["std"])})
+    config = dataclasses.replace(config, image_only=ran.get("image_only", False))
+    print(f"{run}: records of {config.root or config.data}")
     device, _, _ = data.join(config)
     data.seed(config.seed)
     model = MRM(**saved["arguments"]).to(device).eval()

@@ -1,5 +1,6 @@
 """finetune.py: AUROC against scikit-learn, runs of every method, resuming, prediction, and one line for each bad input."""
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -278,7 +279,7 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     assert again["auroc"] == whole["auroc"]
 
 
-@pytest.mark.parametrize("other", [dict(method="linear"), dict(rank=2), dict(seed=3), dict(steps=5), dict(min_crop=0.5),
+@pytest.mark.parametrize("other", [dict(method="linear"), dict(rank=2), dict(seed=3), dict(min_crop=0.5),
                                    dict(lr=0.1), dict(mean=0.0), dict(flip=True)], ids=lambda other: next(iter(other)))
 def test_resume_refuses_another_runs_state(easy, tmp_path, other):
     finetune.finetune(config(easy, tmp_path, method="lora"))
@@ -296,7 +297,7 @@ def test_resume_refuses_weights_that_have_changed(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", **options))
     state = data.load_checkpoint(weights)["model"]
     data.save_checkpoint(weights, {"model": {name: tensor + 0.1 for name, tensor in state.items()}})
-    with pytest.raises(data.InputError, match=r"last\.pt: expected a run that started from .*rgb\.pt"):
+    with pytest.raises(data.InputError, match=r"last\.pt: expected a run with the same weights as now"):
         finetune.finetune(config(easy, tmp_path / "run", resume=True, **options))
 
 
@@ -430,7 +431,7 @@ BAD = {
     "no ViT": (lambda r: data.save_checkpoint(r / "bad.pt", {"model": {"x": torch.ones(1)}}), {"weights": "bad.pt"}, r"bad\.pt: expected a ViT"),
     "missing checkpoint": (lambda r: None, {"weights": "none.pt"}, r"none\.pt: no such checkpoint"),
     "only an adapter": (lambda r: data.save_checkpoint(r / "bad.pt", {"adapter": {}, "lora": {}, "sizes": dict(
-        img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)}), {"weights": "bad.pt"}, r"bad\.pt: the encoder does not fit"),
+        img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)}), {"weights": "bad.pt"}, r"bad\.pt: expected --lora, which trains this adapter"),
     "no class has both labels": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 1 1\n"), {}, r"train_10\.txt: expected both labels"),
     "listed twice": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 0 1\n0000.png 1 1\n"), {}, r"train_10\.txt: line 3"),
     "missing list": (lambda r: (r / "test_list.txt").unlink(), {}, r"test_list\.txt: no such list"),
@@ -464,7 +465,7 @@ def test_a_refused_run_leaves_the_one_before_it_alone(easy, tmp_path):
     (dict(ratio=5), "expected --ratio 1 or 10 or 100, found 5"), (dict(evaluations=0), r"--evaluations: expected a number in \[1, inf\), found 0"),
     (dict(steps=-1), r"--steps: expected a number in \[1, inf\), found -1"), (dict(epochs=1.0), "--steps and --epochs: expected one"), (dict(img_size=33), "img_size 33 must be a multiple"),
     (dict(method="lora", rank=-1), r"--rank: expected a number in \[1, inf\), found -1"), (dict(split="covid1"), "expected no --split"),
-    (dict(lr=1e30, steps=6, evaluations=6), "the loss is not finite; lower --lr"), (dict(resume=True), r"last\.pt: no such checkpoint")],
+    (dict(lr=1e30, steps=6, evaluations=6), "step 1: the validation score is not finite; lower --lr"), (dict(resume=True), r"last\.pt: no such checkpoint")],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, message):
     with pytest.raises(data.InputError, match=message) as error:
@@ -507,7 +508,7 @@ def test_weights_of_another_width_and_changed_weights_are_refused(easy, tmp_path
     finetune.finetune(config(easy, tmp_path, method="lora"))
     other = mrm.ViT(64, 16, 1, 64, 3, 4)
     data.save_checkpoint(tmp_path / "base.pt", {"model": other.state_dict()})
-    with pytest.raises(data.InputError, match=r"base\.pt: the encoder does not fit"):
+    with pytest.raises(data.InputError, match="not the weights this adapter was trained on"):
         finetune.load_run(tmp_path)
     sizes = data.load_checkpoint(tmp_path / "adapter.pt")["sizes"]
     data.save_checkpoint(tmp_path / "base.pt", {"model": mrm.ViT(**sizes).state_dict()})
@@ -541,3 +542,172 @@ def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
     run = subprocess.run([sys.executable, REPOSITORY / "finetune.py", "--data", "covid", "--root", "nowhere", "--split", "covid1"],
                          cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_have_no_auroc(bad):
+    scores, labels = scored(n=20)
+    scores[3, 1] = bad
+    for function in (finetune.auroc, finetune.mean_auroc):
+        with pytest.raises(data.InputError, match="AUROC: expected finite scores, found 1 that are not"):
+            function(scores, labels)
+    with pytest.raises(data.InputError, match="found 20 that are not"):
+        finetune.mean_auroc(np.full((20, 1), bad), labels[:, :1])
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("method", ["full", "lora", "linear"])
+def test_the_loss_reaches_what_is_trained_and_nothing_else(method, fresh):
+    torch.manual_seed(0)
+    sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
+    model = finetune.build_model(data.fill(FinetuneConfig(method=method), finetune.SMALL[method]), sizes, 3)
+    if not fresh:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(4, 1, 16, 16)).square().sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    head = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    adapters = {f"blocks.{i}.attn.qkv.lora_{x}" for i in range(2) for x in ("B" if fresh else "AB")}
+    assert reached == {"linear": head, "lora": head | adapters, "full": set(before)}[method]
+    optimizer = optimizer_of(model, lr=0.1, weight_decay=0.0)
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == reached
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(easy, tmp_path):
+    runs = [finetune.finetune(config(easy, tmp_path / str(size), method="full", steps=3, evaluations=3, batch_size=size,
+                                     accumulate=16 // size, min_crop=1.0, dtype="fp32")) for size in (16, 4)]
+    lines = [[json.loads(line) for line in (tmp_path / str(size) / "log.jsonl").read_text().splitlines()] for size in (16, 4)]
+    for name in ("loss", "val_loss"):
+        assert [line[name] for line in lines[0]] == pytest.approx([line[name] for line in lines[1]], rel=1e-4)
+    assert runs[0]["steps"] == runs[1]["steps"] == 3
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda root: (root / "classes.txt").write_text("Third\nSquare\n"),
+    lambda root: spoil_list(root, "".join(f"{i:04d}.png {1 - i % 2} {i // 2 % 2}\n" for i in range(64))),
+    lambda root: spoil_list(root, (root / "val_list.txt").read_text().replace("0065", "0001"), "val_list")],
+    ids=["class order", "labels", "names"])
+def test_resume_refuses_other_lists_and_classes(easy, tmp_path, spoil):
+    root = shutil.copytree(easy, tmp_path / "root")
+    finetune.finetune(config(root, tmp_path / "run"))
+    spoil(root)
+    with pytest.raises(data.InputError, match=r"last\.pt: expected a run with the same lists and classes as now"):
+        finetune.finetune(config(root, tmp_path / "run", resume=True))
+
+
+def test_training_goes_on_for_more_steps(easy, tmp_path, capsys):
+    finetune.finetune(config(easy, tmp_path, method="lora"))
+    with pytest.raises(data.InputError, match="expected at least the 4 steps"):
+        finetune.finetune(config(easy, tmp_path, method="lora", resume=True, steps=3))
+    result = finetune.finetune(config(easy, tmp_path, method="lora", resume=True, steps=None, epochs=2.0))
+    assert result["steps"] == 8 and "going on to 8 steps instead of 4" in capsys.readouterr().out
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 8]
+
+
+def test_an_adapter_is_trained_further(easy, tmp_path):
+    first, again = tmp_path / "first", tmp_path / "again"
+    finetune.finetune(config(easy, first, method="lora", rank=3, alpha=6.0))
+    finetune.finetune(config(easy, again, method="lora", weights=str(first), lr=1e-9, steps=1))
+    old, new = (data.load_checkpoint(path / "adapter.pt") for path in (first, again))
+    assert new["lora"] == old["lora"] and new["weights"] == old["weights"] == str(first / "base.pt")
+    for name, tensor in old["adapter"].items():
+        torch.testing.assert_close(new["adapter"][name], tensor, atol=1e-5, rtol=0)
+    images = torch.randn(2, 1, 48, 48)
+    torch.testing.assert_close(finetune.load_run(again)[0](images), finetune.load_run(first)[0](images), atol=1e-4, rtol=0)
+    for options, message in ((dict(method="full"), "expected --lora, which trains this adapter further"),
+                             (dict(method="lora", rank=2), "does not fit the model")):
+        with pytest.raises(data.InputError, match=message):
+            finetune.finetune(config(easy, tmp_path / "other", weights=str(first), **options))
+    root = shutil.copytree(easy, tmp_path / "root")
+    (root / "classes.txt").write_text("Third\nSquare\n")
+    with pytest.raises(data.InputError, match=r"expected the classes of the data, \['Third', 'Square'\]"):
+        finetune.finetune(config(root, tmp_path / "other", weights=str(first), method="lora"))
+
+
+def test_a_head_is_reused_for_the_same_classes_in_the_same_order_alone(easy, tmp_path, capsys):
+    finetune.finetune(config(easy, tmp_path / "full", steps=1))
+    weights, options = str(tmp_path / "full"), data.fill(FinetuneConfig(method="linear", data="csv", ratio=100), {})
+    saved = data.load_checkpoint(tmp_path / "full/best.pt")["model"]["head.weight"]
+    for classes, kept in ((["Square", "Third"], True), (["Third", "Square"], False), (["a", "b"], False)):
+        filled_, sizes, tensors, known = finetune.fill_recipe(dataclasses.replace(options, weights=weights), classes)
+        model = finetune.build_model(filled_, sizes, 2, tensors, known)
+        assert torch.equal(model.head.weight, saved) == kept
+
+
+def test_a_base_is_found_where_it_went(easy, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    finetune.finetune(config(easy, here / "runs/base", method="full", steps=1))
+    monkeypatch.chdir(here)
+    finetune.finetune(config(easy, "runs/adapter", method="lora", steps=1, weights="runs/base"))
+    expected = finetune.load_run("runs/adapter")[0].state_dict()
+    monkeypatch.chdir(tmp_path)  # from another directory
+    finetune.load_run(here / "runs/adapter")
+    here.rename(tmp_path / "there")  # the whole folder moved
+    moved = finetune.load_run(tmp_path / "there/runs/adapter")[0].state_dict()
+    assert all(torch.equal(tensor, moved[name]) for name, tensor in expected.items())
+    (tmp_path / "there/runs/base").rename(tmp_path / "elsewhere")
+    with pytest.raises(data.InputError, match="its base weights .* are not there.*--base"):
+        finetune.load_run(tmp_path / "there/runs/adapter")
+    finetune.predict_folder(FinetuneConfig(predict=str(easy / "images"), weights=str(tmp_path / "there/runs/adapter"),
+                                           base=str(tmp_path / "elsewhere"), out=str(tmp_path / "p"), device="cpu"))
+    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "there/runs/adapter/adapter.pt"), weights=str(tmp_path / "elsewhere")))
+
+
+@pytest.mark.parametrize("command", [lora.merge, lora.export_peft])
+def test_commands_know_the_base_of_an_adapter(easy, tmp_path, command):
+    finetune.finetune(config(easy, tmp_path / "run", method="lora", steps=1))
+    saved = data.load_checkpoint(tmp_path / "run/base.pt")
+    for name, change in (("other", 0.1), ("nearly", 1e-6)):
+        changed = {n: t + change if n == "blocks.0.norm1.weight" else t for n, t in saved["model"].items()}
+        data.save_checkpoint(tmp_path / f"{name}.pt", saved | {"model": changed})
+        with pytest.raises(data.InputError, match=f"{name}.pt are not the weights this adapter was trained on"):
+            command(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt"), weights=str(tmp_path / f"{name}.pt")))
+    data.save_checkpoint(tmp_path / "wrapped.pt", {"state_dict": {"module." + n: t for n, t in saved["model"].items()}})
+    command(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt"), weights=str(tmp_path / "wrapped.pt")))
+
+
+def test_the_demo_mrm_says_what_is_used_again(easy, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "mrm-demo"
+    monkeypatch.setattr(finetune, "demo_folder", lambda init="mrm", seed=0: str(folder))
+    monkeypatch.setitem(mrm.PRESETS, "tiny", mrm.PRESETS["tiny"] | dict(steps=1))
+    monkeypatch.setitem(mrm.RECORDS, "holdout", 8)
+    options = config(easy, tmp_path / "run", weights=None, steps=1, evaluations=1, method="linear")
+    finetune.finetune(options)
+    capsys.readouterr()
+    finetune.finetune(options)
+    out = capsys.readouterr().out
+    assert f"{folder} is used again, the tiny mrm after 1 steps on the records of {easy}" in out and "delete the folder" not in out
+    monkeypatch.setattr(mrm, "SOURCE", "an edited file")
+    monkeypatch.setitem(mrm.PRESETS, "tiny", mrm.PRESETS["tiny"] | dict(mask_ratio=0.5))
+    finetune.finetune(options)
+    assert "WARNING: mrm.py, --mask-ratio changed since" in capsys.readouterr().out
+
+
+def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(easy, tmp_path, monkeypatch):
+    finetune.finetune(config(easy, tmp_path, steps=2))
+    before = (tmp_path / "last.pt").read_bytes()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    calls = []
+
+    def second_is_nan(logits, labels):
+        calls.append(1)
+        return loss(logits, labels) * (float("nan") if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(finetune.F, "binary_cross_entropy_with_logits", second_is_nan)
+    with pytest.raises(data.InputError, match=r"step 4: the loss is not finite.*images/00\d\d\.png") as error:
+        finetune.finetune(config(easy, tmp_path, steps=9, resume=True))
+    assert "\n" not in str(error.value) and (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path, steps=1, evaluations=1, layer_decay=1e-6, lr=0.1, weight_decay=0.0, warmup=1.0))
+    data.seed(0)
+    fresh = finetune.build_model(filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2).state_dict()
+    ran = data.load_checkpoint(tmp_path / "best.pt")["model"]
+    moved = {name: (ran[name] - tensor).abs().max().item() for name, tensor in fresh.items()}
+    assert moved["head.weight"] > 1e-3 and moved["blocks.0.mlp.fc1.weight"] < 1e-5

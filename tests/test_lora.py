@@ -266,3 +266,15 @@ def test_help_is_printed_and_exits_with_0():
     for arguments in (["--help"], ["-h"], ["merge", "--help"], ["export-peft", "--help"]):
         done = subprocess.run([sys.executable, lora.__file__, *arguments], capture_output=True, text=True)
         assert done.returncode == 0 and "merge" in done.stdout and not done.stderr, (arguments, done.stderr)
+
+
+def test_targets_of_different_widths_are_read_by_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, images = vit(), torch.randn(2, 1, 16, 16)
+    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    targets = {"qkv": (True, False, True), "fc1": (True,), "proj": (True, True)}
+    model = trained(lora.add_lora(base, rank=2, alpha=8, targets=targets)).eval()
+    lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"))
+    lora.export_peft(lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt"), out=str(tmp_path / "peft")))
+    theirs = peft.PeftModel.from_pretrained(vit(), str(tmp_path / "peft")).eval()
+    torch.testing.assert_close(theirs(images), model(images), atol=2e-6, rtol=1e-5)

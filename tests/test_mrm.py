@@ -166,6 +166,9 @@ def test_decode_image_puts_patches_back_in_their_place():
         (gradient,) = torch.autograd.grad(prediction[0, place].square().sum(), latent, retain_graph=True)
         used = gradient[0].abs().sum(1).nonzero().flatten().tolist()
         assert used == [1 + restore[0, place].item()]
+    hidden = (mask[0] == 1).nonzero().flatten()  # these are the mask token at their own position
+    tokens = model.mask_token[0] + model.decoder_pos_embed[0, 1 + hidden]
+    torch.testing.assert_close(prediction[0, hidden], model.decoder_pred(model.decoder_norm(tokens)))
 
 
 def batch(vocab=30, seed=0):
@@ -204,6 +207,18 @@ def test_the_report_sees_the_image():
     assert model(images, report, noise=noise)[1].item() != model(-images, report, noise=noise)[1].item()
     model(images, report, image=False, noise=noise)[1].backward()
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+def test_the_report_decoder_sees_the_mean_of_all_visible_patches():
+    _, (_, inputs, hidden, padding) = batch()
+    torch.manual_seed(0)
+    decoder = randomised(mrm.MRM(**TINY, vocab_size=30)).report_decoder.eval()
+    tokens = torch.randn(3, 5, 24, requires_grad=True)
+    logits = decoder(tokens, inputs, hidden, padding)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), tokens)
+    torch.testing.assert_close(gradient, gradient.mean(1, keepdim=True).expand_as(gradient))
+    assert gradient.abs().sum(-1).min() > 0
+    torch.testing.assert_close(decoder(tokens.flip(1), inputs, hidden, padding), logits)
 
 
 def test_report_dropout_acts_in_training_alone():
@@ -378,7 +393,7 @@ def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path
     assert [again[name] for name in losses] == [whole[name] for name in losses]
 
 
-@pytest.mark.parametrize("other", [dict(steps=6), dict(image_only=True), dict(seed=2), dict(mean=0.0),
+@pytest.mark.parametrize("other", [dict(image_only=True), dict(seed=2), dict(mean=0.0),
                                    dict(lr=1e-3), dict(preset="small"), dict(word_ratio=0.5)],
                          ids=lambda other: next(iter(other)))
 def test_resuming_with_other_options_is_refused(films, tmp_path, other):
@@ -422,3 +437,253 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
         hidden = masked.std(-1) < 1e-6
         assert hidden.sum() == 2 and torch.equal(masked[~hidden], restored[~hidden])
         torch.testing.assert_close(restored[~hidden], original[~hidden], atol=1e-5, rtol=0)
+
+
+def parts_with_gradient(model, loss):
+    """The parts of a model that a loss sends a gradient to."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_both_losses_reach_the_encoder_and_each_its_own_decoder_only(fresh):
+    images, report = batch()
+    torch.manual_seed(0)
+    model = mrm.MRM(**TINY, vocab_size=30)
+    model = model if fresh else randomised(model)
+    noise = torch.rand(3, 16)
+    encoder = {"cls_token", "patch_embed", "blocks", "norm"}
+    image_decoder = {"decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "decoder_pred"}
+    assert parts_with_gradient(model, model(images, report, noise=noise)[0]) == encoder | image_decoder
+    assert parts_with_gradient(model, model(images, report, noise=noise)[1]) == encoder | {"report_decoder"}
+    assert parts_with_gradient(model, model(images, report, image=False, noise=noise)[1]) == encoder | {"report_decoder"}
+    for parameter in model.report_decoder.parameters():
+        assert parameter.grad is not None and parameter.grad.any()
+    every = set(dict(model.named_parameters())) - {"pos_embed", "decoder_pos_embed"}
+    model.zero_grad(set_to_none=True)
+    sum(model(images, report, noise=noise)).backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == every
+
+
+def file_of(path, content):
+    torch.save(content, path)
+    return path
+
+
+def vit_tensors(**extra):
+    torch.manual_seed(3)
+    return randomised(mrm.ViT(16, 4, 1, 24, 2, 3)).state_dict() | extra
+
+
+WRAPPED = {"model": lambda t: {"model": t}, "state_dict": lambda t: {"state_dict": t, "epoch": 3},
+           "model_ema": lambda t: {"model_ema": t}, "a model that is a name": lambda t: {"model": "vit_b", "state_dict": t},
+           "teacher": lambda t: {"student": {}, "teacher": {"module.backbone." + n: x for n, x in t.items()} | {
+               "module.head.mlp.weight": torch.ones(3)}},
+           "compiled": lambda t: {"model": {"module._orig_mod." + n: x for n, x in t.items()}},
+           "encoder and decoder": lambda t: {"encoder." + n: x for n, x in t.items()} | {"decoder.blocks.0.w": torch.ones(2)},
+           "half precision": lambda t: {n: x.double() for n, x in t.items()} | {"epoch": 3}}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_usual_wrappings_are_opened(tmp_path, kind):
+    plain = vit_tensors()
+    tensors, saved = mrm.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
+    assert mrm.encoder_sizes(tensors, saved, "w.pt", 3) == dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
+    model = mrm.ViT(16, 4, 1, 24, 2, 3)
+    mrm.load_encoder(model, tensors, "w.pt")
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
+
+
+def test_several_encoders_in_a_file_are_refused(tmp_path):
+    both = {f"{part}.{name}": tensor for part in ("student", "momentum") for name, tensor in vit_tensors().items()}
+    with pytest.raises(data.InputError, match=r"expected one encoder, found several: 'momentum\.', 'student\.'"):
+        mrm.read_weights(file_of(tmp_path / "w.pt", both))
+
+
+@pytest.mark.parametrize("name", ["blocks.0.ls1.gamma", "blocks.1.attn.q_norm.weight", "reg_token", "register_tokens",
+                                  "norm_pre.weight", "blocks.0.attn.relative_position_bias_table", "rel_pos_bias.weight",
+                                  "dist_token", "patch_embed.norm.weight", "blocks.2.norm1.weight", "rope_embed.periods"])
+def test_tensors_that_would_change_the_result_are_refused_by_name(name):
+    with pytest.raises(data.InputError, match=rf"w\.pt: .*no place for {name}, which changes its result"):
+        mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**{name: torch.ones(24)}), "w.pt")
+
+
+def test_decoders_and_old_heads_may_be_left(capsys):
+    extra = {name: torch.ones(3) for name in ("decoder_blocks.0.ls1.gamma", "head.weight", "fc_norm.weight", "mask_token", "head_dist.bias")}
+    mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
+    assert "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, spoil, message", [
+    ("blocks.0.norm1.weight", lambda x: x / 0, "expected finite numbers, found NaN or infinity"),
+    ("cls_token", lambda x: x.double() * 1e300, "expected finite numbers"),
+    ("blocks.1.mlp.fc1.bias", lambda x: x.long(), "expected floating-point numbers, found torch.int64"),
+    ("pos_embed", lambda x: x.to_sparse(), "expected floating-point numbers"),
+    ("pos_embed", lambda x: x[:, 1:], r"expected positions \(1, 1 \+ n\*n, width\).* found \(1, 16, 24\)"),
+    ("pos_embed", lambda x: torch.cat([x, x[:, :1]], 1), r"found \(1, 18, 24\)"),
+    ("pos_embed", lambda x: x[:, :13], r"found \(1, 13, 24\)"), ("pos_embed", lambda x: x[0], r"found \(17, 24\)"),
+    ("patch_embed.proj.weight", lambda x: x[:, 0], "the encoder does not fit: patch_embed.proj.weight")])
+def test_tensors_that_are_no_weights_are_refused_by_name(name, spoil, message):
+    tensors = vit_tensors()
+    with pytest.raises(data.InputError, match=f"w.pt: .*{message}") as error:
+        mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), tensors | {name: spoil(tensors[name])}, "w.pt")
+    assert name in str(error.value)
+
+
+def test_heads_are_known_or_asked_for():
+    def sizes(dim, heads=None):
+        tensors = {"patch_embed.proj.weight": torch.ones(dim, 1, 4, 4), "pos_embed": torch.ones(1, 17, dim), "blocks.0.x": torch.ones(1)}
+        return mrm.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
+
+    assert [sizes(dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
+    assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
+    for dim in (64, 320, 1152):
+        with pytest.raises(data.InputError, match=f"weights of width {dim}; give it with --num-heads"):
+            sizes(dim)
+    for known in (dict(embed_dim=24), dict(img_size=16, patch_size=4, embed_dim=-24, depth=2, num_heads=3),
+                  dict(img_size="16", patch_size=4, embed_dim=24, depth=2, num_heads=3)):
+        with pytest.raises(data.InputError, match="w.pt: expected whole numbers above 0"):
+            mrm.encoder_sizes({}, {"sizes": known}, "w.pt")
+
+
+def test_a_run_goes_on_for_more_steps_and_never_for_fewer(films, tmp_path, capsys):
+    mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
+    with pytest.raises(data.InputError, match="expected at least the 2 steps of the run in .*last.pt, found 1"):
+        mrm.pretrain(record_run(films, tmp_path / "run", steps=1, resume=True))
+    result = mrm.pretrain(record_run(films, tmp_path / "run", steps=None, epochs=0.5, resume=True))  # 4 of 32 / 4
+    assert result["steps"] == 4 and "going on to 4 steps instead of 2; from step 3 on" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[3]["lr_of_step"] == pytest.approx(mrm.cosine_lr(3, 4, 0, result["lr"]))
+
+
+def test_resuming_on_other_records_is_refused(films, tmp_path):
+    import shutil
+
+    root = shutil.copytree(films, tmp_path / "films")
+    mrm.pretrain(record_run(root, tmp_path / "run", steps=1))
+    text = (root / "training.csv").read_text()
+    for other in (text.replace("film 3 ", "film 33 "), "\n".join(text.splitlines()[:-1])):
+        (root / "training.csv").write_text(other)
+        with pytest.raises(data.InputError, match=r"last\.pt: expected a run with the same records as now"):
+            mrm.pretrain(record_run(root, tmp_path / "run", steps=1, resume=True))
+
+
+def test_images_alone_need_no_reports(films, tmp_path):
+    import shutil
+
+    root = shutil.copytree(films, tmp_path / "films")
+    (root / "training.csv").write_text("image_path\n" + "".join(f"{i}.png\n" for i in range(40)))
+    result = mrm.pretrain(record_run(root, tmp_path / "run", steps=2, image_only=True))
+    assert result["report_loss"] == 0 and not (tmp_path / "run/tokenizer.tiktoken").exists()
+    again = mrm.pretrain(record_run(root, tmp_path / "run", steps=2, image_only=True, resume=True))
+    assert again["image_loss"] == result["image_loss"]
+    mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
+
+
+@pytest.mark.parametrize("options, still", [
+    (dict(), ()), (dict(accumulate=2), ()), (dict(report_only=True), ("decoder_", "mask_token"))], ids=["both", "passes", "reports"])
+def test_a_run_moves_every_network_that_it_trains(films, tmp_path, options, still):
+    mrm.pretrain(record_run(films, tmp_path / "run", steps=2, weight_decay=0.0, **options))
+    saved = data.load_checkpoint(tmp_path / "run/last.pt")
+    data.seed(0)
+    for name, fresh in mrm.MRM(**saved["arguments"]).named_parameters():
+        moved = not torch.equal(fresh, saved["model"][name])
+        assert moved == (fresh.requires_grad and not name.startswith(still)), name
+
+
+def test_a_run_knows_its_records(films, tmp_path, capsys):
+    mrm.pretrain(record_run(films, tmp_path / "run", steps=1))
+    mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
+    out = capsys.readouterr().out
+    assert f"records of {films}" in out and "drawing" not in out
+    assert (tmp_path / "run/reconstruction.png").exists()
+
+
+@pytest.mark.parametrize("options", [dict(lr=1e30, warmup=0.0), dict(base_lr=1e32, warmup=0.0)], ids=["lr", "base_lr"])
+def test_a_loss_that_is_not_finite_is_noticed_at_its_step(films, tmp_path, options, monkeypatch):
+    monkeypatch.setattr(data.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
+    with pytest.raises(data.InputError, match=r"step [23]: .* is not finite; lower --lr") as error:
+        mrm.pretrain(record_run(films, tmp_path / "run", steps=60, **options))
+    assert "\n" not in str(error.value)
+    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    assert state["step"] <= 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_the_message_of_a_bad_loss_names_step_and_files():
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(data.InputError, match=r"step 7: the loss is not finite.*: a\.png, b\.png$"):
+            mrm.check_finite(7, ["a.png", "c.png", "b.png"], [0, 2], loss=torch.tensor([1.0, bad]))
+    mrm.check_finite(7, [], [], loss=torch.ones(2), gradient=torch.ones(()))
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {repository!r})
+import torch, data, finetune, mrm
+def noise_of(images, p):
+    return (mrm.patchify(images, p).sum(-1) * 997) % 1
+encode = mrm.MRM.encode
+mrm.MRM.encode = lambda self, images, ratio, noise=None: encode(self, images, ratio, noise_of(images, self.patch_size))
+def hide(enc, tokens, words, ratio, generator=None):
+    hidden = torch.zeros_like(words, dtype=torch.bool)
+    hidden[:, 1:9:2] = True
+    return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
+data.hide_words = hide
+options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4, lr=1e-3,
+               batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
+if sys.argv[1] == "mrm":
+    mrm.pretrain(mrm.MRMConfig(holdout=8, **options))
+else:
+    finetune.finetune(finetune.FinetuneConfig(weights="scratch", method="full", evaluations=4, **options))
+"""
+
+
+@pytest.mark.parametrize("script", ["mrm", "finetune"])
+def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, script):
+    """With masks that depend on the image alone, half the batch in each of two processes, or in two passes, is the batch."""
+    import os
+    import shutil
+
+    root = shutil.copytree(films, tmp_path / "films")
+    rows = [f"{i}.png {i % 2}\n" for i in range(40)]
+    for part, lines in (("train", rows[:24]), ("val", rows[24:33]), ("test", rows[33:])):
+        (root / f"{part}_list.txt").write_text("".join(lines))
+    (tmp_path / "driver.py").write_text(DRIVER.format(repository=str(Path(mrm.__file__).parent), root=str(root)))
+    runs = {"one": ([], 8, 1), "two": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 4, 1),
+            "passes": ([], 4, 2)}
+    lines = {}
+    for name, (head, size, passes) in runs.items():
+        command = [sys.executable, *head, tmp_path / "driver.py", script, tmp_path / name, size, passes]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    losses = [key for key in lines["one"][0] if key.endswith(("loss", "auroc"))]
+    assert len(lines["one"]) == 4 and len(losses) == (4 if script == "mrm" else 3)
+    for other in ("two", "passes"):
+        for ours, theirs in zip(lines["one"], lines[other], strict=True):
+            assert [ours[key] for key in losses] == pytest.approx([theirs[key] for key in losses], rel=1e-4), other
+
+
+def test_ranks_draw_their_own_numbers():
+    drawn = []
+    for rank in (0, 1, 2):
+        torch.manual_seed(5)
+        mrm.seed_rank(5, rank)
+        drawn.append(torch.rand(4).tolist())
+    torch.manual_seed(5)
+    assert drawn[0] == torch.rand(4).tolist()  # one process alone goes on as it was seeded
+    assert len({tuple(row) for row in drawn}) == 3
+
+
+def test_held_out_losses_hide_the_same_every_time(films, tmp_path):
+    config = mrm.fill_options(record_run(films, tmp_path), 1)
+    records = mrm.load_records(config, *mrm.read_records(config), torch.device("cpu"))
+    model = mrm.MRM(**mrm.MODELS["tiny"], vocab_size=records.tokenizer.n_vocab)
+    autocast = mrm.autocast_for(config, model, torch.device("cpu"))
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        losses.append(mrm.evaluate(model, records, config, autocast))
+    assert losses[0] == losses[1]
