@@ -322,10 +322,6 @@ class Pool:
 # Hosts: the translation methods that registration can join
 
 
-def generator_sizes(config):
-    return {name: getattr(config, name) for name in ("width", "blocks", "downs", "kernel")}
-
-
 class NC(nn.Module):
     """One direction and the adversarial loss alone; with registration this is RegGAN's "NC + R".
 
@@ -340,18 +336,23 @@ class NC(nn.Module):
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
-        self.netG_A2B = Generator(in_chans, out_chans, **generator_sizes(config))
+        sizes = config.width, config.blocks, config.downs, config.kernel
+        self.netG_A2B = Generator(in_chans, out_chans, *sizes)
         self.netD_B = Discriminator(out_chans, config.width)
 
     def translate(self, a):
         return self.netG_A2B(a)
 
+    def seen(self, a, image):
+        """What D is shown of an image that belongs to a."""
+        return image
+
     def generator_losses(self, a, b):
         fake = self.netG_A2B(a)
-        return {"B": fake}, {"adversarial": lsgan(self.netD_B(fake), True)}
+        return {"B": fake}, {"adversarial": lsgan(self.netD_B(self.seen(a, fake)), True)}
 
     def discriminator_losses(self, a, b, fakes):
-        return {"d": contrast(self.netD_B, b, fakes["B"])}
+        return {"d": contrast(self.netD_B, self.seen(a, b), self.seen(a, fakes["B"]))}
 
 
 class Pix2Pix(NC):
@@ -366,14 +367,12 @@ class Pix2Pix(NC):
         super().__init__(config, in_chans, out_chans)
         self.netD_B = Discriminator(in_chans + out_chans, config.width)
 
-    def generator_losses(self, a, b):
-        fake = self.netG_A2B(a)
-        return {"B": fake}, {"adversarial": lsgan(self.netD_B(torch.cat((a, fake), 1)), True),
-                             "l1": 100 * F.l1_loss(fake, b)}
+    def seen(self, a, image):
+        return torch.cat((a, image), 1)
 
-    def discriminator_losses(self, a, b, fakes):
-        real, fake = torch.cat((a, b), 1), torch.cat((a, fakes["B"]), 1)
-        return {"d": contrast(self.netD_B, real, fake)}
+    def generator_losses(self, a, b):
+        fakes, losses = super().generator_losses(a, b)
+        return fakes, losses | {"l1": 100 * F.l1_loss(fakes["B"], b)}
 
 
 class Cycle(NC):
@@ -389,7 +388,8 @@ class Cycle(NC):
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
-        self.netG_B2A = Generator(out_chans, in_chans, **generator_sizes(config))
+        sizes = config.width, config.blocks, config.downs, config.kernel
+        self.netG_B2A = Generator(out_chans, in_chans, *sizes)
         self.netD_A = Discriminator(in_chans, config.width)
         self.identity = config.identity if in_chans == out_chans else 0.0
 
@@ -474,19 +474,17 @@ class Config(RunConfig):
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
-    noise: float = option(None, "misalignment that is added: rotation up to n degrees, shift and "
-                          "zoom 2n % (default: 3 on the demo pairs, none on your own)",
-                          within="[0, 25]")
-    elastic: float = option(None, "bending on top: standard deviation in % of the image side "
+    noise: float = option(None, "added misalignment: rotation to n degrees, shift and zoom to 2n % "
+                          "(default: 3 on the demo pairs, none on your own)", within="[0, 25]")
+    elastic: float = option(None, "added bending: standard deviation in % of the image side "
                             "(default: none)", within="[0, 25]")
-    size: int = option(0, "pixels a side to scale images to, 32 or more (0: as they are)",
+    size: int = option(0, "pixels a side, 32 or more, to scale to (0: as they are)",
                        within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
     improved: bool = option(False, "the registration network and losses that go beyond the paper")
     width: int = option(None, "channels of the first layer", within="[1, 1024]")
-    kernel: int = option(None, "side of the generator's first and last kernels, odd",
-                         within="[1, 31]")
+    kernel: int = option(None, "odd side of G's first and last kernels", within="[1, 31]")
     downs: int = option(None, "times the generator halves the image", within="[0, 4]")
     blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
     accumulate: int = option(1, "batches whose gradients add up to one step", within="[1, inf)")
@@ -497,15 +495,14 @@ class Config(RunConfig):
     pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
     correction: float = option(None, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
-    identity: float = option(None, "weight of CycleGAN's |G(b) - b|, if A and B have as many "
-                             "channels as each other", within="[0, inf)")
-    drift: float = option(None, "weight of the mean flow, squared, in % of the sides",
+    identity: float = option(None, "weight of CycleGAN's |G(b) - b|, where A has as many channels "
+                             "as B", within="[0, inf)")
+    drift: float = option(None, "weight of the squared mean flow, % of the sides",
                           within="[0, inf)")
-    synthetic: float = option(None, "weight of R's error, in % of the sides, on known motion",
+    synthetic: float = option(None, "weight of R's error on known motion, % of the sides",
                               within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
-    compare: bool = option(False, "train all hosts at all levels; goes on where it stopped",
-                           free=True)
+    compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r "
                         "with registration", free=True)
     levels: str = option("0,3,5,elastic", "its columns: --noise; elastic: level 0, 3 % bending; or "
@@ -539,12 +536,12 @@ def complete(config):
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
         added["noise"] = 0.0 if config.elastic else None
     config = data.fill(config, preset | added)
-    if 0 < config.size < 32:
-        raise InputError("--size", "0, or 32 pixels or more", config.size)
-    if config.kernel % 2 == 0:
-        raise InputError("--kernel", "an odd number", config.kernel)
-    if config.host == "nice" and config.downs not in (1, 2):
-        raise InputError("--downs", "1 or 2, which is what nice takes", config.downs)
+    for wrong, flag, expected in (
+            (0 < config.size < 32, "size", "0, or 32 pixels or more"),
+            (config.kernel % 2 == 0, "kernel", "an odd number"),
+            (config.host == "nice" and config.downs not in (1, 2), "downs", "1 or 2 with nice")):
+        if wrong:
+            raise InputError(f"--{flag}", expected, getattr(config, flag))
     return config
 
 
@@ -621,7 +618,7 @@ class Run:
         self.per_step = config.batch_size * config.accumulate  # of this process
         self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
-        self.step, self.best, self.seconds, self.speed = 0, math.inf, 0.0, {}
+        self.step, self.best, self.speed, self.start = 0, math.inf, {}, time.time()
 
     def adam(self, rates):
         groups = [{"params": trainable(self.model, part), "peak": rate}
@@ -652,16 +649,15 @@ class Run:
         return {"model": self.model.state_dict(), "config": dataclasses.asdict(self.config),
                 **self.images}
 
-    def save(self, seconds):
+    def save(self):
         """Writes last.pt. Every process calls this, for each has pools and random numbers of its
         own. Raises InputError for weights that are not finite: the checkpoint before stays."""
         for name, weight in self.model.state_dict().items():
             if not weight.isfinite().all():
                 raise InputError(f"step {self.step}: {name} is not finite: lower --lr; "
                                  f"{self.out / 'last.pt'} holds the state before")
-        own = {"random": data.random_state(),
-               "pools": {side: torch.stack(pool.images) if pool.images else None
-                         for side, pool in self.pools.items()}}
+        own = {"random": data.random_state(), "pools": {
+            side: [image.clone() for image in pool.images] for side, pool in self.pools.items()}}
         ranks = [own] * self.world
         if self.world > 1:
             torch.distributed.all_gather_object(ranks, own)
@@ -669,7 +665,7 @@ class Run:
             save_checkpoint(self.out / "last.pt", self.weights() | {
                 "opt_g": self.opt_g.state_dict(), "opt_d": self.opt_d.state_dict(),
                 "ranks": ranks, "facts": self.facts, "steps": self.steps, "step": self.step,
-                "best": self.best, "seconds": seconds, "speed": self.speed})
+                "best": self.best, "speed": self.speed, "seconds": time.time() - self.start})
 
     def resume(self):
         """Goes on from last.pt. More steps than it was planned for are allowed. Raises InputError
@@ -685,15 +681,13 @@ class Run:
             if self.steps < state["step"]:
                 raise InputError("--steps or --epochs", f"at least the {state['step']} steps that "
                                  f"{path} has taken", f"{self.steps} steps")
-            self.model.load_state_dict(state["model"])
-            self.opt_g.load_state_dict(state["opt_g"])
-            self.opt_d.load_state_dict(state["opt_d"])
+            for name in ("model", "opt_g", "opt_d"):
+                getattr(self, name).load_state_dict(state[name])
             own = state["ranks"][self.rank]
             for side, pool in self.pools.items():
-                pool.images = [] if own["pools"][side] is None else \
-                    list(own["pools"][side].to(self.device))
-            self.step, self.best, self.seconds, self.speed = (
-                state[name] for name in ("step", "best", "seconds", "speed"))
+                pool.images = [image.to(self.device) for image in own["pools"][side]]
+            self.step, self.best, self.speed = state["step"], state["best"], state["speed"]
+            self.start -= state["seconds"]
             data.set_random_state(own["random"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
@@ -746,7 +740,7 @@ def validate(run, val, log, epoch):
         print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
         if better:
             save_checkpoint(run.out / "best.pt", run.weights())
-    run.save(time.time() - log.start)
+    run.save()
 
 
 def loop(run, val, log):
@@ -755,7 +749,7 @@ def loop(run, val, log):
     every = max(per_epoch, steps // 10)
     batches = run.batches(run.pairs, run.step, config.workers)
     batches = data.Timed(batches, run.device, run.world)
-    with data.Saving(lambda step: run.save(time.time() - log.start), run.world) as saving:
+    with data.Saving(lambda step: run.save(), run.world) as saving:
         while run.step < steps:
             a, b = (x.to(run.device) for x in next(batches))
             run.set_rates()
@@ -803,8 +797,7 @@ def finish(run, test, log):
 
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
-    start = time.time()
-    config = complete(config)
+    start, config = time.time(), complete(config)
     device, rank, world = data.join(config)
     if rank == 0:
         data.check_writable(config.out or "runs/reggan")
@@ -813,10 +806,11 @@ def train(config):
     facts = {"names of the pairs": hashlib.sha256(names.encode()).hexdigest(),
              "number of processes": world}
     run = Run(config, pairs, device, rank, world, facts)
+    run.start = start
     if config.resume:
         run.resume()
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
-    log = RunLog(run.out, config, rank, config.resume, start - run.seconds)
+    log = RunLog(run.out, config, rank, config.resume, run.start)
     if rank == 0:
         print(motion_in_words(config))
     loop(run, val, log)
@@ -853,11 +847,9 @@ def draw_run(run, aligned, moved, rows=4):
     curves = {}
     for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
         values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
-        for name, value in values.items():
-            if name not in ("step", "epoch", "lr", "seconds"):
-                xs, ys = curves.setdefault(name, ([], []))
-                xs.append(line["epoch"])
-                ys.append(value)
+        for name in values.keys() - {"step", "epoch", "lr", "seconds"}:
+            curves.setdefault(name, []).append((line["epoch"], values[name]))
+    curves = {name: tuple(zip(*points)) for name, points in sorted(curves.items())}
     title = run.config.host + " + R" if run.config.reg else run.config.host
     data.save_plot(run.out / "curves.png", curves, title, "epoch", "loss")
 
@@ -867,27 +859,27 @@ def load_generator(path):
     generator (netG_A2B.pth). Raises InputError for any other file."""
     path = Path(path)
     state = load_checkpoint(path / "best.pt" if path.is_dir() else path)
-    if "model_head.1.weight" in state:
-        width, in_chans = state["model_head.1.weight"].shape[:2]
-        blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
-        config = complete(Config(paper=True, width=width, blocks=blocks))
-        model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
-        translate = model
-    elif "model" in state and "config" in state:
-        unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
-        if unknown:
-            raise InputError(f"{path}: trained with options that this reggan.py has not "
-                             f"({', '.join(sorted(unknown))}): train again")
-        config, in_chans = complete(Config(**state["config"])), state["in_chans"]
-        model = build(config, in_chans, state["out_chans"], state["shape"])
-        translate, state = model.translate, state["model"]
-    else:
-        raise InputError(path, "a checkpoint of reggan.py or a Reg-GAN generator", "other keys")
+    unknown = set(state.get("config", ())) - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise InputError(f"{path}: trained with options that this reggan.py has not "
+                         f"({', '.join(sorted(unknown))}): train again")
     try:
+        if "model_head.1.weight" in state:
+            width, in_chans = state["model_head.1.weight"].shape[:2]
+            blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
+            config = complete(Config(paper=True, width=width, blocks=blocks))
+            model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
+            translate = model
+        else:
+            config, in_chans = complete(Config(**state["config"])), state["in_chans"]
+            model = build(config, in_chans, state["out_chans"], state["shape"])
+            translate, state = model.translate, state["model"]
         model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: the weights do not fit: {reason}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InputError(path, "a checkpoint of reggan.py or a Reg-GAN generator",
+                         " ".join(repr(error).split())[:200]) from None
+    if not all(weight.isfinite().all() for weight in state.values()):
+        raise InputError(path, "finite weights", "NaN or infinity")
     return model, translate, config, in_chans
 
 
@@ -933,18 +925,14 @@ def compare(config):
     keys = {f"{row}_{level}_{seed}": {"row": row, "level": level, "seed": seed}
             for seed in seeds for level in levels for row in rows}
     cells, table = {name: cell_config(config, **key) for name, key in keys.items()}, []
+    _, rank, _ = data.join(config)
     for name, result in data.run_cells(out / "cells", cells, train):
         table.append(keys[name] | result)
-        if first_process():
+        if rank == 0:
             write_tables(out, table, rows, levels)
-    if first_process():
+    if rank == 0:
         print((out / "table.md").read_text())
     return table
-
-
-def first_process():
-    """Whether this process writes and speaks: under torchrun one does."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def cell_config(config, row, level, seed):
@@ -1279,7 +1267,7 @@ def main():
         compare(config)
     else:
         result = train(config)
-        if first_process():
+        if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks
             print(json.dumps(result, indent=1))
     if torch.distributed.is_initialized():  # else its threads may end after what they use
         torch.distributed.destroy_process_group()
