@@ -689,7 +689,7 @@ class Run:
             self.step, self.best, self.speed = state["step"], state["best"], state["speed"]
             self.start -= state["seconds"]
             data.set_random_state(own["random"])
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
         if self.rank:
             return
@@ -875,7 +875,7 @@ def load_generator(path):
             model = build(config, in_chans, state["out_chans"], state["shape"])
             translate, state = model.translate, state["model"]
         model.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(path, "a checkpoint of reggan.py or a Reg-GAN generator",
                          " ".join(repr(error).split())[:200]) from None
     if not all(weight.isfinite().all() for weight in state.values()):
