@@ -41,7 +41,7 @@ def write_pairs(root):
 def run(root, out, **options):
     """One call of the script: it goes on where there is a checkpoint."""
     reggan.train(reggan.Config(root=str(root), out=str(out), device="cpu", dtype="fp32", improved=True, noise=2.0,
-                               width=4, blocks=1, batch_size=2, steps=12, pool=3,
+                               width=4, blocks=1, batch_size=2, steps=9, pool=3,
                                resume=(Path(out) / "last.pt").exists(), **options))
 
 
