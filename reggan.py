@@ -36,7 +36,9 @@ too, and in the small networks NC + R has the pool as well.
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx.
 """
+import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -228,43 +230,67 @@ def registration_losses(model, config, a, b, fake):
 
 
 def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext, world=1):
-    """One step down: G and R together, then D. Returns the losses.
+    """One step down: G and R together, then D. Returns the losses, means over all processes.
 
     G and R go down (D(G(a)) - 1)^2 + 20 correction + 10 smoothness, D goes down `contrast`; another
-    host than NC puts its own losses in the place of the adversarial one.
+    host than NC puts its own losses in the place of the adversarial one. With --accumulate n the
+    batch is taken in n parts, whose gradients add up.
     """
+    parts, fakes, total = list(zip(*(x.chunk(config.accumulate) for x in (a, b)))), [], {}
     set_trainable(opt_d, False)  # D only judges here: its weights need no gradient
-    with autocast():
-        fakes, losses = model.generator_losses(a, b)  # fakes["B"] is G(a)
-        losses |= registration_losses(model, config, a, b, fakes["B"])
-    descend(losses, opt_g, world)  # one optimiser holds G and R: both go down the same sum
+    opt_g.zero_grad(set_to_none=True)
+    for part in parts:
+        with autocast():
+            fake, losses = model.generator_losses(*part)  # fake["B"] is G(a)
+            losses |= registration_losses(model, config, *part, fake["B"])
+        backward(losses, len(part[0]) / len(a), total)
+        # The fakes are detached: what D learns from them must not flow back into G.
+        fakes.append({side: pools[side](image.detach()) for side, image in fake.items()})
+    descend(opt_g, world)  # one optimiser holds G and R: both go down the same sum
     set_trainable(opt_d, True)
-    # The fakes are detached: what D learns from them must not flow back into G.
-    fakes = {side: pools[side](fake.detach()) for side, fake in fakes.items()}
-    with autocast():
-        d_losses = model.discriminator_losses(a, b, fakes)
-    descend(d_losses, opt_d, world)
-    return {name: loss.detach() for name, loss in (losses | d_losses).items()}
+    opt_d.zero_grad(set_to_none=True)
+    for part, fake in zip(parts, fakes):
+        with autocast():
+            losses = model.discriminator_losses(*part, fake)
+        backward(losses, len(part[0]) / len(a), total)
+    descend(opt_d, world)
+    shared = list(total.values())
+    if config.reg and config.drift:
+        shared.append(model.registration.mean)  # the running mean of all processes' flows
+    average(shared, world)
+    return total
 
 
 def set_trainable(optimizer, trainable):
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(trainable)
+    for parameter in parameters_of(optimizer):
+        parameter.requires_grad_(trainable)
 
 
-def descend(losses, optimizer, world):
-    """One optimiser step on the sum of the losses; under torchrun with the mean gradient."""
-    optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    if world > 1:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])  # one message for all of them
-        torch.distributed.all_reduce(flat)
-        for grad, mean in zip(grads, (flat / world).split([grad.numel() for grad in grads])):
-            grad.copy_(mean.view_as(grad))
+def parameters_of(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def backward(losses, share, total):
+    """Adds the gradients of a `share` of the batch, and its losses to the dict `total`."""
+    (share * sum(losses.values())).backward()
+    for name, loss in losses.items():
+        total[name] = total.get(name, 0) + share * loss.detach()
+
+
+def descend(optimizer, world):
+    """One optimiser step; under torchrun with the mean gradient."""
+    average([p.grad for p in parameters_of(optimizer) if p.grad is not None], world)
     optimizer.step()
+
+
+def average(tensors, world):
+    """Makes each tensor its mean over the processes, in one message for all of them."""
+    if world > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        means = (flat / world).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
 
 
 class Pool:
@@ -296,10 +322,6 @@ class Pool:
 # Hosts: the translation methods that registration can join
 
 
-def generator_sizes(config):
-    return {name: getattr(config, name) for name in ("width", "blocks", "downs", "kernel")}
-
-
 class NC(nn.Module):
     """One direction and the adversarial loss alone; with registration this is RegGAN's "NC + R".
 
@@ -314,18 +336,23 @@ class NC(nn.Module):
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
-        self.netG_A2B = Generator(in_chans, out_chans, **generator_sizes(config))
+        sizes = config.width, config.blocks, config.downs, config.kernel
+        self.netG_A2B = Generator(in_chans, out_chans, *sizes)
         self.netD_B = Discriminator(out_chans, config.width)
 
     def translate(self, a):
         return self.netG_A2B(a)
 
+    def seen(self, a, image):
+        """What D is shown of an image that belongs to a."""
+        return image
+
     def generator_losses(self, a, b):
         fake = self.netG_A2B(a)
-        return {"B": fake}, {"adversarial": lsgan(self.netD_B(fake), True)}
+        return {"B": fake}, {"adversarial": lsgan(self.netD_B(self.seen(a, fake)), True)}
 
     def discriminator_losses(self, a, b, fakes):
-        return {"d": contrast(self.netD_B, b, fakes["B"])}
+        return {"d": contrast(self.netD_B, self.seen(a, b), self.seen(a, fakes["B"]))}
 
 
 class Pix2Pix(NC):
@@ -340,14 +367,12 @@ class Pix2Pix(NC):
         super().__init__(config, in_chans, out_chans)
         self.netD_B = Discriminator(in_chans + out_chans, config.width)
 
-    def generator_losses(self, a, b):
-        fake = self.netG_A2B(a)
-        return {"B": fake}, {"adversarial": lsgan(self.netD_B(torch.cat((a, fake), 1)), True),
-                             "l1": 100 * F.l1_loss(fake, b)}
+    def seen(self, a, image):
+        return torch.cat((a, image), 1)
 
-    def discriminator_losses(self, a, b, fakes):
-        real, fake = torch.cat((a, b), 1), torch.cat((a, fakes["B"]), 1)
-        return {"d": contrast(self.netD_B, real, fake)}
+    def generator_losses(self, a, b):
+        fakes, losses = super().generator_losses(a, b)
+        return fakes, losses | {"l1": 100 * F.l1_loss(fakes["B"], b)}
 
 
 class Cycle(NC):
@@ -363,7 +388,8 @@ class Cycle(NC):
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
-        self.netG_B2A = Generator(out_chans, in_chans, **generator_sizes(config))
+        sizes = config.width, config.blocks, config.downs, config.kernel
+        self.netG_B2A = Generator(out_chans, in_chans, *sizes)
         self.netD_A = Discriminator(in_chans, config.width)
         self.identity = config.identity if in_chans == out_chans else 0.0
 
@@ -421,8 +447,9 @@ def registration_metrics(flow, true_flow, real):
     """Of flows (B, 2, H, W) in pixels, a dict of (B,) tensors.
 
     registration_error is the mean length of flow - true_flow over the foreground of real, and
-    misalignment the same of a zero flow. folding is the share of pixels where the map p + flow(p)
-    has a Jacobian determinant <= 0 (forward differences): there the flow turns the image over.
+    misalignment the same of a zero flow; they are left out where true_flow is None. folding is the
+    share of pixels where the map p + flow(p) has a Jacobian determinant <= 0 (forward differences):
+    there the flow turns the image over.
     """
     inside = (real != -1).any(1)
 
@@ -431,9 +458,11 @@ def registration_metrics(flow, true_flow, real):
 
     dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]          # (B, 2, H-1, W-1)
     determinant = (1 + dy[:, 0]) * (1 + dx[:, 1]) - dy[:, 1] * dx[:, 0]
-    return {"registration_error": mean_length(flow - true_flow),
-            "misalignment": mean_length(true_flow),
-            "folding": (determinant <= 0).double().mean((1, 2))}
+    scores = {"folding": (determinant <= 0).double().mean((1, 2))}
+    if true_flow is not None:
+        scores = {"registration_error": mean_length(flow - true_flow),
+                  "misalignment": mean_length(true_flow)} | scores
+    return scores
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,18 +474,20 @@ class Config(RunConfig):
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
-    noise: float = option(3.0, "level n of misalignment: rotation n degrees, shift and zoom 2n %",
-                          within="[0, 25]")
-    elastic: float = option(0.0, "bending on top: standard deviation in % of the image side",
-                            within="[0, inf)")
-    size: int = option(0, "pixels a side to scale images to (0: as they are)", within="[0, inf)")
+    noise: float = option(None, "added misalignment: rotation to n degrees, shift and zoom to 2n % "
+                          "(default: 3 on the demo pairs, none on your own)", within="[0, 25]")
+    elastic: float = option(None, "added bending: standard deviation in % of the image side "
+                            "(default: none)", within="[0, 25]")
+    size: int = option(0, "pixels a side, 32 or more, to scale to (0: as they are)",
+                       within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
     improved: bool = option(False, "the registration network and losses that go beyond the paper")
-    width: int = option(None, "channels of the first layer", within="[1, inf)")
-    kernel: int = option(None, "side of the generator's first and last kernels", within="[1, inf)")
-    downs: int = option(None, "times the generator halves the image", within="[0, inf)")
-    blocks: int = option(None, "residual blocks of the generator", within="[0, inf)")
+    width: int = option(None, "channels of the first layer", within="[1, 1024]")
+    kernel: int = option(None, "odd side of G's first and last kernels", within="[1, 31]")
+    downs: int = option(None, "times the generator halves the image", within="[0, 4]")
+    blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
+    accumulate: int = option(1, "batches whose gradients add up to one step", within="[1, inf)")
     reg_net: str = option(None, "registration network: the paper's unet, or from coarse to fine",
                           choices=["unet", "coarse"])
     reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
@@ -464,19 +495,18 @@ class Config(RunConfig):
     pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
     correction: float = option(None, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
-    identity: float = option(None, "weight of CycleGAN's |G(b) - b|, if A and B have as many "
-                             "channels as each other", within="[0, inf)")
-    drift: float = option(None, "weight of the mean flow, squared, in % of the sides",
+    identity: float = option(None, "weight of CycleGAN's |G(b) - b|, where A has as many channels "
+                             "as B", within="[0, inf)")
+    drift: float = option(None, "weight of the squared mean flow, % of the sides",
                           within="[0, inf)")
-    synthetic: float = option(None, "weight of R's error, in % of the sides, on known motion",
+    synthetic: float = option(None, "weight of R's error on known motion, % of the sides",
                               within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
-    compare: bool = option(False, "train all hosts at all levels; goes on where it stopped",
-                           free=True)
+    compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r "
                         "with registration", free=True)
-    levels: str = option("0,3,5,elastic", "its columns: --noise, or elastic: level 0, 3 % bending",
-                         free=True)
+    levels: str = option("0,3,5,elastic", "its columns: --noise; elastic: level 0, 3 % bending; or "
+                         "none: your own pairs as they are", free=True)
     seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
     translate: str = option("", "translate this folder with --weights into --out", free=True)
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
@@ -502,10 +532,26 @@ def complete(config):
     if config.paper:
         unpooled = config.host == "nc" and config.reg  # the official NC + R keeps no old fakes
         preset = PAPER | {"pool": 0} if unpooled else PAPER
-    config = data.fill(config, preset)
-    if config.host == "nice" and config.downs not in (1, 2):
-        raise InputError("--downs", "1 or 2, which is what nice takes", config.downs)
+    added = {"noise": 3.0, "elastic": 0.0}
+    if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
+        added["noise"] = 0.0 if config.elastic else None
+    config = data.fill(config, preset | added)
+    for wrong, flag, expected in (
+            (0 < config.size < 32, "size", "0, or 32 pixels or more"),
+            (config.kernel % 2 == 0, "kernel", "an odd number"),
+            (config.host == "nice" and config.downs not in (1, 2), "downs", "1 or 2 with nice")):
+        if wrong:
+            raise InputError(f"--{flag}", expected, getattr(config, flag))
     return config
+
+
+def motion_in_words(config):
+    """What a run adds to its pairs, for whoever reads its output."""
+    if config.noise is None:
+        return "the pairs are used as they are, those of val and test as aligned (--noise N moves)"
+    bending = f" and bending of {config.elastic:g} %" if config.elastic else ""
+    return (f"added to the training pairs: misalignment of level {config.noise:g}{bending}, anew "
+            "in every epoch; misalignment and registration_error are of this added motion")
 
 
 def build(config, in_chans, out_chans, size):
@@ -535,8 +581,8 @@ def make_pairs(config, part, misaligned=False, with_flow=True):
 
 
 def records(config):
-    """(training pairs, val, test): val and test hold aligned pairs, on which G is judged, and
-    misaligned ones, on which R is. Test is val where the data has no test/."""
+    """(training pairs, val, test): val and test hold the pairs as they are, on which G is judged,
+    and moved as in training, on which R is. Test is val where the data has no test/."""
     pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
     last = "test" if (pairs.folder.parent / "test").is_dir() else "val"
     val, test = ([make_pairs(config, part), make_pairs(config, part, misaligned=True)]
@@ -550,24 +596,29 @@ def records(config):
 
 
 class Run:
-    """The networks, optimisers and counters of a run on the training pairs `pairs`."""
+    """The networks, optimisers and counters of a run on the training pairs `pairs`. `facts` are
+    what it is made of beside its options."""
 
-    def __init__(self, config, pairs, device, rank, world):
+    def __init__(self, config, pairs, device, rank=0, world=1, facts=None):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.out = Path(config.out or "runs/reggan")
+        self.out, self.pairs, self.facts = Path(config.out or "runs/reggan"), pairs, facts or {}
         self.autocast = data.autocast(config, device)
         self.images = {"in_chans": pairs.in_chans, "out_chans": pairs.out_chans,
                        "shape": list(pairs.shape)}
+        data.seed(config.seed)
         self.model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
+        if rank:  # the processes start from the same weights, then draw numbers of their own
+            data.seed(data.seeded(config.seed, rank).initial_seed() % 2**32)
         rates = {"netG": config.lr}
         if config.reg:
             rates["registration"] = config.reg_lr
         self.opt_g, self.opt_d = self.adam(rates), self.adam({"netD": config.lr})
         size = config.pool if self.model.pooled else 0
         self.pools = {side: Pool(size) for side in ("A", "B")}
-        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / config.batch_size)
+        self.per_step = config.batch_size * config.accumulate  # of this process
+        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
-        self.step, self.best, self.seconds = 0, math.inf, 0.0
+        self.step, self.best, self.speed, self.start = 0, math.inf, {}, time.time()
 
     def adam(self, rates):
         groups = [{"params": trainable(self.model, part), "peak": rate}
@@ -580,45 +631,91 @@ class Run:
         for group in self.opt_g.param_groups + self.opt_d.param_groups:
             group["lr"] = group["peak"] * factor
 
+    def batches(self, pairs, start, workers=0):
+        """This process's training batches from the step `start` on."""
+        epochs = math.ceil(self.steps / self.per_epoch)
+        return pairs.batches(self.per_step, epochs, True, self.config.seed, start, self.rank,
+                             self.world, workers)
+
+    def files(self):
+        """The names of the pairs in this process's last batch."""
+        rows = copy.copy(self.pairs)
+        rows.item = lambda epoch, index: [torch.tensor(index)]
+        (last,) = next(self.batches(rows, self.step - 1))
+        return ", ".join(self.pairs.names[i] for i in last[:8]) + ", ..." * (len(last) > 8)
+
     def weights(self):
         """What best.pt holds and `load_generator` reads."""
         return {"model": self.model.state_dict(), "config": dataclasses.asdict(self.config),
                 **self.images}
 
-    def save(self, seconds):
-        save_checkpoint(self.out / "last.pt", self.weights() | {
-            "opt_g": self.opt_g.state_dict(), "opt_d": self.opt_d.state_dict(),
-            "pools": {side: pool.images for side, pool in self.pools.items()},
-            "step": self.step, "best": self.best, "seconds": seconds,
-            "random": data.random_state()})
+    def save(self):
+        """Writes last.pt. Every process calls this, for each has pools and random numbers of its
+        own. Raises InputError for weights that are not finite: the checkpoint before stays."""
+        for name, weight in self.model.state_dict().items():
+            if not weight.isfinite().all():
+                raise InputError(f"step {self.step}: {name} is not finite: lower --lr; "
+                                 f"{self.out / 'last.pt'} holds the state before")
+        own = {"random": data.random_state(), "pools": {
+            side: [image.clone() for image in pool.images] for side, pool in self.pools.items()}}
+        ranks = [own] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(ranks, own)
+        if self.rank == 0:
+            save_checkpoint(self.out / "last.pt", self.weights() | {
+                "opt_g": self.opt_g.state_dict(), "opt_d": self.opt_d.state_dict(),
+                "ranks": ranks, "facts": self.facts, "steps": self.steps, "step": self.step,
+                "best": self.best, "speed": self.speed, "seconds": time.time() - self.start})
 
     def resume(self):
-        path = self.out / "last.pt"
+        """Goes on from last.pt. More steps than it was planned for are allowed. Raises InputError
+        where another option, the pairs or the number of processes differ."""
+        path, config = self.out / "last.pt", self.config
         state = load_checkpoint(path)
-        data.check_same(state["config"], self.config, path)
-        self.model.load_state_dict(state["model"])
-        self.opt_g.load_state_dict(state["opt_g"])
-        self.opt_d.load_state_dict(state["opt_d"])
-        for side, pool in self.pools.items():
-            pool.images = [image.to(self.device) for image in state["pools"][side]]
-        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
-        data.set_random_state(state["random"])
+        planned = {"steps": config.steps, "epochs": config.epochs}
+        try:
+            data.check_same(state["config"] | planned, config, path)
+            for name, value in self.facts.items():
+                if state["facts"][name] != value:
+                    raise InputError(path, f"a run with the same {name} as now", "one with another")
+            if self.steps < state["step"]:
+                raise InputError("--steps or --epochs", f"at least the {state['step']} steps that "
+                                 f"{path} has taken", f"{self.steps} steps")
+            for name in ("model", "opt_g", "opt_d"):
+                getattr(self, name).load_state_dict(state[name])
+            own = state["ranks"][self.rank]
+            for side, pool in self.pools.items():
+                pool.images = [image.to(self.device) for image in own["pools"][side]]
+            self.step, self.best, self.speed = state["step"], state["best"], state["speed"]
+            self.start -= state["seconds"]
+            data.set_random_state(own["random"])
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
+        if self.rank:
+            return
+        if self.steps != state["steps"]:
+            print(f"{path}: going on to {self.steps} steps instead of {state['steps']}; from step "
+                  f"{self.step + 1} on the learning rates are those of a run of {self.steps} steps")
+        # Lines of steps that were taken after the checkpoint are written again.
+        lines = [line for line in data.read_text(self.out / "log.jsonl").splitlines(True)
+                 if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
+        data.atomic_write(self.out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
 
 
 @torch.no_grad()
-def evaluate(run, aligned, misaligned):
-    """Metrics of G on aligned pairs and of R on misaligned ones, means over images: a dict."""
+def evaluate(run, aligned, moved):
+    """Metrics of G on aligned pairs and of R on moved ones, means over images: a dict."""
     run.model.eval()
     scores = []
-    for pairs in [aligned, misaligned] if run.config.reg else [aligned]:
+    for of_r, pairs in enumerate([aligned, moved] if run.config.reg else [aligned]):
         batches = pairs.batches(run.config.batch_size, rank=run.rank, world=run.world)
-        for a, b, *true_flow in batches:
-            a, b = a.to(run.device), b.to(run.device)
+        for a, b, *flows in batches:
+            a, b, *flows = (x.to(run.device) for x in (a, b, *flows))
             with run.autocast():
                 fake = run.model.translate(a)
-                flow = run.model.registration(fake, b) if true_flow else None
-            if true_flow:
-                values = registration_metrics(flow, true_flow[0].to(run.device), b)
+                flow = run.model.registration(fake, b) if of_r else None
+            if of_r:
+                values = registration_metrics(flow, flows[0] if flows else None, b)
             else:
                 values = metrics(fake, b)
             scores += [(name, float(v)) for name, column in values.items() for v in column]
@@ -637,47 +734,45 @@ def validate(run, val, log, epoch):
     log.line(step=run.step, epoch=epoch, val=scores)
     better = scores["mae"] < run.best
     run.best = min(run.best, scores["mae"])
-    if run.rank != 0:
-        return
-    names = ("mae", "psnr", "ssim", "registration_error", "misalignment")
-    shown = [f"{name} {scores[name]:.4g}" for name in names if name in scores]
-    print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
-    if better:
-        save_checkpoint(run.out / "best.pt", run.weights())
-    run.save(time.time() - log.start)
+    if run.rank == 0:
+        names = ("mae", "psnr", "ssim", "registration_error", "misalignment")
+        shown = [f"{name} {scores[name]:.4g}" for name in names if name in scores]
+        print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
+        if better:
+            save_checkpoint(run.out / "best.pt", run.weights())
+    run.save()
 
 
-def loop(run, pairs, val, log):
-    """Trains from run.step to the end. Returns what Timed says of the loop's speed."""
-    config = run.config
-    steps, per_epoch = run.steps, run.per_epoch
+def loop(run, val, log):
+    """Trains from run.step to the end."""
+    config, steps, per_epoch = run.config, run.steps, run.per_epoch
     every = max(per_epoch, steps // 10)
-    batches = pairs.batches(config.batch_size, math.ceil(steps / per_epoch), True, config.seed,
-                            run.step, run.rank, run.world, config.workers)
+    batches = run.batches(run.pairs, run.step, config.workers)
     batches = data.Timed(batches, run.device, run.world)
-    while run.step < steps:
-        a, b = next(batches)
-        run.set_rates()
-        # G is asked for b from misaligned pairs: R, inside the step, explains the misalignment.
-        losses = training_step(run.model, config, a.to(run.device), b.to(run.device), run.opt_g,
-                               run.opt_d, run.pools, run.autocast, run.world)
-        run.step += 1
-        epoch = run.step / per_epoch
-        # Reading a loss makes the GPU finish its work, so it is done three times an epoch only.
-        if run.step % max(1, per_epoch // 3) == 0 or run.step == steps:
-            values = {name: float(loss) for name, loss in losses.items()}
-            # A GAN that diverges does not recover, and NaN would overwrite the checkpoint.
+    with data.Saving(lambda step: run.save(), run.world) as saving:
+        while run.step < steps:
+            a, b = (x.to(run.device) for x in next(batches))
+            run.set_rates()
+            # G is asked for b from misaligned pairs: R, inside the step, explains the misalignment.
+            losses = training_step(run.model, config, a, b, run.opt_g, run.opt_d, run.pools,
+                                   run.autocast, run.world)
+            run.step += 1
+            epoch = run.step / per_epoch
+            # A GAN that diverges does not recover, so that every step's losses are looked at.
+            values = dict(zip(losses, torch.stack([*losses.values()]).tolist()))
             if not all(map(math.isfinite, values.values())):
-                raise InputError(f"{run.out}: the losses left the numbers at step {run.step} "
-                                 f"({values}): lower --lr")
-            log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **values)
-        # Val chooses the weights: the losses of a GAN do not tell which are best, test must not.
-        if run.step % every == 0 or run.step == steps:
-            validate(run, val, log, epoch)
-    return batches.speed()
+                raise InputError(f"step {run.step}: the losses left the numbers ({values}); lower "
+                                 f"--lr, use --dtype fp32, or look at the batch: {run.files()}")
+            if run.step % max(1, per_epoch // 3) == 0 or run.step == steps:
+                log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **values)
+            run.speed = batches.speed()
+            # Val chooses the weights: a GAN's losses do not tell which are best, test must not.
+            if run.step % every == 0 or run.step == steps:
+                validate(run, val, log, epoch)
+            saving.after(run.step)
 
 
-def finish(run, test, log, speed):
+def finish(run, test, log):
     """Tests the best weights, writes result.json and the pictures. Returns the result."""
     if run.world > 1:
         torch.distributed.barrier()  # rank 0 may still be writing best.pt
@@ -691,29 +786,35 @@ def finish(run, test, log, speed):
         "host": config.host, "registration": config.reg, "noise": config.noise,
         "elastic": config.elastic, "part": part, "weights": chosen, "images": len(test[0]),
         "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-        "seconds": time.time() - log.start, **speed}
-    log.json("result.json", result)
+        "seconds": time.time() - log.start, **run.speed}
     if run.rank == 0:
         draw_run(run, *test)
+    log.json("result.json", result)
+    if run.world > 1:
+        torch.distributed.barrier()  # no process leaves, or starts a next run, before the last
     return result
 
 
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
-    start = time.time()
-    config = complete(config)
+    start, config = time.time(), complete(config)
     device, rank, world = data.join(config)
-    data.seed(config.seed)
     if rank == 0:
         data.check_writable(config.out or "runs/reggan")
     pairs, val, test = records(config)
-    run = Run(config, pairs, device, rank, world)
+    names = repr([part.names for part in (pairs, val[0], test[0])])
+    facts = {"names of the pairs": hashlib.sha256(names.encode()).hexdigest(),
+             "number of processes": world}
+    run = Run(config, pairs, device, rank, world, facts)
+    run.start = start
     if config.resume:
         run.resume()
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
-    log = RunLog(run.out, config, rank, config.resume, start - run.seconds)
-    speed = loop(run, pairs, val, log)
-    return finish(run, test, log, speed)
+    log = RunLog(run.out, config, rank, config.resume, run.start)
+    if rank == 0:
+        print(motion_in_words(config))
+    loop(run, val, log)
+    return finish(run, test, log)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -721,7 +822,7 @@ def train(config):
 
 
 @torch.no_grad()
-def draw_run(run, aligned, misaligned, rows=4):
+def draw_run(run, aligned, moved, rows=4):
     """OUT/translation.png: pairs of the test part, their translations, and what R made of a
     misaligned one. OUT/curves.png: losses and validation."""
     run.model.eval()
@@ -733,7 +834,7 @@ def draw_run(run, aligned, misaligned, rows=4):
         fake = run.model.translate(a)
         row = [a, b, fake, (fake - b).abs() - 1]
         if run.config.reg:
-            a, b, _ = (x.to(run.device)[None] for x in misaligned.item(0, i))
+            a, b, *_ = (x.to(run.device)[None] for x in moved.item(0, i))
             fake = run.model.translate(a)
             flow = run.model.registration(fake, b)
             warped = warp(fake, flow)
@@ -746,11 +847,9 @@ def draw_run(run, aligned, misaligned, rows=4):
     curves = {}
     for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
         values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
-        for name, value in values.items():
-            if name not in ("step", "epoch", "lr", "seconds"):
-                xs, ys = curves.setdefault(name, ([], []))
-                xs.append(line["epoch"])
-                ys.append(value)
+        for name in values.keys() - {"step", "epoch", "lr", "seconds"}:
+            curves.setdefault(name, []).append((line["epoch"], values[name]))
+    curves = {name: tuple(zip(*points)) for name, points in sorted(curves.items())}
     title = run.config.host + " + R" if run.config.reg else run.config.host
     data.save_plot(run.out / "curves.png", curves, title, "epoch", "loss")
 
@@ -760,27 +859,27 @@ def load_generator(path):
     generator (netG_A2B.pth). Raises InputError for any other file."""
     path = Path(path)
     state = load_checkpoint(path / "best.pt" if path.is_dir() else path)
-    if "model_head.1.weight" in state:
-        width, in_chans = state["model_head.1.weight"].shape[:2]
-        blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
-        config = complete(Config(paper=True, width=width, blocks=blocks))
-        model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
-        translate = model
-    elif "model" in state and "config" in state:
-        unknown = set(state["config"]) - {field.name for field in dataclasses.fields(Config)}
-        if unknown:
-            raise InputError(f"{path}: trained with options that this reggan.py has not "
-                             f"({', '.join(sorted(unknown))}): train again")
-        config, in_chans = complete(Config(**state["config"])), state["in_chans"]
-        model = build(config, in_chans, state["out_chans"], state["shape"])
-        translate, state = model.translate, state["model"]
-    else:
-        raise InputError(path, "a checkpoint of reggan.py or a Reg-GAN generator", "other keys")
+    unknown = set(state.get("config", ())) - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise InputError(f"{path}: trained with options that this reggan.py has not "
+                         f"({', '.join(sorted(unknown))}): train again")
     try:
+        if "model_head.1.weight" in state:
+            width, in_chans = state["model_head.1.weight"].shape[:2]
+            blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
+            config = complete(Config(paper=True, width=width, blocks=blocks))
+            model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
+            translate = model
+        else:
+            config, in_chans = complete(Config(**state["config"])), state["in_chans"]
+            model = build(config, in_chans, state["out_chans"], state["shape"])
+            translate, state = model.translate, state["model"]
         model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: the weights do not fit: {reason}") from None
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InputError(path, "a checkpoint of reggan.py or a Reg-GAN generator",
+                         " ".join(repr(error).split())[:200]) from None
+    if not all(weight.isfinite().all() for weight in state.values()):
+        raise InputError(path, "finite weights", "NaN or infinity")
     return model, translate, config, in_chans
 
 
@@ -797,7 +896,10 @@ def translate_folder(config):
     model.to(device).eval()
     spans = data.parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
-    images = {name: data.read_slice(folder / name, spans[0]) for name in data.list_slices(folder)}
+    if out.resolve() == folder.resolve():
+        raise InputError("--out", "another folder than --translate, whose images stay", out)
+    images = {name: data.read_slice(folder / name, spans[0], blank=True)
+              for name in data.list_slices(folder)}
     for name, image in images.items():
         if len(image) != in_chans:
             raise InputError(f"{folder / name}: {len(image)} channels, "
@@ -819,16 +921,17 @@ def compare(config):
     in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
     out = Path(config.out or "runs/reggan-compare")
     rows, levels = config.hosts.split(","), config.levels.split(",")
-    cells, table = {}, []
-    for seed in range(config.seed, config.seed + config.seeds):
-        for level in levels:
-            for row in rows:
-                cells[f"{row}_{level}_{seed}"] = cell_config(config, row, level, seed)
+    seeds = range(config.seed, config.seed + config.seeds)
+    keys = {f"{row}_{level}_{seed}": {"row": row, "level": level, "seed": seed}
+            for seed in seeds for level in levels for row in rows}
+    cells, table = {name: cell_config(config, **key) for name, key in keys.items()}, []
+    _, rank, _ = data.join(config)
     for name, result in data.run_cells(out / "cells", cells, train):
-        row, level, seed = name.split("_")
-        table.append({"row": row, "level": level, "seed": int(seed)} | result)
-        write_tables(out, table, rows, levels)
-    print((out / "table.md").read_text())
+        table.append(keys[name] | result)
+        if rank == 0:
+            write_tables(out, table, rows, levels)
+    if rank == 0:
+        print((out / "table.md").read_text())
     return table
 
 
@@ -838,11 +941,13 @@ def cell_config(config, row, level, seed):
     if host not in HOSTS:
         raise InputError("--hosts", f"{', '.join(HOSTS)}, with +r for registration", row)
     noise, elastic = 0.0, config.elastic or 3.0
-    if level != "elastic":
+    if level == "none" and config.root:
+        noise = elastic = None
+    elif level != "elastic":
         try:
             noise, elastic = float(level), config.elastic
         except ValueError:
-            raise InputError("--levels", "numbers or elastic", level) from None
+            raise InputError("--levels", "numbers, elastic, or with --root none", level) from None
     return complete(dataclasses.replace(config, host=host, reg=row.endswith("+r"), noise=noise,
                                         elastic=elastic, seed=seed))
 
@@ -1164,6 +1269,8 @@ def main():
         result = train(config)
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks
             print(json.dumps(result, indent=1))
+    if torch.distributed.is_initialized():  # else its threads may end after what they use
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_nice_gan_reads_as_finely_as_the_other_generators(downs, root):
     assert host.netD_A.encode(a)[0].shape == (2, 8, 44 // 2**downs, 44 // 2**downs)
     assert host.translate(a).shape == (2, 2, 44, 44)
     assert host.translate(a[..., :43, :33]).shape == (2, 2, 43, 33)
-    with pytest.raises(data.InputError, match="--downs: expected 1 or 2, which is what nice takes, found 3"):
+    with pytest.raises(data.InputError, match="--downs: expected 1 or 2 with nice, found 3"):
         reggan.train(reggan.Config(root=str(root), out=str(root / "run"), host="nice", downs=3, **SMALL))
     assert not (root / "run").exists()
 
@@ -559,7 +559,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
     ({"synthetic": -1}, r"--synthetic: expected a number in \[0, inf\), found -1"),
     ({"drift": -0.5}, r"--drift: expected a number in \[0, inf\), found -0\.5"),
     ({"noise": 26}, r"--noise: expected a number in \[0, 25\], found 26"),
-    ({"width": 0}, r"--width: expected a number in \[1, inf\), found 0"),
+    ({"width": 0}, r"--width: expected a number in \[1, 1024\], found 0"),
+    ({"size": 20}, r"--size: expected 0, or 32 pixels or more, found 20"),
+    ({"size": -1}, r"--size: expected a number in \[0, 4096\], found -1"),
+    ({"kernel": 4}, r"--kernel: expected an odd number, found 4"),
+    ({"downs": 9}, r"--downs: expected a number in \[0, 4\], found 9"),
+    ({"blocks": -1}, r"--blocks: expected a number in \[0, 100\], found -1"),
+    ({"accumulate": 0}, r"--accumulate: expected a number in \[1, inf\), found 0"),
+    ({"elastic": -1.0}, r"--elastic: expected a number in \[0, 25\], found -1"),
+    ({"pool": -1}, r"--pool: expected a number in \[0, inf\), found -1"),
+    ({"lr": float("nan")}, r"--lr: expected a number in \(0, inf\), found nan"),
     ({"steps": 3}, "--steps and --epochs: expected one of them, found both"),
     ({"paper": True, "improved": True}, "--paper and --improved: expected one of them, found both")])
 def test_options_out_of_range_are_refused(root, options, message):
@@ -774,7 +783,7 @@ def test_compare_goes_on_and_writes_tables(drawn, tmp_path):
     assert len((tmp_path / "t/table.csv").read_text().splitlines()) == 5
     with pytest.raises(data.InputError, match="munit"):
         reggan.compare(dataclasses.replace(c, hosts="munit"))
-    with pytest.raises(data.InputError, match="--levels: expected numbers or elastic, found much"):
+    with pytest.raises(data.InputError, match="--levels: expected numbers, elastic, or with --root none, found much"):
         reggan.compare(dataclasses.replace(c, levels="much"))
     with pytest.raises(data.InputError, match="options.json: expected --width 9, as asked for now, found a run with --width 8"):
         reggan.compare(dataclasses.replace(c, width=9))
@@ -793,3 +802,311 @@ def test_a_comparison_of_the_papers_form_goes_on_where_it_was_stopped(drawn, tmp
     (line,) = reggan.compare(c)
     saved = json.loads((tmp_path / "cells/nc+r_0_0/config.json").read_text())
     assert np.isfinite(line["psnr"]) and saved["resume"] and saved["lr"] == 1e-4 and saved["batch_size"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which loss trains which network
+
+
+def parts_with_gradient(loss, model):
+    """The networks among G, R and D to which `loss` sends a gradient that is not zero."""
+    parts = {"G": "netG", "R": "registration", "D": "netD"}
+    found = set()
+    for name, prefix in parts.items():
+        parameters = reggan.trainable(model, prefix)
+        if loss.requires_grad and parameters:
+            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            if any(grad is not None and grad.any() for grad in grads):
+                found.add(name)
+    return found
+
+
+FRESH = {"correction": "GR", "smooth": "", "drift": "R", "synthetic": "R", "equivariance": "G"}
+RANDOM = {"correction": "GR", "smooth": "GR", "drift": "GR", "synthetic": "R", "equivariance": "G"}
+OF_HOST = {"nc": {"adversarial"}, "pix2pix": {"adversarial", "l1"}, "cycle": {"adversarial", "cycle", "identity"},
+           "nice": {"adversarial", "cycle", "identity"}}
+
+
+def randomized(host, heads, **options):
+    torch.manual_seed(0)
+    c = filled(host=host, improved=True, pool=0, identity=5.0, **options)
+    model = reggan.build(c, 1, 1, (32, 32))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.startswith("registration") or heads == "random":
+                p.add_(0.02 * torch.randn_like(p))
+        model.registration.mean.normal_()
+    return c, model
+
+
+@pytest.mark.parametrize("network", ["coarse", "unet"])
+@pytest.mark.parametrize("heads", ["fresh", "random"])
+@pytest.mark.parametrize("host", reggan.HOSTS)
+def test_which_loss_sends_a_gradient_to_which_network(host, heads, network):
+    """R's heads are zero at first, so that G learns from the correction through the image alone."""
+    c, model = randomized(host, heads, reg_net=network)
+    a, b = smooth_image(4, 0), smooth_image(4, 1)
+    for p in reggan.trainable(model, "netD"):  # the step does this with D's optimiser
+        p.requires_grad_(False)
+    torch.manual_seed(1)
+    fakes, losses = model.generator_losses(a, b)
+    assert set(losses) == OF_HOST[host]
+    for name, loss in losses.items():
+        assert parts_with_gradient(loss, model) == {"G"}, name
+    torch.manual_seed(2)
+    added = reggan.registration_losses(model, c, a, b, fakes["B"])
+    expected = FRESH if heads == "fresh" else RANDOM
+    assert {name: parts_with_gradient(loss, model) for name, loss in added.items()} == {
+        name: set(parts) for name, parts in expected.items()}
+    for name, loss in added.items():  # through the fake itself, not only through other calls of G
+        grad = torch.autograd.grad(loss, fakes["B"], retain_graph=True, allow_unused=True)[0]
+        assert (grad is not None and bool(grad.any())) == ("G" in expected[name]), name
+    torch.manual_seed(2)
+    assert torch.equal(added["synthetic"], 3 * reggan.synthetic_loss(model.registration, b[::2]))
+    alone = reggan.equivariance_loss(model, a, fakes["B"].detach())
+    assert parts_with_gradient(alone, model) == {"G"}
+    for p in model.parameters():
+        p.requires_grad_(True)
+    judged = model.discriminator_losses(a, b, {side: fake.detach() for side, fake in fakes.items()})
+    assert {name: parts_with_gradient(loss, model) for name, loss in judged.items()} == {"d": {"D"}}
+
+
+@pytest.mark.parametrize("host", reggan.HOSTS)
+def test_a_step_goes_down_the_sum_of_its_losses_and_shows_d_the_fakes_of_g_before_it(host):
+    c, model = randomized(host, "random")
+    a, b = smooth_image(4, 0), smooth_image(4, 1)
+    torch.manual_seed(3)
+    twin = randomized(host, "random")[1]
+    torch.manual_seed(3)
+    fakes, losses = twin.generator_losses(a, b)
+    losses |= reggan.registration_losses(twin, c, a, b, fakes["B"])
+    parts = ("netG", "registration"), ("netD",)
+    ours, theirs = ([reggan.trainable(m, *prefixes) for prefixes in parts] for m in (model, twin))
+    expected = [torch.autograd.grad(sum(losses.values()), theirs[0], retain_graph=True)]
+    d = twin.discriminator_losses(a, b, {side: fake.detach() for side, fake in fakes.items()})["d"]
+    expected.append(torch.autograd.grad(d, theirs[1]))
+    before = [[p.detach().clone() for p in part] for part in ours]
+    generator, discriminator, seen = model.generator_losses, model.discriminator_losses, []
+
+    def watch_g(*args):
+        seen.append(any(p.requires_grad for p in ours[1]))
+        return generator(*args)
+
+    def watch_d(a, b, given):
+        seen.append(any(fake.requires_grad for fake in given.values()))
+        assert all(p.requires_grad for p in ours[1])
+        assert given.keys() == fakes.keys() and all(torch.allclose(given[s], fakes[s], atol=1e-5) for s in fakes)
+        return discriminator(a, b, given)
+
+    model.generator_losses, model.discriminator_losses = watch_g, watch_d
+    torch.manual_seed(3)
+    taken = reggan.training_step(model, c, a, b, *(torch.optim.SGD(part, lr=1e-3) for part in ours), make_pools(0))
+    assert seen == [False, False]  # D judges with frozen weights, and learns from detached fakes
+    assert taken.keys() == losses.keys() | {"d"} and not any(loss.requires_grad for loss in taken.values())
+    for name, loss in (losses | {"d": d}).items():
+        assert torch.isclose(taken[name], loss, rtol=1e-4), name
+    for part, old, grads in zip(ours, before, expected):
+        whole = [torch.cat([x.flatten() for x in xs]) for xs in ([(q - p) / 1e-3 for p, q in zip(part, old)], grads)]
+        assert (whole[0] - whole[1]).norm() < 0.02 * whole[1].norm()
+
+
+def test_every_network_has_its_optimiser_and_its_rate(drawn):
+    c = config(drawn, host="cycle", lr=0.01, reg_lr=0.02, improved=True)
+    run = reggan.Run(c, reggan.records(c)[0], torch.device("cpu"))
+    owner = {id(p): (name, group["peak"]) for name in ("opt_g", "opt_d")
+             for group in getattr(run, name).param_groups for p in group["params"]}
+    for name, p in run.model.named_parameters():
+        if p.requires_grad:
+            expected = {"netG_": ("opt_g", 0.01), "regis": ("opt_g", 0.02), "netD_": ("opt_d", 0.01)}[name[:5]]
+            assert owner.pop(id(p)) == expected, name
+    assert not owner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Own pairs, resuming, numbers that are not finite, several processes
+
+
+def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
+    c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
+    plain = reggan.train(c)
+    assert "the pairs are used as they are" in capsys.readouterr().out
+    assert "folding" in plain and not {"registration_error", "misalignment"} & plain.keys()
+    pairs, val, _ = reggan.records(reggan.complete(c))
+    for part in (pairs, *val):
+        for i in range(len(part)):
+            a, b = part.item(3, i)
+            for side, image in zip("AB", (a, b)):
+                assert np.array_equal(image[0], np.load(part.folder / side / part.names[i]).astype(np.float32))
+    moved = reggan.train(dataclasses.replace(c, noise=3.0, elastic=2.0))
+    text = capsys.readouterr().out
+    assert "misalignment of level 3 and bending of 2 %" in text and "of this added motion" in text
+    assert moved["misalignment"] > 0.3
+    assert reggan.complete(dataclasses.replace(c, elastic=2.0)).noise == 0
+    demo = reggan.complete(reggan.Config())
+    assert (demo.noise, demo.elastic) == (3.0, 0.0)
+    (cell,) = reggan.compare(dataclasses.replace(c, compare=True, hosts="nc", levels="none", seeds=1, out=str(root / "t")))
+    assert cell["noise"] is None and cell["level"] == "none"
+
+
+def test_the_foreground_survives_size(tmp_path):
+    """192-pixel slices at --size 32: the background stays out of mae and psnr."""
+    for part in ("train", "val"):
+        for side, sign in (("A", 1), ("B", -1)):
+            (tmp_path / part / side).mkdir(parents=True)
+            image = np.full((192, 192), -1, np.float32)
+            image[40:141, 50:151] = sign * 0.9 * smooth_image(1, 2, 101)[0, 0].numpy()
+            np.save(tmp_path / part / side / "s.npy", image)
+    result = reggan.train(reggan.Config(root=str(tmp_path), out=str(tmp_path / "run"), size=32, **SMALL))
+    assert abs(result["psnr"] - result["psnr_whole"]) > 0.5 and abs(result["mae"] - result["mae_whole"]) > 0.01
+    b = data.Pairs(tmp_path / "val", size=32).item(0, 0)[1]
+    mask = torch.zeros(1, 1, 192, 192)
+    mask[..., 40:141, 50:151] = 1
+    mask = F.interpolate(mask, (32, 32), mode="bilinear", antialias=True)[0] > 1e-6
+    assert ((b != -1) == mask).all()
+    scores = reggan.metrics(torch.zeros(1, 1, 32, 32), b[None])
+    assert scores["mae"].item() == pytest.approx((b[mask].double() / 2).abs().mean().item())
+
+
+def test_resuming_a_finished_run_and_one_with_more_steps(root, capsys):
+    c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=None, steps=4))
+    first = reggan.train(c)
+    log = (root / "run" / "log.jsonl").read_text()
+    again = reggan.train(dataclasses.replace(c, resume=True))
+    assert {name: again[name] for name in again if name != "seconds"} == {name: first[name] for name in first if name != "seconds"}
+    assert (root / "run" / "log.jsonl").read_text() == log
+    capsys.readouterr()
+    more = dataclasses.replace(c, resume=True, steps=6)
+    reggan.train(more)
+    assert "going on to 6 steps instead of 4; from step 5 on the learning rates" in capsys.readouterr().out
+    assert data.load_checkpoint(root / "run" / "last.pt")["step"] == 6
+    with pytest.raises(data.InputError, match="--steps or --epochs: expected at least the 6 steps that .* found 5 steps"):
+        reggan.train(dataclasses.replace(more, steps=5))
+    for side in "AB":
+        (root / f"train/{side}/s2.npy").rename(root / f"train/{side}/other.npy")
+    with pytest.raises(data.InputError, match="last.pt: expected a run with the same names of the pairs as now"):
+        reggan.train(more)
+
+
+def test_resuming_from_what_is_no_last_pt_is_one_line(root):
+    c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
+    with pytest.raises(data.InputError, match="last.pt: no such checkpoint"):
+        reggan.train(dataclasses.replace(c, resume=True))
+    reggan.train(c)
+    whole = data.load_checkpoint(root / "run" / "last.pt")
+    for spoil in ({"model": {}}, {"ranks": []}, {"opt_g": 3}, {"config": None}):
+        torch.save(whole | spoil, root / "run" / "last.pt")
+        with pytest.raises(data.InputError, match="last.pt: expected") as error:
+            reggan.train(dataclasses.replace(c, resume=True))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("loss", ["correction", "smoothness", "lsgan"])
+def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoint_stays(root, monkeypatch, loss):
+    c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=None, steps=9, batch_size=1))
+    step, good, seen = reggan.training_step, getattr(reggan, loss), []
+
+    def watched(model, config, a, b, *args):
+        seen.append(a)
+        return step(model, config, a, b, *args)
+
+    monkeypatch.setattr(reggan, "training_step", watched)
+    monkeypatch.setattr(reggan, loss, lambda *args: good(*args) * (float("nan") if len(seen) == 5 else 1))
+    with pytest.raises(data.InputError, match=r"^step 5: .*lower --lr.*: (s\d\.npy)$") as error:
+        reggan.train(c)
+    name = str(error.value).split(": ")[-1]
+    assert torch.equal(seen[-1][0, 0], torch.from_numpy(np.load(root / "train/A" / name)).float())
+    saved = data.load_checkpoint(root / "run" / "last.pt")
+    assert saved["step"] == 3 and all(weight.isfinite().all() for weight in saved["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(drawn, tmp_path):
+    c = config(drawn, out=str(tmp_path / "run"))
+    run = reggan.Run(c, reggan.records(c)[0], torch.device("cpu"))
+    run.save()
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    with torch.no_grad():
+        run.model.netG_A2B.model_head[1].weight[0] = float("inf")
+    with pytest.raises(data.InputError, match=r"netG_A2B.model_head.1.weight is not finite"):
+        run.save()
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def losses_of(out, names=("adversarial", "correction", "smooth", "d")):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [[line[name] for name in names] for line in lines if "val" not in line]
+
+
+# At small rates: Adam makes large steps of the last bits of small gradients.
+EQUAL = dict(root="", lr=2e-4, reg_lr=2e-4, epochs=None, steps=4, batch_size=4, pool=0, noise=3.0, dtype="fp32", device="cpu", width=4, blocks=1)
+
+
+def test_batches_that_accumulate_are_one_batch(drawn, tmp_path):
+    for name, options in (("one", {}), ("four", dict(batch_size=1, accumulate=4))):
+        reggan.train(reggan.Config(**EQUAL | options | dict(root=str(drawn), out=str(tmp_path / name))))
+    assert np.allclose(losses_of(tmp_path / "four"), losses_of(tmp_path / "one"), rtol=1e-3)
+    assert len(losses_of(tmp_path / "one")) == 4
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient():
+    """5 images in 2 parts are 3 and 2: each part weighs as many images as it has."""
+    a, b, steps = smooth_image(5, 0), smooth_image(5, 1), []
+    for n in (1, 2):
+        c = filled(pool=0, accumulate=n)
+        torch.manual_seed(0)
+        model = reggan.build(c, 1, 1, (32, 32))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        parts = [reggan.trainable(model, *names) for names in (("netG", "registration"), ("netD",))]
+        before = [p.detach().clone() for part in parts for p in part]
+        losses = reggan.training_step(model, c, a, b, *(torch.optim.SGD(part, lr=1e-2) for part in parts), make_pools(0))
+        moved = torch.cat([(q - p).flatten() for q, p in zip(before, [p for part in parts for p in part])])
+        steps.append((moved.detach(), losses))
+    assert (steps[0][0] - steps[1][0]).norm() < 1e-3 * steps[0][0].norm()
+    for name in steps[0][1]:
+        assert torch.isclose(steps[0][1][name], steps[1][1][name], rtol=1e-4), name
+
+
+def test_the_mean_over_processes(monkeypatch):
+    tensors = [torch.ones(2, 3), torch.tensor(5.0), torch.arange(4.0)]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.add_(4 * flat + 6))
+    reggan.average(tensors, 1)
+    assert torch.equal(tensors[0], torch.ones(2, 3))
+    reggan.average(tensors, 2)  # this process has x, the other one 4 x + 6
+    assert torch.equal(tensors[0], torch.full((2, 3), 5.5)) and tensors[1] == 15.5
+    assert torch.equal(tensors[2], torch.arange(4.0) * 2.5 + 3)
+
+
+def test_two_processes_with_half_the_batch_are_one_with_the_whole(drawn, tmp_path):
+    """Losses, scores, one log; each process has random numbers of its own, and goes on with them."""
+    options = EQUAL | dict(root=str(drawn))
+    single = reggan.train(reggan.Config(**options | dict(out=str(tmp_path / "one"))))
+    flags = [word for name, value in (options | dict(batch_size=2)).items() if value is not None
+             for word in ("--" + name.replace("_", "-"), str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", reggan.__file__, *flags,
+               "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert np.allclose(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-3)
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    for name in ("mae", "psnr", "ssim", "registration_error", "misalignment"):
+        assert result[name] == pytest.approx(single[name], rel=1e-2), name
+    first, second = data.load_checkpoint(tmp_path / "two" / "last.pt")["ranks"]
+    assert not torch.equal(first["random"]["torch"], second["random"]["torch"])
+    with pytest.raises(data.InputError, match="expected a run with the same number of processes as now"):
+        reggan.train(reggan.Config(**options | dict(out=str(tmp_path / "two"), batch_size=2, resume=True)))
+
+
+def test_blank_slices_and_upper_case_endings_are_translated(root):
+    for path in (root / "train").rglob("*.npy"):
+        path.rename(path.with_suffix(".NPY"))
+    reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
+    c = reggan.Config(translate=str(root / "val/A"), weights=str(root / "run"), out=str(root / "out"), device="cpu")
+    save(root / "val/A/blank.npy", np.full((40, 36), -1, np.float32))
+    with open(root / "val/A/up.NPY", "wb") as file:
+        np.save(file, smooth_image(1, 3)[0, 0].numpy())
+    reggan.translate_folder(c)
+    assert sorted(p.name for p in (root / "out").iterdir()) == ["blank.npy", "s0.npy", "s1.npy", "up.NPY"]
+    assert np.load(root / "out/blank.npy").shape == (40, 36)
+    with pytest.raises(data.InputError, match="--out: expected another folder than --translate"):
+        reggan.translate_folder(dataclasses.replace(c, out=str(root / "val/A")))
