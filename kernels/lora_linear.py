@@ -462,8 +462,10 @@ def run(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed
         compiling = torch.compiler.is_compiling()
         keep = None
         if dropout:
-            fake = compiling or x.is_meta or type(seed) is not torch.Tensor
-            keep = (keep_mask_operator if fake else keep_mask)(tensors[0].detach(), dropout, seed)
+            if compiling or x.is_meta or type(seed) is not torch.Tensor:  # there may be no numbers
+                keep = keep_mask_operator(tensors[0].detach(), dropout, seed)
+            else:
+                keep = keep_mask(tensors[0], dropout, seed)
         function = definition if compiling else ReferenceFunction.apply
         y = function(*tensors, scale / (1 - dropout), parts, keep)
     return y.view(*shape[:-1], len(weight))
