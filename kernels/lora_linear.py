@@ -1,4 +1,4 @@
-"""A linear layer with a low-rank update: LoRA's forward and backward passes in three kernels.
+"""A linear layer with a low-rank update: LoRA's forward and backward passes in two kernels.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. 3, with the groups
 of a fused projection (loralib's MergedLinear: q and v of a ViT's qkv are adapted, k is not). For
@@ -13,9 +13,9 @@ the size of x or y is kept but x. The low-rank part adds 0.7 % to the multiplica
 and R = 4. Separate operations nevertheless read x twice more, write D(x) and a mask, and write,
 read and add a delta as large as the adapted part of y.
 
-Here both directions are split at the rank. `down_kernel` makes t (or u) in one pass over x (or dy).
-`up_kernel` is the large product; it starts from the low-rank part and writes y (or dx) once. It
-does not make t itself, because every column of tiles would make t, and draw the mask, again.
+Here both directions are split at the rank. `down_kernel` makes t in one pass over x, u and dB in
+one over dy, and dA in one over x. `up_kernel` is the large product; it starts from the low-rank part
+and writes y (or dx) once. It does not make t, because every column of tiles would make it again.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R.
@@ -108,14 +108,14 @@ class ReferenceFunction(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 # Kernels
 #
-#                in   factor of down_kernel   low   factor of up_kernel   out
+#                in   factor of down_kernel   low   factor of up_kernel   out   sums of down_kernel
 #     forward    x    lora_A                  t     lora_B                y
-#     backward   dy   lora_B                  u     lora_A                dx
+#     backward   dy   lora_B                  u     lora_A                dx    dB, and dA from x
 #
 # The tiles of y that the programs 0, 1, ... of up_kernel make. The columns are divided part by
-# part, so that no tile lies in two parts, and the tiles of k leave the low-rank part out. The numbers
-# run down 8 rows of tiles before they go right: programs that run at the same time share rows of x
-# and of W, which they find in the L2 cache.
+# part, so that no tile lies in two parts, and the tiles of k leave the low-rank part out. The
+# numbers run down 8 rows of tiles before they go right: programs that run at the same time share
+# rows of x and of W, which they find in the L2 cache.
 #
 #                   q: t_0 B_0^T +      k                   v: t_1 B_1^T +
 #     row tile 0    |  0 |  8 | 16 |    | 24 | 32 | 40 |    | 48 | 56 | 64 |
@@ -125,8 +125,8 @@ class ReferenceFunction(torch.autograd.Function):
 #
 # The sizes of a layer are compile-time constants (a model has few layers), M is not. PARTS has a
 # bit for each part, and a pointer that is None leaves its step out. Rows beyond the last one read
-# the last one, which costs nothing in the loops, and are not stored. Tiles of x are loaded whole, by
-# 16-byte copies that run ahead of the products, and the mask of dropout comes after.
+# the last one, which costs nothing in the loops, and are not stored. Tiles of x are loaded whole,
+# by 16-byte copies that run ahead of the products, and the mask of dropout comes after.
 
 
 @jit()
@@ -141,19 +141,20 @@ def group_of(part, P: tl.constexpr, PARTS: tl.constexpr):
 @jit(do_not_specialize=["M", "threshold"])
 def down_kernel(
     in_ptr,  # (M, P WIDTH): x or dy
-    factor_ptr,  # lora_A or lora_B
-    low_ptr,  # (M, GR) float32, written: t or u
+    factor_ptr,  # lora_A, lora_B, or None
+    low_ptr,  # (M, GR) float32: t or u, written if there is a factor
     copy_ptr,  # (M, K) or None, written: x in the dtype of the large product
     seed_ptr,  # a number, or None without dropout
-    t_ptr,  # (M, GR) float32 or None
-    db_ptr,  # (row tiles, G WIDTH, R) float32 or None, written: what each row tile adds to dB
+    other_ptr,  # (M, GR) float32 or None: u or t
+    sums_ptr,  # (row tiles, *factor) float32, written if there is another: parts of dA or dB
     threshold, scale, M,
     WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, GR: tl.constexpr, R: tl.constexpr,
     F_IN: tl.constexpr, F_LOW: tl.constexpr,  # the step in factor to the next column of in, rank
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """t = s D(x) A^T, or u = s dy B and dB = dy^T t: a program reads BLOCK_M rows of one part."""
+    """t = s D(x) A^T; u = s' dy B and dB = dy^T t; or dA = u^T (keep * x): a program reads BLOCK_M
+    rows of one part."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first_row, rows_left = tl.program_id(0).to(tl.int64) * BLOCK_M, M - tl.program_id(0) * BLOCK_M
@@ -166,14 +167,13 @@ def down_kernel(
     factor_at = (group * WIDTH + k[:, None]) * F_IN + r[None, :] * F_LOW
     low_at = first_row * GR + group * R + row[:, None] * GR + r[None, :]
     low_mask = (row[:, None] < rows_left) & (r[None, :] < R)
-    if db_ptr is not None:
-        t = tl.load(t_ptr + low_at, mask=low_mask, other=0.0).to(in_ptr.dtype.element_ty)
-        db_ptr += tl.program_id(0).to(tl.int64) * GR * WIDTH
     low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if other_ptr is not None:
+        other = tl.load(other_ptr + low_at, mask=low_mask, other=0.0).to(in_ptr.dtype.element_ty)
+        sums_ptr += tl.program_id(0).to(tl.int64) * GR * WIDTH
     for start in range(0, WIDTH, BLOCK_IN):
         x = tl.load(in_ptr + start + in_at, mask=k[None, :] < WIDTH - start, other=0.0)
         factor_mask = (k[:, None] < WIDTH - start) & (r[None, :] < R)
-        factor = tl.load(factor_ptr + start * F_IN + factor_at, mask=factor_mask, other=0.0)
         if copy_ptr is not None:
             x = x.to(copy_ptr.dtype.element_ty)
             tl.store(copy_ptr + first_row * WIDTH + start + in_at, x,
@@ -181,11 +181,14 @@ def down_kernel(
         if seed_ptr is not None:
             keep = keep_tile(seed_ptr, threshold, first_row + row, start, WIDTH, BLOCK_IN)
             x = tl.where(keep, x, 0.0)
-        low = tl.dot(x, factor.to(x.dtype), low, input_precision=PRECISION)
-        if db_ptr is not None:
-            db = tl.dot(x.T, t, input_precision=PRECISION)
-            tl.store(db_ptr + start * F_IN + factor_at, db, mask=factor_mask)
-    tl.store(low_ptr + low_at, scale * low, mask=low_mask)
+        if factor_ptr is not None:
+            factor = tl.load(factor_ptr + start * F_IN + factor_at, mask=factor_mask, other=0.0)
+            low = tl.dot(x, factor.to(x.dtype), low, input_precision=PRECISION)
+        if other_ptr is not None:
+            tl.store(sums_ptr + start * F_IN + factor_at,
+                     tl.dot(x.T, other, input_precision=PRECISION), mask=factor_mask)
+    if factor_ptr is not None:
+        tl.store(low_ptr + low_at, scale * low, mask=low_mask)
 
 
 @jit(do_not_specialize=["M", "threshold"])
@@ -246,38 +249,6 @@ def up_kernel(
              mask=(row[:, None] < rows_left) & inside)
 
 
-@jit(do_not_specialize=["M", "ROWS", "threshold"])
-def da_kernel(
-    u_ptr,  # (M, GR) float32
-    x_ptr,  # (M, K)
-    da_ptr,  # (ceil(M / ROWS), GR, K) float32, written
-    seed_ptr,  # a number, or None without dropout
-    threshold, M, ROWS,
-    K: tl.constexpr, GR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):
-    """What ROWS rows add to dA = u^T (keep * x): a program makes one tile of it."""
-    first_k, split = tl.program_id(0) * BLOCK_K, tl.program_id(2).to(tl.int64)
-    row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    rows_left = tl.minimum(M - split * ROWS, ROWS).to(tl.int32)
-    x_ptr += split * ROWS * K + first_k
-    u_ptr += split * ROWS * GR
-    da = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for start in range(0, rows_left, BLOCK_M):
-        rows = start + row
-        x = tl.load(x_ptr + tl.minimum(rows, rows_left - 1)[:, None] * K + k[None, :],
-                    mask=k[None, :] < K - first_k, other=0.0)
-        u = tl.load(u_ptr + rows[:, None] * GR + r[None, :],
-                    mask=(rows[:, None] < rows_left) & (r[None, :] < GR), other=0.0)
-        if seed_ptr is not None:
-            keep = keep_tile(seed_ptr, threshold, split * ROWS + rows, first_k, K, BLOCK_K)
-            x = tl.where(keep, x, 0.0)
-        da = tl.dot(u.to(x.dtype).T, x, da, input_precision=PRECISION)
-    tl.store(da_ptr + split * GR * K + first_k + r[:, None] * K + k[None, :], da,
-             mask=(r[:, None] < GR) & (k[None, :] < K - first_k))
-
-
 # --------------------------------------------------------------------------------------------------
 # Launches
 
@@ -314,10 +285,11 @@ def up(*args, M, WIDTH, P, **constants):
 
 
 def constants_of(lora_A, lora_B, parts, dropout):
-    """What both directions need: GR, R, the bits of the parts, dropout's threshold, PRECISION."""
+    """GR, R, the bits of the parts, dropout's threshold, and the constants of every launch."""
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    bits = sum(adapted << i for i, adapted in enumerate(parts))
-    return len(lora_A), lora_B.shape[1], bits, round(dropout * 2**16), precision
+    GR, bits = len(lora_A), sum(adapted << i for i, adapted in enumerate(parts))
+    common = dict(GR=GR, PRECISION=precision)
+    return GR, lora_B.shape[1], bits, round(dropout * 2**16), common
 
 
 def padded(rank):
@@ -333,17 +305,16 @@ def depth(tensor):
 def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout):
     """y (M, N), t (M, GR) float32, and x in the dtype of weight, empty where it has that dtype."""
     y, t, copy = empty_forward(x, weight, bias, lora_A)
-    (M, K), N, P = x.shape, len(weight), len(parts)
-    GR, R, PARTS, threshold, PRECISION = constants_of(lora_A, lora_B, parts, dropout)
-    copied = copy if len(copy) else None
+    (M, K), N, P, copied = x.shape, len(weight), len(parts), copy if len(copy) else None
+    GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
     with torch.cuda.device_of(x):
         down_kernel[triton.cdiv(M, 64), 1, triton.cdiv(GR, padded(GR))](
             x, lora_A, t, copied, seed, None, None, threshold, scale / (1 - dropout), M, WIDTH=K,
-            P=1, PARTS=1, GR=GR, R=GR, F_IN=1, F_LOW=K, PRECISION=PRECISION, BLOCK_M=64,
-            BLOCK_IN=depth(weight), BLOCK_R=padded(GR))
+            P=1, PARTS=1, R=GR, F_IN=1, F_LOW=K, BLOCK_M=64, BLOCK_IN=depth(weight),
+            BLOCK_R=padded(GR), **common)
         up(x if copied is None else copy, weight, bias, t, lora_B, y, None, 0, M=M, DEPTH=K,
-           WIDTH=N // P, P=P, PARTS=PARTS, GR=GR, R=R, W_IN=1, W_OUT=K, F_LOW=1, F_OUT=R,
-           PRECISION=PRECISION, BLOCK_R=padded(R))
+           WIDTH=N // P, P=P, PARTS=PARTS, R=R, W_IN=1, W_OUT=K, F_LOW=1, F_OUT=R,
+           BLOCK_R=padded(R), **common)
     return y, t, copy
 
 
@@ -357,23 +328,20 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
     """dx (M, K) in `dtype`, empty unless needed, dA and dB. Sums are float32, in a fixed order."""
     dx = dy.new_empty(x.shape if needs_dx else (0,), dtype=dtype)
     (M, K), N, P, u = x.shape, len(weight), len(parts), torch.empty_like(t)
-    GR, R, PARTS, threshold, PRECISION = constants_of(lora_A, lora_B, parts, dropout)
-    rows = max(256, 64 * triton.cdiv(M, 64 * 64))  # of a split of dA: at most 64 splits
-    dB_tiles = t.new_empty(triton.cdiv(M, 128), *lora_B.shape)
-    dA_splits = t.new_empty(triton.cdiv(M, rows), *lora_A.shape)
+    GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
+    dA, dB = (t.new_empty(triton.cdiv(M, 128), *factor.shape) for factor in (lora_A, lora_B))
+    blocks = dict(BLOCK_M=128, BLOCK_IN=depth(weight), num_warps=8)
     with torch.cuda.device_of(x):
-        down_kernel[len(dB_tiles), P, 1](
-            dy, lora_B, u, None, None, t, dB_tiles, 0, scale / (1 - dropout), M, WIDTH=N // P, P=P,
-            PARTS=PARTS, GR=GR, R=R, F_IN=R, F_LOW=1, PRECISION=PRECISION, BLOCK_M=128,
-            BLOCK_IN=depth(weight), BLOCK_R=padded(R), num_warps=8)
+        down_kernel[len(dB), P, 1](
+            dy, lora_B, u, None, None, t, dB, 0, scale / (1 - dropout), M, WIDTH=N // P, P=P,
+            PARTS=PARTS, R=R, F_IN=R, F_LOW=1, BLOCK_R=padded(R), **blocks, **common)
         if needs_dx:
             up(dy, weight, None, u, lora_A, dx, seed, threshold, M=M, DEPTH=N, WIDTH=K, P=1,
-               PARTS=1, GR=GR, R=GR, W_IN=K, W_OUT=1, F_LOW=K, F_OUT=1, PRECISION=PRECISION,
-               BLOCK_R=padded(GR))
-        da_kernel[triton.cdiv(K, depth(weight)), triton.cdiv(GR, padded(GR)), len(dA_splits)](
-            u, x, dA_splits, seed, threshold, M, rows, K=K, GR=GR, PRECISION=PRECISION,
-            BLOCK_M=depth(weight), BLOCK_K=depth(weight), BLOCK_R=padded(GR))
-    return dx, dA_splits.sum(0).to(lora_A.dtype), dB_tiles.sum(0).to(lora_B.dtype)
+               PARTS=1, R=GR, W_IN=K, W_OUT=1, F_LOW=K, F_OUT=1, BLOCK_R=padded(GR), **common)
+        down_kernel[len(dA), 1, triton.cdiv(GR, padded(GR))](
+            x, None, None, None, seed, u, dA, threshold, 1.0, M, WIDTH=K, P=1, PARTS=1, R=GR,
+            F_IN=1, F_LOW=K, BLOCK_R=padded(GR), **blocks, **common)
+    return dx, dA.sum(0).to(lora_A.dtype), dB.sum(0).to(lora_B.dtype)
 
 
 def empty_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropout, dtype, needs_dx):
