@@ -13,18 +13,15 @@ import torch
 
 from . import jit, operator, tl
 
-# --------------------------------------------------------------------------------------------------
-# Reference
-
 
 def keep_mask(x, p, seed):
-    """(M, K) uint8 of the shape of x, 1 where x is kept.
+    """The reference's mask: (M, K) uint8 of the shape of x, 1 where x is kept.
 
     seed: a number below 2^31 or a tensor of one. The mask has a generator of its own, so that it
     depends on the arguments alone. torch's bernoulli_ takes 20 times as long on a CPU, an eighth of
     the projection of a ViT-B.
     """
-    seed = int(seed) % 2**31
+    seed = int(seed)
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(seed)
         return (torch.rand(x.shape, generator=generator, device=x.device) >= p).byte()
@@ -37,13 +34,9 @@ keep_mask_operator = operator("keep_mask(Tensor x, float p, Tensor seed) -> Tens
                               fake=lambda x, p, seed: torch.empty_like(x, dtype=torch.uint8))
 
 
-# --------------------------------------------------------------------------------------------------
-# Kernels
-
-
 @jit()
 def keep_tile(seed_ptr, threshold, rows, col, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The mask of x[rows, col : col + BLOCK_K]: what has 16 bits of at least `threshold` is kept.
+    """The kernels' mask of x[rows, col : col + BLOCK_K]: 16 bits of `threshold` or more are kept.
 
     The bits are those of Philox4x32 with 7 rounds (Salmon et al. 2011), keyed by the seed. A draw
     gives four words of 32 bits and serves eight neighbouring columns; its 64-bit counter is
@@ -51,7 +44,7 @@ def keep_tile(seed_ptr, threshold, rows, col, K: tl.constexpr, BLOCK_K: tl.const
     """
     octets = col // 8 + tl.arange(0, BLOCK_K // 8)
     counter = rows.to(tl.int64)[:, None] * ((K + 7) // 8) + octets[None, :]
-    r0, r1, r2, r3 = tl.randint4x(tl.load(seed_ptr) & 0x7FFFFFFF, counter, n_rounds=7)
+    r0, r1, r2, r3 = tl.randint4x(tl.load(seed_ptr), counter, n_rounds=7)
     words = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
     bits = tl.interleave(words & 0xFFFF, words >> 16)
     return bits.to(tl.int32) >= threshold

@@ -14,8 +14,8 @@ and R = 4. Separate operations nevertheless read x twice more, write D(x) and a 
 read and add a delta as large as the adapted part of y.
 
 Here both directions are split at the rank. `down_kernel` makes t in one pass over x, u and dB in
-one over dy, and dA in one over x. `up_kernel` is the large product; it starts from the low-rank part
-and writes y (or dx) once. It does not make t, because every column of tiles would make it again.
+one over dy, and dA in one over x. `up_kernel` is the large product: it starts from the low-rank
+part and writes y (or dx) once. Every column of its tiles would have to make t, and draw the mask.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R.
@@ -153,8 +153,10 @@ def down_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """t = s D(x) A^T; u = s' dy B and dB = dy^T t; or dA = u^T (keep * x): a program reads BLOCK_M
-    rows of one part."""
+    """t = s D(x) A^T, or u = s' dy B with dB = dy^T t, or dA = u^T (keep * x).
+
+    A program reads BLOCK_M rows of one part of `in`.
+    """
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first_row, rows_left = tl.program_id(0).to(tl.int64) * BLOCK_M, M - tl.program_id(0) * BLOCK_M
@@ -297,11 +299,6 @@ def padded(rank):
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
-def depth(tensor):
-    """The columns of a narrow product's tile: 128 bytes of a row."""
-    return 128 // tensor.element_size()
-
-
 def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout):
     """y (M, N), t (M, GR) float32, and x in the dtype of weight, empty where it has that dtype."""
     y, t, copy = empty_forward(x, weight, bias, lora_A)
@@ -310,7 +307,7 @@ def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout)
     with torch.cuda.device_of(x):
         down_kernel[triton.cdiv(M, 64), 1, triton.cdiv(GR, padded(GR))](
             x, lora_A, t, copied, seed, None, None, threshold, scale / (1 - dropout), M, WIDTH=K,
-            P=1, PARTS=1, R=GR, F_IN=1, F_LOW=K, BLOCK_M=64, BLOCK_IN=depth(weight),
+            P=1, PARTS=1, R=GR, F_IN=1, F_LOW=K, BLOCK_M=64, BLOCK_IN=128 // weight.element_size(),
             BLOCK_R=padded(GR), **common)
         up(x if copied is None else copy, weight, bias, t, lora_B, y, None, 0, M=M, DEPTH=K,
            WIDTH=N // P, P=P, PARTS=PARTS, R=R, W_IN=1, W_OUT=K, F_LOW=1, F_OUT=R,
@@ -319,7 +316,7 @@ def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout)
 
 
 def empty_forward(x, weight, bias, lora_A, *rest):
-    copy = weight.new_empty(x.shape if x.dtype != weight.dtype else (0,))
+    copy = weight.new_empty((0,) if x.dtype == weight.dtype else x.shape)
     t = x.new_empty(len(x), len(lora_A), dtype=torch.float32)
     return weight.new_empty(len(x), len(weight)), t, copy
 
@@ -330,7 +327,7 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
     (M, K), N, P, u = x.shape, len(weight), len(parts), torch.empty_like(t)
     GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
     dA, dB = (t.new_empty(triton.cdiv(M, 128), *factor.shape) for factor in (lora_A, lora_B))
-    blocks = dict(BLOCK_M=128, BLOCK_IN=depth(weight), num_warps=8)
+    blocks = dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)
     with torch.cuda.device_of(x):
         down_kernel[len(dB), P, 1](
             dy, lora_B, u, None, None, t, dB, 0, scale / (1 - dropout), M, WIDTH=N // P, P=P,
@@ -385,7 +382,8 @@ backward_operator = operator(
 # Public function
 
 
-def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None):
+def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None, *,
+                kernels=None):
     """y = x weight^T + bias, plus scale * D(x) A_g^T B_g^T on the columns of each adapted part g.
 
     x: (..., K). weight: (N, K) and bias: (N,) or None, frozen (they get a gradient only if they ask
@@ -397,18 +395,14 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     own if each calls torch.manual_seed with a number of its own, as the seed plus the rank.
     Returns (..., N). As F.linear: in x's dtype, or in autocast's; lora_A and lora_B may be of any
     dtype, and so may the frozen weight under autocast, where autocast's dtype costs no conversion.
+    kernels: whether the kernels or the reference run; None leaves it to x and `use_kernels`.
     Raises ValueError for shapes, dtypes or devices that do not fit, and RuntimeError where the
     kernels are to be differentiated twice.
     """
-    fits = (x.dtype != torch.float64 and x.numel() > 0 and lora_B.dim() == 2
-            and lora_B.shape[1] <= 64)
-    return run(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed,
-               kernels=wants_triton(x) and fits)
-
-
-def run(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None, *, kernels):
-    """lora_linear by the kernels or by the reference: checks, and brings x to two dimensions."""
     check(x, weight, bias, lora_A, lora_B, parts, dropout)
+    if kernels is None:
+        kernels = (wants_triton(x) and x.dtype != torch.float64 and x.numel() > 0
+                   and lora_B.shape[1] <= 64)
     shape, dtype, parts = x.shape, x.dtype, [bool(part) for part in parts]
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -417,16 +411,18 @@ def run(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed
     device = x.device if kernels else None
     if not dropout:
         seed = None
-    elif not isinstance(seed, torch.Tensor):
-        seed = (torch.randint(2**31, (), device=device) if seed is None
-                else torch.tensor(seed % 2**31, device=device))
-    x = x.reshape(-1, shape[-1]).contiguous()                                      # (M, K)
-    if kernels:
-        tensors = weight.to(dtype).contiguous(), bias, lora_A.contiguous(), lora_B.contiguous()
-        y = forward_operator(x, *tensors, seed, scale, parts, dropout)[0]
+    elif seed is None:
+        seed = torch.randint(2**31, (), device=device)
     else:
-        tensors = [tensor if tensor is None else tensor.to(dtype).contiguous()
-                   for tensor in (x, weight, bias, lora_A, lora_B)]
+        seed = torch.as_tensor(seed % 2**31, dtype=torch.int64, device=device)
+    x = x.reshape(-1, shape[-1])                                                   # (M, K)
+    tensors = [x, weight.to(dtype), bias, lora_A, lora_B]
+    if not kernels:
+        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    if kernels:
+        y = forward_operator(*tensors, seed, scale, parts, dropout)[0]
+    else:
         compiling = torch.compiler.is_compiling()
         keep = None
         if dropout:
@@ -439,8 +435,8 @@ def run(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed
     return y.view(*shape[:-1], len(weight))
 
 
-lora_linear_reference = functools.partial(run, kernels=False)
-lora_linear_triton = functools.partial(run, kernels=True)  # on a CPU with TRITON_INTERPRET=1
+lora_linear_reference = functools.partial(lora_linear, kernels=False)
+lora_linear_triton = functools.partial(lora_linear, kernels=True)  # CPU: with TRITON_INTERPRET=1
 
 
 def check(x, weight, bias, lora_A, lora_B, parts, dropout):

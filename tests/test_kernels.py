@@ -218,6 +218,8 @@ def test_lora_inputs_of_other_forms(f):
     torch.testing.assert_close(deep.view(24, 12), y)
     torch.testing.assert_close(f(x.T.contiguous().T, weight, bias, A, B, SCALE, QV), y)
     torch.testing.assert_close(f(x, weight, None, A, B, SCALE, QV) + bias, y)
+    strided = bias.repeat_interleave(2)[::2]
+    torch.testing.assert_close(f(x, weight, strided, A, B, SCALE, QV), y)
     A.requires_grad_()
     B.requires_grad_()
     half = f(x.half(), weight.half(), bias.half(), A, B, SCALE, QV)
@@ -774,6 +776,22 @@ def test_gpu_dispatch_and_repeatability():
             assert all(torch.equal(a, b) for a, b in zip(results, run()))
     truth = gradients(grid_sample_warp, (image.double(), flow.double()), dy.double(), (0, 1))
     assert_as_good(first[0], gradients(warp_reference, (image, flow), dy, (0, 1)), truth)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_graph_draws_masks():
+    """Each replay of a CUDA graph has a mask of its own."""
+    *tensors, _ = lora_inputs(8 * 197, 768, 768, 8, QV, torch.bfloat16)
+    with torch.no_grad():
+        lora_linear(*tensors, 2, QV, 0.5)  # compiles and tunes
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = lora_linear(*tensors, 2, QV, 0.5)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert not torch.equal(y, first)
 
 
 @pytest.mark.gpu
