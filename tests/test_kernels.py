@@ -622,11 +622,11 @@ def test_dispatch(monkeypatch):
     assert not wants_triton(on_gpu)
 
 
-def run_python(code, **environment):
+def run_python(code, timeout=300, **environment):
     environment = os.environ | environment
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
-                          text=True, timeout=300)
+                          text=True, timeout=timeout)
 
 
 def test_import_without_triton():
@@ -682,20 +682,16 @@ def check_machine_code(built, capability, name):
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
     with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx, out = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(built.asm["ptx"])
-        cubin.write_bytes(built.asm["cubin"])
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        out = Path(folder, "out")
         words = subprocess.run([tools / "ptxas", "-v", f"-arch={arch}", ptx, "-o", out],
                                capture_output=True, text=True, check=True).stderr
         seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-        code = subprocess.run([tools / "cuobjdump", "--dump-sass", cubin],
-                              capture_output=True, text=True, check=True).stdout
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", words)))
     assert not spilled, f"{name}: {spilled} bytes spilled"
     assert "C7512" not in words, f"{name}: wgmma is serialised"
-    assert "LDG.E.U16" not in code, f"{name}: loads of 16 bits"
+    assert not re.search(r"ld\.global\S*\.[bu]16 ", built.asm["ptx"]), f"{name}: loads of 16 bits"
     assert seconds < 5, f"{name}: {seconds:.1f} s of ptxas"
 
 
@@ -740,7 +736,7 @@ def compile_all():
 def test_kernels_compile(tmp_path):
     """Triton's compiler and ptxas need no GPU, and refuse much that the interpreter lets pass."""
     tests = Path(__file__).parent
-    done = run_python("import test_kernels; test_kernels.compile_all()",
+    done = run_python("import test_kernels; test_kernels.compile_all()", timeout=900,
                       TRITON_CACHE_DIR=str(tmp_path),
                       PYTHONPATH=os.pathsep.join([str(tests), str(tests.parent)]))
     assert done.returncode == 0, done.stderr[-3000:]
