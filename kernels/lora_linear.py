@@ -1,350 +1,461 @@
-"""A linear layer with a low-rank update, in one pass over its input.
+"""A linear layer with a low-rank update: LoRA's forward and backward passes in two kernels.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. 3, with the groups of a fused projection
-(loralib's MergedLinear: q and v of a ViT's qkv are adapted, k is not). For each adapted part g of the output's columns
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. 3, with the groups
+of a fused projection (loralib's MergedLinear: q and v of a ViT's qkv are adapted, k is not). For
+each adapted part g of the output's columns, with one mask for all groups, P[keep] = 1 - p,
 
-    y_g = x W_g^T + b_g + s D(x) A_g^T B_g^T        D(x) = keep * x / (1 - p): one mask for all groups, P[keep] = 1 - p
+    t_g = s D(x) A_g^T     y_g = t_g B_g^T + x W_g^T + b_g               D(x) = keep * x / (1 - p)
+    u_g = s' dy_g B_g      dx = keep * sum_g u_g A_g + dy W              s' = s / (1 - p)
+                           dA_g = u_g^T (keep * x)     dB_g = dy_g^T t_g
 
-and for the parts that are not adapted y = x W^T + b. Backward, with t_g = D(x) A_g^T and u_g = s dy_g B_g, both of width R:
+and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b, and nothing of
+the size of x or y is kept but x. The low-rank part adds 0.7 % to the multiplications at ViT-B's qkv
+and R = 4. Separate operations nevertheless read x twice more, write D(x) and a mask, and write,
+read and add a delta as large as the adapted part of y.
 
-    dx = dy W + sum_g keep / (1 - p) * (u_g A_g)        dA_g = u_g^T D(x)        dB_g = s dy_g^T t_g
+Here both directions are split at the rank. `down_kernel` makes t in one pass over x, u and dB in
+one over dy, and dA in one over x. `up_kernel` is the large product: it starts from the low-rank
+part and writes y (or dx) once. Every column of its tiles would have to make t, and draw the mask.
 
-Nothing is computed for the frozen W and b, and nothing of the size of x or y is kept but x itself. The low-rank part adds
-R (G K + G N / P) to M rows' N K multiplications each, 0.7 % at ViT-B's qkv and R = 4, yet written with separate operations
-it reads x twice more, writes D(x) and a mask, and writes, reads and adds a delta as large as the adapted part of y. Here x
-is read once (with dropout once more) and y is written once; backward likewise, with dy and dx.
-
-Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted, R rank.
+Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
+R rank, GR = G R.
 """
 import functools
 
 import torch
 import torch.nn.functional as F
 
-from . import jit, tl, triton, wants_triton
-from .dropout import keep_mask, keep_tile, padded, times_dropped, times_dropped_transposed
+from . import jit, operator, refuse_double_backward, tl, triton, wants_triton
+from .dropout import keep_mask, keep_mask_operator, keep_tile
 
 
 def adapted_parts(parts, N, R):
     """For each adapted part: its columns of y, its rows of lora_A, its rows of lora_B."""
     width = N // len(parts)
-    for g, part in enumerate(i for i, adapted in enumerate(parts) if adapted):
-        yield slice(part * width, (part + 1) * width), slice(g * R, (g + 1) * R), slice(g * width, (g + 1) * width)
+    for g, part in enumerate(part for part, adapted in enumerate(parts) if adapted):
+        yield (slice(part * width, (part + 1) * width), slice(g * R, (g + 1) * R),
+               slice(g * width, (g + 1) * width))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reference
 
 
 def reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep):
-    """y (M, N) and t (G*R, M). `keep` (M, K) uint8 or None; 1 / (1 - p) is part of `scale`.
+    """y (M, N) and t^T / s (GR, M). keep: (M, K) uint8 or None; 1 / (1 - p) is part of `scale`.
 
-    The products of width R are formed rank first, (R, K) x (K, M): 2 to 10 times faster on a CPU than (M, K) x (K, R).
+    The products of width R are formed rank first, (R, K) x (K, M): 2 to 10 times faster on a CPU
+    than (M, K) x (K, R).
     """
-    y = F.linear(x, weight, bias)                                                           # (M, N)
-    t = lora_A @ (x if keep is None else x * keep).t()                                      # (G*R, M)
+    y = F.linear(x, weight, bias)                                                  # (M, N)
+    t = lora_A @ (x if keep is None else x * keep).t()                             # (GR, M)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
-        y[:, columns].addmm_(t[rank].t(), lora_B[rows].t(), alpha=scale)                    # no delta of y's size
+        y[:, columns].addmm_(t[rank].t(), lora_B[rows].t(), alpha=scale)           # in place
     return y, t
 
 
 def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, needs_dx=True):
-    """dx (M, K) or None, dA (G*R, K), dB (G*N/P, R) of the forward above."""
+    """dx (M, K) or None, dA (GR, K), dB (G N/P, R) of the forward pass above."""
     u, dB = torch.empty_like(t), torch.empty_like(lora_B)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
-        u[rank] = lora_B[rows].t() @ dy[:, columns].t()                                     # (R, M)
-        dB[rows] = (t[rank] @ dy[:, columns]).t()                                           # (R, N/P) transposed
+        u[rank] = lora_B[rows].t() @ dy[:, columns].t()                            # (R, M)
+        dB[rows] = (t[rank] @ dy[:, columns]).t()                                  # (N/P, R)
     u.mul_(scale)
-    dA = u @ (x if keep is None else x * keep)                                              # (G*R, K)
+    dA = u @ (x if keep is None else x * keep)                                     # (GR, K)
     dx = None
     if needs_dx:
-        dx = dy @ weight                                                                    # (M, K)
+        dx = dy @ weight                                                           # (M, K)
         dx = dx.addmm_(u.t(), lora_A) if keep is None else dx.add_((u.t() @ lora_A).mul_(keep))
     return dx, dA, dB.mul_(scale)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Forward kernels
-#
-# N, K, R and the parts are compile-time constants (a model has few), M is not. PARTS has a bit for each part. Column tiles
-# are laid out part by part, so none straddles a boundary, and k's tiles take the branch without LoRA.
-# Rows of x and W beyond the end are clamped to the last one, which costs nothing in the loop; they are masked on storing.
+def definition(x, weight, bias, lora_A, lora_B, scale, parts, keep):
+    """y in operations that torch differentiates itself, twice too, and that torch.compile fuses."""
+    t = scale * ((x if keep is None else x * keep) @ lora_A.t())                   # (M, GR)
+    y = list(F.linear(x, weight, bias).chunk(len(parts), dim=1))
+    for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
+        part = columns.start * len(parts) // len(weight)
+        y[part] = y[part] + t[:, rank] @ lora_B[rows].t()
+    return torch.cat(y, dim=1)
 
 
-@jit()
-def products(x, w, a, row, col, K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, WITH_A: tl.constexpr):
-    """x W^T and, WITH_A, x A^T in one pass over a tile of x rows: (BLOCK_M, BLOCK_N) and (BLOCK_M, BLOCK_R) float32."""
-    k, r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    x_at, w_at, a_at = row[:, None] * K + k[None, :], col[None, :] * K + k[:, None], r[None, :] * K + k[:, None]
-    acc, t = tl.zeros((BLOCK_M, BLOCK_N), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            x_tile, w_tile = tl.load(x + x_at), tl.load(w + w_at)
-        else:
-            x_tile = tl.load(x + x_at, mask=k[None, :] < K - start, other=0.0)
-            w_tile = tl.load(w + w_at, mask=k[:, None] < K - start, other=0.0)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
-        if WITH_A:
-            a_tile = tl.load(a + a_at, mask=(r[None, :] < R) & (k[:, None] < K - start), other=0.0)
-            t = tl.dot(x_tile, a_tile, t, input_precision="ieee")
-        x += BLOCK_K
-        w += BLOCK_K
-        a += BLOCK_K
-    return acc, t
-
-
-@jit(do_not_specialize=["M"])
-def forward_kernel(x, w, bias, a, b, t, y, scale, M, M_LOG2: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-                   R: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, MAKE_T: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A program makes one tile of y, and writes it once. t (G*R, M) float32 is made here (MAKE_T) or read."""
-    WIDTH: tl.constexpr = N // P
-    TILES: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
-    tiles_m, pid = tl.cdiv(M, BLOCK_M), tl.program_id(0)
-    pid_m, pid_n = tl.swizzle2d(pid // (P * TILES), pid % (P * TILES), tiles_m, P * TILES, 8)
-    part, tile = pid_n // TILES, pid_n % TILES
-    adapted, group = (PARTS >> part) & 1, part * 0
-    for i in tl.static_range(P):
-        group += tl.where(i < part, (PARTS >> i) & 1, 0)
-    first_row, first_col = (pid_m * BLOCK_M).to(tl.int64), (part * WIDTH + tile * BLOCK_N).to(tl.int64)
-    row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    rows_left, cols_left = M - pid_m * BLOCK_M, WIDTH - tile * BLOCK_N
-    x += first_row * K
-    w += first_col * K
-    a += group * R * K
-    x_row, w_row = tl.minimum(row, rows_left - 1), tl.minimum(col, cols_left - 1)
-    # y[:, columns] = F.linear(x, weight, bias) + scale * t[rank].t() @ lora_B[rows].t()
-    if adapted:
-        acc, t_tile = products(x, w, a, x_row, w_row, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, MAKE_T)
-        r = tl.arange(0, BLOCK_R)
-        t_at = t + first_row + (group * R + r).to(tl.int64)[None, :] * M + row[:, None]
-        t_mask = (r[None, :] < R) & (row[:, None] < rows_left)
-        if not MAKE_T:
-            t_tile = tl.load(t_at, mask=t_mask, other=0.0)
-        elif tile == 0:
-            tl.store(t_at, t_tile, mask=t_mask)
-        b_at = b + (group * WIDTH + tile * BLOCK_N + col)[None, :] * R + r[:, None]
-        b_tile = tl.load(b_at, mask=(r[:, None] < R) & (col[None, :] < cols_left), other=0.0)
-        acc = tl.dot((scale * t_tile).to(b_tile.dtype), b_tile, acc, input_precision="ieee")
-    else:
-        acc, t_tile = products(x, w, a, x_row, w_row, K, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, False)
-    if HAS_BIAS:
-        acc += tl.load(bias + first_col + col, mask=col < cols_left, other=0.0).to(tl.float32)[None, :]
-    y += first_row * N + first_col
-    tl.store(y + row[:, None] * N + col[None, :], acc, mask=(row[:, None] < rows_left) & (col[None, :] < cols_left))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backward kernels
-
-
-@jit(do_not_specialize=["M", "seed", "threshold"])
-def dx_kernel(dy, w, a, b, dx, u, seed, threshold, scale, M, M_LOG2: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-              R: tl.constexpr, G: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, DROPOUT: tl.constexpr,
-              MAKE_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-              BLOCK_R: tl.constexpr):
-    """A program makes one tile of dx. u (G*R, M) float32, the groups' ranks side by side: made here (MAKE_U) or read."""
-    WIDTH: tl.constexpr = N // P
-    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    pid_m, pid_k = tl.swizzle2d(tl.program_id(0) // TILES, tl.program_id(0) % TILES, tl.cdiv(M, BLOCK_M), TILES, 8)
-    first_row, rows_left = (pid_m * BLOCK_M).to(tl.int64), M - pid_m * BLOCK_M
-    row, k, n, r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_R)
-    dy += first_row * N
-    w += pid_k * BLOCK_K
-    a += pid_k * BLOCK_K
-    k_mask = k[None, :] < K - pid_k * BLOCK_K
-    dy_at, w_at = tl.minimum(row, rows_left - 1)[:, None] * N + n[None, :], n[:, None] * K + k[None, :]
-    acc, u_tile, group = tl.zeros((BLOCK_M, BLOCK_K), tl.float32), tl.zeros((BLOCK_M, BLOCK_R), tl.float32), 0
-    for part in tl.static_range(P):
-        for start in range(0, WIDTH, BLOCK_N):
-            if WIDTH % BLOCK_N == 0 and K % BLOCK_K == 0:
-                dy_tile, w_tile = tl.load(dy + start + dy_at), tl.load(w + start * K + w_at)
-            else:
-                dy_tile = tl.load(dy + start + dy_at, mask=n[None, :] < WIDTH - start, other=0.0)
-                w_tile = tl.load(w + start * K + w_at, mask=(n[:, None] < WIDTH - start) & k_mask, other=0.0)
-            acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
-            if MAKE_U and (PARTS >> part) & 1:
-                own = (r[None, :] // R == group) & (n[:, None] < WIDTH - start)
-                b_tile = tl.load(b + (start + n)[:, None] * R + (r - group * R)[None, :], mask=own, other=0.0)
-                u_tile = tl.dot(dy_tile, b_tile, u_tile, input_precision="ieee")
-        dy += WIDTH
-        w += WIDTH * K
-        if (PARTS >> part) & 1:
-            b += WIDTH * R
-            group += 1
-    # dx += keep * (u.t() @ lora_A)
-    for start in tl.static_range(0, G * R, BLOCK_R):
-        u_at = u + first_row + (start + r).to(tl.int64)[None, :] * M + row[:, None]
-        u_mask = (start + r[None, :] < G * R) & (row[:, None] < rows_left)
-        if not MAKE_U:
-            u_tile = tl.load(u_at, mask=u_mask, other=0.0)
-        else:
-            u_tile *= scale
-            if pid_k == 0:
-                tl.store(u_at, u_tile, mask=u_mask)
-        a_tile = tl.load(a + (start + r)[:, None] * K + k[None, :], mask=(start + r[:, None] < G * R) & k_mask, other=0.0)
-        if DROPOUT:
-            keep = keep_tile(seed, threshold, first_row + row, pid_k * BLOCK_K, K, BLOCK_K)
-            acc += tl.where(keep, tl.dot(u_tile.to(a_tile.dtype), a_tile, input_precision="ieee"), 0.0)
-        else:
-            acc = tl.dot(u_tile.to(a_tile.dtype), a_tile, acc, input_precision="ieee")
-    dx += first_row * K + pid_k * BLOCK_K
-    tl.store(dx + row[:, None] * K + k[None, :], acc, mask=(row[:, None] < rows_left) & k_mask)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Launches
-
-
-@functools.cache
-def autotuned(kernel):
-    """The kernel with its block shapes chosen by trial, once for each shape. Made on first use: it needs a GPU."""
-    shapes = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (64, 128, 64, 4, 4), (64, 64, 32, 4, 4)]
-    names, flags = ("BLOCK_M", "BLOCK_N", "BLOCK_K"), ["MAKE_T"]
-    if kernel is dx_kernel:  # tiles of M x K, a loop over N
-        names, flags = ("BLOCK_M", "BLOCK_K", "BLOCK_N"), ["MAKE_U", "DROPOUT"]
-    configs = [triton.Config(dict(zip(names, blocks)), num_warps=w, num_stages=s) for *blocks, w, s in shapes]
-    return triton.autotune(configs, key=["M_LOG2", "N", "K", "R", "PARTS", *flags])(kernel)
-
-
-def launch(kernel, tiles, *args, **constants):
-    """Runs forward_kernel or dx_kernel on `tiles(blocks)` programs."""
-    if args[0].is_cuda:
-        autotuned(kernel)[lambda blocks: (tiles(blocks),)](*args, **constants)
-    else:  # interpreter
-        blocks = dict(BLOCK_M=32, BLOCK_N=32, BLOCK_K=32)
-        kernel[(tiles(blocks),)](*args, **constants, **blocks)
-
-
-def constants_of(x, weight, lora_B, parts):
-    """M_LOG2 has the blocks tuned again where M doubles."""
-    return dict(M_LOG2=(len(x) - 1).bit_length(), N=len(weight), K=x.shape[1], R=lora_B.shape[1], P=len(parts),
-                PARTS=sum(adapted << i for i, adapted in enumerate(parts)))
-
-
-def triton_forward(x, weight, bias, lora_A, lora_B, scale, parts, threshold, seed):
-    """As reference_forward, with the mask made inside: an element is kept if its 31 random bits reach `threshold`.
-
-    With dropout, t has a kernel of its own. In the main kernel every column tile would draw the mask of its rows anew, 12
-    times over for ViT-B's q and v, and drawing costs several times what the tensor cores take for the tile. Drawn once,
-    it is one more reading of x, which leaves x in the L2 cache for the main kernel.
-    """
-    M, N, y = len(x), len(weight), x.new_empty(len(x), len(weight))
-    with torch.cuda.device_of(x):
-        if threshold:
-            t = times_dropped_transposed(lora_A, x, threshold, seed)
-        else:
-            t = x.new_empty(len(lora_A), M, dtype=torch.float32)
-        launch(forward_kernel, lambda blocks: (triton.cdiv(M, blocks["BLOCK_M"]) * len(parts)
-                                               * triton.cdiv(N // len(parts), blocks["BLOCK_N"])),
-               x, weight, weight if bias is None else bias, lora_A, lora_B, t, y, scale, M, HAS_BIAS=bias is not None,
-               MAKE_T=not threshold, BLOCK_R=padded(lora_B.shape[1]), **constants_of(x, weight, lora_B, parts))
-    return y, t
-
-
-def triton_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, threshold, seed, needs_dx):
-    """As reference_backward, with the mask made again from the seed. Without dropout dA is one plain matmul."""
-    (M, K), GR, R = x.shape, len(lora_A), lora_B.shape[1]
-    dx, dB, u = torch.empty_like(x) if needs_dx else None, torch.empty_like(lora_B), torch.empty_like(t)
-    make_u = needs_dx and padded(GR) <= 32  # a wider u costs the main loop more than a matmul that reads dy again
-    for columns, rank, rows in adapted_parts(parts, len(weight), R):
-        dB[rows] = (scale * (t[rank].to(dy.dtype) @ dy[:, columns])).t()
-        if not make_u:
-            u[rank] = scale * (lora_B[rows].t() @ dy[:, columns].t())
-    with torch.cuda.device_of(x):
-        if needs_dx:
-            launch(dx_kernel, lambda blocks: triton.cdiv(M, blocks["BLOCK_M"]) * triton.cdiv(K, blocks["BLOCK_K"]),
-                   dy, weight, lora_A, lora_B, dx, u, seed, threshold, scale, M, G=GR // R, DROPOUT=threshold > 0,
-                   MAKE_U=make_u, BLOCK_R=min(32, padded(GR)), **constants_of(x, weight, lora_B, parts))
-        dA = times_dropped(u, x, threshold, seed) if threshold else u.to(x.dtype) @ x
-    return dx, dA, dB
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Autograd
-
-
-class LoRALinearFunction(torch.autograd.Function):
-    """x (M, K), contiguous, and everything else in its dtype. `kernels`: run the kernels or the reference."""
+class ReferenceFunction(torch.autograd.Function):
+    """The reference, with everything in the dtype of x (M, K)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels):
-        scale = scale / (1 - dropout)
-        if kernels:
-            keep, rest = None, (scale, parts, min(round(dropout * 2**31), 2**31 - 1), seed)
-            y, t = triton_forward(x, weight, bias, lora_A, lora_B, *rest)
-        else:
-            keep, rest = keep_mask(*x.shape, dropout, seed, x.device) if dropout else None, (scale, parts)
-            y, t = reference_forward(x, weight, bias, lora_A, lora_B, *rest, keep)
+    def forward(ctx, x, weight, bias, lora_A, lora_B, *rest):
+        y, t = reference_forward(x, weight, bias, lora_A, lora_B, *rest)
+        *ctx.rest, keep = rest
         ctx.save_for_backward(x, weight, lora_A, lora_B, t, keep)
-        ctx.kernels, ctx.rest = kernels, rest
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        *tensors, keep = ctx.saved_tensors
+        x, weight, lora_A, lora_B, t, keep = ctx.saved_tensors
         needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
-        if ctx.kernels:
-            dx, dA, dB = triton_backward(dy.contiguous(), *tensors, *ctx.rest, needs_dx)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated again
+            _, pullback = torch.func.vjp(
+                lambda x, A, B: definition(x, weight, None, A, B, *ctx.rest, keep),
+                x, lora_A, lora_B)
+            dx, dA, dB = pullback(dy)
         else:
-            dx, dA, dB = reference_backward(dy, *tensors, *ctx.rest, keep, needs_dx)
-        dW, db = dy.t() @ tensors[0] if needs_dW else None, dy.sum(0) if needs_db else None
-        return dx, dW, db, dA, dB, None, None, None, None, None
+            dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, *ctx.rest, keep,
+                                            needs_dx)
+        dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
+        return dx, dW, db, dA, dB, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Kernels
+#
+#                in   factor of down_kernel   low   factor of up_kernel   out   sums of down_kernel
+#     forward    x    lora_A                  t     lora_B                y
+#     backward   dy   lora_B                  u     lora_A                dx    dB, and dA from x
+#
+# The tiles of y that the programs 0, 1, ... of up_kernel make. The columns are divided part by
+# part, so that no tile lies in two parts, and the tiles of k leave the low-rank part out. The
+# numbers run down 8 rows of tiles before they go right: programs that run at the same time share
+# rows of x and of W, which they find in the L2 cache.
+#
+#                   q: t_0 B_0^T +      k                   v: t_1 B_1^T +
+#     row tile 0    |  0 |  8 | 16 |    | 24 | 32 | 40 |    | 48 | 56 | 64 |
+#     row tile 1    |  1 |  9 | 17 |    | 25 | 33 | 41 |    | 49 | 57 | 65 |
+#     ...
+#     row tile 8    | 72 | 80 | ...
+#
+# The sizes of a layer are compile-time constants (a model has few layers), M is not. PARTS has a
+# bit for each part, and a pointer that is None leaves its step out. Rows beyond the last one read
+# the last one, which costs nothing in the loops, and are not stored. Tiles of x are loaded whole,
+# by 16-byte copies that run ahead of the products, and the mask of dropout comes after.
+
+
+@jit()
+def group_of(part, P: tl.constexpr, PARTS: tl.constexpr):
+    """How many adapted parts stand before `part`: its place in lora_A, lora_B, t and u."""
+    group = part * 0
+    for i in tl.static_range(P):
+        group += tl.where(i < part, (PARTS >> i) & 1, 0)
+    return group
+
+
+@jit(do_not_specialize=["M", "threshold"])
+def down_kernel(
+    in_ptr,  # (M, P WIDTH): x or dy
+    factor_ptr,  # lora_A, lora_B, or None
+    low_ptr,  # (M, GR) float32: t or u, written if there is a factor
+    copy_ptr,  # (M, K) or None, written: x in the dtype of the large product
+    seed_ptr,  # a number, or None without dropout
+    other_ptr,  # (M, GR) float32 or None: u or t
+    sums_ptr,  # (row tiles, *factor) float32, written if there is another: parts of dA or dB
+    threshold, scale, M,
+    WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, GR: tl.constexpr, R: tl.constexpr,
+    F_IN: tl.constexpr, F_LOW: tl.constexpr,  # the step in factor to the next column of in, rank
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """t = s D(x) A^T, or u = s' dy B with dB = dy^T t, or dA = u^T (keep * x).
+
+    A program reads BLOCK_M rows of one part of `in`.
+    """
+    row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_row, rows_left = tl.program_id(0).to(tl.int64) * BLOCK_M, M - tl.program_id(0) * BLOCK_M
+    part = tl.program_id(1)
+    if ((PARTS >> part) & 1) == 0:
+        return
+    group = group_of(part, P, PARTS)
+    in_ptr += first_row * (P * WIDTH) + part * WIDTH
+    in_at = tl.minimum(row, rows_left - 1)[:, None] * (P * WIDTH) + k[None, :]
+    factor_at = (group * WIDTH + k[:, None]) * F_IN + r[None, :] * F_LOW
+    low_at = first_row * GR + group * R + row[:, None] * GR + r[None, :]
+    low_mask = (row[:, None] < rows_left) & (r[None, :] < R)
+    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    if other_ptr is not None:
+        other = tl.load(other_ptr + low_at, mask=low_mask, other=0.0).to(in_ptr.dtype.element_ty)
+        sums_ptr += tl.program_id(0).to(tl.int64) * GR * WIDTH
+    for start in range(0, WIDTH, BLOCK_IN):
+        x = tl.load(in_ptr + start + in_at, mask=k[None, :] < WIDTH - start, other=0.0)
+        factor_mask = (k[:, None] < WIDTH - start) & (r[None, :] < R)
+        if copy_ptr is not None:
+            x = x.to(copy_ptr.dtype.element_ty)
+            tl.store(copy_ptr + first_row * WIDTH + start + in_at, x,
+                     mask=k[None, :] < WIDTH - start)
+        if seed_ptr is not None:
+            keep = keep_tile(seed_ptr, threshold, first_row + row, start, WIDTH, BLOCK_IN)
+            x = tl.where(keep, x, 0.0)
+        if factor_ptr is not None:
+            factor = tl.load(factor_ptr + start * F_IN + factor_at, mask=factor_mask, other=0.0)
+            low = tl.dot(x, factor.to(x.dtype), low, input_precision=PRECISION)
+        if other_ptr is not None:
+            tl.store(sums_ptr + start * F_IN + factor_at,
+                     tl.dot(x.T, other, input_precision=PRECISION), mask=factor_mask)
+    if factor_ptr is not None:
+        tl.store(low_ptr + low_at, scale * low, mask=low_mask)
+
+
+@jit(do_not_specialize=["M", "threshold"])
+def up_kernel(
+    in_ptr,  # (M, DEPTH): x or dy
+    w_ptr,  # (N, K)
+    bias_ptr,  # (P WIDTH,) or None
+    low_ptr,  # (M, GR) float32: t or u
+    factor_ptr,  # lora_B or lora_A
+    out_ptr,  # (M, P WIDTH), written: y or dx
+    seed_ptr,  # a number, or None without dropout
+    threshold, M,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr,
+    GR: tl.constexpr, R: tl.constexpr,
+    W_IN: tl.constexpr, W_OUT: tl.constexpr,  # the step in w to the next column of in, of out
+    F_LOW: tl.constexpr, F_OUT: tl.constexpr,  # the step in factor to the next rank, column of out
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """y = t B^T + x W^T + b, or dx = keep * (u A) + dy W: a program makes one tile."""
+    TILES: tl.constexpr = P * ((WIDTH + BLOCK_OUT - 1) // BLOCK_OUT)
+    row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_OUT)
+    k, r = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_R)
+    pid_m, pid_n = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    pid_m, pid_n = tl.swizzle2d(pid_m, pid_n, tl.cdiv(M, BLOCK_M), TILES, 8)
+    part, first_col = pid_n // (TILES // P), pid_n % (TILES // P) * BLOCK_OUT
+    first_row, rows_left = pid_m.to(tl.int64) * BLOCK_M, M - pid_m * BLOCK_M
+    in_row, inside = tl.minimum(row, rows_left - 1)[:, None], col[None, :] < WIDTH - first_col
+    out = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
+    if (PARTS >> part) & 1:
+        group = group_of(part, P, PARTS)
+        low_ptr += first_row * GR + group * R
+        factor_ptr += (group * WIDTH + first_col) * F_OUT
+        for start in tl.static_range(0, R, BLOCK_R):
+            rank = start + r
+            low = tl.load(low_ptr + in_row * GR + rank[None, :], mask=rank[None, :] < R, other=0.0)
+            factor = tl.load(factor_ptr + rank[:, None] * F_LOW + col[None, :] * F_OUT,
+                             mask=(rank[:, None] < R) & inside, other=0.0)
+            dtype = in_ptr.dtype.element_ty
+            out = tl.dot(low.to(dtype), factor.to(dtype), out, input_precision=PRECISION)
+    if seed_ptr is not None:
+        keep = keep_tile(seed_ptr, threshold, first_row + row, first_col, WIDTH, BLOCK_OUT)
+        out = tl.where(keep, out, 0.0)
+    first_col += part * WIDTH
+    in_ptr += first_row * DEPTH
+    w_ptr += first_col.to(tl.int64) * W_OUT
+    w_at = k[:, None] * W_IN + col[None, :] * W_OUT
+    for start in range(0, DEPTH, BLOCK_IN):
+        x = tl.load(in_ptr + start + in_row * DEPTH + k[None, :], mask=k[None, :] < DEPTH - start,
+                    other=0.0)
+        w = tl.load(w_ptr + start * W_IN + w_at, mask=(k[:, None] < DEPTH - start) & inside,
+                    other=0.0)
+        out = tl.dot(x, w, out, input_precision=PRECISION)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + first_col + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    out_ptr += first_row * (P * WIDTH) + first_col
+    tl.store(out_ptr + row[:, None] * (P * WIDTH) + col[None, :], out,
+             mask=(row[:, None] < rows_left) & inside)
+
+
+# --------------------------------------------------------------------------------------------------
+# Launches
+
+
+def tile(m, out, depth, warps, stages):
+    return dict(BLOCK_M=m, BLOCK_OUT=out, BLOCK_IN=depth), dict(num_warps=warps, num_stages=stages)
+
+
+# What up_kernel may run with: a GPU takes the fastest for each layer.
+TILES = [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 3), tile(64, 128, 64, 4, 4)]
+FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]
+
+
+@functools.cache
+def autotuned(dtype):
+    tiles = FLOAT32_TILES if dtype == torch.float32 else TILES
+    configs = [triton.Config(tile, **options) for tile, options in tiles]
+    return triton.autotune(configs, key=["DEPTH", "WIDTH", "P", "PARTS", "R"])(up_kernel)
+
+
+def up(*args, M, WIDTH, P, **constants):
+    """Runs up_kernel on as many programs as there are tiles."""
+    kernel = up_kernel
+    if args[0].is_cuda:
+        kernel = autotuned(args[0].dtype)
+    else:  # the interpreter
+        constants |= dict(BLOCK_M=32, BLOCK_OUT=32, BLOCK_IN=32)
+
+    def programs(tile):
+        rows, columns = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(WIDTH, tile["BLOCK_OUT"])
+        return (rows * P * columns,)
+
+    kernel[programs](*args, M=M, WIDTH=WIDTH, P=P, **constants)
+
+
+def constants_of(lora_A, lora_B, parts, dropout):
+    """GR, R, the bits of the parts, dropout's threshold, and the constants of every launch."""
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    GR, bits = len(lora_A), sum(adapted << i for i, adapted in enumerate(parts))
+    common = dict(GR=GR, PRECISION=precision)
+    return GR, lora_B.shape[1], bits, round(dropout * 2**16), common
+
+
+def padded(rank):
+    """The columns of a tile for `rank` of them: tl.dot wants at least 16, and 64 are enough."""
+    return min(64, max(16, triton.next_power_of_2(rank)))
+
+
+def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout):
+    """y (M, N), t (M, GR) float32, and x in the dtype of weight, empty where it has that dtype."""
+    y, t, copy = empty_forward(x, weight, bias, lora_A)
+    (M, K), N, P, copied = x.shape, len(weight), len(parts), copy if len(copy) else None
+    GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
+    with torch.cuda.device_of(x):
+        down_kernel[triton.cdiv(M, 64), 1, triton.cdiv(GR, padded(GR))](
+            x, lora_A, t, copied, seed, None, None, threshold, scale / (1 - dropout), M, WIDTH=K,
+            P=1, PARTS=1, R=GR, F_IN=1, F_LOW=K, BLOCK_M=64, BLOCK_IN=128 // weight.element_size(),
+            BLOCK_R=padded(GR), **common)
+        up(x if copied is None else copy, weight, bias, t, lora_B, y, None, 0, M=M, DEPTH=K,
+           WIDTH=N // P, P=P, PARTS=PARTS, R=R, W_IN=1, W_OUT=K, F_LOW=1, F_OUT=R,
+           BLOCK_R=padded(R), **common)
+    return y, t, copy
+
+
+def empty_forward(x, weight, bias, lora_A, *rest):
+    copy = weight.new_empty((0,) if x.dtype == weight.dtype else x.shape)
+    t = x.new_empty(len(x), len(lora_A), dtype=torch.float32)
+    return weight.new_empty(len(x), len(weight)), t, copy
+
+
+def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropout, dtype, needs_dx):
+    """dx (M, K) in `dtype`, empty unless needed, dA and dB. Sums are float32, in a fixed order."""
+    dx = dy.new_empty(x.shape if needs_dx else (0,), dtype=dtype)
+    (M, K), N, P, u = x.shape, len(weight), len(parts), torch.empty_like(t)
+    GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
+    dA, dB = (t.new_empty(triton.cdiv(M, 128), *factor.shape) for factor in (lora_A, lora_B))
+    blocks = dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)
+    with torch.cuda.device_of(x):
+        down_kernel[len(dB), P, 1](
+            dy, lora_B, u, None, None, t, dB, 0, scale / (1 - dropout), M, WIDTH=N // P, P=P,
+            PARTS=PARTS, R=R, F_IN=R, F_LOW=1, BLOCK_R=padded(R), **blocks, **common)
+        if needs_dx:
+            up(dy, weight, None, u, lora_A, dx, seed, threshold, M=M, DEPTH=N, WIDTH=K, P=1,
+               PARTS=1, R=GR, W_IN=K, W_OUT=1, F_LOW=K, F_OUT=1, BLOCK_R=padded(GR), **common)
+        down_kernel[len(dA), 1, triton.cdiv(GR, padded(GR))](
+            x, None, None, None, seed, u, dA, threshold, 1.0, M, WIDTH=K, P=1, PARTS=1, R=GR,
+            F_IN=1, F_LOW=K, BLOCK_R=padded(GR), **blocks, **common)
+    return dx, dA.sum(0).to(lora_A.dtype), dB.sum(0).to(lora_B.dtype)
+
+
+def empty_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropout, dtype, needs_dx):
+    dx = dy.new_empty(x.shape if needs_dx else (0,), dtype=dtype)
+    return dx, torch.empty_like(lora_A), torch.empty_like(lora_B)
+
+
+# --------------------------------------------------------------------------------------------------
+# Autograd
+
+
+def keep_for_backward(ctx, inputs, output):
+    x, weight, bias, lora_A, lora_B, seed, *ctx.rest = inputs
+    _, t, copy = output
+    ctx.mark_non_differentiable(t, copy)
+    ctx.set_materialize_grads(False)  # no zeros of the size of t and copy
+    ctx.save_for_backward(x if x.dtype == weight.dtype else copy, weight, lora_A, lora_B, t, seed)
+    ctx.dtype = x.dtype
+
+
+def backward(ctx, dy, *_):
+    refuse_double_backward("lora_linear")
+    needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
+    x, *saved = ctx.saved_tensors
+    dx, dA, dB = backward_operator(dy.contiguous(), x, *saved, *ctx.rest, ctx.dtype, needs_dx)
+    dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
+    return dx if needs_dx else None, dW, db, dA, dB, None, None, None, None
+
+
+forward_operator = operator(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
+    "Tensor? seed, float scale, bool[] parts, float dropout) -> (Tensor, Tensor, Tensor)",
+    triton_forward, empty_forward, backward, keep_for_backward)
+backward_operator = operator(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
+    "Tensor t, Tensor? seed, float scale, bool[] parts, float dropout, ScalarType dtype, "
+    "bool needs_dx) -> (Tensor, Tensor, Tensor)", triton_backward, empty_backward)
+
+
+# --------------------------------------------------------------------------------------------------
 # Public function
 
 
-def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None):
+def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None, *,
+                kernels=None):
     """y = x weight^T + bias, plus scale * D(x) A_g^T B_g^T on the columns of each adapted part g.
 
-    x: (..., K). weight: (N, K) and bias: (N,) or None, frozen (they get a gradient only if they ask for one).
-    lora_A: (G*R, K), lora_B: (G*N/P, R): the groups' factors one below the other.
-    scale: alpha / R. parts: P truth values, G of them true; part i is columns i*N/P to (i+1)*N/P of y.
-    dropout: probability in [0, 1) of dropping an element of x on its way to A, now: pass 0 in evaluation.
-    seed: fixes the mask (taken modulo 2^31); None draws one from torch's CPU generator when dropout > 0.
-    Returns (..., N). As F.linear: in x's dtype, or in autocast's; lora_A and lora_B may be of any dtype.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    x: (..., K). weight: (N, K) and bias: (N,) or None, frozen (they get a gradient only if they ask
+    for one). lora_A: (GR, K), lora_B: (G N/P, R): the groups' factors one below the other.
+    scale: alpha / R. parts: P truth values, G of them true; part i is columns i N/P to (i+1) N/P.
+    dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
+    seed: fixes the mask, a number or a tensor of one, taken modulo 2^31. None draws one from
+    torch's generator of the GPU (kernels) or of the CPU (reference): processes have masks of their
+    own if each calls torch.manual_seed with a number of its own, as the seed plus the rank.
+    Returns (..., N). As F.linear: in x's dtype, or in autocast's; lora_A and lora_B may be of any
+    dtype, and so may the frozen weight under autocast, where autocast's dtype costs no conversion.
+    kernels: whether the kernels or the reference run; None leaves it to x and `use_kernels`.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and RuntimeError where the
+    kernels are to be differentiated twice.
     """
-    fits = x.dtype != torch.float64 and x.numel() > 0 and lora_B.dim() == 2 and lora_B.shape[1] <= 64
-    return run(x, weight, bias, lora_A, lora_B, scale, parts, dropout, seed, kernels=wants_triton(x) and fits)
-
-
-def run(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0.0, seed=None, *, kernels):
-    """lora_linear by the kernels or by the reference: checks, brings everything to one dtype and x to two dimensions."""
     check(x, weight, bias, lora_A, lora_B, parts, dropout)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    if kernels is None:
+        kernels = (wants_triton(x) and x.dtype != torch.float64 and x.numel() > 0
+                   and lora_B.shape[1] <= 64)
+    shape, dtype, parts = x.shape, x.dtype, [bool(part) for part in parts]
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     elif weight.dtype != dtype:
         raise ValueError(f"lora_linear: expected weight of x's dtype {dtype}, found {weight.dtype}")
-    if seed is None:
-        seed = int(torch.randint(2**31, ())) if dropout else 0
-    tensors = x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B                      # x (M, K)
-    tensors = [tensor if tensor is None else tensor.to(dtype).contiguous() for tensor in tensors]
-    y = LoRALinearFunction.apply(*tensors, float(scale), tuple(map(bool, parts)), float(dropout), seed % 2**31, kernels)
-    return y.view(*x.shape[:-1], len(weight))
+    device = x.device if kernels else None
+    if not dropout:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(2**31, (), device=device)
+    else:
+        seed = torch.as_tensor(seed % 2**31, dtype=torch.int64, device=device)
+    x = x.reshape(-1, shape[-1])                                                   # (M, K)
+    tensors = [x, weight.to(dtype), bias, lora_A, lora_B]
+    if not kernels:
+        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    if kernels:
+        y = forward_operator(*tensors, seed, scale, parts, dropout)[0]
+    else:
+        compiling = torch.compiler.is_compiling()
+        keep = None
+        if dropout:
+            if compiling or x.is_meta or type(seed) is not torch.Tensor:  # there may be no numbers
+                keep = keep_mask_operator(tensors[0].detach(), dropout, seed)
+            else:
+                keep = keep_mask(tensors[0], dropout, seed)
+        function = definition if compiling else ReferenceFunction.apply
+        y = function(*tensors, scale / (1 - dropout), parts, keep)
+    return y.view(*shape[:-1], len(weight))
 
 
-lora_linear_reference = functools.partial(run, kernels=False)
-lora_linear_triton = functools.partial(run, kernels=True)  # CUDA tensors, or CPU tensors under TRITON_INTERPRET=1
+lora_linear_reference = functools.partial(lora_linear, kernels=False)
+lora_linear_triton = functools.partial(lora_linear, kernels=True)  # CPU: with TRITON_INTERPRET=1
 
 
 def check(x, weight, bias, lora_A, lora_B, parts, dropout):
     """Raises ValueError with what was expected and what was found."""
     P, G, R = len(parts), sum(map(bool, parts)), lora_B.shape[-1] if lora_B.dim() else 0
     if G == 0:
-        raise ValueError(f"lora_linear: expected at least one adapted part, found parts={tuple(parts)}")
+        raise ValueError(f"lora_linear: expected at least one adapted part, found {tuple(parts)}")
     if weight.dim() != 2 or len(weight) % P or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"lora_linear: expected x (..., K) and weight (N, K) with N a multiple of {P}, "
-                         f"found {tuple(x.shape)} and {tuple(weight.shape)}")
+        raise ValueError(f"lora_linear: expected x (..., K) and weight (N, K) with N a multiple of "
+                         f"{P}, found {tuple(x.shape)} and {tuple(weight.shape)}")
     N, K = weight.shape
     for name, tensor, shape in (("x", x, x.shape), ("weight", weight, (N, K)), ("bias", bias, (N,)),
-                                ("lora_B", lora_B, (G * N // P, R)), ("lora_A", lora_A, (G * R, K))):
-        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point() or tensor.device != x.device):
-            raise ValueError(f"lora_linear: expected {name} {tuple(shape)}, floating-point, on {x.device} (weight {(N, K)}, "
-                             f"rank {R}, {G} of {P} parts), found {tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}")
+                                ("lora_B", lora_B, (G * N // P, R)),
+                                ("lora_A", lora_A, (G * R, K))):
+        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()
+                                   or tensor.device != x.device):
+            raise ValueError(
+                f"lora_linear: expected {name} {tuple(shape)}, floating-point, on {x.device} "
+                f"(weight {(N, K)}, rank {R}, {G} of {P} parts), found {tuple(tensor.shape)}, "
+                f"{tensor.dtype}, on {tensor.device}")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_linear: expected dropout in [0, 1), found {dropout}")

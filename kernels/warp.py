@@ -1,235 +1,304 @@
 """Resampling an image along a deformation field: the spatial transformer of RegGAN.
 
-Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurIPS 2021, the resampling layer of eq. 4;
-Jaderberg et al., "Spatial Transformer Networks", NeurIPS 2015, eq. 5 (bilinear sampling) and 6, 7 (its gradients).
+Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurIPS 2021, the
+resampling layer of eq. 4; Jaderberg et al., "Spatial Transformer Networks", NeurIPS 2015, eq. 5
+(bilinear sampling) and 6, 7 (its gradients).
 
-    warp(image, flow)[y, x] = image[Y, X],   Y = clamp(y + dy, 0, H - 1),   X = clamp(x + dx, 0, W - 1)
+    warp(image, flow)[y, x] = image[Y, X]
+    Y = clamp(y + dy, 0, H - 1)        X = clamp(x + dx, 0, W - 1)
 
-read bilinearly from the four pixels around (Y, X): with y0 = floor(Y), x0 = floor(X), fy = Y - y0, fx = X - x0
+read bilinearly from the four pixels around (Y, X): with y0 = floor(Y), x0 = floor(X), fy = Y - y0,
+fx = X - x0
 
     out = (1 - fy) ((1 - fx) v00 + fx v01) + fy ((1 - fx) v10 + fx v11)
     d out / d dy = (1 - fx) (v10 - v00) + fx (v11 - v01)        where 0 < y + dy < H - 1, else 0
     d out / d dx = (1 - fy) (v01 - v00) + fy (v11 - v10)        where 0 < x + dx < W - 1, else 0
 
-The conventions, the same on every path. Positions are in pixels, so a zero flow is the identity and an integer flow a
-shift, both exactly. A displacement that leaves the image, up to infinity, reads the border; its gradient is 0 there and on
-the border itself, as in F.grid_sample. A displacement that is NaN gives NaN at that pixel of every channel and passes no
-gradient: a registration network that diverges is seen at once, and no address is ever made from it.
+The conventions are the same on every path. Positions are in pixels, so that a zero flow is the
+identity and a whole flow a shift, both exactly. A displacement that leaves the image, up to
+infinity, reads the border; its gradient is 0 there and on the border itself, as in F.grid_sample. A
+displacement that is NaN gives NaN at that pixel of every channel and passes no gradient: a
+registration network that diverges is seen at once, and no address is ever made from it.
 
-What the kernels save. The unfused form writes the identity grid, the sum, its normalised copy and the clamp before it reads
-the image: some 10 passes of B H W numbers in each direction. Here a pixel's position lives in registers: forward moves 16
-bytes a pixel (C = 1, float32: flow 8, image 4, result 4), and backward finds both gradients in one visit of the pixel.
+What the kernels save: the unfused form writes the identity grid, the sum, its normalised copy and
+the clamp before it reads the image, some 10 passes over B H W numbers in each direction. Here the
+position of a pixel lives in registers. For one channel of float32 the forward pass moves 16 bytes a
+pixel (flow 8, image 4, result 4). The backward pass finds both gradients in one visit of a pixel
+and moves some 64 bytes: it reads the flow, the image and, twice, the incoming gradient (20), writes
+the flow's gradient (8), and gathers the image's in an integer, which is cleared, added to (read and
+written) and read again (32), before it writes it (4).
 
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W), channel 0 = dy, channel 1 = dx.
 """
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 
-from . import jit, tl, triton, wants_triton
+from . import jit, operator, refuse_double_backward, tl, triton, wants_triton
 
-# Output pixels a program of 128 threads. ptxas for sm_90 gives 64 and 32 registers a thread, full 16-byte flow loads forward
-# and one pixel a thread backward; at 1024 the backward kernel spills. Not autotuned: trial runs would add to the scatter.
+# Output pixels of a program of 128 threads: the forward pass loads the flow by 16 bytes, the
+# backward pass has one pixel a thread and spills at 1024. They are not autotuned: trial runs would
+# add to the scatter.
 FORWARD_BLOCK, BACKWARD_BLOCK, FINISH_BLOCK = 512, 128, 1024
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reference
 
 
 def warp_reference(image, flow):
     """`warp` in torch. image (B, C, H, W), flow (B, 2, H, W) of at least float32.
 
-    F.grid_sample does the reading, 1.5 to 3 times faster on a CPU than gathers written out. It wants positions scaled to
-    [-1, 1], and that scaling rounds: at most sizes a zero flow is no longer the identity. On a canvas whose sides are
-    powers of two, (2 x + 1) / w - 1 and back is exact for every whole x, so the image is put on one if it is not
-    already; the clamp keeps every position inside the image proper. `hardtanh` is a clamp whose gradient is 0 on the
-    bounds too. Zero padding tests every read, so that a NaN position is harmless; with padding_mode="border" it crashes.
+    F.grid_sample reads 1.5 to 3 times faster on a CPU than gathers do. It wants positions scaled to
+    [-1, 1], and that scaling rounds: at most sizes a zero flow is no longer the identity. On a
+    canvas whose sides are powers of two, (2 x + 1) / w - 1 and back is exact for every whole x, so
+    the image is put on one if it is not already; the clamp keeps every position inside the image
+    proper. `hardtanh` is a clamp whose gradient is 0 on the bounds too. Zero padding tests every
+    read, so that a NaN position is harmless; with padding_mode="border" it crashes.
     """
     H, W = image.shape[-2:]
     h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
     rows = torch.arange(H, dtype=flow.dtype, device=flow.device).unsqueeze(1)
     cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
-    y = F.hardtanh(flow[:, 0] + rows, 0, H - 1)                                             # (B, H, W) pixels
+    y = F.hardtanh(flow[:, 0] + rows, 0, H - 1)                                    # (B, H, W)
     x = F.hardtanh(flow[:, 1] + cols, 0, W - 1)
-    grid = torch.stack((x * (2 / w) + (1 / w - 1), y * (2 / h) + (1 / h - 1)), dim=-1)      # (B, H, W, 2)
+    grid = torch.stack((x * (2 / w) + (1 / w - 1), y * (2 / h) + (1 / h - 1)), dim=-1)
     canvas = image.to(flow.dtype)
     if (h, w) != (H, W):
-        canvas = F.pad(canvas, (0, w - W, 0, h - H))                                        # (B, C, h, w)
-    with torch.autocast(flow.device.type, enabled=False):
-        out = F.grid_sample(canvas, grid, padding_mode="zeros", align_corners=False)        # (B, C, H, W)
+        canvas = F.pad(canvas, (0, w - W, 0, h - H))                               # (B, C, h, w)
+    # autocast, which knows no meta tensors, would round float64
+    exact = nullcontext() if flow.is_meta else torch.autocast(flow.device.type, enabled=False)
+    with exact:
+        out = F.grid_sample(canvas, grid, padding_mode="zeros", align_corners=False)
     return torch.where(torch.isnan(x + y).unsqueeze(1), torch.nan, out).to(image.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Forward kernel
 
 
 @jit()
-def position(flow, sample, pixel, valid, H, W):
-    """Where output pixels read: top-left index, steps to the right and lower neighbours, fractions, gradient flags."""
+def position(flow_ptr, sample, pixel, valid, H, W):
+    """Where output pixels read: the top-left neighbour's index, the steps to the right and to the
+    lower one, the fractions, whether each gradient flows, and whether the position is NaN."""
     # y = rows + flow[:, 0], x = cols + flow[:, 1]
-    flow += sample * 2 * H * W
-    y = (pixel // W).to(tl.float32) + tl.load(flow + pixel, mask=valid, other=0.0)
-    x = (pixel % W).to(tl.float32) + tl.load(flow + H * W + pixel, mask=valid, other=0.0)
+    flow_ptr += sample * 2 * H * W
+    y = (pixel // W).to(tl.float32) + tl.load(flow_ptr + pixel, mask=valid, other=0.0)
+    x = (pixel % W).to(tl.float32) + tl.load(flow_ptr + H * W + pixel, mask=valid, other=0.0)
     nan = (y != y) | (x != x)
     inside_y, inside_x = (y > 0) & (y < H - 1), (x > 0) & (x < W - 1)
-    # y.clamp(0, H - 1): before the conversion to int, which is undefined for NaN and for what does not fit
+    # y.clamp(0, H - 1) comes before the conversion to int, which is undefined for NaN and for
+    # numbers that do not fit
     y = tl.minimum(tl.maximum(tl.where(nan, 0.0, y), 0.0), H - 1)
     x = tl.minimum(tl.maximum(tl.where(nan, 0.0, x), 0.0), W - 1)
     y0, x0 = y.to(tl.int32), x.to(tl.int32)
-    right, down = tl.where(x0 < W - 1, 1, 0), tl.where(y0 < H - 1, W, 0)  # the border is its own neighbour
+    # a pixel on the border is its own neighbour
+    right, down = tl.where(x0 < W - 1, 1, 0), tl.where(y0 < H - 1, W, 0)
     return y0 * W + x0, right, down, y - y0, x - x0, inside_y, inside_x, nan
 
 
 @jit()
-def forward_kernel(image, flow, out, C, H, W, BLOCK: tl.constexpr):
+def forward_kernel(
+    image_ptr,  # (B, C, H, W)
+    flow_ptr,  # (B, 2, H, W)
+    out_ptr,  # (B, C, H, W), written
+    C, H, W,
+    BLOCK: tl.constexpr,
+):
     """A program resamples BLOCK pixels of one sample, in every channel."""
     tiles = tl.cdiv(H * W, BLOCK)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     valid = pixel < H * W
-    at, right, down, fy, fx, _, _, nan = position(flow, sample, pixel, valid, H, W)
+    at, right, down, fy, fx, _, _, nan = position(flow_ptr, sample, pixel, valid, H, W)
     for c in range(C):
         plane = (sample * C + c) * H * W
-        v00 = tl.load(image + plane + at, mask=valid).to(tl.float32)
-        v01 = tl.load(image + plane + at + right, mask=valid).to(tl.float32)
-        v10 = tl.load(image + plane + at + down, mask=valid).to(tl.float32)
-        v11 = tl.load(image + plane + at + down + right, mask=valid).to(tl.float32)
+        corner_ptr = image_ptr + plane + at
+        v00 = tl.load(corner_ptr, mask=valid).to(tl.float32)
+        v01 = tl.load(corner_ptr + right, mask=valid).to(tl.float32)
+        v10 = tl.load(corner_ptr + down, mask=valid).to(tl.float32)
+        v11 = tl.load(corner_ptr + down + right, mask=valid).to(tl.float32)
         value = (1 - fy) * ((1 - fx) * v00 + fx * v01) + fy * ((1 - fx) * v10 + fx * v11)
-        tl.store(out + plane + pixel, tl.where(nan, float("nan"), value), mask=valid)
+        tl.store(out_ptr + plane + pixel, tl.where(nan, float("nan"), value), mask=valid)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Backward kernels
 #
-# The gradient of the image is a scatter: every output pixel adds g w to the four pixels it read, and any number may have
-# read the same one. Float atomics add in the order of arrival, and float addition is not associative, so F.grid_sample's
-# CUDA backward differs from run to run. Integer addition is associative. Each addend is therefore multiplied by a power of
+# The gradient of the image is a scatter: every output pixel adds g w to the four pixels that it
+# read, and any number of pixels may have read the same one. Float atomics add in the order of
+# arrival, and float addition is not associative, so that F.grid_sample's CUDA backward differs from
+# run to run. Integer addition is associative. Each addend is therefore multiplied by a power of
 # two, 2^k, truncated to int64 and added; one last pass divides.
 #
-# Range. With amax = max |g| over a plane (one pass over g finds it), e its exponent (amax < 2^e) and h = ceil(log2(H W)):
-# an output pixel adds at most amax to one place (its four weights sum to 1), so at most 2^(h+e) 2^k may gather anywhere.
-# k = 62 - h - e keeps that at 2^62: no flow, however it folds the image, overflows. k stops at 126, where 2^-k is still a
-# normal float32: there amax < 2^-64-h and the quantum is 2^-126.
-# Error. Truncation loses less than one quantum, 2^-k <= 2^(h-61) amax, an addend: 2^-45 amax at 256 x 256, 2^-41 amax at
-# 1024 x 1024. The sum is exact, and rounded once to float32. A float sum of n addends errs by up to n 2^-24 of the partial
-# sums, so this one is the more accurate for every pixel whose gradient exceeds 2^(h-37) amax (2^-21 amax at 256 x 256).
-# Infinity and NaN in g (a loss scaler looks for them) have no integer: they make the image gradient of that plane NaN.
+# Range. Let amax = max |g| over a plane (one pass over g finds it), e its exponent (amax < 2^e) and
+# h = ceil(log2(H W)). An output pixel adds at most amax to one place (its four weights sum to 1),
+# so that at most 2^(h+e) 2^k may gather anywhere. k = 62 - h - e keeps that at 2^62: no flow,
+# however it folds the image, overflows. k stops at 126, where 2^-k is still a normal float32: there
+# amax is below 2^(-64-h) and the quantum is 2^-126.
+# Error. Truncation loses less than one quantum an addend, 2^-k <= 2^(h-61) amax: 2^-45 amax at
+# 256 x 256, 2^-41 amax at 1024 x 1024. The sum is exact, and rounded once to float32. A float sum
+# of n addends errs by up to n 2^-24 of the partial sums, so that this one is the more accurate for
+# every pixel whose gradient exceeds 2^(h-37) amax (2^-21 amax at 256 x 256).
+# Infinity and NaN in g (a loss scaler looks for them) have no integer: they make the image gradient
+# of that plane NaN.
 
 
 @jit()
 def fixed_point(amax, h, SIGN: tl.constexpr):
-    """2^(SIGN k) as float32, and whether amax is finite; k as above, from the exponent bits of amax."""
+    """2^(SIGN k) as float32 and whether amax is finite; k comes from the exponent bits of amax."""
     biased = (amax.to(tl.int32, bitcast=True) >> 23) & 255                       # e = biased - 126
     k = tl.minimum(62 - h - (biased - 126), 126)
     return ((127 + SIGN * k) << 23).to(tl.float32, bitcast=True), biased < 255
 
 
 @jit()
-def backward_kernel(dout, image, flow, amax, total, dflow, C, H, W, h, IMAGE: tl.constexpr, FLOW: tl.constexpr,
-                    BLOCK: tl.constexpr):
-    """The pixels of the forward program: scatters to `total` (int64) if IMAGE, writes `dflow` if FLOW."""
+def backward_kernel(
+    dout_ptr,  # (B, C, H, W)
+    image_ptr,  # (B, C, H, W)
+    flow_ptr,  # (B, 2, H, W)
+    amax_ptr,  # (B, C) or None
+    total_ptr,  # (B, C, H, W) int64 or None, added to: the image's gradient times 2^k
+    dflow_ptr,  # (B, 2, H, W) or None, written
+    C, H, W, h,
+    BLOCK: tl.constexpr,
+):
+    """A program visits the pixels of a forward program and finds the gradients that are wanted."""
     tiles = tl.cdiv(H * W, BLOCK)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     valid = pixel < H * W
-    at, right, down, fy, fx, inside_y, inside_x, nan = position(flow, sample, pixel, valid, H, W)
+    at, right, down, fy, fx, inside_y, inside_x, nan = position(
+        flow_ptr, sample, pixel, valid, H, W)
     dy, dx = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for c in range(C):
         plane = (sample * C + c) * H * W
-        g = tl.load(dout + plane + pixel, mask=valid, other=0.0).to(tl.float32)
+        g = tl.load(dout_ptr + plane + pixel, mask=valid, other=0.0).to(tl.float32)
         g = tl.where(nan, 0.0, g)
-        if FLOW:
-            v00 = tl.load(image + plane + at, mask=valid).to(tl.float32)
-            v01 = tl.load(image + plane + at + right, mask=valid).to(tl.float32)
-            v10 = tl.load(image + plane + at + down, mask=valid).to(tl.float32)
-            v11 = tl.load(image + plane + at + down + right, mask=valid).to(tl.float32)
+        if dflow_ptr is not None:
+            corner_ptr = image_ptr + plane + at
+            v00 = tl.load(corner_ptr, mask=valid).to(tl.float32)
+            v01 = tl.load(corner_ptr + right, mask=valid).to(tl.float32)
+            v10 = tl.load(corner_ptr + down, mask=valid).to(tl.float32)
+            v11 = tl.load(corner_ptr + down + right, mask=valid).to(tl.float32)
             dy += g * ((1 - fx) * (v10 - v00) + fx * (v11 - v01))
             dx += g * ((1 - fy) * (v01 - v00) + fy * (v11 - v10))
-        if IMAGE:
-            scale, finite = fixed_point(tl.load(amax + sample * C + c), h, 1)
+        if total_ptr is not None:
+            scale, finite = fixed_point(tl.load(amax_ptr + sample * C + c), h, 1)
             g = tl.where(finite, g * scale, 0.0)
             # total.index_add_(at + ..., g * weight); a neighbour of weight 0 is left alone
-            adds, right_adds, down_adds = valid & (g != 0), valid & (g * fx != 0), valid & (g * fy != 0)
-            here = total + plane + at
-            tl.atomic_add(here, (g * (1 - fy) * (1 - fx)).to(tl.int64), mask=adds, sem="relaxed")
-            tl.atomic_add(here + right, (g * (1 - fy) * fx).to(tl.int64), mask=right_adds, sem="relaxed")
-            tl.atomic_add(here + down, (g * fy * (1 - fx)).to(tl.int64), mask=down_adds, sem="relaxed")
-            tl.atomic_add(here + down + right, (g * fy * fx).to(tl.int64), mask=right_adds & down_adds, sem="relaxed")
-    if FLOW:
-        dflow += sample * 2 * H * W + pixel
-        tl.store(dflow, tl.where(inside_y & (nan == 0), dy, 0.0), mask=valid)
-        tl.store(dflow + H * W, tl.where(inside_x & (nan == 0), dx, 0.0), mask=valid)
+            adds = valid & (g != 0)
+            adds_right, adds_down = adds & (g * fx != 0), adds & (g * fy != 0)
+            here = total_ptr + plane + at
+            add(here, g * (1 - fy) * (1 - fx), adds)
+            add(here + right, g * (1 - fy) * fx, adds_right)
+            add(here + down, g * fy * (1 - fx), adds_down)
+            add(here + down + right, g * fy * fx, adds_right & adds_down)
+    if dflow_ptr is not None:
+        dflow_ptr += sample * 2 * H * W + pixel
+        tl.store(dflow_ptr, tl.where(inside_y & (nan == 0), dy, 0.0), mask=valid)
+        tl.store(dflow_ptr + H * W, tl.where(inside_x & (nan == 0), dx, 0.0), mask=valid)
 
 
 @jit()
-def finish_kernel(total, amax, dimage, HW, h, BLOCK: tl.constexpr):
+def add(total_ptr, value, mask):
+    tl.atomic_add(total_ptr, value.to(tl.int64), mask=mask, sem="relaxed")
+
+
+@jit()
+def finish_kernel(
+    total_ptr,  # (B, C, H, W) int64
+    amax_ptr,  # (B, C)
+    dimage_ptr,  # (B, C, H, W), written
+    HW, h,
+    BLOCK: tl.constexpr,
+):
     """dimage = total / 2^k, in the image's dtype."""
     tiles = tl.cdiv(HW, BLOCK)
     plane = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
-    scale, finite = fixed_point(tl.load(amax + plane), h, -1)
-    value = tl.load(total + plane * HW + pixel, mask=pixel < HW, other=0).to(tl.float32) * scale
-    tl.store(dimage + plane * HW + pixel, tl.where(finite, value, float("nan")), mask=pixel < HW)
+    scale, finite = fixed_point(tl.load(amax_ptr + plane), h, -1)
+    value = tl.load(total_ptr + plane * HW + pixel, mask=pixel < HW, other=0).to(tl.float32) * scale
+    value = tl.where(finite, value, float("nan"))
+    tl.store(dimage_ptr + plane * HW + pixel, value, mask=pixel < HW)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Autograd
+# --------------------------------------------------------------------------------------------------
+# Launches and autograd
 
 
-class WarpFunction(torch.autograd.Function):
-    """image float32, float16 or bfloat16; flow float32."""
+def triton_forward(image, flow):
+    """The warped image. image float32, float16 or bfloat16; flow float32; both contiguous."""
+    (B, C, H, W), out = image.shape, torch.empty_like(image)
+    with torch.cuda.device_of(image):
+        forward_kernel[(B * triton.cdiv(H * W, FORWARD_BLOCK),)](
+            image, flow, out, C, H, W, BLOCK=FORWARD_BLOCK)
+    return out
 
-    @staticmethod
-    def forward(ctx, image, flow):
-        image, flow = image.contiguous(), flow.contiguous()
-        B, C, H, W = image.shape
-        out = torch.empty_like(image)
-        with torch.cuda.device_of(image):
-            forward_kernel[(B * triton.cdiv(H * W, FORWARD_BLOCK),)](image, flow, out, C, H, W, BLOCK=FORWARD_BLOCK)
-        ctx.save_for_backward(image, flow)
-        return out
 
-    @staticmethod
-    def backward(ctx, dout):
-        image, flow = ctx.saved_tensors
-        needs_image, needs_flow = ctx.needs_input_grad
-        dout = dout.contiguous()
-        B, C, H, W = image.shape
-        h = (H * W - 1).bit_length()
-        amax = total = dimage = dflow = dout  # stands in for what is not needed
+def triton_backward(dout, image, flow, needs_image, needs_flow):
+    """The gradients of image and flow, empty where they are not needed."""
+    dimage, dflow = empty_backward(dout, image, flow, needs_image, needs_flow)
+    (B, C, H, W), amax, total = image.shape, None, None
+    h = (H * W - 1).bit_length()
+    if needs_image:
+        amax = torch.linalg.vector_norm(dout, torch.inf, dim=(2, 3), dtype=torch.float32)  # (B, C)
+        total = torch.zeros(image.shape, dtype=torch.int64, device=image.device)
+    with torch.cuda.device_of(image):
+        backward_kernel[(B * triton.cdiv(H * W, BACKWARD_BLOCK),)](
+            dout, image, flow, amax, total, dflow if needs_flow else None, C, H, W, h,
+            BLOCK=BACKWARD_BLOCK)
         if needs_image:
-            amax = torch.linalg.vector_norm(dout, torch.inf, dim=(2, 3), dtype=torch.float32)       # (B, C)
-            total = torch.zeros(image.shape, dtype=torch.int64, device=image.device)
-        if needs_flow:
-            dflow = torch.empty_like(flow)
-        with torch.cuda.device_of(image):
-            backward_kernel[(B * triton.cdiv(H * W, BACKWARD_BLOCK),)](
-                dout, image, flow, amax, total, dflow, C, H, W, h, IMAGE=needs_image, FLOW=needs_flow, BLOCK=BACKWARD_BLOCK)
-            if needs_image:
-                dimage = torch.empty_like(image)
-                grid = (B * C * triton.cdiv(H * W, FINISH_BLOCK),)
-                finish_kernel[grid](total, amax, dimage, H * W, h, BLOCK=FINISH_BLOCK)
-        return dimage if needs_image else None, dflow if needs_flow else None
+            finish_kernel[(B * C * triton.cdiv(H * W, FINISH_BLOCK),)](
+                total, amax, dimage, H * W, h, BLOCK=FINISH_BLOCK)
+    return dimage, dflow
+
+
+def empty_backward(dout, image, flow, needs_image, needs_flow):
+    return (image.new_empty(image.shape if needs_image else (0,)),
+            flow.new_empty(flow.shape if needs_flow else (0,)))
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx, dout):
+    refuse_double_backward("warp")
+    needs = ctx.needs_input_grad
+    found = backward_operator(dout.contiguous(), *ctx.saved_tensors, *needs)
+    return tuple(gradient if needed else None for gradient, needed in zip(found, needs))
+
+
+forward_operator = operator(
+    "warp(Tensor image, Tensor flow) -> Tensor",
+    triton_forward, lambda image, flow: torch.empty_like(image), backward, keep_for_backward)
+backward_operator = operator(
+    "warp_backward(Tensor dout, Tensor image, Tensor flow, bool needs_image, bool needs_flow) "
+    "-> (Tensor, Tensor)", triton_backward, empty_backward)
 
 
 def warp_triton(image, flow):
-    """`warp` by the kernels: CUDA tensors, or CPU tensors under TRITON_INTERPRET=1. flow float32, image at most that."""
-    return WarpFunction.apply(image, flow)
+    """`warp` by the kernels, on a CPU with TRITON_INTERPRET=1. flow float32, image at most that."""
+    return forward_operator(image.contiguous(), flow.contiguous())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Public function
 
 
 def warp(image, flow):
-    """Resamples `image` along `flow`: out[b, c, y, x] = image[b, c, y + dy, x + dx], bilinear, clamped to the border.
+    """Resamples `image` along `flow`: out[b, c, y, x] = image[b, c, y + dy, x + dx].
 
+    The reading is bilinear, and positions are clamped to the border.
     image: (B, C, H, W), any floating dtype; the result has its shape and dtype.
-    flow: (B, 2, H, W) in pixels, channel 0 = dy (down), channel 1 = dx (right), from output to input. 16-bit flows are
-    read as float32; positions and weights are never rounded to 16 bits.
-    Gradients reach both. Zero flow is the identity exactly; infinite and NaN displacements: see the head of this file.
+    flow: (B, 2, H, W) in pixels, channel 0 = dy (down), channel 1 = dx (right), from output to
+    input. 16-bit flows are read as float32; positions and weights are never rounded to 16 bits.
+    Gradients reach both. Zero flow is the identity exactly; the head of this file says what
+    infinite and NaN displacements do.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and RuntimeError where the
+    kernels are to be differentiated twice.
     """
     check(image, flow)
     flow = flow.to(torch.promote_types(torch.promote_types(flow.dtype, image.dtype), torch.float32))
@@ -241,11 +310,15 @@ def warp(image, flow):
 def check(image, flow):
     """Raises ValueError with what was expected and what was found."""
     if image.dim() != 4 or 0 in image.shape:
-        raise ValueError(f"warp: expected image (B, C, H, W) without empty dimensions, found {tuple(image.shape)}")
+        raise ValueError("warp: expected image (B, C, H, W) without empty dimensions, found "
+                         f"{tuple(image.shape)}")
     B, _, H, W = image.shape
     if flow.shape != (B, 2, H, W):
-        raise ValueError(f"warp: expected flow {(B, 2, H, W)} for image {tuple(image.shape)}, found {tuple(flow.shape)}")
+        raise ValueError(f"warp: expected flow {(B, 2, H, W)} for image {tuple(image.shape)}, "
+                         f"found {tuple(flow.shape)}")
     if not image.is_floating_point() or not flow.is_floating_point():
-        raise ValueError(f"warp: expected floating-point image and flow, found {image.dtype} and {flow.dtype}")
+        raise ValueError(f"warp: expected floating-point image and flow, found {image.dtype} and "
+                         f"{flow.dtype}")
     if image.device != flow.device:
-        raise ValueError(f"warp: expected image and flow on one device, found {image.device} and {flow.device}")
+        raise ValueError(f"warp: expected image and flow on one device, found {image.device} and "
+                         f"{flow.device}")

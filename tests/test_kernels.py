@@ -1,23 +1,34 @@
 """The kernels and their torch references against float64 formulas written another way.
 
-Without a GPU, Triton's interpreter runs the kernels (conftest.py); with one, the same tests run compiled. The error a
-kernel may make is not a number that happens to pass: at most twice what the torch reference makes in the same dtype, plus
-one rounding of the largest value (tiny cases in which the reference is right by luck).
+Without a GPU, Triton's interpreter runs the kernels (conftest.py); with one, the same tests run
+them compiled. The error that a kernel may make is not a number that happens to pass: it is at most
+twice the error of the torch reference in the same dtype, plus one rounding of the largest value,
+because the reference is right by luck in tiny cases.
 """
+import functools
+import math
 import os
+import re
+import resource
 import subprocess
 import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import jit, lora_linear, tl, triton, use_kernels, wants_triton, warp
 from kernels.dropout import keep_mask, keep_tile
-from kernels.lora_linear import lora_linear_reference, lora_linear_triton, reference_backward, reference_forward
+from kernels.lora_linear import (lora_linear_reference, lora_linear_triton, reference_backward,
+                                 reference_forward)
 from kernels.warp import warp_reference, warp_triton
 
 CUDA = torch.cuda.is_available()
@@ -28,25 +39,27 @@ names = ("result", "first gradient", "second gradient", "third gradient")
 
 
 def assert_as_good(got, reference, truth):
-    """Each of `got` errs at most twice as much as its `reference`, both measured against float64."""
+    """Each of `got` errs at most twice as much as its `reference`, both against float64."""
     for name, a, b, c in zip(names, got, reference, truth):
         error, allowed = (a.double() - c).abs().max(), 2 * (b.double() - c).abs().max()
         allowed = allowed + torch.finfo(a.dtype).eps * c.abs().max()
-        assert a.shape == c.shape and error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        assert a.shape == c.shape
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LoRA
 
 QV = (True, False, True)
-# rows, inputs, width of a part, rank, parts: ragged and even tiles, ranks 1 4 5 32 64, one to three groups, one row
-CASES = [(37, 41, 19, 5, QV), (1, 5, 3, 1, (True,)), (70, 64, 32, 4, QV), (33, 100, 40, 32, (True, True, True)),
-         (40, 70, 50, 64, (False, True))]
+# rows, inputs, width of a part, rank, parts: tiles that end inside and outside of the matrix, ranks
+# 1, 4, 5, 32 and 64, one to three groups, one row
+CASES = [(37, 41, 19, 5, QV), (1, 5, 3, 1, (True,)), (70, 64, 32, 4, QV),
+         (33, 100, 40, 32, (True, True, True)), (40, 70, 50, 64, (False, True))]
 SCALE = 1.7
 
 
 def lora_inputs(M, K, width, R, parts, dtype=torch.float32, device=DEVICE):
-    """x, weight, bias, A, B, dy. B is random too: at its initialisation, zero, half of the paths could be missing."""
+    """x, weight, bias, A, B, dy. B is random too: with 0, half of the paths could be missing."""
     generator = torch.Generator().manual_seed(M + R)
     N, G = width * len(parts), sum(parts)
     shapes = [(M, K), (N, K), (N,), (G * R, K), (G * width, R), (M, N)]
@@ -54,10 +67,12 @@ def lora_inputs(M, K, width, R, parts, dtype=torch.float32, device=DEVICE):
 
 
 def dense_lora(x, weight, bias, A, B, scale, parts, keep=None, p=0.0):
-    """The definition with the low-rank product written out as an (N, K) matrix, zero where a part is not adapted."""
+    """The definition, with the low-rank product as an (N, K) matrix, 0 in the other parts."""
     width, R, blocks, g = len(weight) // len(parts), B.shape[1], [], 0
     for adapted in parts:
-        delta = B[g * width:(g + 1) * width] @ A[g * R:(g + 1) * R] if adapted else weight.new_zeros(width, x.shape[-1])
+        delta = weight.new_zeros(width, x.shape[-1])
+        if adapted:
+            delta = B[g * width:(g + 1) * width] @ A[g * R:(g + 1) * R]
         blocks.append(delta)
         g += adapted
     dropped = x if keep is None else x * keep / (1 - p)
@@ -72,11 +87,12 @@ def gradients(function, tensors, dy, wanted):
 
 
 def philox_keep(M, K, p, seed, first_row=0):
-    """The kernels' dropout mask, from Philox4x32 as its paper has it (Salmon et al. 2011), 7 rounds, in numpy."""
+    """The kernels' mask in numpy, from Philox4x32 with 7 rounds as its paper has it (Salmon et al.
+    2011)."""
     mask32 = np.uint64(0xFFFFFFFF)
-    quads = -(-K // 4)
-    counter = (np.arange(first_row, first_row + M, dtype=np.uint64)[:, None] * np.uint64(quads)
-               + np.arange(quads, dtype=np.uint64)[None, :])
+    octets = math.ceil(K / 8)
+    counter = (np.arange(first_row, first_row + M, dtype=np.uint64)[:, None] * np.uint64(octets)
+               + np.arange(octets, dtype=np.uint64)[None, :])
     c = [counter & mask32, counter >> np.uint64(32), counter * np.uint64(0), counter * np.uint64(0)]
     key = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(7):
@@ -84,35 +100,39 @@ def philox_keep(M, K, p, seed, first_row=0):
         c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]), b & mask32,
              (a >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]), a & mask32]
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    words = np.stack(c, axis=-1).reshape(M, 4 * quads)[:, :K]
-    return torch.from_numpy((words >> np.uint64(1)) >= round(p * 2**31))
+    halves = [half for word in c for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))]
+    bits = np.stack(halves, axis=-1).reshape(M, 8 * octets)[:, :K]
+    return torch.from_numpy(bits >= round(p * 2**16))
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lora_kernels(case, p, dtype):
-    """Forward and the gradients of x, A and B; with dropout the mask must be Philox's, forward and in both gradients."""
+    """The result and the gradients of x, A and B; with dropout all three have Philox's mask."""
     parts, seed = case[-1], 12345
     *tensors, dy = lora_inputs(*case, dtype=dtype)
     keep = philox_keep(*tensors[0].shape, p, seed).to(DEVICE) if p else None
-    got = gradients(lambda *a: lora_linear_triton(*a, SCALE, parts, p, seed), tensors, dy, (0, 3, 4))
+    got = gradients(lambda *a: lora_linear_triton(*a, SCALE, parts, p, seed), tensors, dy,
+                    (0, 3, 4))
     exact = [t.double() for t in tensors]
-    truth = gradients(lambda *a: dense_lora(*a, SCALE, parts, keep, p), exact, dy.double(), (0, 3, 4))
+    truth = gradients(lambda *a: dense_lora(*a, SCALE, parts, keep, p), exact, dy.double(),
+                      (0, 3, 4))
     x, weight, bias, A, B = tensors
     keep = keep if keep is None else keep.byte()
     y, t = reference_forward(x, weight, bias, A, B, SCALE / (1 - p), parts, keep)
-    assert_as_good(got, (y, *reference_backward(dy, x, weight, A, B, t, SCALE / (1 - p), parts, keep)), truth)
+    reference = reference_backward(dy, x, weight, A, B, t, SCALE / (1 - p), parts, keep)
+    assert_as_good(got, (y, *reference), truth)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lora_reference(case, p):
-    """The reference in float64 equals the definition, for every input that may ask for a gradient."""
+    """The reference in float64 equals the definition, with the gradient of every input."""
     parts = case[-1]
     *tensors, dy = lora_inputs(*case, dtype=torch.float64)
-    keep = keep_mask(*tensors[0].shape, p, 5, torch.device(DEVICE)) if p else None
+    keep = keep_mask(tensors[0], p, 5) if p else None
     got = gradients(lambda *a: lora_linear_reference(*a, SCALE, parts, p, 5), tensors, dy, range(5))
     truth = gradients(lambda *a: dense_lora(*a, SCALE, parts, keep, p), tensors, dy, range(5))
     for a, b in zip(got, truth):
@@ -126,11 +146,16 @@ def test_lora_gradcheck(p):
     assert torch.autograd.gradcheck(lambda *a: lora_linear_reference(*a, SCALE, QV, p, 7), tensors)
 
 
-@pytest.mark.parametrize("make", [keep_mask, lambda *args: philox_keep(*args[:4])], ids=["reference", "philox"])
+def reference_keep(M, K, p, seed):
+    return keep_mask(torch.empty(M, K), p, seed)
+
+
+@pytest.mark.parametrize("make", [reference_keep, philox_keep], ids=["reference", "philox"])
 def test_dropout_statistics(make):
-    """P[keep] = 1 - p overall, in each row and in each column, and neighbours are independent; the seed decides."""
+    """P[keep] = 1 - p overall, in each row and in each column; neighbours are independent; the seed
+    alone decides."""
     M, K, p = 512, 1022, 0.1
-    keep = make(M, K, p, 3, torch.device("cpu")).double()
+    keep = make(M, K, p, 3).double()
     sigma = (p * (1 - p)) ** 0.5
     assert abs(keep.mean() - (1 - p)) < 4 * sigma / (M * K) ** 0.5
     assert (keep.mean(0) - (1 - p)).abs().max() < 5 * sigma / M**0.5
@@ -138,14 +163,16 @@ def test_dropout_statistics(make):
     z = (keep - (1 - p)) / sigma
     for pair in (z[:, 1:] * z[:, :-1], z[1:] * z[:-1], z[:, 4:] * z[:, :-4]):
         assert abs(pair.mean()) < 4 / pair.numel() ** 0.5
-    assert torch.equal(keep, make(M, K, p, 3, torch.device("cpu")).double())
-    assert 0.7 < (keep == make(M, K, p, 4, torch.device("cpu"))).double().mean() < 0.9
+    assert torch.equal(keep, make(M, K, p, 3).double())
+    assert 0.7 < (keep == make(M, K, p, 4)).double().mean() < 0.9
 
 
 @jit()
-def keep_kernel(out, seed, threshold, first_row, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_kernel(out_ptr, seed_ptr, threshold, first_row, K: tl.constexpr, BLOCK_M: tl.constexpr,
+                BLOCK_K: tl.constexpr):
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    tl.store(out + row[:, None] * BLOCK_K + k[None, :], keep_tile(seed, threshold, first_row + row, 0, K, BLOCK_K).to(tl.int8))
+    keep = keep_tile(seed_ptr, threshold, first_row + row, 0, K, BLOCK_K)
+    tl.store(out_ptr + row[:, None] * BLOCK_K + k[None, :], keep.to(tl.int8))
 
 
 @needs_triton
@@ -153,37 +180,49 @@ def test_mask_beyond_32_bits():
     """Rows whose elements lie beyond 2^31 and 2^33 get counters of their own."""
     for first_row in (2**31 // 30, 2**35):
         out = torch.empty(16, 32, dtype=torch.int8, device=DEVICE)
-        keep_kernel[(1,)](out, 9, round(0.5 * 2**31), first_row, K=30, BLOCK_M=16, BLOCK_K=32)
+        seed = torch.tensor(9, device=DEVICE)
+        keep_kernel[(1,)](out, seed, 2**15, first_row, K=30, BLOCK_M=16, BLOCK_K=32)
         assert torch.equal(out[:, :30].bool().cpu(), philox_keep(16, 30, 0.5, 9, first_row))
 
 
 def test_seeds():
-    """torch.manual_seed repeats a run, two calls differ, an explicit seed leaves torch's generator alone."""
+    """torch.manual_seed repeats a run, two calls differ, a given seed leaves torch's as it is."""
     *tensors, _ = lora_inputs(20, 16, 4, 2, QV)
     torch.manual_seed(0)
     first, second = (lora_linear(*tensors, SCALE, QV, 0.5) for _ in range(2))
     torch.manual_seed(0)
-    assert torch.equal(lora_linear(*tensors, SCALE, QV, 0.5), first) and not torch.equal(first, second)
+    assert torch.equal(lora_linear(*tensors, SCALE, QV, 0.5), first)
+    assert not torch.equal(first, second)
     state = torch.get_rng_state()
-    assert torch.equal(lora_linear(*tensors, SCALE, QV, 0.5, seed=3), lora_linear(*tensors, SCALE, QV, 0.5, seed=3 + 2**31))
+    y = lora_linear(*tensors, SCALE, QV, 0.5, seed=3)
+    for seed in (3 + 2**31, torch.tensor(3, device=DEVICE)):
+        assert torch.equal(lora_linear(*tensors, SCALE, QV, 0.5, seed=seed), y)
     lora_linear(*tensors, SCALE, QV)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def both(name):
-    pair = {"lora": (lora_linear_reference, lora_linear_triton), "warp": (warp_reference, warp_triton)}[name]
-    return pytest.mark.parametrize("f", [pair[0], pytest.param(pair[1], marks=needs_triton)], ids=["reference", "kernels"])
+    reference, kernel = {"lora": (lora_linear_reference, lora_linear_triton),
+                         "warp": (warp_reference, warp_triton)}[name]
+    return pytest.mark.parametrize("f", [reference, pytest.param(kernel, marks=needs_triton)],
+                                   ids=["reference", "kernels"])
 
 
 @both("lora")
 def test_lora_inputs_of_other_forms(f):
-    """Leading dimensions, a transposed x, no bias, no gradient to x, factors of another dtype, float32 under autocast."""
+    """Leading dimensions, a transposed x, no bias, no gradient to x, factors of another dtype,
+    float32 under autocast."""
     x, weight, bias, A, B, _ = lora_inputs(24, 16, 4, 2, QV)
     y = f(x, weight, bias, A, B, SCALE, QV)
-    torch.testing.assert_close(f(x.view(2, 3, 4, 16), weight, bias, A, B, SCALE, QV).view(24, 12), y)
+    deep = f(x.view(2, 3, 4, 16), weight, bias, A, B, SCALE, QV)
+    torch.testing.assert_close(deep.view(24, 12), y)
     torch.testing.assert_close(f(x.T.contiguous().T, weight, bias, A, B, SCALE, QV), y)
     torch.testing.assert_close(f(x, weight, None, A, B, SCALE, QV) + bias, y)
-    half = f(x.half(), weight.half(), bias.half(), A.requires_grad_(), B.requires_grad_(), SCALE, QV)
+    strided = bias.repeat_interleave(2)[::2]
+    torch.testing.assert_close(f(x, weight, strided, A, B, SCALE, QV), y)
+    A.requires_grad_()
+    B.requires_grad_()
+    half = f(x.half(), weight.half(), bias.half(), A, B, SCALE, QV)
     assert half.dtype == torch.float16
     for p in (0.0, 0.3):
         y = f(x, weight, bias, A, B, SCALE, QV, p, 1)
@@ -193,18 +232,22 @@ def test_lora_inputs_of_other_forms(f):
         torch.testing.assert_close(dB, B.grad)
         A.grad = B.grad = None
     with torch.autocast(DEVICE, torch.float16):
-        assert f(x, weight, bias, A, B, SCALE, QV).dtype == F.linear(x, weight, bias).dtype == torch.float16
+        assert F.linear(x, weight, bias).dtype == torch.float16
+        assert f(x, weight, bias, A, B, SCALE, QV).dtype == torch.float16
     assert weight.grad is None
 
 
 def test_lora_frozen_weight_costs_nothing():
     """What is kept for the backward pass: x, the weight itself, A, B and t."""
     x, weight, bias, A, B, _ = lora_inputs(30, 16, 4, 2, QV, device="cpu")
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        lora_linear_reference(x.requires_grad_(), weight, bias, A.requires_grad_(), B.requires_grad_(), SCALE, QV)
+        lora_linear_reference(x, weight, bias, A, B, SCALE, QV)
     assert weight.data_ptr() in [t.data_ptr() for t in kept]
-    assert sum(t.numel() for t in kept) == x.numel() + weight.numel() + A.numel() + B.numel() + 4 * 30
+    sizes = [t.numel() for t in (x, weight, A, B)]
+    assert sum(t.numel() for t in kept) == sum(sizes) + 4 * 30
 
 
 def test_lora_errors():
@@ -217,12 +260,13 @@ def test_lora_errors():
                           ((x, weight, bias, A, B, 1, QV, 1.0), "dropout"),
                           ((x, weight.half(), bias, A, B, 1, QV), "expected weight"),
                           ((x, weight, bias, A.int(), B, 1, QV), "expected lora_A"),
-                          ((x, weight, bias, A, B.to("meta"), 1, QV), "expected lora_B .* on meta")]:
+                          ((x, weight, bias, A, B.to("meta"), 1, QV),
+                           "expected lora_B .* on meta")]:
         with pytest.raises(ValueError, match=message):
             lora_linear(*args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Warp
 
 WARPS = [(2, 3, 5, 7), (1, 1, 37, 41), (1, 2, 1, 9), (2, 1, 16, 32)]
@@ -246,10 +290,11 @@ def grid_sample_warp(image, flow):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", WARPS, ids=str)
 def test_warp_kernels(shape, dtype):
-    """Against F.grid_sample in float64: the image, its gradient and the flow's. One image row leaves y no freedom."""
+    """Against F.grid_sample in float64: the image, its gradient and the flow's. In an image of one
+    row no position moves along y."""
     image, flow, dy = warp_inputs(shape)
     image, dy = image.to(dtype), dy.to(dtype)
     got = gradients(warp_triton, (image, flow), dy, (0, 1))
@@ -275,13 +320,16 @@ def test_warp_gradcheck():
 def test_warp_golden(f):
     """3 x 3, worked on paper.
 
-        image 1 2 3     pixel (0, 0) moves by (1, 1) to (1, 1): 5           pixel (1, 1) by (-0.5, 0.5) to (0.5, 1.5):
-              4 5 6     pixel (2, 0) moves by (0, 0.25) to (2, 0.25): 7.25                  (2 + 3 + 5 + 6) / 4 = 4
-              7 8 9     pixel (0, 2) moves by (-4, 9) out of the image, to its corner (0, 2): 3; the rest stay
+        image 1 2 3     pixel (0, 0) moves by (1, 1) to (1, 1): 5
+              4 5 6     pixel (1, 1) by (-0.5, 0.5) to (0.5, 1.5): (2 + 3 + 5 + 6) / 4 = 4
+              7 8 9     pixel (2, 0) by (0, 0.25) to (2, 0.25): 7.25
+                        pixel (0, 2) by (-4, 9) out of the image, to its corner (0, 2): 3
+                        the others stay
     """
     image = torch.arange(1.0, 10.0, device=DEVICE).view(1, 1, 3, 3).requires_grad_()
     flow = torch.zeros(1, 2, 3, 3, device=DEVICE)
-    for (y, x), move in {(0, 0): (1, 1), (1, 1): (-0.5, 0.5), (2, 0): (0, 0.25), (0, 2): (-4, 9)}.items():
+    moves = {(0, 0): (1, 1), (1, 1): (-0.5, 0.5), (2, 0): (0, 0.25), (0, 2): (-4, 9)}
+    for (y, x), move in moves.items():
         flow[0, :, y, x] = torch.tensor(move)
     out = f(image, flow.requires_grad_())
     assert out[0, 0].tolist() == [[5, 2, 3], [4, 4, 6], [7.25, 8, 9]]
@@ -294,18 +342,22 @@ def test_warp_golden(f):
 
 @both("warp")
 def test_whole_pixel_flows_are_exact(f):
-    """Zero flow is the identity and a constant whole flow a shift, to the last bit, at sizes that are no power of two."""
+    """Zero flow is the identity and a constant whole flow a shift, to the last bit, at sizes that
+    are no power of two."""
     for H, W in ((1, 1), (7, 300), (37, 41), (64, 100)):
         image = torch.randn(1, 2, H, W, device=DEVICE)
         for dy, dx in ((0, 0), (2, -3), (-H, W)):
-            flow = torch.tensor([dy, dx], dtype=torch.float32, device=DEVICE).view(1, 2, 1, 1).expand(1, 2, H, W)
-            rows, cols = (torch.arange(H) + dy).clamp(0, H - 1), (torch.arange(W) + dx).clamp(0, W - 1)
+            flow = torch.tensor([dy, dx], dtype=torch.float32, device=DEVICE)
+            flow = flow.view(1, 2, 1, 1).expand(1, 2, H, W)
+            rows = (torch.arange(H) + dy).clamp(0, H - 1)
+            cols = (torch.arange(W) + dx).clamp(0, W - 1)
             assert torch.equal(f(image, flow), image[:, :, rows[:, None], cols])
 
 
 @both("warp")
 def test_flow_gradient_on_the_border(f):
-    """Whole displacements, onto the border and past it. At 5 x 9 F.grid_sample's grid is exact: its convention shows."""
+    """Whole displacements, onto the border and past it. At 5 x 9 the grid of F.grid_sample is
+    exact, so that its convention shows."""
     image, flow, dy = warp_inputs((1, 1, 5, 9))
     truth = gradients(grid_sample_warp, (image, flow.round()), dy, (0, 1))
     for a, b in zip(gradients(f, (image, flow.round()), dy, (0, 1)), truth):
@@ -314,11 +366,13 @@ def test_flow_gradient_on_the_border(f):
 
 @both("warp")
 def test_displacements_that_are_not_finite(f):
-    """Infinite and huge ones read the border; NaN gives NaN there, in every channel, and passes no gradient."""
+    """Infinite and huge ones read the border; NaN gives NaN there, in every channel, and passes no
+    gradient."""
     image = torch.arange(18.0, device=DEVICE).view(1, 2, 3, 3).requires_grad_()
     flow = torch.zeros(1, 2, 3, 3, device=DEVICE)
     nan, inf = float("nan"), float("inf")
-    moves = {(0, 0): (nan, 0), (0, 1): (0, nan), (1, 1): (0, inf), (2, 2): (-1e30, 0), (2, 0): (3e38, -inf)}
+    moves = {(0, 0): (nan, 0), (0, 1): (0, nan), (1, 1): (0, inf), (2, 2): (-1e30, 0),
+             (2, 0): (3e38, -inf)}
     for (y, x), move in moves.items():
         flow[0, :, y, x] = torch.tensor(move)
     out = f(image, flow.requires_grad_())
@@ -326,12 +380,14 @@ def test_displacements_that_are_not_finite(f):
     assert out[0, :, 0, :2].isnan().all() and out.isnan().sum() == 4
     out.backward(torch.ones_like(out))
     assert image.grad[0, 1].tolist() == [[0, 0, 2], [1, 0, 2], [1, 1, 0]]
-    assert flow.grad.isfinite().all() and not flow.grad[0, :, 0, :2].any() and flow.grad[0, 1, 1, 1] == 0
+    assert flow.grad.isfinite().all() and not flow.grad[0, :, 0, :2].any()
+    assert flow.grad[0, 1, 1, 1] == 0
 
 
 @needs_triton
 def test_no_read_beyond_the_image():
-    """The image and the flow lie in buffers of NaN: a read past either end, even one of weight 0, would show."""
+    """The image and the flow lie in buffers of NaN: a read past an end would show, even of weight
+    0."""
     image, flow, dy = warp_inputs((1, 1, 6, 7))
     inside = []
     for tensor in (image, flow):
@@ -346,26 +402,33 @@ def test_no_read_beyond_the_image():
 
 @both("warp")
 def test_flows_of_nothing_but_trouble(f):
-    """NaN, infinities and huge values everywhere, in an image wide enough for vector code: no crash, nothing invented."""
+    """NaN, infinities and huge values everywhere, in an image wide enough for vector code, neither
+    crash nor invent anything."""
     image, flow, dy = warp_inputs((1, 1, 30, 70))
-    trouble = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2.0**31, -2.0**63], device=DEVICE)
+    trouble = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2.0**31,
+                            -2.0**63], device=DEVICE)
     flow = trouble[(flow * 1000).long() % len(trouble)]
     out, dimage, dflow = gradients(f, (image, flow), dy, (0, 1))
     assert torch.equal(out.isnan(), flow.isnan().any(1, keepdim=True))
-    assert torch.isin(out[~out.isnan()], image[:, :, ::29, ::69].contiguous()).all() and dimage.isfinite().all() and not dflow.any()
+    corners = image[:, :, ::29, ::69].contiguous()
+    assert torch.isin(out[~out.isnan()], corners).all()
+    assert dimage.isfinite().all() and not dflow.any()
 
 
 @needs_triton
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1.0, 3e38])
 def test_image_gradient_cannot_overflow(size):
-    """Every pixel reads the same place, with gradients of any magnitude; and one plane's magnitude leaves others alone."""
+    """Every pixel reads the same place, with gradients of any magnitude; that of one plane leaves
+    the others alone."""
     image, flow, _ = warp_inputs((1, 2, 40, 50))
-    to_one_place = 20.5 - torch.arange(40.0)[:, None].expand(40, 50), 30 - torch.arange(50.0).expand(40, 50)
-    flow = torch.stack(to_one_place)[None].to(DEVICE)
+    to_row = 20.5 - torch.arange(40.0)[:, None].expand(40, 50)
+    to_column = 30 - torch.arange(50.0).expand(40, 50)
+    flow = torch.stack((to_row, to_column))[None].to(DEVICE)
     dy = torch.rand(1, 2, 40, 50, device=DEVICE)
     dy[:, 1] *= size / 1000
     got = torch.autograd.grad(warp_triton(image.requires_grad_(), flow), image, dy)[0].double()
-    truth = gradients(grid_sample_warp, (image.detach().double(), flow.double()), dy.double(), (0,))[1]
+    exact = image.detach().double(), flow.double()
+    truth = gradients(grid_sample_warp, exact, dy.double(), (0,))[1]
     quantum = torch.tensor([2.0**-50, max(2.0**-50 * size, 2.0**-126)], device=DEVICE).double()
     allowed = 2000 * quantum[None, :, None, None] + truth.abs() * 2**-23
     assert ((got - truth).abs() <= allowed).all() and got[:, 0].any()
@@ -373,12 +436,13 @@ def test_image_gradient_cannot_overflow(size):
 
 @needs_triton
 def test_gradients_that_are_not_finite():
-    """A loss scaler has to see them: the image gradient of that plane is NaN, of the others untouched."""
+    """A loss scaler has to see them: the image gradient of their plane is NaN, and no other."""
     image, flow, dy = warp_inputs((2, 2, 5, 6))
     clean = gradients(warp_triton, (image, flow), dy, (0,))[1]
     dy[1, 0, 2, 3] = float("inf")
     got = gradients(warp_triton, (image, flow), dy, (0,))[1]
-    assert got[1, 0].isnan().all() and torch.equal(got[0], clean[0]) and torch.equal(got[1, 1], clean[1, 1])
+    assert got[1, 0].isnan().all()
+    assert torch.equal(got[0], clean[0]) and torch.equal(got[1, 1], clean[1, 1])
 
 
 def test_warp_dtypes_and_forms():
@@ -400,19 +464,151 @@ def test_warp_dtypes_and_forms():
 
 def test_warp_errors():
     image, flow, _ = warp_inputs((2, 1, 4, 5))
-    for args, message in [((image[0], flow), "expected image"), ((image, flow[:1]), "expected flow"),
-                          ((image, flow[:, :1]), "expected flow"), ((image.int(), flow), "floating-point"),
+    for args, message in [((image[0], flow), "expected image"),
+                          ((image, flow[:1]), "expected flow"),
+                          ((image, flow[:, :1]), "expected flow"),
+                          ((image.int(), flow), "floating-point"),
                           ((image, flow.to("meta")), "one device")]:
         with pytest.raises(ValueError, match=message):
             warp(*args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# What torch may do with both operations: compile, checkpoint, differentiate twice, run without data
+
+
+def small_lora():
+    return [tensor.requires_grad_() for tensor in lora_inputs(20, 16, 4, 2, QV)[:-1]]
+
+
+def small_warp():
+    return [tensor.requires_grad_() for tensor in warp_inputs((1, 2, 5, 6))[:2]]
+
+
+def result_and_gradients(function, tensors):
+    y = function(*tensors)
+    return [y.detach(), *torch.autograd.grad(y.sin().sum(), tensors)]
+
+
+def with_dropout(f):
+    return lambda *tensors: f(*tensors, SCALE, QV, 0.4)
+
+
+@both("lora")
+def test_lora_compiles_whole(f):
+    """torch.compile finds one graph, dropout included; each call draws a mask of its own."""
+    torch._dynamo.reset()
+    tensors, function = small_lora(), with_dropout(f)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    eager = result_and_gradients(function, tensors)
+    torch.manual_seed(0)
+    first, second = (result_and_gradients(compiled, tensors) for _ in range(2))
+    for a, b in zip(first, eager):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(first[0], second[0])
+
+
+@both("lora")
+def test_lora_checkpointing(f):
+    """Activation checkpointing makes the mask of the forward pass again."""
+    tensors, function = small_lora(), with_dropout(f)
+    torch.manual_seed(0)
+    plain = result_and_gradients(function, tensors)
+    torch.manual_seed(0)
+    again = result_and_gradients(lambda *t: checkpoint(function, *t, use_reentrant=False), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+def test_second_derivatives():
+    """The references have them; the kernels say that they have none, instead of dropping terms."""
+    lora = [t.requires_grad_() for t in lora_inputs(3, 4, 2, 2, QV, torch.float64)[:-1]]
+    for p in (0.0, 0.4):
+        f = functools.partial(lora_linear_reference, scale=SCALE, parts=QV, dropout=p, seed=3)
+        assert torch.autograd.gradgradcheck(f, lora)
+    warped = [t.double().requires_grad_() for t in warp_inputs((1, 1, 3, 4))[:2]]
+    try:
+        assert torch.autograd.gradgradcheck(warp_reference, warped)
+    except RuntimeError as error:  # F.grid_sample of an older torch has none, and says so
+        assert "grid_sampler_2d_backward is not implemented" in str(error)
+    if triton:
+        for f, tensors in ((with_dropout(lora_linear_triton), small_lora()),
+                           (warp_triton, small_warp())):
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                torch.autograd.grad(f(*tensors).sum(), tensors, create_graph=True)
+
+
+@both("lora")
+def test_lora_without_data(f):
+    """Tensors that have a shape alone, on the meta device and in a fake mode."""
+    meta = [tensor.detach().to("meta").requires_grad_() for tensor in small_lora()]
+    mode = FakeTensorMode()
+    fake = [mode.from_tensor(tensor.detach()).requires_grad_() for tensor in small_lora()]
+    for tensors, context in ((meta, nullcontext()), (fake, mode)):
+        with context:
+            found = result_and_gradients(with_dropout(f), tensors)
+        assert [tensor.shape for tensor in found[1:]] == [tensor.shape for tensor in tensors]
+
+
+@both("warp")
+def test_warp_compiles_whole_and_runs_without_data(f):
+    torch._dynamo.reset()
+    tensors = small_warp()
+    compiled = result_and_gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), tensors)
+    for a, b in zip(compiled, result_and_gradients(f, tensors)):
+        torch.testing.assert_close(a, b)
+    meta = [tensor.detach().to("meta").requires_grad_() for tensor in tensors]
+    assert result_and_gradients(f, meta)[2].shape == tensors[1].shape
+
+
+@needs_triton
+def test_operators():
+    """torch's own checks of a registered operator: schema, autograd, fake tensors, tracing."""
+    check, operators = torch.library.opcheck, torch.ops.medvision
+    *tensors, seed = *small_lora(), torch.tensor(5, device=DEVICE)
+    check(operators.lora_linear.default, (*tensors, seed, SCALE, list(QV), 0.4))
+    x, weight, bias, A, B = [tensor.detach() for tensor in tensors]
+    check(operators.lora_linear.default, (x, weight.half(), None, A, B, None, SCALE, list(QV), 0.0))
+    y, t, _ = operators.lora_linear(x, weight, bias, A, B, seed, SCALE, list(QV), 0.4)
+    check(operators.lora_linear_backward.default,
+          (y, x, weight, A, B, t, seed, SCALE, list(QV), 0.4, torch.float32, True))
+    check(operators.keep_mask.default, (x, 0.4, seed))
+    image, flow = small_warp()
+    check(operators.warp.default, (image, flow))
+    image = image.detach()
+    check(operators.warp_backward.default, (image, image, flow.detach(), True, False))
+
+
+@needs_triton
+def test_lora_gradients_are_not_rounded():
+    """Under autocast the kernels read a float32 x, A and B and return float32 gradients."""
+    x, weight, bias, A, B, dy = lora_inputs(70, 64, 32, 4, QV)
+    narrow = [tensor.half() for tensor in (x, weight, bias, A, B)]
+
+    def f(x, A, B):
+        with torch.autocast(DEVICE, torch.float16):
+            return lora_linear_triton(x, weight, bias, A, B, SCALE, QV, 0.3, 7)
+
+    keep = philox_keep(70, 64, 0.3, 7).to(DEVICE)
+    got = gradients(f, (x, A, B), dy.half(), (0, 1, 2))
+    truth = gradients(lambda *t: dense_lora(*t, SCALE, QV, keep, 0.3),
+                      [t.double() for t in (x.half(), narrow[1], bias, A.half(), B.half())],
+                      dy.half().double(), (0, 3, 4))
+    y, t = reference_forward(*narrow, SCALE / 0.7, QV, keep.byte())
+    reference = reference_backward(dy.half(), *narrow[:2], *narrow[3:], t, SCALE / 0.7, QV,
+                                   keep.byte())
+    assert_as_good([got[0], *(gradient.half() for gradient in got[1:])], (y, *reference), truth)
+    for gradient in got[1:]:
+        assert gradient.dtype == torch.float32
+        assert not torch.equal(gradient, gradient.half().float())
+
+
+# --------------------------------------------------------------------------------------------------
 # The package
 
 
 def test_dispatch(monkeypatch):
-    """Triton for CUDA tensors on Ampere and newer, until it is turned off; never for CPU tensors."""
+    """Triton runs CUDA tensors, from Ampere on, until it is turned off, and no CPU tensors."""
     monkeypatch.setenv("MEDVISION_NO_KERNELS", "0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(kernels, "triton", object())
@@ -426,59 +622,127 @@ def test_dispatch(monkeypatch):
     assert not wants_triton(on_gpu)
 
 
-def run_python(code, **environment):
-    environment = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+def run_python(code, timeout=300, **environment):
+    environment = os.environ | environment
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
+                          text=True, timeout=timeout)
 
 
 def test_import_without_triton():
     """macOS and Windows have no Triton: the package imports, and the references answer."""
-    done = run_python("import sys; sys.modules['triton'] = None; import torch; from kernels import warp, lora_linear; "
-                      "x = torch.ones(1, 1, 3, 3); assert torch.equal(warp(x, torch.zeros(1, 2, 3, 3)), x)")
+    done = run_python("import sys; sys.modules['triton'] = None; import torch; "
+                      "from kernels import warp, lora_linear; x = torch.ones(1, 1, 3, 3); "
+                      "assert torch.equal(warp(x, torch.zeros(1, 2, 3, 3)), x)")
     assert done.returncode == 0, done.stderr
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.dropout import split_kernel, transposed_kernel
-from kernels.lora_linear import dx_kernel, forward_kernel as lora_forward
-from kernels.warp import backward_kernel, finish_kernel, forward_kernel
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+            torch.int64: "*i64"}
 
-def build(kernel, data, **constants):
-    signature = {}
-    for name in kernel.arg_names:
-        whole = name in "C H W h HW M ROWS seed threshold".split()
-        float32 = name in "flow amax dflow u t partial".split()
-        signature[name] = ("constexpr" if name in constants else "i32" if whole else "fp32" if name == "scale"
-                           else "*i64" if name == "total" else "*fp32" if float32 else data)
-    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=2))
 
-for data, flag in (("*fp32", True), ("*bf16", False)):
-    build(forward_kernel, data, BLOCK=512)
-    build(backward_kernel, data, BLOCK=128, IMAGE=True, FLOW=True)
-    build(finish_kernel, data, BLOCK=1024)
-    block = dict(BLOCK_M=64, BLOCK_K=32, BLOCK_R=16)
-    shape = dict(M_LOG2=6, N=96, K=64, R=4, P=3, PARTS=5, BLOCK_N=32, **block)
-    build(lora_forward, data, HAS_BIAS=flag, MAKE_T=flag, **shape)
-    build(dx_kernel, data, DROPOUT=flag, MAKE_U=flag, G=2, **shape)
-    build(transposed_kernel, data, GR=8, K=64, **block)
-    build(split_kernel, data, GR=8, K=64, **block)
-"""
+class Compiles:
+    """Stands for a kernel: compiles what it is launched with for `capability`, and checks it.
+
+    tiles: the (constants, options) to launch it with instead, one after the other.
+    """
+
+    def __init__(self, kernel, capability, tiles=(({}, {}),)):
+        self.kernel, self.capability, self.tiles = kernel, capability, tiles
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_warps=4, **constants):
+        for tile, options in self.tiles:
+            values = dict(zip(self.kernel.arg_names, args)) | constants | tile
+            self.build(values, dict(num_warps=num_warps) | options)
+
+    def build(self, values, options):
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        signature, constants, aligned = {}, {}, {}
+        for i, parameter in enumerate(self.kernel.params):
+            name, value = parameter.name, values[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[name], constants[(i,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], aligned[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        source = ASTSource(self.kernel, signature, constants, aligned)
+        target = GPUTarget("cuda", self.capability, 32)
+        built = triton.compile(source, target=target, options=options)
+        sizes = {name: value for name, value in values.items() if isinstance(value, int)}
+        check_machine_code(built, self.capability, f"{self.kernel.__name__} {sizes} {options}")
+
+
+def check_machine_code(built, capability, name):
+    """No register spilled, no wgmma serialised, no load of 16 bits, at most 5 s of ptxas."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    arch = f"sm_{capability}a" if capability >= 90 else f"sm_{capability}"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, out = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(built.asm["ptx"])
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        words = subprocess.run([tools / "ptxas", "-v", f"-arch={arch}", ptx, "-o", out],
+                               capture_output=True, text=True, check=True).stderr
+        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", words)))
+    assert not spilled, f"{name}: {spilled} bytes spilled"
+    assert "C7512" not in words, f"{name}: wgmma is serialised"
+    assert not re.search(r"ld\.global\S*\.[bu]16 ", built.asm["ptx"]), f"{name}: loads of 16 bits"
+    assert seconds < 5, f"{name}: {seconds:.1f} s of ptxas"
+
+
+def compile_lora(capability, dtype, x_dtype, R, dropout, tiles):
+    """Compiles all that a training step of ViT-B's qkv launches, up_kernel with `tiles`."""
+    import kernels.lora_linear  # noqa: F401
+    file = sys.modules["kernels.lora_linear"]
+    for name in ("down_kernel", "up_kernel"):
+        kernel = getattr(file, name)
+        if isinstance(kernel, Compiles):  # an earlier call has replaced it
+            kernel = kernel.kernel
+        setattr(file, name, Compiles(kernel, capability))
+    file.up_kernel.tiles = tiles
+    M, K, N = 8 * 197, 768, 2304
+    shapes = (M, K), (N, K), (N,), (2 * R, K), (2 * K, R), (M, N)
+    x, weight, bias, A, B, dy = (torch.empty(shape, device="meta") for shape in shapes)
+    x, weight, dy = x.to(x_dtype), weight.to(dtype), dy.to(dtype)
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout else None
+    rest = seed, 8.0, list(QV), dropout
+    y, t, copy = file.triton_forward(x, weight, bias, A, B, *rest)
+    x = copy if len(copy) else x
+    file.triton_backward(dy, x, weight, A, B, t, *rest, x_dtype, True)
+
+
+def compile_all():
+    """Some of a GPU's launches: both architectures, all dtypes, dropout on and off, three ranks."""
+    import kernels.warp  # noqa: F401
+    lora, file = sys.modules["kernels.lora_linear"], sys.modules["kernels.warp"]
+    fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    compile_lora(90, bf16, fp32, 32, 0.1, lora.TILES[:1])
+    compile_lora(80, fp16, fp16, 4, 0.1, lora.TILES[:1])
+    compile_lora(90, fp32, fp32, 16, 0.0, lora.FLOAT32_TILES[:1])
+    for name in ("forward_kernel", "backward_kernel", "finish_kernel"):
+        setattr(file, name, Compiles(getattr(file, name), 90))
+    image, flow = (torch.empty(2, channels, 64, 64, device="meta") for channels in (1, 2))
+    file.triton_forward(image, flow)
+    file.triton_backward(image, image, flow, True, True)
 
 
 @needs_triton
 @pytest.mark.skipif(CUDA, reason="the other tests compile the kernels here")
 def test_kernels_compile(tmp_path):
     """Triton's compiler and ptxas need no GPU, and refuse much that the interpreter lets pass."""
-    done = run_python(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+    tests = Path(__file__).parent
+    done = run_python("import test_kernels; test_kernels.compile_all()", timeout=900,
+                      TRITON_CACHE_DIR=str(tmp_path),
+                      PYTHONPATH=os.pathsep.join([str(tests), str(tests.parent)]))
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On a GPU: bfloat16, autotuned tiles, repeatability, more than 2^31 elements
 
 
@@ -486,7 +750,8 @@ def test_kernels_compile(tmp_path):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("case", [(1576, 768, 768, 4, QV), (1576, 768, 768, 32, QV), (333, 200, 72, 16, (True,))], ids=str)
+@pytest.mark.parametrize("case", [(1576, 768, 768, 4, QV), (1576, 768, 768, 32, QV),
+                                  (333, 200, 72, 16, (True,))], ids=str)
 def test_gpu_lora(case, p, dtype):
     test_lora_kernels(case, p, dtype)  # at sizes that make many tiles
 
@@ -494,17 +759,35 @@ def test_gpu_lora(case, p, dtype):
 @pytest.mark.gpu
 @needs_gpu
 def test_gpu_dispatch_and_repeatability():
-    """The public functions take the kernels, and give the same bits run after run: gradients of the image and of A too."""
+    """The public functions take the kernels, and give the same bits run after run, also in the
+    gradients of the image and of A."""
     image, flow, dy = warp_inputs((4, 3, 256, 256), reach=20)
     *tensors, dl = lora_inputs(8 * 197, 768, 768, 8, QV, torch.bfloat16)
     both_runs = [lambda: gradients(warp, (image, flow), dy, (0, 1)),
-                 lambda: gradients(lambda *a: lora_linear(*a, 2, QV, 0.1, 5), tensors, dl, (0, 3, 4))]
+                 lambda: gradients(lambda *a: lora_linear(*a, 2, QV, 0.1, 5), tensors, dl,
+                                   (0, 3, 4))]
     first = [run() for run in both_runs]
     for _ in range(5):
         for results, run in zip(first, both_runs):
             assert all(torch.equal(a, b) for a, b in zip(results, run()))
-    assert_as_good(first[0], gradients(warp_reference, (image, flow), dy, (0, 1)),
-                   gradients(grid_sample_warp, (image.double(), flow.double()), dy.double(), (0, 1)))
+    truth = gradients(grid_sample_warp, (image.double(), flow.double()), dy.double(), (0, 1))
+    assert_as_good(first[0], gradients(warp_reference, (image, flow), dy, (0, 1)), truth)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_graph_draws_masks():
+    """Each replay of a CUDA graph has a mask of its own."""
+    *tensors, _ = lora_inputs(8 * 197, 768, 768, 8, QV, torch.bfloat16)
+    with torch.no_grad():
+        lora_linear(*tensors, 2, QV, 0.5)  # compiles and tunes
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = lora_linear(*tensors, 2, QV, 0.5)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert not torch.equal(y, first)
 
 
 @pytest.mark.gpu
@@ -512,10 +795,13 @@ def test_gpu_dispatch_and_repeatability():
 def test_gpu_beyond_32_bits():
     """The last rows of a tensor of more than 2^31 elements come out as they do alone."""
     M, K = 2**31 // 1024 + 4096, 1024
-    x, tail = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda"), torch.randn(256, K, device="cuda").bfloat16()
+    x = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda")
+    tail = torch.randn(256, K, device="cuda").bfloat16()
     x[-256:] = tail
-    weight, A, B = (torch.randn(s, device="cuda").bfloat16() * 0.05 for s in ((96, K), (8, K), (64, 4)))
-    assert torch.equal(lora_linear(x, weight, None, A, B, 2.0, QV)[-256:], lora_linear(tail, weight, None, A, B, 2.0, QV))
+    weight, A, B = (torch.randn(shape, device="cuda").bfloat16() * 0.05
+                    for shape in ((96, K), (8, K), (64, 4)))
+    y = lora_linear(x, weight, None, A, B, 2.0, QV)
+    assert torch.equal(y[-256:], lora_linear(tail, weight, None, A, B, 2.0, QV))
     image = torch.randn(1, 3, 2**15, 2**15 - 8, device="cuda", dtype=torch.float16)
     flow = torch.zeros(1, 2, *image.shape[2:], device="cuda")
     assert torch.equal(warp(image, flow), image)
