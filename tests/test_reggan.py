@@ -99,6 +99,12 @@ def test_registration_metrics_of_known_flows():
     scores = reggan.registration_metrics(torch.zeros_like(shift), shift, real)
     assert scores["registration_error"].item() == scores["misalignment"].item() == pytest.approx(3 * 2**0.5)
     assert scores["folding"].item() == 0
+    flow = torch.ones(1, 2, 8, 8)
+    flow[..., :2, :] = 50.0
+    real[..., :2, :] = -1  # the background does not count
+    scores = reggan.registration_metrics(flow, shift, real)
+    assert scores["registration_error"].item() == pytest.approx(2 * 2**0.5)
+    assert reggan.registration_metrics(flow, None, real).keys() == {"folding"}
     y = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
     fold = torch.cat([-2 * y, torch.zeros(1, 1, 8, 8)], 1)  # p -> -p along y
     assert reggan.registration_metrics(fold, fold, real)["folding"].item() == 1
@@ -853,6 +859,13 @@ def test_which_loss_sends_a_gradient_to_which_network(host, heads, network):
     assert set(losses) == OF_HOST[host]
     for name, loss in losses.items():
         assert parts_with_gradient(loss, model) == {"G"}, name
+        generators = [m for part, m in model.named_children() if part.startswith("netG")]
+        for generator in generators:  # each loss of a host with two generators teaches both
+            grads = torch.autograd.grad(loss, [*generator.parameters()][:1], retain_graph=True, allow_unused=True)
+            assert grads[0] is not None and grads[0].any(), name
+        for side, fake in fakes.items():
+            grad = torch.autograd.grad(loss, fake, retain_graph=True, allow_unused=True)[0]
+            assert (grad is not None and bool(grad.any())) == (name != "identity"), (name, side)
     torch.manual_seed(2)
     added = reggan.registration_losses(model, c, a, b, fakes["B"])
     expected = FRESH if heads == "fresh" else RANDOM
@@ -908,6 +921,26 @@ def test_a_step_goes_down_the_sum_of_its_losses_and_shows_d_the_fakes_of_g_befor
     for part, old, grads in zip(ours, before, expected):
         whole = [torch.cat([x.flatten() for x in xs]) for xs in ([(q - p) / 1e-3 for p, q in zip(part, old)], grads)]
         assert (whole[0] - whole[1]).norm() < 0.02 * whole[1].norm()
+
+
+def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out():
+    def losses(**options):
+        c, model = randomized("nc", "random", **options)
+        a, b = smooth_image(4, 0), smooth_image(4, 1)
+        mean = model.registration.mean.clone() if c.drift else None
+        torch.manual_seed(2)
+        values = reggan.registration_losses(model, c, a, b, model.translate(a))
+        if c.drift:  # the running mean moves by a hundredth of what is missing to this batch's
+            flow = model.registration(model.translate(a), b)
+            assert torch.allclose(model.registration.mean, reggan.running_mean(mean, flow), atol=1e-5)
+        return values
+
+    one = losses()
+    for name in EVERY_LOSS:
+        other = losses(**{name: 7.0})
+        for key, value in one.items():
+            factor = 7 / getattr(filled(improved=True), name) if key == name else 1
+            assert torch.isclose(other[key], factor * value, rtol=1e-5), (name, key)
 
 
 def test_every_network_has_its_optimiser_and_its_rate(drawn):
