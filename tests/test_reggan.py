@@ -108,6 +108,10 @@ def test_registration_metrics_of_known_flows():
     y = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
     fold = torch.cat([-2 * y, torch.zeros(1, 1, 8, 8)], 1)  # p -> -p along y
     assert reggan.registration_metrics(fold, fold, real)["folding"].item() == 1
+    x = y.transpose(2, 3)
+    for along_y, along_x, folds in ((-1.5 * y, 0 * x, 1), (2 * x, 2 * y, 1), (2 * x, -2 * y, 0)):  # -0.5, -3, 5
+        flow = torch.cat([along_y, along_x], 1)
+        assert reggan.registration_metrics(flow, flow, real)["folding"].item() == folds
 
 
 def test_the_true_displacement_registers_the_pair():
@@ -979,6 +983,20 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
     assert (demo.noise, demo.elastic) == (3.0, 0.0)
     (cell,) = reggan.compare(dataclasses.replace(c, compare=True, hosts="nc", levels="none", seeds=1, out=str(root / "t")))
     assert cell["noise"] is None and cell["level"] == "none"
+
+
+def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
+    c = config(drawn, noise=3.0)
+    pairs, (aligned, moved), _ = reggan.records(c)
+    run = reggan.Run(c, pairs, torch.device("cpu"))
+    scores = reggan.evaluate(run, aligned, moved)
+    with torch.no_grad():
+        a, b = (torch.stack(side) for side in zip(*(aligned.item(0, i) for i in range(len(aligned)))))
+        expected = {name: v.mean().item() for name, v in reggan.metrics(run.model.translate(a), b).items()}
+        a, b, true = (torch.stack(part) for part in zip(*(moved.item(0, i) for i in range(len(moved)))))
+        flow = run.model.registration(run.model.translate(a), b)
+        expected |= {name: v.mean().item() for name, v in reggan.registration_metrics(flow, true, b).items()}
+    assert scores == pytest.approx(expected, rel=1e-4) and run.model.training
 
 
 def test_the_foreground_survives_size(tmp_path):
