@@ -1228,8 +1228,7 @@ class Nice(nn.Module):
     def generator_losses(self, a, b):
         size = a.shape[-2:]
         with cached():  # one spectral norm for both images that a discriminator sees
-            with torch.no_grad():
-                z = torch.cat((self.netD_A.encode(a)[0], self.netD_B.encode(b)[0]))
+            z = torch.cat((self.netD_A.encode(a)[0], self.netD_B.encode(b)[0]))
             same_a, fake_a = self.netG_B2A(z, size).chunk(2)
             fake_b, same_b = self.netG_A2B(z, size).chunk(2)
             (verdict_b, z_b), (verdict_a, z_a) = self.netD_B(fake_b), self.netD_A(fake_a)

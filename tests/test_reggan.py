@@ -99,9 +99,19 @@ def test_registration_metrics_of_known_flows():
     scores = reggan.registration_metrics(torch.zeros_like(shift), shift, real)
     assert scores["registration_error"].item() == scores["misalignment"].item() == pytest.approx(3 * 2**0.5)
     assert scores["folding"].item() == 0
+    flow = torch.ones(1, 2, 8, 8)
+    flow[..., :2, :] = 50.0
+    real[..., :2, :] = -1  # the background does not count
+    scores = reggan.registration_metrics(flow, shift, real)
+    assert scores["registration_error"].item() == pytest.approx(2 * 2**0.5)
+    assert reggan.registration_metrics(flow, None, real).keys() == {"folding"}
     y = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
     fold = torch.cat([-2 * y, torch.zeros(1, 1, 8, 8)], 1)  # p -> -p along y
     assert reggan.registration_metrics(fold, fold, real)["folding"].item() == 1
+    x = y.transpose(2, 3)
+    for along_y, along_x, folds in ((-1.5 * y, 0 * x, 1), (2 * x, 2 * y, 1), (2 * x, -2 * y, 0)):  # -0.5, -3, 5
+        flow = torch.cat([along_y, along_x], 1)
+        assert reggan.registration_metrics(flow, flow, real)["folding"].item() == folds
 
 
 def test_the_true_displacement_registers_the_pair():
@@ -853,6 +863,13 @@ def test_which_loss_sends_a_gradient_to_which_network(host, heads, network):
     assert set(losses) == OF_HOST[host]
     for name, loss in losses.items():
         assert parts_with_gradient(loss, model) == {"G"}, name
+        generators = [m for part, m in model.named_children() if part.startswith("netG")]
+        for generator in generators:  # each loss of a host with two generators teaches both
+            grads = torch.autograd.grad(loss, [*generator.parameters()][:1], retain_graph=True, allow_unused=True)
+            assert grads[0] is not None and grads[0].any(), name
+        for side, fake in fakes.items():
+            grad = torch.autograd.grad(loss, fake, retain_graph=True, allow_unused=True)[0]
+            assert (grad is not None and bool(grad.any())) == (name != "identity"), (name, side)
     torch.manual_seed(2)
     added = reggan.registration_losses(model, c, a, b, fakes["B"])
     expected = FRESH if heads == "fresh" else RANDOM
@@ -910,6 +927,26 @@ def test_a_step_goes_down_the_sum_of_its_losses_and_shows_d_the_fakes_of_g_befor
         assert (whole[0] - whole[1]).norm() < 0.02 * whole[1].norm()
 
 
+def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out():
+    def losses(**options):
+        c, model = randomized("nc", "random", **options)
+        a, b = smooth_image(4, 0), smooth_image(4, 1)
+        mean = model.registration.mean.clone() if c.drift else None
+        torch.manual_seed(2)
+        values = reggan.registration_losses(model, c, a, b, model.translate(a))
+        if c.drift:  # the running mean moves by a hundredth of what is missing to this batch's
+            flow = model.registration(model.translate(a), b)
+            assert torch.allclose(model.registration.mean, reggan.running_mean(mean, flow), atol=1e-5)
+        return values
+
+    one = losses()
+    for name in EVERY_LOSS:
+        other = losses(**{name: 7.0})
+        for key, value in one.items():
+            factor = 7 / getattr(filled(improved=True), name) if key == name else 1
+            assert torch.isclose(other[key], factor * value, rtol=1e-5), (name, key)
+
+
 def test_every_network_has_its_optimiser_and_its_rate(drawn):
     c = config(drawn, host="cycle", lr=0.01, reg_lr=0.02, improved=True)
     run = reggan.Run(c, reggan.records(c)[0], torch.device("cpu"))
@@ -946,6 +983,20 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
     assert (demo.noise, demo.elastic) == (3.0, 0.0)
     (cell,) = reggan.compare(dataclasses.replace(c, compare=True, hosts="nc", levels="none", seeds=1, out=str(root / "t")))
     assert cell["noise"] is None and cell["level"] == "none"
+
+
+def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
+    c = config(drawn, noise=3.0)
+    pairs, (aligned, moved), _ = reggan.records(c)
+    run = reggan.Run(c, pairs, torch.device("cpu"))
+    scores = reggan.evaluate(run, aligned, moved)
+    with torch.no_grad():
+        a, b = (torch.stack(side) for side in zip(*(aligned.item(0, i) for i in range(len(aligned)))))
+        expected = {name: v.mean().item() for name, v in reggan.metrics(run.model.translate(a), b).items()}
+        a, b, true = (torch.stack(part) for part in zip(*(moved.item(0, i) for i in range(len(moved)))))
+        flow = run.model.registration(run.model.translate(a), b)
+        expected |= {name: v.mean().item() for name, v in reggan.registration_metrics(flow, true, b).items()}
+    assert scores == pytest.approx(expected, rel=1e-4) and run.model.training
 
 
 def test_the_foreground_survives_size(tmp_path):
