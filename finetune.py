@@ -186,6 +186,8 @@ class FinetuneConfig(RunConfig):
     evaluations: int = option(10, "times the validation list is evaluated; the best state is kept",
                               within="[1, inf)")
     skip_bad_lines: bool = option(False, "leave out lines that cannot be read instead of stopping")
+    skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
+    allow_outside: bool = option(False, "read images that a list names outside of --root")
     predict: str = option("", "folder of images: write what --weights gives each, and stop",
                           free=True)
     compare: bool = option(False, "run the table methods x inits x ratios x seeds, and stop",
@@ -221,7 +223,11 @@ def read_lists(config):
     parts, classes = {}, None
     for part_name, path in data.split_files(config.data, root, config.split, config.ratio).items():
         names, labels = data.read_list(path, skip_bad=config.skip_bad_lines)
-        paths = data.find_images(config.data, root, names, path)
+        paths = data.find_images(config.data, root, names, path, config.allow_outside)
+        if config.skip_bad:
+            keep = data.readable(paths)
+            names, paths = [names[i] for i in keep], [paths[i] for i in keep]
+            labels = labels[keep]
         classes = classes or data.class_names(config.data, root, config.split, labels.shape[1])
         positive = labels.sum(0).tolist()
         lone = [name for name, count in zip(classes, positive) if not 0 < count < len(names)]
@@ -656,6 +662,8 @@ def predict_folder(config):
     config = data.fill(config, {"out": "runs/predict"} | pixels)
     device, _, _ = data.join(config)
     paths = data.list_images(config.predict)
+    if config.skip_bad:
+        paths = [paths[i] for i in data.readable(paths)]
     images = data.ImageSet(paths, model.img_size)
     scores = predict(model.to(device), images, config, device)
     names = [Path(path).relative_to(config.predict).as_posix() for path in paths]

@@ -564,6 +564,8 @@ class MRMConfig(RunConfig):
                        choices=["demo", "csv"])
     root: str = option(None, "data folder (demo: where the demo records are, or are drawn)")
     exclude: str = option(None, "list file: its images and those of its patients are left out")
+    skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
+    allow_outside: bool = option(False, "read images that the table names outside of --root")
     preset: str = option("tiny", "model and recipe; base is the paper's", choices=list(MODELS))
     weights: str = option("", "start from this checkpoint's encoder (the paper starts from MAE's)")
     image_only: bool = option(False, "ablation: restore images only")
@@ -657,9 +659,13 @@ def read_records(config):
     listed = root / "training.csv"
     if config.image_only:
         names = [name for _, name in data.read_csv(listed, ("image_path",))]
-        paths, reports = data.find_images("csv", root, names, listed), [""] * len(names)
+        paths = data.find_images("csv", root, names, listed, config.allow_outside)
+        reports = [""] * len(names)
     else:
-        paths, reports = data.read_reports(listed, root)
+        paths, reports = data.read_reports(listed, root, config.allow_outside)
+    if config.skip_bad:
+        keep = data.readable(paths)
+        paths, reports = [paths[i] for i in keep], [reports[i] for i in keep]
     if config.exclude:
         keep = data.not_excluded(paths, config.exclude, root)
         paths, reports = [paths[i] for i in keep], [reports[i] for i in keep]

@@ -711,3 +711,31 @@ def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
     ran = data.load_checkpoint(tmp_path / "best.pt")["model"]
     moved = {name: (ran[name] - tensor).abs().max().item() for name, tensor in fresh.items()}
     assert moved["head.weight"] > 1e-3 and moved["blocks.0.mlp.fc1.weight"] < 1e-5
+
+
+def test_bad_images_and_images_outside_are_refused_or_read_as_asked(easy, tmp_path, capsys):
+    root = tmp_path / "root"
+    shutil.copytree(easy, root)
+    (root / "images" / "0003.png").write_bytes(b"no image")
+    with pytest.raises(data.InputError, match=r"0003\.png"):
+        finetune.finetune(config(root, tmp_path / "run", method="linear", steps=1))
+    result = finetune.finetune(config(root, tmp_path / "run", method="linear", steps=1, skip_bad=True))
+    assert result["images"] == {"train": 63, "val": 24, "test": 24}
+    assert "1 of 64 images" in capsys.readouterr().err
+    shutil.move(root / "images" / "0004.png", tmp_path / "0004.png")
+    listed = (root / "train_list.txt").read_text().replace("0004.png", f"{tmp_path}/0004.png")
+    for name in ("train_list.txt", "train_10.txt"):
+        (root / name).write_text(listed)
+    options = dict(method="linear", steps=1, skip_bad=True)
+    with pytest.raises(data.InputError, match="--allow-outside"):
+        finetune.finetune(config(root, tmp_path / "run", **options))
+    result = finetune.finetune(config(root, tmp_path / "run", **options, allow_outside=True))
+    assert result["images"]["train"] == 63
+    images = tmp_path / "folder"
+    shutil.copytree(root / "images", images)
+    predict = finetune.FinetuneConfig(predict=str(images), weights=str(tmp_path / "run"), out=str(tmp_path / "p"))
+    with pytest.raises(data.InputError, match=r"0003\.png"):
+        finetune.predict_folder(predict)
+    finetune.predict_folder(dataclasses.replace(predict, skip_bad=True))
+    count = len(list(images.iterdir())) - 1
+    assert len((tmp_path / "p" / "predictions.csv").read_text().splitlines()) == 1 + count

@@ -2,6 +2,7 @@
 NumPy, learning; runs, their options and their resumption."""
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -687,3 +688,20 @@ def test_held_out_losses_hide_the_same_every_time(films, tmp_path):
         torch.manual_seed(seed)
         losses.append(mrm.evaluate(model, records, config, autocast))
     assert losses[0] == losses[1]
+
+
+def test_bad_images_and_images_outside_are_refused_or_read_as_asked(films, tmp_path, capsys):
+    root = tmp_path / "root"
+    shutil.copytree(films, root)
+    (root / "images" / "3.png").write_bytes(b"no image")
+    with pytest.raises(data.InputError, match=r"3\.png"):
+        mrm.pretrain(record_run(root, tmp_path / "run", steps=1))
+    result = mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True))
+    assert result["records"] == 40 - 8 - 1 and "1 of 40 images" in capsys.readouterr().err
+    shutil.move(root / "images" / "4.png", tmp_path / "4.png")
+    table = (root / "training.csv").read_text()
+    (root / "training.csv").write_text(table.replace("\n4.png", f"\n{tmp_path}/4.png"))
+    with pytest.raises(data.InputError, match="--allow-outside"):
+        mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True))
+    result = mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True, allow_outside=True))
+    assert result["records"] == 40 - 8 - 1
