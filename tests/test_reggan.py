@@ -71,7 +71,7 @@ def test_one_pass_over_real_and_fake_is_two_passes():
     for D, judge in ((reggan.Discriminator(1, 4), lambda D, x: D(x)), (reggan.NiceDiscriminator(1, 4).eval(), lambda D, x: D(x)[0])):
         D.double()
         with torch.no_grad():
-            together = reggan.contrast(lambda x: judge(D, x), real, fake)
+            together = reggan.discriminator_loss(lambda x: judge(D, x), real, fake)
             apart = reggan.lsgan(judge(D, real), True) + reggan.lsgan(judge(D, fake), False)
         assert together.item() == pytest.approx(apart.item(), rel=1e-5)  # the verdicts are float32
 
