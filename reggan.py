@@ -471,8 +471,7 @@ class Config(RunConfig):
                           "(default: 3 on the demo pairs, none on your own)", within="[0, 25]")
     elastic: float = option(None, "added bending: standard deviation in % of the image side "
                             "(default: none)", within="[0, 25]")
-    size: int = option(0, "pixels a side, 32 or more, to scale to (0: as they are)",
-                       within="[0, 4096]")
+    size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
     improved: bool = option(False, "the registration network and losses that go beyond the paper")
@@ -490,8 +489,7 @@ class Config(RunConfig):
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
     identity: float = option(None, "weight of CycleGAN's |G(b) - b|, where A has as many channels "
                              "as B", within="[0, inf)")
-    drift: float = option(None, "weight of the squared mean flow, % of the sides",
-                          within="[0, inf)")
+    drift: float = option(None, "weight of the squared mean flow, % of sides", within="[0, inf)")
     synthetic: float = option(None, "weight of R's error on known motion, % of the sides",
                               within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
@@ -516,35 +514,25 @@ PAPER = SMALL | {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size"
 
 
 def complete(config):
-    """`config` with what was not typed taken from the preset. Raises InputError for what is out of
-    range or does not go together."""
+    """`config` with the preset's value for every option that was not typed. Raises InputError for
+    options that are out of range or do not go together."""
     if config.paper and config.improved:
         raise InputError("--paper and --improved", "one of them", "both; for the improved method "
                          "in wide networks: --improved --width 64 --kernel 7 --downs 2 --blocks 9")
-    preset = IMPROVED if config.improved else SMALL
-    if config.paper:
-        unpooled = config.host == "nc" and config.reg  # the official NC + R keeps no old fakes
-        preset = PAPER | {"pool": 0} if unpooled else PAPER
-    added = {"noise": 3.0, "elastic": 0.0}
+    preset = PAPER if config.paper else IMPROVED if config.improved else SMALL
+    if config.paper and config.host == "nc" and config.reg:
+        preset = preset | {"pool": 0}  # the official NC + R keeps no old fakes
+    noise = 3.0
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
-        added["noise"] = 0.0 if config.elastic else None
-    config = data.fill(config, preset | added)
-    for wrong, flag, expected in (
-            (0 < config.size < 32, "size", "0, or 32 pixels or more"),
-            (config.kernel % 2 == 0, "kernel", "an odd number"),
-            (config.host == "nice" and config.downs not in (1, 2), "downs", "1 or 2 with nice")):
-        if wrong:
-            raise InputError(f"--{flag}", expected, getattr(config, flag))
+        noise = 0.0 if config.elastic else None
+    config = data.fill(config, preset | {"noise": noise, "elastic": 0.0})
+    if 0 < config.size < 32:
+        raise InputError("--size", "0, or 32 pixels or more", config.size)
+    if config.kernel % 2 == 0:
+        raise InputError("--kernel", "an odd number", config.kernel)
+    if config.host == "nice" and config.downs not in (1, 2):
+        raise InputError("--downs", "1 or 2 with nice", config.downs)
     return config
-
-
-def motion_in_words(config):
-    """What a run adds to its pairs, for whoever reads its output."""
-    if config.noise is None:
-        return "the pairs are used as they are, those of val and test as aligned (--noise N moves)"
-    bending = f" and bending of {config.elastic:g} %" if config.elastic else ""
-    return (f"added to the training pairs: misalignment of level {config.noise:g}{bending}, anew "
-            "in every epoch; misalignment and registration_error are of this added motion")
 
 
 def build(config, in_chans, out_chans, size):
@@ -552,30 +540,29 @@ def build(config, in_chans, out_chans, size):
     model = HOSTS[config.host](config, in_chans, out_chans)
     if config.reg:
         width = max(16, config.width // 2)
-        if config.reg_net == "unet":
-            model.registration = Registration(2 * out_chans, size, width)
-        else:
-            model.registration = CoarseToFine(size, width)
+        model.registration = (Registration(2 * out_chans, size, width) if config.reg_net == "unet"
+                              else CoarseToFine(size, width))
         if config.drift:
             model.registration.register_buffer("mean", torch.zeros(2, *size))  # see running_mean
     return model
 
 
 def trainable(module, *prefixes):
+    """The parameters that are trained and whose names start with one of `prefixes`."""
     named = module.named_parameters()
     return [p for name, p in named if p.requires_grad and name.startswith(prefixes)]
 
 
 def make_pairs(config, part, misaligned=False, with_flow=True):
-    """The pairs of a part; `misaligned` as in training, the same for every host."""
+    """The pairs of train, val or test, with the motion of --noise where `misaligned`."""
     folder = Path(config.root or data.demo_root(pairs=True)) / part
     noise = config.noise if misaligned else None
     return Pairs(folder, noise, config.elastic, config.seed, config.size, config.rescale, with_flow)
 
 
-def records(config):
-    """(training pairs, val, test): val and test hold the pairs as they are, on which G is judged,
-    and moved as in training, on which R is. Test is val where the data has no test/."""
+def all_pairs(config):
+    """(training pairs, val, test). val and test are [aligned, moved]: the pairs as they are judge
+    G, and those moved as in training judge R. Without test/, test is val."""
     pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
     last = "test" if (pairs.folder.parent / "test").is_dir() else "val"
     val, test = ([make_pairs(config, part), make_pairs(config, part, misaligned=True)]
@@ -589,33 +576,31 @@ def records(config):
 
 
 class Run:
-    """The networks, optimisers and counters of a run on the training pairs `pairs`. `facts` are
-    what it is made of beside its options."""
+    """The state of a run on the training pairs `pairs`: networks, optimisers, pools, counters.
+
+    `facts` are what must be the same when the run is resumed, beside the options.
+    """
 
     def __init__(self, config, pairs, device, rank=0, world=1, facts=None):
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.out, self.pairs, self.facts = Path(config.out or "runs/reggan"), pairs, facts or {}
         self.autocast = data.autocast(config, device)
-        self.images = {"in_chans": pairs.in_chans, "out_chans": pairs.out_chans,
-                       "shape": list(pairs.shape)}
         data.seed(config.seed)
         self.model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
         if rank:  # the processes start from the same weights, then draw numbers of their own
             data.seed(data.seeded(config.seed, rank).initial_seed() % 2**32)
-        rates = {"netG": config.lr}
-        if config.reg:
-            rates["registration"] = config.reg_lr
+        rates = {"netG": config.lr} | ({"registration": config.reg_lr} if config.reg else {})
         self.opt_g, self.opt_d = self.adam(rates), self.adam({"netD": config.lr})
         size = config.pool if self.model.pooled else 0
         self.pools = {side: Pool(size) for side in ("A", "B")}
-        self.per_step = config.batch_size * config.accumulate  # of this process
+        self.per_step = config.batch_size * config.accumulate  # pairs of this process
         self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
         self.step, self.best, self.speed, self.start = 0, math.inf, {}, time.time()
 
     def adam(self, rates):
-        groups = [{"params": trainable(self.model, part), "peak": rate}
-                  for part, rate in rates.items()]
+        groups = [{"params": trainable(self.model, prefix), "peak": rate}
+                  for prefix, rate in rates.items()]
         return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
 
     def set_rates(self):
@@ -630,17 +615,18 @@ class Run:
         return pairs.batches(self.per_step, epochs, True, self.config.seed, start, self.rank,
                              self.world, workers)
 
-    def files(self):
-        """The names of the pairs in this process's last batch."""
-        rows = copy.copy(self.pairs)
-        rows.item = lambda epoch, index: [torch.tensor(index)]
-        (last,) = next(self.batches(rows, self.step - 1))
+    def names_of_last_batch(self):
+        """The file names of up to eight pairs in this process's last batch."""
+        numbered = copy.copy(self.pairs)  # with numbers in the place of images
+        numbered.item = lambda epoch, index: [torch.tensor(index)]
+        (last,) = next(self.batches(numbered, self.step - 1))
         return ", ".join(self.pairs.names[i] for i in last[:8]) + ", ..." * (len(last) > 8)
 
     def weights(self):
         """What best.pt holds and `load_generator` reads."""
         return {"model": self.model.state_dict(), "config": dataclasses.asdict(self.config),
-                **self.images}
+                "in_chans": self.pairs.in_chans, "out_chans": self.pairs.out_chans,
+                "shape": list(self.pairs.shape)}
 
     def save(self):
         """Writes last.pt. Every process calls this, for each has pools and random numbers of its
@@ -661,12 +647,12 @@ class Run:
                 "best": self.best, "speed": self.speed, "seconds": time.time() - self.start})
 
     def resume(self):
-        """Goes on from last.pt. More steps than it was planned for are allowed. Raises InputError
-        where another option, the pairs or the number of processes differ."""
+        """Goes on from last.pt; more steps than were planned are allowed. Raises InputError where
+        another option, the pairs or the number of processes differ."""
         path, config = self.out / "last.pt", self.config
         state = load_checkpoint(path)
-        planned = {"steps": config.steps, "epochs": config.epochs}
         try:
+            planned = {"steps": config.steps, "epochs": config.epochs}
             data.check_same(state["config"] | planned, config, path)
             for name, value in self.facts.items():
                 if state["facts"][name] != value:
@@ -689,7 +675,7 @@ class Run:
         if self.steps != state["steps"]:
             print(f"{path}: going on to {self.steps} steps instead of {state['steps']}; from step "
                   f"{self.step + 1} on the learning rates are those of a run of {self.steps} steps")
-        # Lines of steps that were taken after the checkpoint are written again.
+        # The steps after the checkpoint are taken again, so their lines are dropped.
         lines = [line for line in data.read_text(self.out / "log.jsonl").splitlines(True)
                  if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
         data.atomic_write(self.out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
@@ -699,26 +685,25 @@ class Run:
 def evaluate(run, aligned, moved):
     """Metrics of G on aligned pairs and of R on moved ones, means over images: a dict."""
     run.model.eval()
-    scores = []
-    for of_r, pairs in enumerate([aligned, moved] if run.config.reg else [aligned]):
-        batches = pairs.batches(run.config.batch_size, rank=run.rank, world=run.world)
-        for a, b, *flows in batches:
+    scores = {}
+    for pairs in [aligned, moved] if run.config.reg else [aligned]:
+        for a, b, *flows in pairs.batches(run.config.batch_size, rank=run.rank, world=run.world):
             a, b, *flows = (x.to(run.device) for x in (a, b, *flows))
             with run.autocast():
                 fake = run.model.translate(a)
-                flow = run.model.registration(fake, b) if of_r else None
-            if of_r:
+                flow = run.model.registration(fake, b) if pairs is moved else None
+            if pairs is moved:
                 values = registration_metrics(flow, flows[0] if flows else None, b)
             else:
                 values = metrics(fake, b)
-            scores += [(name, float(v)) for name, column in values.items() for v in column]
+            for name, column in values.items():
+                scores.setdefault(name, []).extend(column.tolist())
     run.model.train()
+    parts = [scores] * run.world
     if run.world > 1:
-        parts = [None] * run.world
         torch.distributed.all_gather_object(parts, scores)
-        scores = sum(parts, [])
-    names = dict.fromkeys(name for name, _ in scores)
-    return {name: statistics.fmean(v for other, v in scores if other == name) for name in names}
+    return {name: statistics.fmean(value for part in parts for value in part.get(name, ()))
+            for name in parts[0]}
 
 
 def validate(run, val, log, epoch):
@@ -740,8 +725,7 @@ def loop(run, val, log):
     """Trains from run.step to the end."""
     config, steps, per_epoch = run.config, run.steps, run.per_epoch
     every = max(per_epoch, steps // 10)
-    batches = run.batches(run.pairs, run.step, config.workers)
-    batches = data.Timed(batches, run.device, run.world)
+    batches = data.Timed(run.batches(run.pairs, run.step, config.workers), run.device, run.world)
     with data.Saving(lambda step: run.save(), run.world) as saving:
         while run.step < steps:
             a, b = (x.to(run.device) for x in next(batches))
@@ -751,11 +735,11 @@ def loop(run, val, log):
                                    run.autocast, run.world)
             run.step += 1
             epoch = run.step / per_epoch
-            # A GAN that diverges does not recover, so that every step's losses are looked at.
+            # A GAN that diverges does not recover, so every step's losses are looked at.
             values = dict(zip(losses, torch.stack([*losses.values()]).tolist()))
             if not all(map(math.isfinite, values.values())):
-                raise InputError(f"step {run.step}: the losses left the numbers ({values}); lower "
-                                 f"--lr, use --dtype fp32, or look at the batch: {run.files()}")
+                raise InputError(f"step {run.step}: losses are not finite ({values}); lower --lr, "
+                                 f"use --dtype fp32, or look at: {run.names_of_last_batch()}")
             if run.step % max(1, per_epoch // 3) == 0 or run.step == steps:
                 log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **values)
             run.speed = batches.speed()
@@ -769,12 +753,10 @@ def finish(run, test, log):
     """Tests the best weights, writes result.json and the pictures. Returns the result."""
     if run.world > 1:
         torch.distributed.barrier()  # rank 0 may still be writing best.pt
-    part = test[0].folder.name
-    chosen = "last.pt (nothing chosen)"
+    config, part, chosen = run.config, test[0].folder.name, "last.pt (nothing chosen)"
     if part == "test":  # weights that val chose would score too well on val itself
         run.model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
-    config = run.config
     result = evaluate(run, *test) | {
         "host": config.host, "registration": config.reg, "noise": config.noise,
         "elastic": config.elastic, "part": part, "weights": chosen, "images": len(test[0]),
@@ -794,7 +776,7 @@ def train(config):
     device, rank, world = data.join(config)
     if rank == 0:
         data.check_writable(config.out or "runs/reggan")
-    pairs, val, test = records(config)
+    pairs, val, test = all_pairs(config)
     names = repr([part.names for part in (pairs, val[0], test[0])])
     facts = {"names of the pairs": hashlib.sha256(names.encode()).hexdigest(),
              "number of processes": world}
@@ -804,8 +786,12 @@ def train(config):
         run.resume()
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(run.out, config, rank, config.resume, run.start)
-    if rank == 0:
-        print(motion_in_words(config))
+    if rank == 0 and config.noise is None:
+        print("the pairs are used as they are, those of val and test as aligned (--noise N moves)")
+    elif rank == 0:
+        bending = f" and bending of {config.elastic:g} %" if config.elastic else ""
+        print(f"added to the training pairs: misalignment of level {config.noise:g}{bending}, anew "
+              "in every epoch; misalignment and registration_error are of this added motion")
     loop(run, val, log)
     return finish(run, test, log)
 
