@@ -85,10 +85,8 @@ class Residual(nn.Module):
 
 class Generator(nn.Module):
     """G: a 7 x 7 convolution, two of stride 2, nine residual blocks, two transposed ones, tanh.
-
     It loads Reg-GAN's netG_A2B.pth. It takes any H and W: it pads the image to a multiple of
-    2**downs and crops the result.
-    """
+    2**downs and crops the result."""
 
     def __init__(self, in_chans=1, out_chans=1, width=64, blocks=9, downs=2, kernel=7):
         super().__init__()
@@ -114,20 +112,16 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: a PatchGAN of 4 x 4 convolutions. It averages its verdicts to one an image, (B, 1).
-
-    The state-dict keys are Reg-GAN's.
-    """
+    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. It averages its verdicts
+    to one an image, (B, 1)."""
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()
-        w = width
-        self.model = nn.Sequential(
-            nn.Conv2d(in_chans, w, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True),
-            *normed(nn.Conv2d(w, 2 * w, 4, stride=2, padding=1)), nn.LeakyReLU(0.2, True),
-            *normed(nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1)), nn.LeakyReLU(0.2, True),
-            *normed(nn.Conv2d(4 * w, 8 * w, 4, padding=1)), nn.LeakyReLU(0.2, True),
-            nn.Conv2d(8 * w, 1, 4, padding=1))
+        layers = [nn.Conv2d(in_chans, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
+        for i, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            conv = nn.Conv2d(i, 2 * i, 4, stride, padding=1)
+            layers += [*normed(conv), nn.LeakyReLU(0.2, True)]
+        self.model = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
 
     def forward(self, x):
         return self.model(x).float().mean((2, 3))
@@ -135,7 +129,7 @@ class Discriminator(nn.Module):
 
 def levels_of(size):
     """How often R halves an image of `size` = (H, W): down to 2 or 3 pixels, 7 times at most."""
-    return min(7, min(size).bit_length() - 2)
+    return min(7, int(math.log2(min(size))) - 1)
 
 
 def start_at_zero(network, *last):
@@ -150,10 +144,8 @@ def start_at_zero(network, *last):
 
 class Registration(nn.Module):
     """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W); warp(fake, flow) should equal real.
-
     `channels` counts those of fake and real together, `width` those of the first level (32 in the
-    paper). The flow is zero at the start.
-    """
+    paper). The flow is zero at the start."""
 
     def __init__(self, channels, size, width=32):
         super().__init__()
@@ -168,8 +160,9 @@ class Registration(nn.Module):
             self.down.append(nn.Sequential(block(i, o, 3), Residual(o)))
         self.bottom = nn.Sequential(block(widths[-1], 2 * w, 1), Residual(2 * w), Residual(2 * w),
                                     Residual(2 * w), block(2 * w, w, 1))
-        for i, skip in zip([w] + widths[:0:-1], reversed(widths)):
-            self.up.append(block(i + skip, skip, 3))
+        upwards = widths[::-1]
+        for i, o in zip([w] + upwards, upwards):
+            self.up.append(block(i + o, o, 3))  # o also counts the channels of the skip
         self.refine = nn.Sequential(Residual(width), block(width, width, 1))
         self.output = nn.Conv2d(width, 2, 3, padding=1)
         start_at_zero(self, self.output)
@@ -231,30 +224,28 @@ def registration_losses(model, config, a, b, fake):
 
 def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext, world=1):
     """Updates G and R together, then D. Returns the losses, means over all processes.
-
     G and R minimise (D(G(a)) - 1)^2 + 20 correction + 10 smoothness; another host than NC has its
     own losses in place of the first. D minimises `discriminator_loss`. With --accumulate n the
-    batch is taken in n parts, whose gradients add up.
-    """
-    n, fakes, total = config.accumulate, [], {}
+    batch is taken in n parts, whose gradients add up."""
+    n, shown, total = config.accumulate, [], {}
     parts = list(zip(a.chunk(n), b.chunk(n)))
     for weight in parameters_of(opt_d):
         weight.requires_grad_(False)  # D only judges here
     opt_g.zero_grad(set_to_none=True)
     for part in parts:
         with autocast():
-            fake, losses = model.generator_losses(*part)  # fake["B"] is G(a)
-            losses |= registration_losses(model, config, *part, fake["B"])
+            fakes, losses = model.generator_losses(*part)  # fakes["B"] is G(a)
+            losses |= registration_losses(model, config, *part, fakes["B"])
         backward(losses, len(part[0]) / len(a), total)
-        # The fakes are detached: what D learns from them must not flow back into G.
-        fakes.append({side: pools[side](image.detach()) for side, image in fake.items()})
+        # D is shown the fakes detached: what it learns from them must not flow back into G.
+        shown.append({side: pools[side](fake.detach()) for side, fake in fakes.items()})
     descend(opt_g, world)
     for weight in parameters_of(opt_d):
         weight.requires_grad_(True)
     opt_d.zero_grad(set_to_none=True)
-    for part, fake in zip(parts, fakes):
+    for part, fakes in zip(parts, shown):
         with autocast():
-            losses = model.discriminator_losses(*part, fake)
+            losses = model.discriminator_losses(*part, fakes)
         backward(losses, len(part[0]) / len(a), total)
     descend(opt_d, world)
     shared = list(total.values())
@@ -286,8 +277,7 @@ def average(tensors, world):
     if world > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        means = (flat / world).split([tensor.numel() for tensor in tensors])
-        for tensor, mean in zip(tensors, means):
+        for tensor, mean in zip(tensors, (flat / world).split([x.numel() for x in tensors])):
             tensor.copy_(mean.view_as(tensor))
 
 
@@ -316,12 +306,10 @@ class Pool:
 
 class NC(nn.Module):
     """One direction and the adversarial loss alone; with registration this is RegGAN's "NC + R".
-
     A host has networks named netG... and netD..., which two optimisers train, and three methods:
     `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), fakes["B"] being the translation of
     a and the losses weighted; `discriminator_losses(a, b, fakes)` -> losses, where the fakes are
-    detached and, if `pooled`, mixed with old ones. The scripts find a host in HOSTS.
-    """
+    detached and, if `pooled`, mixed with old ones. The scripts find a host in HOSTS."""
 
     pooled = True
 
@@ -350,8 +338,7 @@ class NC(nn.Module):
 class Pix2Pix(NC):
     """Isola et al. 2017: D sees (a, b) side by side, and an L1 loss trusts the pairs.
 
-    adversarial + 100 mean |G(a) - b|
-    """
+    adversarial + 100 mean |G(a) - b|"""
 
     pooled = False
 
@@ -375,8 +362,7 @@ class Cycle(NC):
 
     Without the identity loss some seeds learn to invert the image, and F inverts it back. With
     Zhu's weight, 5, none does, but seeds that are right become worse, so the loss is off, as in the
-    official code. Where A and B differ in channels it is always off.
-    """
+    official code. Where A and B differ in channels it is always off."""
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
@@ -407,13 +393,11 @@ class Cycle(NC):
 
 def metrics(fake, real):
     """MAE, PSNR and SSIM of fake and real (B, C, H, W) in [-1, 1]: a dict of (B,) tensors.
-
     With f and r scaled to [0, 1], mae = mean |f - r| and psnr = -10 log10 mean (f - r)^2, at most
     100, both over the foreground real != -1, as the paper defines them. ssim is that of
     scikit-image: a 7 x 7 uniform window, sample covariance, K 0.01 and 0.03, mean over all windows.
     mae_whole and psnr_whole take every pixel, ssim_foreground the windows whose middle is
-    foreground. Foreground metrics are NaN where there is no foreground.
-    """
+    foreground. Foreground metrics are NaN where there is no foreground."""
     f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
     inside = (real != -1).double()
 
@@ -438,12 +422,10 @@ def metrics(fake, real):
 
 def registration_metrics(flow, true_flow, real):
     """How good flows (B, 2, H, W) in pixels are: a dict of (B,) tensors.
-
     registration_error is the mean length of flow - true_flow over the foreground of real, and
     misalignment that of true_flow; both need a true_flow, which may be None. folding is the share
     of pixels where p + flow(p) has a Jacobian determinant <= 0 (forward differences): there the
-    flow turns the image over.
-    """
+    flow turns the image over."""
     inside = (real != -1).any(1)
 
     def mean_length(x):
@@ -540,8 +522,10 @@ def build(config, in_chans, out_chans, size):
     model = HOSTS[config.host](config, in_chans, out_chans)
     if config.reg:
         width = max(16, config.width // 2)
-        model.registration = (Registration(2 * out_chans, size, width) if config.reg_net == "unet"
-                              else CoarseToFine(size, width))
+        if config.reg_net == "unet":
+            model.registration = Registration(2 * out_chans, size, width)
+        else:
+            model.registration = CoarseToFine(size, width)
         if config.drift:
             model.registration.register_buffer("mean", torch.zeros(2, *size))  # see running_mean
     return model
@@ -569,17 +553,14 @@ def all_pairs(config):
                  for part in ("val", last))
     for other in val + test:
         if (other.in_chans, other.out_chans) != (pairs.in_chans, pairs.out_chans):
-            channels = f"{pairs.in_chans} channels in A and {pairs.out_chans} in B"
-            raise InputError(other.folder, f"{channels}, as in {pairs.folder}",
-                             f"{other.in_chans} and {other.out_chans}")
+            raise InputError(other.folder, f"{pairs.in_chans} channels in A and {pairs.out_chans} in "
+                             f"B, as in {pairs.folder}", f"{other.in_chans} and {other.out_chans}")
     return pairs, val, test
 
 
 class Run:
     """The state of a run on the training pairs `pairs`: networks, optimisers, pools, counters.
-
-    `facts` are what must be the same when the run is resumed, beside the options.
-    """
+    `facts` are what must be the same when the run is resumed, beside the options."""
 
     def __init__(self, config, pairs, device, rank=0, world=1, facts=None):
         self.config, self.device, self.rank, self.world = config, device, rank, world
@@ -589,12 +570,14 @@ class Run:
         self.model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
         if rank:  # the processes start from the same weights, then draw numbers of their own
             data.seed(data.seeded(config.seed, rank).initial_seed() % 2**32)
-        rates = {"netG": config.lr} | ({"registration": config.reg_lr} if config.reg else {})
+        rates = {"netG": config.lr}
+        if config.reg:
+            rates["registration"] = config.reg_lr
         self.opt_g, self.opt_d = self.adam(rates), self.adam({"netD": config.lr})
         size = config.pool if self.model.pooled else 0
         self.pools = {side: Pool(size) for side in ("A", "B")}
         self.per_step = config.batch_size * config.accumulate  # pairs of this process
-        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)
+        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)  # steps
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
         self.step, self.best, self.speed, self.start = 0, math.inf, {}, time.time()
 
@@ -652,8 +635,8 @@ class Run:
         path, config = self.out / "last.pt", self.config
         state = load_checkpoint(path)
         try:
-            planned = {"steps": config.steps, "epochs": config.epochs}
-            data.check_same(state["config"] | planned, config, path)
+            longer = {"steps": config.steps, "epochs": config.epochs}  # these two may differ
+            data.check_same(state["config"] | longer, config, path)
             for name, value in self.facts.items():
                 if state["facts"][name] != value:
                     raise InputError(path, f"a run with the same {name} as now", "one with another")
@@ -710,14 +693,13 @@ def validate(run, val, log, epoch):
     """Scores the networks on val and writes the checkpoints."""
     scores = evaluate(run, *val)
     log.line(step=run.step, epoch=epoch, val=scores)
-    better = scores["mae"] < run.best
-    run.best = min(run.best, scores["mae"])
     if run.rank == 0:
         names = ("mae", "psnr", "ssim", "registration_error", "misalignment")
         shown = [f"{name} {scores[name]:.4g}" for name in names if name in scores]
         print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
-        if better:
+        if scores["mae"] < run.best:
             save_checkpoint(run.out / "best.pt", run.weights())
+    run.best = min(run.best, scores["mae"])
     run.save()
 
 
@@ -730,7 +712,7 @@ def loop(run, val, log):
         while run.step < steps:
             a, b = (x.to(run.device) for x in next(batches))
             run.set_rates()
-            # G is asked for b from misaligned pairs: R, inside the step, explains the misalignment.
+            # The pairs are misaligned: in the step R predicts the flow that carries G(a) onto b.
             losses = training_step(run.model, config, a, b, run.opt_g, run.opt_d, run.pools,
                                    run.autocast, run.world)
             run.step += 1
@@ -864,8 +846,8 @@ def load_generator(path):
 
 @torch.no_grad()
 def translate_folder(config):
-    """Writes the translation of every image of --translate under the same name, format and bit
-    depth into --out."""
+    """Writes the translation of every image of --translate into --out, with the same name, format
+    and bit depth."""
     if not config.weights:
         raise InputError("--translate needs --weights RUN: a run's folder, its best.pt, or a "
                          "Reg-GAN netG_A2B.pth")
@@ -900,9 +882,9 @@ def compare(config):
     in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
     out = Path(config.out or "runs/reggan-compare")
     rows, levels = config.hosts.split(","), config.levels.split(",")
-    seeds = range(config.seed, config.seed + config.seeds)
     keys = {f"{row}_{level}_{seed}": {"row": row, "level": level, "seed": seed}
-            for seed in seeds for level in levels for row in rows}
+            for seed in range(config.seed, config.seed + config.seeds)
+            for level in levels for row in rows}
     cells, table = {name: cell_config(config, **key) for name, key in keys.items()}, []
     _, rank, _ = data.join(config)
     for name, result in data.run_cells(out / "cells", cells, train):
@@ -915,7 +897,8 @@ def compare(config):
 
 
 def cell_config(config, row, level, seed):
-    """The filled configuration of a cell. Raises InputError for an unknown row or level."""
+    """The configuration of one run of the comparison. Raises InputError for an unknown row or
+    level."""
     host = row.removesuffix("+r")
     if host not in HOSTS:
         raise InputError("--hosts", f"{', '.join(HOSTS)}, with +r for registration", row)
@@ -935,25 +918,22 @@ def write_tables(out, table, rows, levels):
     """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
     header = list(dict.fromkeys(name for line in table for name in line))
     data.write_csv(out / "table.csv", header, [[line.get(n, "") for n in header] for line in table])
-    titles = {"psnr": "PSNR over the foreground, dB", "mae": "MAE over the foreground",
-              "ssim": "SSIM", "registration_error": "registration error, pixels",
-              "folding": "share of pixels where the flow folds"}
 
-    def cell(row, level, name):
+    def cell(row, level, name, digits):
         values = [line[name] for line in table
                   if (line["row"], line["level"]) == (row, level) and name in line]
-        digits = 2 if name in ("psnr", "registration_error") else 4
         text = f"{statistics.fmean(values):.{digits}f}" if values else ""
-        if len(values) > 1:
-            text += f" ± {statistics.stdev(values):.{digits}f}"
-        return text
+        return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
     parts = []
-    for name, title in titles.items():
-        lines = [[row] + [cell(row, level, name) for level in levels] for row in rows]
-        lines = [line for line in lines if any(line[1:])]
+    for name, digits, title in (("psnr", 2, "PSNR over the foreground, dB"),
+                                ("mae", 4, "MAE over the foreground"), ("ssim", 4, "SSIM"),
+                                ("registration_error", 2, "registration error, pixels"),
+                                ("folding", 4, "share of pixels where the flow folds")):
+        lines = [[row] + [cell(row, level, name, digits) for level in levels] for row in rows]
         header = ["method"] + [f"level {level}" for level in levels]
-        parts.append(f"{title}\n\n{data.markdown_table(header, lines)}")
+        shown = data.markdown_table(header, [line for line in lines if any(line[1:])])
+        parts.append(f"{title}\n\n{shown}")
     data.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
 
 
@@ -965,12 +945,10 @@ def write_tables(out, table, rows, levels):
 
 
 class CoarseToFine(nn.Module):
-    """R that searches from coarse to fine: (fake, real) -> flow (B, 2, H, W), zero at the start.
-
-    Up to 7 levels, from 2 x 2 pixels to half the resolution. Each moves fake along the flow so far
-    and by a further half of its own pixel in 8 directions. The 9 mean differences to real within
-    each of its pixels say which way is better, and the level adds a flow that goes there.
-    """
+    """R from coarse to fine: (fake, real) -> flow (B, 2, H, W), zero at the start.
+    It has up to 7 levels, from 2 x 2 pixels to half the resolution. A level warps fake with the
+    flow so far and shifts it by half of its own pixel in 8 directions. Within each of its pixels it
+    compares the 9 mean differences to real, which say which way is better, and adds a flow."""
 
     def __init__(self, size, width=32):
         super().__init__()
@@ -992,16 +970,15 @@ class CoarseToFine(nn.Module):
             moved = F.pad(warp(fake, flow), (step,) * 4, mode="replicate").float()
             moved = F.unfold(moved, 3, dilation=step).view(B, -1, 9, H, W)      # (B, C, 9, H, W)
             costs = F.avg_pool2d((moved - real.unsqueeze(2)).abs().mean(1), 2 * step)
-            # Which of the 9 is better matters, not how good it is. 10 makes it of the order of 1.
+            # Only which of the 9 is better matters. The factor 10 makes them of the order of 1.
             costs = 10 * (costs - costs.mean(1, keepdim=True))                  # (B, 9, h, w)
             if x is not None:
                 x = F.interpolate(x, costs.shape[2:], mode="bilinear").float()
                 costs = torch.cat((costs, x), 1)
             x = block(costs)
-            # A level moves by half of its own pixel at most: a flow that has left the image has no
-            # gradient and would never return.
+            # Bounded, because a flow that has left the image has no gradient and never returns.
             more = step * torch.tanh(head(x).float() / step)
-            # With corners aligned an affine flow stays affine.
+            # With aligned corners an affine flow stays affine.
             flow = flow + F.interpolate(more, (H, W), mode="bilinear", align_corners=True)
         return flow
 
@@ -1013,16 +990,12 @@ def percent(flow):
 
 def random_motion(images, spread=0.1, mirrored=True):
     """A random affine flow for each image: (B, 2, H, W) in pixels.
-
-    Every entry of its matrix strays by `spread`, its shift by half of `spread` of the sides
-    (standard deviations). `mirrored` turns y over half of the time, and x half of the time.
-    """
+    Each entry of its matrix varies by `spread`, its shift by half of `spread` of the sides
+    (standard deviations). `mirrored` turns y over half of the time, and x half of the time."""
     (B, _, H, W), at = images.shape, {"device": images.device}
     y, x = torch.meshgrid(torch.arange(H, **at) - (H - 1) / 2, torch.arange(W, **at) - (W - 1) / 2,
                           indexing="ij")
-    mirror = torch.ones(B, 2, 1, **at)
-    if mirrored:
-        mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1
+    mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1 if mirrored else torch.ones(B, 2, 1, **at)
     one = torch.eye(2, **at)
     matrix = mirror * (one + spread * torch.randn(B, 2, 2, **at)) - one
     shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * torch.tensor((H, W), **at).view(2, 1, 1)
@@ -1035,20 +1008,18 @@ def running_mean(mean, flow, rate=0.01):
 
 
 def drift_loss(mean, flow):
-    """mean m^2, m the running mean of the flows with this batch's.
+    """mean m^2, where m is the running mean of the flows, this batch's included.
 
-    Misalignment is zero in the mean, but the paper's losses do not know that. If every G(a) is
-    shifted or zoomed alike, R undoes it, and G, which is used without R, stays off by that much.
-    """
+    Misalignment is zero in the mean, but the paper's losses do not know that: if G shifts or zooms
+    every image alike, R undoes it, and G, which is used without R, stays wrong."""
     return running_mean(mean, flow).square().mean()
 
 
 def synthetic_loss(registration, real):
     """mean |R(real, warp(real, u)) - u|, in % of the sides, for a random affine flow u.
 
-    Where the likeness of two heads is the only teacher, R soon finds shifts and zooms, but less
-    than half of a rotation, because heads are round. Here the motion is known.
-    """
+    From the likeness of two heads alone R soon learns shifts and zooms, but less than half of a
+    rotation, because heads are round. Here the motion is known."""
     motion = random_motion(real, mirrored=False)
     return percent(registration(real, warp(real, motion)) - motion).norm(dim=1).mean()
 
@@ -1056,21 +1027,21 @@ def synthetic_loss(registration, real):
 def equivariance_loss(model, a, fake):
     """mean |G(warp(a, u)) - warp(G(a), u)| for a random affine flow u.
 
-    G of a moved image is the moved G of the image, so G cannot tell how far an image was zoomed and
-    undo a part of it.
-    """
+    G must do the same wherever the image lies, so it cannot see how far an image was zoomed and
+    undo a part of it."""
     motion = random_motion(a)
     return F.l1_loss(model.translate(warp(a, motion)), warp(fake, motion))
 
 
 def added_losses(model, config, a, b, fake, flow):
     """The weighted losses that go beyond the paper: a dict of those whose weight is not 0."""
-    losses, R = {}, model.registration
+    losses, registration = {}, model.registration
     if config.drift:
-        losses["drift"] = config.drift * drift_loss(R.mean, flow)
-        R.mean.copy_(running_mean(R.mean, flow.detach()))  # the loss itself changes nothing
-    if config.synthetic:
-        losses["synthetic"] = config.synthetic * synthetic_loss(R, b[::2])  # half teach as much
+        mean = registration.mean
+        losses["drift"] = config.drift * drift_loss(mean, flow)
+        mean.copy_(running_mean(mean, flow.detach()))
+    if config.synthetic:  # every other image of the batch teaches as much
+        losses["synthetic"] = config.synthetic * synthetic_loss(registration, b[::2])
     if config.equivariance:
         losses["equivariance"] = config.equivariance * equivariance_loss(model, a, fake)
     return losses
@@ -1081,8 +1052,9 @@ def added_losses(model, config, a, b, fake, flow):
 
 
 class LayerInstanceNorm(nn.Module):
-    """rho instance norm + (1 - rho) layer norm, rho learnt for each channel; times gamma, plus
-    beta, both learnt or, where the norm is `adaptive`, given."""
+    """(rho instance norm + (1 - rho) layer norm) gamma + beta, with a learnt rho for each channel.
+
+    gamma and beta are learnt too or, where the norm is `adaptive`, arguments."""
 
     def __init__(self, width, rho, adaptive):
         super().__init__()
@@ -1139,8 +1111,8 @@ class NiceGenerator(nn.Module):
 
 
 class NiceDiscriminator(nn.Module):
-    """An encoder, which serves a generator too, class-activation attention, and two classifiers, 2
-    and 8 times coarser."""
+    """An encoder that also serves a generator, class-activation attention, and two classifiers,
+    whose verdicts are 2 and 8 times coarser than the encoding."""
 
     def __init__(self, in_chans=1, width=64, downs=2):
         super().__init__()
@@ -1149,22 +1121,20 @@ class NiceDiscriminator(nn.Module):
         def conv(i, o, kernel=4, stride=2):
             return spectral_norm(nn.Conv2d(i, o, kernel, stride, 1))
 
-        def leaky():
-            return nn.LeakyReLU(0.2)
-
+        leaky = nn.LeakyReLU(0.2)
         first = conv(in_chans, w)
         second = conv(w, 2 * w) if downs == 2 else conv(w, 2 * w, 3, 1)
-        self.encoder = nn.Sequential(first, leaky(), second, leaky())
+        self.encoder = nn.Sequential(first, leaky, second, leaky)
         self.cam = spectral_norm(nn.Linear(4 * w, 1, bias=False))
         self.merge = nn.Conv2d(4 * w, 2 * w, 1)
         self.share = nn.Parameter(torch.zeros(()))
-        self.shared = nn.Sequential(conv(2 * w, 4 * w), leaky())
-        self.local = nn.Sequential(conv(4 * w, 8 * w, 3, 1), leaky(), conv(8 * w, 1, 3, 1))
-        self.overall = nn.Sequential(conv(4 * w, 8 * w), leaky(), conv(8 * w, 16 * w), leaky(),
+        self.shared = nn.Sequential(conv(2 * w, 4 * w), leaky)
+        self.local = nn.Sequential(conv(4 * w, 8 * w, 3, 1), leaky, conv(8 * w, 1, 3, 1))
+        self.overall = nn.Sequential(conv(4 * w, 8 * w), leaky, conv(8 * w, 16 * w), leaky,
                                      conv(16 * w, 1, 3, 1))
 
     def encode(self, x):
-        """(encoding (B, 2w, h, w), in which telling channels count more, activation (B, 1))."""
+        """(encoding (B, 2w, h, w) in which attention weighs the channels, activation (B, 1))."""
         H, W = x.shape[-2:]
         x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
         pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)                 # (B, 4w)
@@ -1182,11 +1152,10 @@ class NiceDiscriminator(nn.Module):
 
 
 class Nice(nn.Module):
-    """Both directions as in CycleGAN, but the discriminators' encoders serve the generators, and
-    only the discriminators' losses train them.
+    """Both directions as in CycleGAN, but the discriminators' encoders serve the generators. Only
+    the discriminators' losses train the encoders.
 
-    adversarial + 10 cycle + 10 identity
-    """
+    adversarial + 10 cycle + 10 identity"""
 
     pooled = False
 
@@ -1194,10 +1163,9 @@ class Nice(nn.Module):
         super().__init__()
         blocks = max(1, config.blocks * 2 // 3)  # 6 where the paper's generator has 9
 
-        def generator(channels):
-            return NiceGenerator(channels, config.width, blocks, config.downs, config.kernel)
-
-        self.netG_A2B, self.netG_B2A = generator(out_chans), generator(in_chans)
+        sizes = config.width, blocks, config.downs, config.kernel
+        self.netG_A2B = NiceGenerator(out_chans, *sizes)
+        self.netG_B2A = NiceGenerator(in_chans, *sizes)
         self.netD_A = NiceDiscriminator(in_chans, config.width, config.downs)
         self.netD_B = NiceDiscriminator(out_chans, config.width, config.downs)
 
@@ -1232,8 +1200,8 @@ def presets_in_words():
     for title, preset in (("small", SMALL), ("improved", IMPROVED), ("paper", PAPER)):
         shown = [f"{name} {value}" for name, value in preset.items()
                  if preset is SMALL or value != SMALL[name]]
-        lines += textwrap.wrap(f"{title}: {', '.join(shown)}", 96, initial_indent="    ",
-                               subsequent_indent="        ")
+        lines.append(textwrap.fill(f"{title}: {', '.join(shown)}", 96, initial_indent="    ",
+                                   subsequent_indent="        "))
     return "\n".join(lines)
 
 
