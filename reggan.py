@@ -63,8 +63,8 @@ from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's
 
 
 def normed(conv):
-    """A convolution and an instance norm. The norm subtracts the bias, which is never trained and
-    only stands in the state dict."""
+    """A convolution and an instance norm. The norm subtracts the bias, so the bias is not trained;
+    it exists because Reg-GAN's state dict holds it."""
     if conv.bias is not None:
         conv.bias.requires_grad_(False)
     return [conv, InstanceNorm()]
@@ -133,7 +133,7 @@ def levels_of(size):
 
 
 def start_at_zero(network, *last):
-    """Initialises the convolutions of R, the layers `last` with zeros: so the first flow is 0."""
+    """Initialises R's convolutions; the weights of `last` are zero, and so is the first flow."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, a=0.2)
@@ -207,8 +207,8 @@ def correction(fake, flow, real):
 def smoothness(flow):
     """mean (flow[y + 1, x] - flow[y, x])^2 + mean (flow[y, x + 1] - flow[y, x])^2.
 
-    This is the paper's ||grad R||^2. Neighbouring pixels move alike, so R cannot repaint the image.
-    """
+    This is the paper's ||grad R||^2. It makes neighbouring pixels move alike, so that R cannot
+    repaint the image."""
     return flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean()
 
 
@@ -553,8 +553,9 @@ def all_pairs(config):
                  for part in ("val", last))
     for other in val + test:
         if (other.in_chans, other.out_chans) != (pairs.in_chans, pairs.out_chans):
-            raise InputError(other.folder, f"{pairs.in_chans} channels in A and {pairs.out_chans} in "
-                             f"B, as in {pairs.folder}", f"{other.in_chans} and {other.out_chans}")
+            channels = f"{pairs.in_chans} channels in A and {pairs.out_chans} in B"
+            raise InputError(other.folder, f"{channels}, as in {pairs.folder}",
+                             f"{other.in_chans} and {other.out_chans}")
     return pairs, val, test
 
 
@@ -576,8 +577,8 @@ class Run:
         self.opt_g, self.opt_d = self.adam(rates), self.adam({"netD": config.lr})
         size = config.pool if self.model.pooled else 0
         self.pools = {side: Pool(size) for side in ("A", "B")}
-        self.per_step = config.batch_size * config.accumulate  # pairs of this process
-        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)  # steps
+        self.per_step = config.batch_size * config.accumulate  # this process's pairs in a step
+        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
         self.step, self.best, self.speed, self.start = 0, math.inf, {}, time.time()
 
@@ -947,8 +948,8 @@ def write_tables(out, table, rows, levels):
 class CoarseToFine(nn.Module):
     """R from coarse to fine: (fake, real) -> flow (B, 2, H, W), zero at the start.
     It has up to 7 levels, from 2 x 2 pixels to half the resolution. A level warps fake with the
-    flow so far and shifts it by half of its own pixel in 8 directions. Within each of its pixels it
-    compares the 9 mean differences to real, which say which way is better, and adds a flow."""
+    flow so far and shifts it by half of its own pixel in 8 directions. The 9 mean differences to
+    real within each of its pixels tell which way is better, and it adds a flow that goes there."""
 
     def __init__(self, size, width=32):
         super().__init__()
@@ -976,7 +977,7 @@ class CoarseToFine(nn.Module):
                 x = F.interpolate(x, costs.shape[2:], mode="bilinear").float()
                 costs = torch.cat((costs, x), 1)
             x = block(costs)
-            # Bounded, because a flow that has left the image has no gradient and never returns.
+            # The bound matters: a flow that has left the image has no gradient and never returns.
             more = step * torch.tanh(head(x).float() / step)
             # With aligned corners an affine flow stays affine.
             flow = flow + F.interpolate(more, (H, W), mode="bilinear", align_corners=True)
@@ -1072,6 +1073,8 @@ class LayerInstanceNorm(nn.Module):
 
 
 class NiceResidual(nn.Module):
+    """x + norm(conv(relu(norm(conv(x))))), where gamma and beta of both norms are arguments."""
+
     def __init__(self, width):
         super().__init__()
         self.conv1 = nn.Sequential(Reflect(1), nn.Conv2d(width, width, 3, bias=False))
@@ -1162,7 +1165,6 @@ class Nice(nn.Module):
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
         blocks = max(1, config.blocks * 2 // 3)  # 6 where the paper's generator has 9
-
         sizes = config.width, blocks, config.downs, config.kernel
         self.netG_A2B = NiceGenerator(out_chans, *sizes)
         self.netG_B2A = NiceGenerator(in_chans, *sizes)
