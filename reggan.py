@@ -860,12 +860,11 @@ def translate_folder(config):
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
     if out.resolve() == folder.resolve():
         raise InputError("--out", "another folder than --translate, whose images stay", out)
-    images = {name: data.read_slice(folder / name, spans[0], blank=True)
-              for name in data.list_slices(folder)}
-    for name, image in images.items():
-        if len(image) != in_chans:
-            raise InputError(f"{folder / name}: {len(image)} channels, "
-                             f"the generator takes {in_chans}")
+    images = {}  # all of them are read first, so that a bad one is found before any is written
+    for name in data.list_slices(folder):
+        images[name] = data.read_slice(folder / name, spans[0], blank=True)
+        if (found := len(images[name])) != in_chans:
+            raise InputError(f"{folder / name}: {found} channels, the generator takes {in_chans}")
     for name, image in images.items():
         H, W = image.shape[1:]
         scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows
