@@ -4,7 +4,7 @@ Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurI
 (arXiv:2110.06465). A supervised translator needs pairs that agree pixel by pixel. An unsupervised
 one needs no pairs, but its problem has many solutions. RegGAN takes pairs as they are and treats
 their misalignment as noise in the labels: a registration network R predicts the flow that carries
-G(a) onto b, and G is corrected through this flow. R is needed in training only; G is used alone.
+G(a) onto b, and G is corrected through this flow. Only training needs R; G is used alone.
 
     python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
     python reggan.py --improved         # with what stands under "Beyond the paper"
@@ -12,26 +12,25 @@ G(a) onto b, and G is corrected through this flow. R is needed in training only;
     python reggan.py --compare --levels 0,3,5,elastic --seeds 3
     python reggan.py --translate DIR --weights RUN
 
-The default is the paper's method in small networks, --paper is its networks and schedule. The
-official code (Kid-Liet/Reg-GAN) is departed from in these points:
- 1. The generator runs once a step: D's step uses the same fake, detached. Officially NC + R runs G
-    again after its step.
- 2. D's weights are frozen in G's step. A bias before an instance norm, which subtracts it, is never
-    trained. Neither changes what is learnt.
- 3. Small networks learn from eight pairs a step, at a constant rate that falls linearly to 0 over
-    the second half. The official yaml files name a decay that no trainer applies: --paper has none.
- 4. R has as many levels as the image can be halved, up to the official seven, which take no image
-    below 256 x 256. Its last layer starts at zero, officially at 1e-5.
- 5. Misaligned images are resampled bilinearly, officially to the nearest pixel.
- 6. MAE and PSNR leave the background out. Officially too, but the PSNR of the Pix2Pix trainer takes
-    `fake[x][y]`, which is whole rows; the CycleGAN trainer had the same fault and was repaired.
- 7. best.pt is chosen on val/ and reported on test/. Without test/, val/ is reported with the last
-    weights. Officially one folder serves for both.
+The default is the paper's method in small networks; --paper takes the paper's networks and
+schedule. This file differs from the official code (Kid-Liet/Reg-GAN) in these points:
+ 1. G runs once a step: D learns from the same fake. The official NC + R runs G again for D.
+ 2. D's weights are frozen in G's step, and a bias that an instance norm subtracts is never trained.
+    Neither changes what is learnt.
+ 3. Small networks learn from eight pairs a step, and their learning rates fall linearly to 0 over
+    the second half. No official trainer applies the decay of its yaml file: --paper has none.
+ 4. R has as many levels as the image can be halved, seven at most. The official R has seven and
+    takes no image below 256 x 256. Its last layer starts at 1e-5, here at zero.
+ 5. Misaligned images are resampled bilinearly, in the official code to the nearest pixel.
+ 6. Both leave the background out of MAE and PSNR, but for the PSNR the official Pix2Pix trainer
+    takes `fake[x][y]`, which is whole rows; the CycleGAN trainer had this fault and was repaired.
+ 7. val/ chooses best.pt and test/ reports it. Without test/, val/ reports the last weights. The
+    official code chooses and reports on one folder.
  8. NICE-GAN: G's step comes first, as in the other hosts; the adaptive norm takes pooled features;
     the discriminators are shallower; the encoder halves the image as often as --downs says.
-The paper writes the adversarial loss with logarithms (eq. 1); its code, and this file, have least
-squares. In the code all unconditional hosts but NC + R show D a pool of old fakes; --paper does so
-too, and in the small networks NC + R has the pool as well.
+The paper writes the adversarial loss with logarithms (eq. 1); its code and this file use least
+squares. The official unconditional hosts show D a pool of old fakes, all but NC + R. --paper does
+the same; in the small networks NC + R has a pool too.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx.
@@ -64,7 +63,8 @@ from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's
 
 
 def normed(conv):
-    """A convolution and an instance norm, which subtracts the bias: it is a key, never trained."""
+    """A convolution and an instance norm. The norm subtracts the bias, so the bias is not trained;
+    it exists because Reg-GAN's state dict holds it."""
     if conv.bias is not None:
         conv.bias.requires_grad_(False)
     return [conv, InstanceNorm()]
@@ -85,10 +85,8 @@ class Residual(nn.Module):
 
 class Generator(nn.Module):
     """G: a 7 x 7 convolution, two of stride 2, nine residual blocks, two transposed ones, tanh.
-
-    State-dict keys are Reg-GAN's, so its published netG_A2B.pth loads. Takes any H and W: the image
-    is padded inside to a multiple of 2**downs, and the result is cropped.
-    """
+    It loads Reg-GAN's netG_A2B.pth. It takes any H and W: it pads the image to a multiple of
+    2**downs and crops the result."""
 
     def __init__(self, in_chans=1, out_chans=1, width=64, blocks=9, downs=2, kernel=7):
         super().__init__()
@@ -114,32 +112,28 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: a PatchGAN of 4 x 4 convolutions; its verdicts are averaged to one an image, (B, 1).
-
-    State-dict keys are Reg-GAN's.
-    """
+    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. It averages its verdicts
+    to one an image, (B, 1)."""
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()
-        w = width
-        self.model = nn.Sequential(
-            nn.Conv2d(in_chans, w, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True),
-            *normed(nn.Conv2d(w, 2 * w, 4, stride=2, padding=1)), nn.LeakyReLU(0.2, True),
-            *normed(nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1)), nn.LeakyReLU(0.2, True),
-            *normed(nn.Conv2d(4 * w, 8 * w, 4, padding=1)), nn.LeakyReLU(0.2, True),
-            nn.Conv2d(8 * w, 1, 4, padding=1))
+        layers = [nn.Conv2d(in_chans, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
+        for i, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            conv = nn.Conv2d(i, 2 * i, 4, stride, padding=1)
+            layers += [*normed(conv), nn.LeakyReLU(0.2, True)]
+        self.model = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
 
     def forward(self, x):
         return self.model(x).float().mean((2, 3))
 
 
 def levels_of(size):
-    """How often R halves an image of `size` = (H, W): to 2 pixels or more, 7 times at most."""
-    return min(7, min(size).bit_length() - 2)
+    """How often R halves an image of `size` = (H, W): down to 2 or 3 pixels, 7 times at most."""
+    return min(7, int(math.log2(min(size))) - 1)
 
 
 def start_at_zero(network, *last):
-    """Initialises R for leaky ReLUs and its layers `last` with zeros: so the first flow is zero."""
+    """Initialises R's convolutions; the weights of `last` are zero, and so is the first flow."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, a=0.2)
@@ -149,11 +143,9 @@ def start_at_zero(network, *last):
 
 
 class Registration(nn.Module):
-    """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W); warp(fake, flow) is to be like real.
-
-    The flow is zero at the start. `channels` are those of fake and real together, `width` those of
-    the first level (32 in the paper); 7 levels at 256 x 256, fewer where `size` allows no more.
-    """
+    """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W); warp(fake, flow) should equal real.
+    `channels` counts those of fake and real together, `width` those of the first level (32 in the
+    paper). The flow is zero at the start."""
 
     def __init__(self, channels, size, width=32):
         super().__init__()
@@ -168,8 +160,9 @@ class Registration(nn.Module):
             self.down.append(nn.Sequential(block(i, o, 3), Residual(o)))
         self.bottom = nn.Sequential(block(widths[-1], 2 * w, 1), Residual(2 * w), Residual(2 * w),
                                     Residual(2 * w), block(2 * w, w, 1))
-        for i, skip in zip([w] + widths[:0:-1], reversed(widths)):
-            self.up.append(block(i + skip, skip, 3))
+        upwards = widths[::-1]
+        for i, o in zip([w] + upwards, upwards):
+            self.up.append(block(i + o, o, 3))  # o also counts the channels of the skip
         self.refine = nn.Sequential(Residual(width), block(width, width, 1))
         self.output = nn.Conv2d(width, 2, 3, padding=1)
         start_at_zero(self, self.output)
@@ -191,14 +184,14 @@ class Registration(nn.Module):
 
 
 def lsgan(verdict, real):
-    """mean (verdict - target)^2, target 1 for real and 0 for fake; summed over several verdicts."""
+    """mean (verdict - target)^2, target 1 for real and 0 for fake; a list of verdicts adds up."""
     if isinstance(verdict, list):
         return sum(lsgan(v, real) for v in verdict)
     return (verdict - float(real)).square().mean()
 
 
-def contrast(discriminator, real, fake):
-    """D's loss: mean (D(real) - 1)^2 + mean D(fake)^2."""
+def discriminator_loss(discriminator, real, fake):
+    """mean (D(real) - 1)^2 + mean D(fake)^2."""
     verdicts = discriminator(torch.cat((real, fake)))  # one pass for both: no norm mixes images
     if not isinstance(verdicts, list):
         verdicts = [verdicts]
@@ -214,8 +207,8 @@ def correction(fake, flow, real):
 def smoothness(flow):
     """mean (flow[y + 1, x] - flow[y, x])^2 + mean (flow[y, x + 1] - flow[y, x])^2.
 
-    The paper's ||grad R||^2: neighbouring pixels move alike, so that R cannot repaint the image.
-    """
+    This is the paper's ||grad R||^2. It makes neighbouring pixels move alike, so that R cannot
+    repaint the image."""
     return flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean()
 
 
@@ -230,28 +223,29 @@ def registration_losses(model, config, a, b, fake):
 
 
 def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext, world=1):
-    """One step down: G and R together, then D. Returns the losses, means over all processes.
-
-    G and R go down (D(G(a)) - 1)^2 + 20 correction + 10 smoothness, D goes down `contrast`; another
-    host than NC puts its own losses in the place of the adversarial one. With --accumulate n the
-    batch is taken in n parts, whose gradients add up.
-    """
-    parts, fakes, total = list(zip(*(x.chunk(config.accumulate) for x in (a, b)))), [], {}
-    set_trainable(opt_d, False)  # D only judges here: its weights need no gradient
+    """Updates G and R together, then D. Returns the losses, means over all processes.
+    G and R minimise (D(G(a)) - 1)^2 + 20 correction + 10 smoothness; another host than NC has its
+    own losses in place of the first. D minimises `discriminator_loss`. With --accumulate n the
+    batch is taken in n parts, whose gradients add up."""
+    n, shown, total = config.accumulate, [], {}
+    parts = list(zip(a.chunk(n), b.chunk(n)))
+    for weight in parameters_of(opt_d):
+        weight.requires_grad_(False)  # D only judges here
     opt_g.zero_grad(set_to_none=True)
     for part in parts:
         with autocast():
-            fake, losses = model.generator_losses(*part)  # fake["B"] is G(a)
-            losses |= registration_losses(model, config, *part, fake["B"])
+            fakes, losses = model.generator_losses(*part)  # fakes["B"] is G(a)
+            losses |= registration_losses(model, config, *part, fakes["B"])
         backward(losses, len(part[0]) / len(a), total)
-        # The fakes are detached: what D learns from them must not flow back into G.
-        fakes.append({side: pools[side](image.detach()) for side, image in fake.items()})
-    descend(opt_g, world)  # one optimiser holds G and R: both go down the same sum
-    set_trainable(opt_d, True)
+        # D is shown the fakes detached: what it learns from them must not flow back into G.
+        shown.append({side: pools[side](fake.detach()) for side, fake in fakes.items()})
+    descend(opt_g, world)
+    for weight in parameters_of(opt_d):
+        weight.requires_grad_(True)
     opt_d.zero_grad(set_to_none=True)
-    for part, fake in zip(parts, fakes):
+    for part, fakes in zip(parts, shown):
         with autocast():
-            losses = model.discriminator_losses(*part, fake)
+            losses = model.discriminator_losses(*part, fakes)
         backward(losses, len(part[0]) / len(a), total)
     descend(opt_d, world)
     shared = list(total.values())
@@ -261,13 +255,8 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext
     return total
 
 
-def set_trainable(optimizer, trainable):
-    for parameter in parameters_of(optimizer):
-        parameter.requires_grad_(trainable)
-
-
 def parameters_of(optimizer):
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def backward(losses, share, total):
@@ -288,34 +277,27 @@ def average(tensors, world):
     if world > 1:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        means = (flat / world).split([tensor.numel() for tensor in tensors])
-        for tensor, mean in zip(tensors, means):
+        for tensor, mean in zip(tensors, (flat / world).split([x.numel() for x in tensors])):
             tensor.copy_(mean.view_as(tensor))
 
 
 class Pool:
-    """The last `size` fakes: half of the time D gets an old one instead (Shrivastava et al. 2017).
-
-    So D does not forget what G made before. A pool of size 0 returns the fakes that it is given.
-    """
+    """The last `size` fakes: half of the time D gets one of them instead of a new one, so that it
+    does not forget what G made before (Shrivastava et al. 2017). A pool of size 0 does nothing."""
 
     def __init__(self, size=50):
         self.size, self.images = size, []
 
     def __call__(self, fakes):
-        if self.size == 0:
-            return fakes
-        return torch.stack([self.exchange(fake) for fake in fakes])
+        return torch.stack([self.exchange(fake) for fake in fakes]) if self.size else fakes
 
     def exchange(self, fake):
         if len(self.images) < self.size:
             self.images.append(fake)
-            return fake
-        if torch.rand(()) >= 0.5:
-            return fake
-        k = int(torch.randint(self.size, ()))
-        old, self.images[k] = self.images[k], fake
-        return old
+        elif torch.rand(()) < 0.5:
+            k = int(torch.randint(self.size, ()))
+            fake, self.images[k] = self.images[k], fake
+        return fake
 
 
 # --------------------------------------------------------------------------------------------------
@@ -324,13 +306,10 @@ class Pool:
 
 class NC(nn.Module):
     """One direction and the adversarial loss alone; with registration this is RegGAN's "NC + R".
-
-    A host is an nn.Module whose parts are named netG... and netD...: the prefix decides which
-    optimiser trains them. It has `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), where
-    fakes["B"] is the translation of a and the losses are weighted and ready to sum; and
-    `discriminator_losses(a, b, fakes)` -> losses, whose fakes are detached and, where `pooled` is
-    true, mixed with old ones. A class in HOSTS has all that the scripts do with NC.
-    """
+    A host has networks named netG... and netD..., which two optimisers train, and three methods:
+    `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), fakes["B"] being the translation of
+    a and the losses weighted; `discriminator_losses(a, b, fakes)` -> losses, where the fakes are
+    detached and, if `pooled`, mixed with old ones. The scripts find a host in HOSTS."""
 
     pooled = True
 
@@ -344,7 +323,7 @@ class NC(nn.Module):
         return self.netG_A2B(a)
 
     def seen(self, a, image):
-        """What D is shown of an image that belongs to a."""
+        """What D gets to see of an image that is b or the translation of a."""
         return image
 
     def generator_losses(self, a, b):
@@ -352,14 +331,14 @@ class NC(nn.Module):
         return {"B": fake}, {"adversarial": lsgan(self.netD_B(self.seen(a, fake)), True)}
 
     def discriminator_losses(self, a, b, fakes):
-        return {"d": contrast(self.netD_B, self.seen(a, b), self.seen(a, fakes["B"]))}
+        real, fake = self.seen(a, b), self.seen(a, fakes["B"])
+        return {"d": discriminator_loss(self.netD_B, real, fake)}
 
 
 class Pix2Pix(NC):
-    """Isola et al. 2017: D sees (a, b) side by side, and an L1 loss takes the pairs at their word.
+    """Isola et al. 2017: D sees (a, b) side by side, and an L1 loss trusts the pairs.
 
-    adversarial + 100 mean |G(a) - b|
-    """
+    adversarial + 100 mean |G(a) - b|"""
 
     pooled = False
 
@@ -381,10 +360,9 @@ class Cycle(NC):
     adversarial + 10 (mean |F(G(a)) - a| + mean |G(F(b)) - b|)
                 + identity (mean |G(b) - b| + mean |F(a) - a|)
 
-    Without the identity loss some seeds learn to invert the picture, which F inverts back. With the
-    weight that Zhu et al. give it, 5, none did, but seeds that were right became worse, so it is
-    off, as in the official code. It needs as many channels in A as in B and is left out otherwise.
-    """
+    Without the identity loss some seeds learn to invert the image, and F inverts it back. With
+    Zhu's weight, 5, none does, but seeds that are right become worse, so the loss is off, as in the
+    official code. Where A and B differ in channels it is always off."""
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
@@ -397,15 +375,16 @@ class Cycle(NC):
         fake_b, fake_a = self.netG_A2B(a), self.netG_B2A(b)
         adversarial = lsgan(self.netD_B(fake_b), True) + lsgan(self.netD_A(fake_a), True)
         back_a, back_b = self.netG_B2A(fake_b), self.netG_A2B(fake_a)
-        losses = {"adversarial": adversarial,
-                  "cycle": 10 * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b))}
+        cycle = F.l1_loss(back_a, a) + F.l1_loss(back_b, b)
+        losses = {"adversarial": adversarial, "cycle": 10 * cycle}
         if self.identity:
             same_b, same_a = self.netG_A2B(b), self.netG_B2A(a)
             losses["identity"] = self.identity * (F.l1_loss(same_b, b) + F.l1_loss(same_a, a))
         return {"A": fake_a, "B": fake_b}, losses
 
     def discriminator_losses(self, a, b, fakes):
-        return {"d": contrast(self.netD_A, a, fakes["A"]) + contrast(self.netD_B, b, fakes["B"])}
+        return {"d": discriminator_loss(self.netD_A, a, fakes["A"])
+                + discriminator_loss(self.netD_B, b, fakes["B"])}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -414,13 +393,11 @@ class Cycle(NC):
 
 def metrics(fake, real):
     """MAE, PSNR and SSIM of fake and real (B, C, H, W) in [-1, 1]: a dict of (B,) tensors.
-
-    f and r are the images scaled to [0, 1]. mae = mean |f - r| and psnr = -10 log10 mean (f - r)^2,
-    at most 100, over the foreground real != -1, as the paper defines them. ssim is taken over the
-    whole image (7 x 7 uniform window, sample covariance, K 0.01 and 0.03, mean where the window
-    fits, as in scikit-image). mae_whole and psnr_whole take every pixel, ssim_foreground takes the
-    windows whose middle is foreground. Foreground metrics are NaN where there is no foreground.
-    """
+    With f and r scaled to [0, 1], mae = mean |f - r| and psnr = -10 log10 mean (f - r)^2, at most
+    100, both over the foreground real != -1, as the paper defines them. ssim is that of
+    scikit-image: a 7 x 7 uniform window, sample covariance, K 0.01 and 0.03, mean over all windows.
+    mae_whole and psnr_whole take every pixel, ssim_foreground the windows whose middle is
+    foreground. Foreground metrics are NaN where there is no foreground."""
     f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
     inside = (real != -1).double()
 
@@ -444,25 +421,23 @@ def metrics(fake, real):
 
 
 def registration_metrics(flow, true_flow, real):
-    """Of flows (B, 2, H, W) in pixels, a dict of (B,) tensors.
-
+    """How good flows (B, 2, H, W) in pixels are: a dict of (B,) tensors.
     registration_error is the mean length of flow - true_flow over the foreground of real, and
-    misalignment the same of a zero flow; they are left out where true_flow is None. folding is the
-    share of pixels where the map p + flow(p) has a Jacobian determinant <= 0 (forward differences):
-    there the flow turns the image over.
-    """
+    misalignment that of true_flow; both need a true_flow, which may be None. folding is the share
+    of pixels where p + flow(p) has a Jacobian determinant <= 0 (forward differences): there the
+    flow turns the image over."""
     inside = (real != -1).any(1)
 
     def mean_length(x):
         return (x.norm(dim=1) * inside).sum((1, 2)) / inside.sum((1, 2))
 
+    scores = {}
+    if true_flow is not None:
+        scores["registration_error"] = mean_length(flow - true_flow)
+        scores["misalignment"] = mean_length(true_flow)
     dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]          # (B, 2, H-1, W-1)
     determinant = (1 + dy[:, 0]) * (1 + dx[:, 1]) - dy[:, 1] * dx[:, 0]
-    scores = {"folding": (determinant <= 0).double().mean((1, 2))}
-    if true_flow is not None:
-        scores = {"registration_error": mean_length(flow - true_flow),
-                  "misalignment": mean_length(true_flow)} | scores
-    return scores
+    return scores | {"folding": (determinant <= 0).double().mean((1, 2))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -478,8 +453,7 @@ class Config(RunConfig):
                           "(default: 3 on the demo pairs, none on your own)", within="[0, 25]")
     elastic: float = option(None, "added bending: standard deviation in % of the image side "
                             "(default: none)", within="[0, 25]")
-    size: int = option(0, "pixels a side, 32 or more, to scale to (0: as they are)",
-                       within="[0, 4096]")
+    size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
     improved: bool = option(False, "the registration network and losses that go beyond the paper")
@@ -497,8 +471,7 @@ class Config(RunConfig):
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
     identity: float = option(None, "weight of CycleGAN's |G(b) - b|, where A has as many channels "
                              "as B", within="[0, inf)")
-    drift: float = option(None, "weight of the squared mean flow, % of the sides",
-                          within="[0, inf)")
+    drift: float = option(None, "weight of the squared mean flow, % of sides", within="[0, inf)")
     synthetic: float = option(None, "weight of R's error on known motion, % of the sides",
                               within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
@@ -523,35 +496,25 @@ PAPER = SMALL | {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size"
 
 
 def complete(config):
-    """`config` with what was not typed taken from the preset. Raises InputError for what is out of
-    range or does not go together."""
+    """`config` with the preset's value for every option that was not typed. Raises InputError for
+    options that are out of range or do not go together."""
     if config.paper and config.improved:
         raise InputError("--paper and --improved", "one of them", "both; for the improved method "
                          "in wide networks: --improved --width 64 --kernel 7 --downs 2 --blocks 9")
-    preset = IMPROVED if config.improved else SMALL
-    if config.paper:
-        unpooled = config.host == "nc" and config.reg  # the official NC + R keeps no old fakes
-        preset = PAPER | {"pool": 0} if unpooled else PAPER
-    added = {"noise": 3.0, "elastic": 0.0}
+    preset = PAPER if config.paper else IMPROVED if config.improved else SMALL
+    if config.paper and config.host == "nc" and config.reg:
+        preset = preset | {"pool": 0}  # the official NC + R keeps no old fakes
+    noise = 3.0
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
-        added["noise"] = 0.0 if config.elastic else None
-    config = data.fill(config, preset | added)
-    for wrong, flag, expected in (
-            (0 < config.size < 32, "size", "0, or 32 pixels or more"),
-            (config.kernel % 2 == 0, "kernel", "an odd number"),
-            (config.host == "nice" and config.downs not in (1, 2), "downs", "1 or 2 with nice")):
-        if wrong:
-            raise InputError(f"--{flag}", expected, getattr(config, flag))
+        noise = 0.0 if config.elastic else None
+    config = data.fill(config, preset | {"noise": noise, "elastic": 0.0})
+    if 0 < config.size < 32:
+        raise InputError("--size", "0, or 32 pixels or more", config.size)
+    if config.kernel % 2 == 0:
+        raise InputError("--kernel", "an odd number", config.kernel)
+    if config.host == "nice" and config.downs not in (1, 2):
+        raise InputError("--downs", "1 or 2 with nice", config.downs)
     return config
-
-
-def motion_in_words(config):
-    """What a run adds to its pairs, for whoever reads its output."""
-    if config.noise is None:
-        return "the pairs are used as they are, those of val and test as aligned (--noise N moves)"
-    bending = f" and bending of {config.elastic:g} %" if config.elastic else ""
-    return (f"added to the training pairs: misalignment of level {config.noise:g}{bending}, anew "
-            "in every epoch; misalignment and registration_error are of this added motion")
 
 
 def build(config, in_chans, out_chans, size):
@@ -569,20 +532,21 @@ def build(config, in_chans, out_chans, size):
 
 
 def trainable(module, *prefixes):
+    """The parameters that are trained and whose names start with one of `prefixes`."""
     named = module.named_parameters()
     return [p for name, p in named if p.requires_grad and name.startswith(prefixes)]
 
 
 def make_pairs(config, part, misaligned=False, with_flow=True):
-    """The pairs of a part; `misaligned` as in training, the same for every host."""
+    """The pairs of train, val or test, with the motion of --noise where `misaligned`."""
     folder = Path(config.root or data.demo_root(pairs=True)) / part
     noise = config.noise if misaligned else None
     return Pairs(folder, noise, config.elastic, config.seed, config.size, config.rescale, with_flow)
 
 
-def records(config):
-    """(training pairs, val, test): val and test hold the pairs as they are, on which G is judged,
-    and moved as in training, on which R is. Test is val where the data has no test/."""
+def all_pairs(config):
+    """(training pairs, val, test). val and test are [aligned, moved]: the pairs as they are judge
+    G, and those moved as in training judge R. Without test/, test is val."""
     pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
     last = "test" if (pairs.folder.parent / "test").is_dir() else "val"
     val, test = ([make_pairs(config, part), make_pairs(config, part, misaligned=True)]
@@ -596,15 +560,13 @@ def records(config):
 
 
 class Run:
-    """The networks, optimisers and counters of a run on the training pairs `pairs`. `facts` are
-    what it is made of beside its options."""
+    """The state of a run on the training pairs `pairs`: networks, optimisers, pools, counters.
+    `facts` are what must be the same when the run is resumed, beside the options."""
 
     def __init__(self, config, pairs, device, rank=0, world=1, facts=None):
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.out, self.pairs, self.facts = Path(config.out or "runs/reggan"), pairs, facts or {}
         self.autocast = data.autocast(config, device)
-        self.images = {"in_chans": pairs.in_chans, "out_chans": pairs.out_chans,
-                       "shape": list(pairs.shape)}
         data.seed(config.seed)
         self.model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
         if rank:  # the processes start from the same weights, then draw numbers of their own
@@ -615,14 +577,14 @@ class Run:
         self.opt_g, self.opt_d = self.adam(rates), self.adam({"netD": config.lr})
         size = config.pool if self.model.pooled else 0
         self.pools = {side: Pool(size) for side in ("A", "B")}
-        self.per_step = config.batch_size * config.accumulate  # of this process
+        self.per_step = config.batch_size * config.accumulate  # this process's pairs in a step
         self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
         self.step, self.best, self.speed, self.start = 0, math.inf, {}, time.time()
 
     def adam(self, rates):
-        groups = [{"params": trainable(self.model, part), "peak": rate}
-                  for part, rate in rates.items()]
+        groups = [{"params": trainable(self.model, prefix), "peak": rate}
+                  for prefix, rate in rates.items()]
         return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
 
     def set_rates(self):
@@ -637,17 +599,18 @@ class Run:
         return pairs.batches(self.per_step, epochs, True, self.config.seed, start, self.rank,
                              self.world, workers)
 
-    def files(self):
-        """The names of the pairs in this process's last batch."""
-        rows = copy.copy(self.pairs)
-        rows.item = lambda epoch, index: [torch.tensor(index)]
-        (last,) = next(self.batches(rows, self.step - 1))
+    def names_of_last_batch(self):
+        """The file names of up to eight pairs in this process's last batch."""
+        numbered = copy.copy(self.pairs)  # with numbers in the place of images
+        numbered.item = lambda epoch, index: [torch.tensor(index)]
+        (last,) = next(self.batches(numbered, self.step - 1))
         return ", ".join(self.pairs.names[i] for i in last[:8]) + ", ..." * (len(last) > 8)
 
     def weights(self):
         """What best.pt holds and `load_generator` reads."""
         return {"model": self.model.state_dict(), "config": dataclasses.asdict(self.config),
-                **self.images}
+                "in_chans": self.pairs.in_chans, "out_chans": self.pairs.out_chans,
+                "shape": list(self.pairs.shape)}
 
     def save(self):
         """Writes last.pt. Every process calls this, for each has pools and random numbers of its
@@ -668,13 +631,13 @@ class Run:
                 "best": self.best, "speed": self.speed, "seconds": time.time() - self.start})
 
     def resume(self):
-        """Goes on from last.pt. More steps than it was planned for are allowed. Raises InputError
-        where another option, the pairs or the number of processes differ."""
+        """Goes on from last.pt; more steps than were planned are allowed. Raises InputError where
+        another option, the pairs or the number of processes differ."""
         path, config = self.out / "last.pt", self.config
         state = load_checkpoint(path)
-        planned = {"steps": config.steps, "epochs": config.epochs}
         try:
-            data.check_same(state["config"] | planned, config, path)
+            longer = {"steps": config.steps, "epochs": config.epochs}  # these two may differ
+            data.check_same(state["config"] | longer, config, path)
             for name, value in self.facts.items():
                 if state["facts"][name] != value:
                     raise InputError(path, f"a run with the same {name} as now", "one with another")
@@ -696,7 +659,7 @@ class Run:
         if self.steps != state["steps"]:
             print(f"{path}: going on to {self.steps} steps instead of {state['steps']}; from step "
                   f"{self.step + 1} on the learning rates are those of a run of {self.steps} steps")
-        # Lines of steps that were taken after the checkpoint are written again.
+        # The steps after the checkpoint are taken again, so their lines are dropped.
         lines = [line for line in data.read_text(self.out / "log.jsonl").splitlines(True)
                  if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
         data.atomic_write(self.out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
@@ -706,40 +669,38 @@ class Run:
 def evaluate(run, aligned, moved):
     """Metrics of G on aligned pairs and of R on moved ones, means over images: a dict."""
     run.model.eval()
-    scores = []
-    for of_r, pairs in enumerate([aligned, moved] if run.config.reg else [aligned]):
-        batches = pairs.batches(run.config.batch_size, rank=run.rank, world=run.world)
-        for a, b, *flows in batches:
+    scores = {}
+    for pairs in [aligned, moved] if run.config.reg else [aligned]:
+        for a, b, *flows in pairs.batches(run.config.batch_size, rank=run.rank, world=run.world):
             a, b, *flows = (x.to(run.device) for x in (a, b, *flows))
             with run.autocast():
                 fake = run.model.translate(a)
-                flow = run.model.registration(fake, b) if of_r else None
-            if of_r:
+                flow = run.model.registration(fake, b) if pairs is moved else None
+            if pairs is moved:
                 values = registration_metrics(flow, flows[0] if flows else None, b)
             else:
                 values = metrics(fake, b)
-            scores += [(name, float(v)) for name, column in values.items() for v in column]
+            for name, column in values.items():
+                scores.setdefault(name, []).extend(column.tolist())
     run.model.train()
+    parts = [scores] * run.world
     if run.world > 1:
-        parts = [None] * run.world
         torch.distributed.all_gather_object(parts, scores)
-        scores = sum(parts, [])
-    names = dict.fromkeys(name for name, _ in scores)
-    return {name: statistics.fmean(v for other, v in scores if other == name) for name in names}
+    return {name: statistics.fmean(value for part in parts for value in part.get(name, ()))
+            for name in parts[0]}
 
 
 def validate(run, val, log, epoch):
     """Scores the networks on val and writes the checkpoints."""
     scores = evaluate(run, *val)
     log.line(step=run.step, epoch=epoch, val=scores)
-    better = scores["mae"] < run.best
-    run.best = min(run.best, scores["mae"])
     if run.rank == 0:
         names = ("mae", "psnr", "ssim", "registration_error", "misalignment")
         shown = [f"{name} {scores[name]:.4g}" for name in names if name in scores]
         print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
-        if better:
+        if scores["mae"] < run.best:
             save_checkpoint(run.out / "best.pt", run.weights())
+    run.best = min(run.best, scores["mae"])
     run.save()
 
 
@@ -747,22 +708,21 @@ def loop(run, val, log):
     """Trains from run.step to the end."""
     config, steps, per_epoch = run.config, run.steps, run.per_epoch
     every = max(per_epoch, steps // 10)
-    batches = run.batches(run.pairs, run.step, config.workers)
-    batches = data.Timed(batches, run.device, run.world)
+    batches = data.Timed(run.batches(run.pairs, run.step, config.workers), run.device, run.world)
     with data.Saving(lambda step: run.save(), run.world) as saving:
         while run.step < steps:
             a, b = (x.to(run.device) for x in next(batches))
             run.set_rates()
-            # G is asked for b from misaligned pairs: R, inside the step, explains the misalignment.
+            # The pairs are misaligned: in the step R predicts the flow that carries G(a) onto b.
             losses = training_step(run.model, config, a, b, run.opt_g, run.opt_d, run.pools,
                                    run.autocast, run.world)
             run.step += 1
             epoch = run.step / per_epoch
-            # A GAN that diverges does not recover, so that every step's losses are looked at.
+            # A GAN that diverges does not recover, so every step's losses are looked at.
             values = dict(zip(losses, torch.stack([*losses.values()]).tolist()))
             if not all(map(math.isfinite, values.values())):
-                raise InputError(f"step {run.step}: the losses left the numbers ({values}); lower "
-                                 f"--lr, use --dtype fp32, or look at the batch: {run.files()}")
+                raise InputError(f"step {run.step}: losses are not finite ({values}); lower --lr, "
+                                 f"use --dtype fp32, or look at: {run.names_of_last_batch()}")
             if run.step % max(1, per_epoch // 3) == 0 or run.step == steps:
                 log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **values)
             run.speed = batches.speed()
@@ -776,12 +736,10 @@ def finish(run, test, log):
     """Tests the best weights, writes result.json and the pictures. Returns the result."""
     if run.world > 1:
         torch.distributed.barrier()  # rank 0 may still be writing best.pt
-    part = test[0].folder.name
-    chosen = "last.pt (nothing chosen)"
+    config, part, chosen = run.config, test[0].folder.name, "last.pt (nothing chosen)"
     if part == "test":  # weights that val chose would score too well on val itself
         run.model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
-    config = run.config
     result = evaluate(run, *test) | {
         "host": config.host, "registration": config.reg, "noise": config.noise,
         "elastic": config.elastic, "part": part, "weights": chosen, "images": len(test[0]),
@@ -801,7 +759,7 @@ def train(config):
     device, rank, world = data.join(config)
     if rank == 0:
         data.check_writable(config.out or "runs/reggan")
-    pairs, val, test = records(config)
+    pairs, val, test = all_pairs(config)
     names = repr([part.names for part in (pairs, val[0], test[0])])
     facts = {"names of the pairs": hashlib.sha256(names.encode()).hexdigest(),
              "number of processes": world}
@@ -811,8 +769,12 @@ def train(config):
         run.resume()
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(run.out, config, rank, config.resume, run.start)
-    if rank == 0:
-        print(motion_in_words(config))
+    if rank == 0 and config.noise is None:
+        print("the pairs are used as they are, those of val and test as aligned (--noise N moves)")
+    elif rank == 0:
+        bending = f" and bending of {config.elastic:g} %" if config.elastic else ""
+        print(f"added to the training pairs: misalignment of level {config.noise:g}{bending}, anew "
+              "in every epoch; misalignment and registration_error are of this added motion")
     loop(run, val, log)
     return finish(run, test, log)
 
@@ -885,8 +847,8 @@ def load_generator(path):
 
 @torch.no_grad()
 def translate_folder(config):
-    """Writes the translation of every image of --translate under the same name, format and bit
-    depth into --out."""
+    """Writes the translation of every image of --translate into --out, with the same name, format
+    and bit depth."""
     if not config.weights:
         raise InputError("--translate needs --weights RUN: a run's folder, its best.pt, or a "
                          "Reg-GAN netG_A2B.pth")
@@ -898,12 +860,11 @@ def translate_folder(config):
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
     if out.resolve() == folder.resolve():
         raise InputError("--out", "another folder than --translate, whose images stay", out)
-    images = {name: data.read_slice(folder / name, spans[0], blank=True)
-              for name in data.list_slices(folder)}
-    for name, image in images.items():
-        if len(image) != in_chans:
-            raise InputError(f"{folder / name}: {len(image)} channels, "
-                             f"the generator takes {in_chans}")
+    images = {}  # all of them are read first, so that a bad one is found before any is written
+    for name in data.list_slices(folder):
+        images[name] = data.read_slice(folder / name, spans[0], blank=True)
+        if (found := len(images[name])) != in_chans:
+            raise InputError(f"{folder / name}: {found} channels, the generator takes {in_chans}")
     for name, image in images.items():
         H, W = image.shape[1:]
         scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows
@@ -921,9 +882,9 @@ def compare(config):
     in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
     out = Path(config.out or "runs/reggan-compare")
     rows, levels = config.hosts.split(","), config.levels.split(",")
-    seeds = range(config.seed, config.seed + config.seeds)
     keys = {f"{row}_{level}_{seed}": {"row": row, "level": level, "seed": seed}
-            for seed in seeds for level in levels for row in rows}
+            for seed in range(config.seed, config.seed + config.seeds)
+            for level in levels for row in rows}
     cells, table = {name: cell_config(config, **key) for name, key in keys.items()}, []
     _, rank, _ = data.join(config)
     for name, result in data.run_cells(out / "cells", cells, train):
@@ -936,7 +897,8 @@ def compare(config):
 
 
 def cell_config(config, row, level, seed):
-    """The filled configuration of a cell. Raises InputError for an unknown row or level."""
+    """The configuration of one run of the comparison. Raises InputError for an unknown row or
+    level."""
     host = row.removesuffix("+r")
     if host not in HOSTS:
         raise InputError("--hosts", f"{', '.join(HOSTS)}, with +r for registration", row)
@@ -956,25 +918,22 @@ def write_tables(out, table, rows, levels):
     """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
     header = list(dict.fromkeys(name for line in table for name in line))
     data.write_csv(out / "table.csv", header, [[line.get(n, "") for n in header] for line in table])
-    titles = {"psnr": "PSNR over the foreground, dB", "mae": "MAE over the foreground",
-              "ssim": "SSIM", "registration_error": "registration error, pixels",
-              "folding": "share of pixels where the flow folds"}
 
-    def cell(row, level, name):
+    def cell(row, level, name, digits):
         values = [line[name] for line in table
                   if (line["row"], line["level"]) == (row, level) and name in line]
-        digits = 2 if name in ("psnr", "registration_error") else 4
         text = f"{statistics.fmean(values):.{digits}f}" if values else ""
-        if len(values) > 1:
-            text += f" ± {statistics.stdev(values):.{digits}f}"
-        return text
+        return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
     parts = []
-    for name, title in titles.items():
-        lines = [[row] + [cell(row, level, name) for level in levels] for row in rows]
-        lines = [line for line in lines if any(line[1:])]
+    for name, digits, title in (("psnr", 2, "PSNR over the foreground, dB"),
+                                ("mae", 4, "MAE over the foreground"), ("ssim", 4, "SSIM"),
+                                ("registration_error", 2, "registration error, pixels"),
+                                ("folding", 4, "share of pixels where the flow folds")):
+        lines = [[row] + [cell(row, level, name, digits) for level in levels] for row in rows]
         header = ["method"] + [f"level {level}" for level in levels]
-        parts.append(f"{title}\n\n{data.markdown_table(header, lines)}")
+        shown = data.markdown_table(header, [line for line in lines if any(line[1:])])
+        parts.append(f"{title}\n\n{shown}")
     data.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
 
 
@@ -986,12 +945,10 @@ def write_tables(out, table, rows, levels):
 
 
 class CoarseToFine(nn.Module):
-    """R that searches from coarse to fine: (fake, real) -> flow (B, 2, H, W), zero at the start.
-
-    Up to 7 levels, from 2 x 2 pixels to half the resolution. Each moves fake along the flow so far
-    and by a further half of its own pixel in 8 directions. The 9 mean differences to real within
-    each of its pixels say which way is better, and the level adds a flow that goes there.
-    """
+    """R from coarse to fine: (fake, real) -> flow (B, 2, H, W), zero at the start.
+    It has up to 7 levels, from 2 x 2 pixels to half the resolution. A level warps fake with the
+    flow so far and shifts it by half of its own pixel in 8 directions. The 9 mean differences to
+    real within each of its pixels tell which way is better, and it adds a flow that goes there."""
 
     def __init__(self, size, width=32):
         super().__init__()
@@ -1013,16 +970,15 @@ class CoarseToFine(nn.Module):
             moved = F.pad(warp(fake, flow), (step,) * 4, mode="replicate").float()
             moved = F.unfold(moved, 3, dilation=step).view(B, -1, 9, H, W)      # (B, C, 9, H, W)
             costs = F.avg_pool2d((moved - real.unsqueeze(2)).abs().mean(1), 2 * step)
-            # Which of the 9 is better matters, not how good it is. 10 makes it of the order of 1.
+            # Only which of the 9 is better matters. The factor 10 makes them of the order of 1.
             costs = 10 * (costs - costs.mean(1, keepdim=True))                  # (B, 9, h, w)
             if x is not None:
                 x = F.interpolate(x, costs.shape[2:], mode="bilinear").float()
                 costs = torch.cat((costs, x), 1)
             x = block(costs)
-            # A level moves by half of its own pixel at most: a flow that has left the image has no
-            # gradient and would never return.
+            # The bound matters: a flow that has left the image has no gradient and never returns.
             more = step * torch.tanh(head(x).float() / step)
-            # With corners aligned an affine flow stays affine.
+            # With aligned corners an affine flow stays affine.
             flow = flow + F.interpolate(more, (H, W), mode="bilinear", align_corners=True)
         return flow
 
@@ -1034,16 +990,12 @@ def percent(flow):
 
 def random_motion(images, spread=0.1, mirrored=True):
     """A random affine flow for each image: (B, 2, H, W) in pixels.
-
-    Every entry of its matrix strays by `spread`, its shift by half of `spread` of the sides
-    (standard deviations). `mirrored` turns y over half of the time, and x half of the time.
-    """
+    Each entry of its matrix varies by `spread`, its shift by half of `spread` of the sides
+    (standard deviations). `mirrored` turns y over half of the time, and x half of the time."""
     (B, _, H, W), at = images.shape, {"device": images.device}
     y, x = torch.meshgrid(torch.arange(H, **at) - (H - 1) / 2, torch.arange(W, **at) - (W - 1) / 2,
                           indexing="ij")
-    mirror = torch.ones(B, 2, 1, **at)
-    if mirrored:
-        mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1
+    mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1 if mirrored else torch.ones(B, 2, 1, **at)
     one = torch.eye(2, **at)
     matrix = mirror * (one + spread * torch.randn(B, 2, 2, **at)) - one
     shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * torch.tensor((H, W), **at).view(2, 1, 1)
@@ -1056,20 +1008,18 @@ def running_mean(mean, flow, rate=0.01):
 
 
 def drift_loss(mean, flow):
-    """mean m^2, m the running mean of the flows with this batch's.
+    """mean m^2, where m is the running mean of the flows, this batch's included.
 
-    Misalignment is zero in the mean, but the paper's losses do not know that. If every G(a) is
-    shifted or zoomed alike, R undoes it, and G, which is used without R, stays off by that much.
-    """
+    Misalignment is zero in the mean, but the paper's losses do not know that: if G shifts or zooms
+    every image alike, R undoes it, and G, which is used without R, stays wrong."""
     return running_mean(mean, flow).square().mean()
 
 
 def synthetic_loss(registration, real):
     """mean |R(real, warp(real, u)) - u|, in % of the sides, for a random affine flow u.
 
-    Where the likeness of two heads is the only teacher, R soon finds shifts and zooms, but less
-    than half of a rotation, because heads are round. Here the motion is known.
-    """
+    From the likeness of two heads alone R soon learns shifts and zooms, but less than half of a
+    rotation, because heads are round. Here the motion is known."""
     motion = random_motion(real, mirrored=False)
     return percent(registration(real, warp(real, motion)) - motion).norm(dim=1).mean()
 
@@ -1077,21 +1027,21 @@ def synthetic_loss(registration, real):
 def equivariance_loss(model, a, fake):
     """mean |G(warp(a, u)) - warp(G(a), u)| for a random affine flow u.
 
-    G of a moved image is the moved G of the image, so G cannot tell how far an image was zoomed and
-    undo a part of it.
-    """
+    G must do the same wherever the image lies, so it cannot see how far an image was zoomed and
+    undo a part of it."""
     motion = random_motion(a)
     return F.l1_loss(model.translate(warp(a, motion)), warp(fake, motion))
 
 
 def added_losses(model, config, a, b, fake, flow):
     """The weighted losses that go beyond the paper: a dict of those whose weight is not 0."""
-    losses, R = {}, model.registration
+    losses, registration = {}, model.registration
     if config.drift:
-        losses["drift"] = config.drift * drift_loss(R.mean, flow)
-        R.mean.copy_(running_mean(R.mean, flow.detach()))  # the loss itself changes nothing
-    if config.synthetic:
-        losses["synthetic"] = config.synthetic * synthetic_loss(R, b[::2])  # half teach as much
+        mean = registration.mean
+        losses["drift"] = config.drift * drift_loss(mean, flow)
+        mean.copy_(running_mean(mean, flow.detach()))
+    if config.synthetic:  # every other image of the batch teaches as much
+        losses["synthetic"] = config.synthetic * synthetic_loss(registration, b[::2])
     if config.equivariance:
         losses["equivariance"] = config.equivariance * equivariance_loss(model, a, fake)
     return losses
@@ -1102,8 +1052,9 @@ def added_losses(model, config, a, b, fake, flow):
 
 
 class LayerInstanceNorm(nn.Module):
-    """rho instance norm + (1 - rho) layer norm, rho learnt for each channel; times gamma, plus
-    beta, both learnt or, where the norm is `adaptive`, given."""
+    """(rho instance norm + (1 - rho) layer norm) gamma + beta, with a learnt rho for each channel.
+
+    gamma and beta are learnt too or, where the norm is `adaptive`, arguments."""
 
     def __init__(self, width, rho, adaptive):
         super().__init__()
@@ -1121,6 +1072,8 @@ class LayerInstanceNorm(nn.Module):
 
 
 class NiceResidual(nn.Module):
+    """x + norm(conv(relu(norm(conv(x))))), where gamma and beta of both norms are arguments."""
+
     def __init__(self, width):
         super().__init__()
         self.conv1 = nn.Sequential(Reflect(1), nn.Conv2d(width, width, 3, bias=False))
@@ -1160,8 +1113,8 @@ class NiceGenerator(nn.Module):
 
 
 class NiceDiscriminator(nn.Module):
-    """An encoder, which serves a generator too, class-activation attention, and two classifiers, 2
-    and 8 times coarser."""
+    """An encoder that also serves a generator, class-activation attention, and two classifiers,
+    whose verdicts are 2 and 8 times coarser than the encoding."""
 
     def __init__(self, in_chans=1, width=64, downs=2):
         super().__init__()
@@ -1170,22 +1123,20 @@ class NiceDiscriminator(nn.Module):
         def conv(i, o, kernel=4, stride=2):
             return spectral_norm(nn.Conv2d(i, o, kernel, stride, 1))
 
-        def leaky():
-            return nn.LeakyReLU(0.2)
-
+        leaky = nn.LeakyReLU(0.2)
         first = conv(in_chans, w)
         second = conv(w, 2 * w) if downs == 2 else conv(w, 2 * w, 3, 1)
-        self.encoder = nn.Sequential(first, leaky(), second, leaky())
+        self.encoder = nn.Sequential(first, leaky, second, leaky)
         self.cam = spectral_norm(nn.Linear(4 * w, 1, bias=False))
         self.merge = nn.Conv2d(4 * w, 2 * w, 1)
         self.share = nn.Parameter(torch.zeros(()))
-        self.shared = nn.Sequential(conv(2 * w, 4 * w), leaky())
-        self.local = nn.Sequential(conv(4 * w, 8 * w, 3, 1), leaky(), conv(8 * w, 1, 3, 1))
-        self.overall = nn.Sequential(conv(4 * w, 8 * w), leaky(), conv(8 * w, 16 * w), leaky(),
+        self.shared = nn.Sequential(conv(2 * w, 4 * w), leaky)
+        self.local = nn.Sequential(conv(4 * w, 8 * w, 3, 1), leaky, conv(8 * w, 1, 3, 1))
+        self.overall = nn.Sequential(conv(4 * w, 8 * w), leaky, conv(8 * w, 16 * w), leaky,
                                      conv(16 * w, 1, 3, 1))
 
     def encode(self, x):
-        """(encoding (B, 2w, h, w), in which telling channels count more, activation (B, 1))."""
+        """(encoding (B, 2w, h, w) in which attention weighs the channels, activation (B, 1))."""
         H, W = x.shape[-2:]
         x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
         pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)                 # (B, 4w)
@@ -1203,22 +1154,19 @@ class NiceDiscriminator(nn.Module):
 
 
 class Nice(nn.Module):
-    """Both directions as in CycleGAN, but the discriminators' encoders serve the generators, and
-    only the discriminators' losses train them.
+    """Both directions as in CycleGAN, but the discriminators' encoders serve the generators. Only
+    the discriminators' losses train the encoders.
 
-    adversarial + 10 cycle + 10 identity
-    """
+    adversarial + 10 cycle + 10 identity"""
 
     pooled = False
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__()
         blocks = max(1, config.blocks * 2 // 3)  # 6 where the paper's generator has 9
-
-        def generator(channels):
-            return NiceGenerator(channels, config.width, blocks, config.downs, config.kernel)
-
-        self.netG_A2B, self.netG_B2A = generator(out_chans), generator(in_chans)
+        sizes = config.width, blocks, config.downs, config.kernel
+        self.netG_A2B = NiceGenerator(out_chans, *sizes)
+        self.netG_B2A = NiceGenerator(in_chans, *sizes)
         self.netD_A = NiceDiscriminator(in_chans, config.width, config.downs)
         self.netD_B = NiceDiscriminator(out_chans, config.width, config.downs)
 
@@ -1240,8 +1188,8 @@ class Nice(nn.Module):
 
     def discriminator_losses(self, a, b, fakes):
         with cached():
-            return {"d": contrast(self.netD_A.verdicts, a, fakes["A"])
-                    + contrast(self.netD_B.verdicts, b, fakes["B"])}
+            return {"d": discriminator_loss(self.netD_A.verdicts, a, fakes["A"])
+                    + discriminator_loss(self.netD_B.verdicts, b, fakes["B"])}
 
 
 HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle, "nice": Nice}
@@ -1253,8 +1201,8 @@ def presets_in_words():
     for title, preset in (("small", SMALL), ("improved", IMPROVED), ("paper", PAPER)):
         shown = [f"{name} {value}" for name, value in preset.items()
                  if preset is SMALL or value != SMALL[name]]
-        lines += textwrap.wrap(f"{title}: {', '.join(shown)}", 96, initial_indent="    ",
-                               subsequent_indent="        ")
+        lines.append(textwrap.fill(f"{title}: {', '.join(shown)}", 96, initial_indent="    ",
+                                   subsequent_indent="        "))
     return "\n".join(lines)
 
 

@@ -71,7 +71,7 @@ def test_one_pass_over_real_and_fake_is_two_passes():
     for D, judge in ((reggan.Discriminator(1, 4), lambda D, x: D(x)), (reggan.NiceDiscriminator(1, 4).eval(), lambda D, x: D(x)[0])):
         D.double()
         with torch.no_grad():
-            together = reggan.contrast(lambda x: judge(D, x), real, fake)
+            together = reggan.discriminator_loss(lambda x: judge(D, x), real, fake)
             apart = reggan.lsgan(judge(D, real), True) + reggan.lsgan(judge(D, fake), False)
         assert together.item() == pytest.approx(apart.item(), rel=1e-5)  # the verdicts are float32
 
@@ -651,7 +651,7 @@ def test_the_papers_registration_network_is_the_official_one():
 def test_the_learning_rates_are_constant_or_fall_over_the_second_half(drawn):
     for options, expected in (({}, [1, 1, 1, 0.8, 0.4]), ({"decay": False}, [1] * 5)):
         c = config(drawn, steps=5, epochs=None, lr=0.01, reg_lr=0.02, **options)
-        run = reggan.Run(c, reggan.records(c)[0], torch.device("cpu"), 0, 1)
+        run = reggan.Run(c, reggan.all_pairs(c)[0], torch.device("cpu"), 0, 1)
         for run.step, factor in enumerate(expected):
             run.set_rates()
             rates = [group["lr"] for group in run.opt_g.param_groups + run.opt_d.param_groups]
@@ -949,7 +949,7 @@ def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out()
 
 def test_every_network_has_its_optimiser_and_its_rate(drawn):
     c = config(drawn, host="cycle", lr=0.01, reg_lr=0.02, improved=True)
-    run = reggan.Run(c, reggan.records(c)[0], torch.device("cpu"))
+    run = reggan.Run(c, reggan.all_pairs(c)[0], torch.device("cpu"))
     owner = {id(p): (name, group["peak"]) for name in ("opt_g", "opt_d")
              for group in getattr(run, name).param_groups for p in group["params"]}
     for name, p in run.model.named_parameters():
@@ -968,7 +968,7 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
     plain = reggan.train(c)
     assert "the pairs are used as they are" in capsys.readouterr().out
     assert "folding" in plain and not {"registration_error", "misalignment"} & plain.keys()
-    pairs, val, _ = reggan.records(reggan.complete(c))
+    pairs, val, _ = reggan.all_pairs(reggan.complete(c))
     for part in (pairs, *val):
         for i in range(len(part)):
             a, b = part.item(3, i)
@@ -987,7 +987,7 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
 
 def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
     c = config(drawn, noise=3.0)
-    pairs, (aligned, moved), _ = reggan.records(c)
+    pairs, (aligned, moved), _ = reggan.all_pairs(c)
     run = reggan.Run(c, pairs, torch.device("cpu"))
     scores = reggan.evaluate(run, aligned, moved)
     with torch.no_grad():
@@ -1072,7 +1072,7 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoin
 
 def test_weights_that_are_not_finite_are_not_saved(drawn, tmp_path):
     c = config(drawn, out=str(tmp_path / "run"))
-    run = reggan.Run(c, reggan.records(c)[0], torch.device("cpu"))
+    run = reggan.Run(c, reggan.all_pairs(c)[0], torch.device("cpu"))
     run.save()
     before = (tmp_path / "run" / "last.pt").read_bytes()
     with torch.no_grad():
