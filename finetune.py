@@ -681,6 +681,13 @@ def list_cells(config):
     return rows
 
 
+def run_cell(config, init, kept, cell):
+    """One run of a comparison. First comes the pretraining that it starts from, where needed."""
+    if config.weights is None and init != "scratch":
+        pretrain_demo(config, init, cell.seed)
+    finetune(cell, kept)
+
+
 def compare(config):
     """Runs every init x method x ratio over the seeds; writes OUT/compare.md and compare.csv.
 
@@ -690,11 +697,7 @@ def compare(config):
     config = data.fill(config, {"out": "runs/compare"})
     kept, table = {}, []
     for (init, method, ratio), cells in list_cells(config).items():
-        def run(cell):
-            if config.weights is None and cell.weights != "scratch":
-                pretrain_demo(config, init, cell.seed)
-            finetune(cell, kept)
-
+        run = functools.partial(run_cell, config, init, kept)
         results = [result for _, result in data.run_cells(config.out, cells, run)]
         scores = np.array([result["auroc"] for result in results])
         deviation = scores.std(ddof=1) if len(scores) > 1 else 0

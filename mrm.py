@@ -315,9 +315,9 @@ class MRM(ViT):
         visible = int(N * (1 - mask_ratio))
         if noise is None:
             noise = torch.rand(B, N, device=x.device)
-        # Sorting random numbers shuffles the patches: ids_shuffle[k] is the patch at place k.
+        # Sorting random numbers shuffles the patches: ids_shuffle[k] is the patch at place k
         ids_shuffle = noise.argsort(dim=1)
-        # The inverse permutation undoes this: ids_restore[n] is the place of patch n.
+        # The inverse permutation undoes this: ids_restore[n] is the place of patch n
         ids_restore = ids_shuffle.argsort(dim=1)
         # The encoder runs on the first V places alone, which makes it cheap
         kept = ids_shuffle[:, :visible, None].expand(-1, -1, D)
@@ -374,9 +374,9 @@ class MRM(ViT):
 
 ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its tensors' names begin
-HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of a width: tiny here, timm, MAE
-# Parts of other ViTs that this one would leave out of its sum: register and distillation tokens, a
-# norm before the blocks, relative and rotary positions. Decoders and old heads may be left out
+HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: tiny here, timm, MAE
+# Parts of other ViTs that change the encoder's result: register and distillation tokens, a norm
+# before the blocks, relative and rotary positions. Decoders and old heads may be left out
 FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|norm_pre|ln_pre|rel_pos|relative|rope")
 
 
@@ -463,16 +463,14 @@ def load_encoder(model, tensors, source):
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors and name in own and tensors[name].shape[-1] == own[name].shape[2]:
             tensors[name] = resize_positions(tensors[name], own[name].shape[1], source)
-    for name in own:
-        if name.split(".")[0] not in ENCODER_PARTS or "lora_" in name:
-            continue
-        if name not in tensors or tensors[name].shape != own[name].shape:
-            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
-            raise InputError(f"{source}: the encoder does not fit: {name} is "
-                             f"{tuple(own[name].shape)} in the model, the file has {found}")
-    fits = {name: tensors[name] for name in own.keys() & tensors.keys()
-            if tensors[name].shape == own[name].shape}
+    fits = {name: tensors[name] for name in own
+            if name in tensors and tensors[name].shape == own[name].shape}
     new, left = own.keys() - fits.keys(), tensors.keys() - fits.keys()
+    for name in sorted(new):
+        if name.split(".")[0] in ENCODER_PARTS and "lora_" not in name:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise InputError(f"{source}: the encoder does not fit: {name} is "
+                             f"{tuple(own[name].shape)} in the model and {found} in the file")
     for name in sorted(left):
         if name.split(".")[0] in ENCODER_PARTS or FOREIGN.match(name):
             depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
