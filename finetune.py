@@ -473,11 +473,18 @@ def evaluate(model, part, config, step, device, rank, world):
             "val_loss": F.binary_cross_entropy_with_logits(scores, part.labels).item()}
 
 
+def trained_tensors(model):
+    """Copies on the CPU of the parameters that are trained, by name."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()
+            if parameter.requires_grad}
+
+
 def train(config, model, parts, steps, saved, facts, log, device, world):
     """The training loop. Returns (best, history): the AUROC, step and trained tensors of the state
     that was best on the validation list, and a dict for each evaluation of that list."""
     labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
     optimizer = make_optimizer(model, config)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, history, losses = 0, [], []
     best = {"auroc": -1.0, "step": 0, "trained": None}
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -491,14 +498,10 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
         steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
     every = max(1, steps // config.evaluations)
 
-    def trained():
-        return {name: parameter.detach().cpu().clone()
-                for name, parameter in model.named_parameters() if parameter.requires_grad}
-
     def save(step):
-        state = {"trained": trained(), "best": best, "losses": losses, "step": step,
-                 "history": history}
-        mrm.save_state(log, model, optimizer, config, world, facts | state)
+        mrm.save_state(log, model, optimizer, config, world, facts | {
+            "trained": trained_tensors(model), "best": best, "losses": losses, "step": step,
+            "history": history})
 
     model.train()
     with data.Saving(save, world) as saving:
@@ -522,8 +525,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                 loss_of_step += loss.detach() / config.accumulate
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
-            norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups
-                                             for p in g["params"]], 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             mrm.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -537,7 +539,8 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                 log.line(**history[-1])
                 losses.clear()
                 if scores["val_auroc"] > best["auroc"]:
-                    best.update(auroc=scores["val_auroc"], step=step + 1, trained=trained())
+                    best = {"auroc": scores["val_auroc"], "step": step + 1,
+                            "trained": trained_tensors(model)}
                 save(step + 1)
             saving.after(step + 1)
     return best, history

@@ -637,10 +637,9 @@ def read_records(config):
         keep = data.not_excluded(paths, config.exclude, root)
         paths, reports = [paths[i] for i in keep], [reports[i] for i in keep]
         print(f"{config.exclude}: {len(keep)} records are left without its images and patients")
-    least = 2 * config.holdout
-    if len(paths) < least:
-        expected = f"at least {least} records for --holdout {config.holdout}"
-        raise InputError(listed, expected, len(paths))
+    if len(paths) < 2 * config.holdout:
+        raise InputError(listed, f"at least {2 * config.holdout} records for --holdout "
+                         f"{config.holdout}", len(paths))
     return paths, reports
 
 
@@ -861,7 +860,9 @@ def check_finite(step, paths, rows, **values):
     that is not finite. It runs before the update, so that weights and checkpoint stay good."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
-            files = ", ".join(str(paths[row]) for row in rows[:8]) + ", ..." * (len(rows) > 8)
+            files = ", ".join(str(paths[row]) for row in rows[:8])
+            if len(rows) > 8:
+                files += ", ..."
             name = name.replace("_", " ")
             raise InputError(f"step {step}: the {name} is not finite; lower --lr, use --dtype fp32 "
                              f"or look at the images of the batch: {files}")
@@ -920,7 +921,7 @@ def show(config, result, history):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures of what it restores
+# Pictures of what a model restores
 
 
 @torch.no_grad()
@@ -957,9 +958,10 @@ def reconstruct(config, count=6):
     if hasattr(model, "report_decoder"):
         tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken")
         tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
-        tokens, *masked = mask_report(tokenizer, tokens, words, config.word_ratio)
-        _, hidden, padding = masked
-        logits = model.report_decoder(latent[:, 1:], *(part.to(device) for part in masked))
+        masked = mask_report(tokenizer, tokens, words, config.word_ratio)
+        tokens, inputs, hidden, padding = masked
+        logits = model.report_decoder(latent[:, 1:], inputs.to(device), hidden.to(device),
+                                      padding.to(device))
         guesses = tokens.clone()
         guesses[hidden] = logits.argmax(-1).cpu()
         right = (guesses == tokens)[hidden].float().mean().item()
@@ -973,8 +975,8 @@ def reconstruct(config, count=6):
 def restored_pictures(model, images, config):
     """Rows (original, masked input, restored) of images (B, C, H, W) in [0, 1], and the latent.
 
-    A restored image has predictions at its hidden patches. A prediction is standardised, and takes
-    the mean and deviation of the true patch here.
+    A restored image shows predictions at its hidden patches. The model predicts standardised
+    patches, so that each prediction takes the mean and deviation of its true patch here.
     """
     grey_mean, grey_std = data.statistics(images, config.mean, config.std)
     images = data.normalize(images, config.mean, config.std)
