@@ -69,9 +69,8 @@ def weighted_auroc(scores, labels, weights):
 def auroc(scores, labels, resamples=1000, seed=0):
     """Mean and per-class AUROC with 95 % percentile bootstrap intervals over samples.
 
-    scores, labels (n, k). Returns (mean, (low, high), per class: list of None or (auroc, low,
-    high)). A class with one label present is None and is left out of the mean, which is NaN where
-    every class is.
+    scores, labels (n, k). Returns (mean, (low, high), k entries (auroc, low, high)). A class with
+    one label present has the entry None and no part in the mean. The mean of no class is NaN.
     """
     n, k = scores.shape
     defined = [c for c in range(k) if 0 < labels[:, c].sum() < n]
@@ -109,7 +108,7 @@ def roc_curve(scores, labels):
 
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: the papers' choices by cell, and ours for the demo and small models
+# Recipes: the papers' by method, data set and percent of labels, and ours for small models
 
 SGD = dict(optimizer="sgd", weight_decay=0.0, layer_decay=1.0, min_crop=0.08, drop_path=0.0)
 LORA = SGD | dict(batch_size=64, epochs=100, warmup=0.05)  # "Less Could Be Better", section 3
@@ -145,7 +144,7 @@ SMALL = {
 
 
 def recipe_for(method, name, ratio, embed_dim):
-    """The paper's recipe where the paper has this cell (ViT-B), else that of small models."""
+    """The paper's recipe for a ViT-B where the paper has this cell, else that of small models."""
     if embed_dim == 768 and (method, name, ratio) in RECIPES:
         return RECIPES[method, name, ratio]
     return SMALL[method]
@@ -156,8 +155,7 @@ class FinetuneConfig(RunConfig):
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
-    ratio: int = option(None, "percent of the labels (default: 10 for the demo, else 100)",
-                        within="[1, 100]")
+    ratio: int = option(None, "percent of labels (default: demo 10, else 100)", within="[1, 100]")
     weights: str = option(None, "checkpoint, run folder (of --lora: its adapter is trained further)"
                           " or 'scratch' (default: the demo MRM, pretrained on first use)")
     base: str = option("", "base weights of an adapter, where they moved", free=True)
@@ -167,9 +165,9 @@ class FinetuneConfig(RunConfig):
     rank: int = option(None, "rank of LoRA", within="[1, inf)")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank", within="(0, inf)")
     dropout: float = option(0.1, "dropout on the input of LoRA's A", within="[0, 1)")
-    optimizer: str = option(None, "sgd has momentum 0.9", choices=["sgd", "adamw"])
+    optimizer: str = option(None, "sgd (momentum 0.9) or adamw", choices=["sgd", "adamw"])
     weight_decay: float = option(None, "weight decay of the optimiser", within="[0, inf)")
-    layer_decay: float = option(None, "rate of a block over that of the next", within="(0, 1]")
+    layer_decay: float = option(None, "learning rate of a block / of the next", within="(0, 1]")
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     drop_path: float = option(None, "chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
@@ -178,8 +176,8 @@ class FinetuneConfig(RunConfig):
                         "reports name sides)")
     mean: float = option(None, "mean of the pixels in [0, 1] (default: the weights', else 0.4978)",
                          within="(-inf, inf)")
-    std: float = option(None, "their standard deviation (default: the weights', else 0.2449; "
-                        "CXR-MAE: mean 0.4785, 0.2834)", within="(0, inf)")
+    std: float = option(None, "deviation of the pixels (default: the weights', else 0.2449; for "
+                        "CXR-MAE type mean 0.4785 and std 0.2834)", within="(0, inf)")
     img_size: int = option(None, "pixels a side (default: the weights')", within="[1, inf)")
     num_heads: int = option(None, "attention heads, for weights that do not say (default: that of "
                             "a well-known width)", within="[1, inf)")
@@ -188,15 +186,13 @@ class FinetuneConfig(RunConfig):
     skip_bad_lines: bool = option(False, "leave out lines that cannot be read instead of stopping")
     skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
     allow_outside: bool = option(False, "read images that a list names outside of --root")
-    predict: str = option("", "folder of images: write what --weights gives each, and stop",
-                          free=True)
-    compare: bool = option(False, "run the table methods x inits x ratios x seeds, and stop",
-                           free=True)
+    predict: str = option("", "folder of images: predict by --weights, and stop", free=True)
+    compare: bool = option(False, "run methods x inits x ratios x seeds, and stop", free=True)
     methods: str = option("full,lora,linear", "for --compare", free=True)
     ratios: str = option("1,10,100", "for --compare", free=True)
     inits: str = option("mrm", "for --compare: of mrm, image-only, report-only, scratch", free=True)
-    seeds: int = option(3, "for --compare: seeds a cell, from --seed on (of fine-tuning and, on "
-                        "the demo, of pretraining)", within="[1, inf)", free=True)
+    seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and, on the demo, "
+                        "of pretraining", within="[1, inf)", free=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -205,7 +201,7 @@ class FinetuneConfig(RunConfig):
 
 @dataclasses.dataclass
 class Part:
-    """The training, validation or test list: image names and paths, labels (n, k), the images."""
+    """A training, validation or test list: image names, their paths, labels (n, k), images."""
 
     names: list
     paths: list
@@ -214,10 +210,10 @@ class Part:
 
 
 def read_lists(config):
-    """({"train", "val", "test": Part}, class names), checked before any time is spent.
+    """Returns ({"train", "val", "test": Part without images}, class names).
 
-    Raises InputError for lists or images that cannot be used, and for a part in which no class has
-    both labels.
+    Raises InputError for lists or image files that cannot be used, and for a part in which no class
+    has both labels.
     """
     root = str(data.demo_root(config.root)) if config.data == "demo" else config.root
     parts, classes = {}, None
@@ -230,12 +226,12 @@ def read_lists(config):
             labels = labels[keep]
         classes = classes or data.class_names(config.data, root, config.split, labels.shape[1])
         positive = labels.sum(0).tolist()
-        lone = [name for name, count in zip(classes, positive) if not 0 < count < len(names)]
-        if len(lone) == len(classes):
+        undefined = [name for name, count in zip(classes, positive) if not 0 < count < len(names)]
+        if len(undefined) == len(classes):
             raise InputError(path, "both labels of at least one class", "one label only in each")
-        if lone and part_name != "train":
-            print(f"WARNING: {path}: one label only of {', '.join(lone)}: AUROC undefined, left "
-                  "out of the mean")
+        if undefined and part_name != "train":
+            print(f"WARNING: {path}: one label only of {', '.join(undefined)}: AUROC undefined, "
+                  "left out of the mean")
         parts[part_name] = Part(names, paths, labels)
     return parts, classes
 
@@ -243,8 +239,8 @@ def read_lists(config):
 def load_images(parts, config, kept):
     """Gives each part its images, decoded into memory where they fit.
 
-    `kept` holds the validation and test images of the cell before, for a comparison: cells of the
-    same images share them, and other images take their place.
+    `kept` holds the validation and test images of the last run, and then those of this one: the
+    runs of a comparison share images that are the same.
     """
     side = config.img_size
     augment = functools.partial(mrm.augment, side=side, min_crop=config.min_crop, flip=config.flip)
@@ -263,15 +259,16 @@ def load_images(parts, config, kept):
 
 
 def demo_folder(init="mrm", seed=0):
-    """Where the MRM lies that this pretraining of the demo records gives with this seed."""
+    """The folder of the MRM that `pretrain_demo` makes with this seed."""
     return str(Path("runs") / (f"{init}-demo" + (f"-{seed}" if seed else "")))
 
 
 def pretrain_demo(config, init="mrm", seed=0):
     """Pretrains the tiny MRM on the demo records, if `demo_folder` does not hold it yet.
 
-    init: mrm, or image-only or report-only, which leave one of the two losses out. Says what is
-    used again, and warns where mrm.py or the options have changed since. Returns the folder.
+    init: mrm, or image-only or report-only, which train with one of the two losses. Prints whether
+    an earlier MRM is used, and warns where mrm.py or the options have changed since. Returns the
+    folder.
     """
     folder = demo_folder(init, seed)
     settings = mrm.MRMConfig(
@@ -280,8 +277,7 @@ def pretrain_demo(config, init="mrm", seed=0):
         mask_ratio=0.75 if init == "image-only" else None,  # the best of 0.25, 0.5 and 0.75
         device=config.device, dtype=config.dtype, workers=config.workers)
     if not (Path(folder) / "result.json").exists():
-        print(f"no --weights given: pretraining the tiny {init} on the demo records first, into "
-              f"{folder}")
+        print(f"no --weights given: pretraining the tiny {init} on the demo records, in {folder}")
         mrm.pretrain(settings)
         return folder
     result, ran = (data.read_json(Path(folder) / name) for name in ("result.json", "config.json"))
@@ -298,7 +294,7 @@ def pretrain_demo(config, init="mrm", seed=0):
 
 
 def fill_cell(config):
-    """`config` with the options that say which run this is: method, ratio and folder."""
+    """`config` with the method, the percent of the labels and the folder of this run."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
     ratio = 10 if config.data == "demo" else 100
@@ -309,9 +305,9 @@ def fill_cell(config):
 def fill_recipe(config, classes=None):
     """Reads the weights that a run starts from, and fills `config` from them and from its recipe.
 
-    Returns (config, sizes of the ViT, tensors by name or None for a random start, what else the
-    file of the weights holds). fc_norm and head are left out where the weights do not name
-    `classes` in the same order. Raises InputError for weights that are no ViT's.
+    Returns (config, sizes of the ViT, tensors by name or None for a random start, all that the file
+    holds). fc_norm and head are left out of the tensors where the file does not name `classes` in
+    the same order. Raises InputError for weights that are no ViT's.
     """
     if config.weights is None:
         config = dataclasses.replace(config, weights=pretrain_demo(config))
@@ -321,19 +317,18 @@ def fill_recipe(config, classes=None):
     else:
         path = data.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
         tensors, known = mrm.read_weights(path)
-        if "adapter" in known:  # the rank is found, and the user may not type another
+        if "adapter" in known:
             if config.method != "lora":
                 raise InputError(path, "--lora, which trains this adapter further (python lora.py "
                                  "merge makes a plain ViT of it)", f"--method {config.method}")
             known = lora.read_adapter_file(path) | {"path": path}
             known["base"], tensors = lora.read_base(path, known, config.base)
             config = dataclasses.replace(config, alpha=known["lora"]["alpha"])
-            found = {"rank": known["lora"]["rank"]}
+            found = {"rank": known["lora"]["rank"]}  # `load_adapter` refuses another
             if known.get("classes") != classes:
                 raise InputError(path, f"the classes of the data, {classes}", known.get("classes"))
         elif known.get("classes") != classes:
-            tensors = {name: tensor for name, tensor in tensors.items()
-                       if lora.part_of(name) != "head"}
+            tensors = {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}
     sizes = mrm.encoder_sizes(tensors, known, config.weights, config.num_heads)
     recipe = recipe_for(config.method, config.data, config.ratio, sizes["embed_dim"])
     pixels = mrm.pixel_statistics(config, known.get("mean", mrm.MEAN), known.get("std", mrm.STD))
@@ -346,9 +341,7 @@ def fill_recipe(config, classes=None):
 
 def build_model(config, sizes, classes, tensors=None, known={}):
     """A ViT of the given weights with `classes` outputs, frozen as `config.method` says.
-
-    tensors, known: see `fill_recipe`. Raises InputError for weights or sizes that do not fit.
-    """
+    tensors, known: see `fill_recipe`. Raises InputError for weights or sizes that do not fit."""
     try:
         model = mrm.ViT(**sizes, num_classes=classes, drop_path=config.drop_path)
     except ValueError as error:
@@ -395,9 +388,9 @@ def make_optimizer(model, config):
 
 @torch.no_grad()
 def predict(model, images, config, device, rank=0, world=1):
-    """Logits (n, k) of an ImageSet in its order. Every process computes its share of them."""
+    """Logits (n, k) of an ImageSet in its order. Every process computes a share of them."""
     autocast = mrm.autocast_for(config, model, device)
-    # A process without a share of the images hands on these empty ones
+    # They start with empty ones for a process that has no image
     logits, rows = [torch.zeros(0, model.head.out_features)], [torch.zeros(0, dtype=torch.long)]
     model.eval()
     for batch, index in data.eval_batches(images, 64, rank, world, config.workers):
@@ -415,8 +408,7 @@ def predict(model, images, config, device, rank=0, world=1):
 
 
 def finetune(config, kept=None):
-    """One fine-tuning run: trains, chooses on the validation list, tests once. Returns the content
-    of result.json.
+    """Trains, chooses on the validation list, tests once. Returns the content of result.json.
 
     Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
     predictions.csv, roc.png and curves.png in `config.out`. `kept`: see `load_images`. Raises
@@ -442,8 +434,9 @@ def finetune(config, kept=None):
              "method": config.method}
     base = known.get("base", config.weights)
     if config.method == "lora" and tensors is None:
-        # An adapter is nothing without the random weights below it
-        base, tensors = log.out / "base.pt", lora.frozen_state_dict(model)
+        # An adapter needs the random weights that it was trained on
+        base, state = log.out / "base.pt", model.state_dict()
+        tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
         if rank == 0:
             data.save_checkpoint(base, {"model": tensors, "arguments": sizes})
     if rank == 0:
@@ -463,7 +456,7 @@ def finetune(config, kept=None):
 
 
 def hash_lists(parts, classes):
-    """A hash of every list and of the classes in their order, which a resumed run must share."""
+    """A hash of every list and of the classes in their order. A resumed run must have the same."""
     digest = hashlib.sha256(repr(classes).encode())
     for part in parts.values():
         digest.update(repr(part.names).encode() + part.labels.numpy().tobytes())
@@ -480,32 +473,35 @@ def evaluate(model, part, config, step, device, rank, world):
             "val_loss": F.binary_cross_entropy_with_logits(scores, part.labels).item()}
 
 
+def trained_tensors(model):
+    """Copies on the CPU of the parameters that are trained, by name."""
+    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()
+            if parameter.requires_grad}
+
+
 def train(config, model, parts, steps, saved, facts, log, device, world):
-    """The training loop. Returns (best, history): AUROC, step and trained tensors of the state that
-    did best on the validation list, and a dict for each time it was evaluated."""
+    """The training loop. Returns (best, history): the AUROC, step and trained tensors of the state
+    that was best on the validation list, and a dict for each evaluation of that list."""
     labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
     optimizer = make_optimizer(model, config)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, history, losses = 0, [], []
     best = {"auroc": -1.0, "step": 0, "trained": None}
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     mrm.seed_rank(config.seed, log.rank)
     if saved:
         model.load_state_dict(saved["trained"], strict=False)
-        step, history = mrm.go_on(saved, optimizer, log)
+        step, history = mrm.restore_state(saved, optimizer, log)
         best, losses = saved["best"], saved["losses"]
     batches = data.Timed(data.train_batches(
         parts["train"].images, config.batch_size, step * config.accumulate,
         steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
     every = max(1, steps // config.evaluations)
 
-    def trained():
-        return {name: parameter.detach().cpu().clone()
-                for name, parameter in model.named_parameters() if parameter.requires_grad}
-
     def save(step):
-        state = {"trained": trained(), "best": best, "losses": losses, "step": step,
-                 "history": history}
-        mrm.save_state(log, model, optimizer, config, world, facts | state)
+        mrm.save_state(log, model, optimizer, config, world, facts | {
+            "trained": trained_tensors(model), "best": best, "losses": losses, "step": step,
+            "history": history})
 
     model.train()
     with data.Saving(save, world) as saving:
@@ -529,8 +525,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                 loss_of_step += loss.detach() / config.accumulate
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
-            norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups
-                                             for p in g["params"]], 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             mrm.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -538,21 +533,21 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
             if (step + 1) % every == 0 or step + 1 == steps:
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
-                scores = evaluate(model, parts["val"], config, step + 1, device, log.rank,
-                                  world)
+                scores = evaluate(model, parts["val"], config, step + 1, device, log.rank, world)
                 history.append({"step": step + 1, "loss": sum(losses) / len(losses), **scores,
                                 **batches.speed()})
                 log.line(**history[-1])
                 losses.clear()
                 if scores["val_auroc"] > best["auroc"]:
-                    best.update(auroc=scores["val_auroc"], step=step + 1, trained=trained())
+                    best = {"auroc": scores["val_auroc"], "step": step + 1,
+                            "trained": trained_tensors(model)}
                 save(step + 1)
             saving.after(step + 1)
     return best, history
 
 
 def print_plan(config, model, images, steps, effective, device):
-    """One line on what is about to be trained, and how much of the model that is."""
+    """Prints in one line what is about to be trained, and how much of the model that is."""
     count = lora.count_parameters(model)
     share = 100 * count["lora"] / (count["total"] - count["head"])
     print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
@@ -562,10 +557,8 @@ def print_plan(config, model, images, steps, effective, device):
 
 
 def write_results(config, model, parts, classes, scores, best, history, log):
-    """Turns the test scores (n, k) into result.json, predictions.csv, pictures and a table.
-
-    Returns the content of result.json.
-    """
+    """Writes result.json, predictions.csv, roc.png and curves.png, and prints the AUROCs, from the
+    logits (n, k) of the test list. Returns the content of result.json."""
     part, last, count = parts["test"], history[-1], lora.count_parameters(model)
     labels = part.labels.numpy()
     mean, (low, high), per_class = auroc(scores, labels)
@@ -591,13 +584,12 @@ def write_results(config, model, parts, classes, scores, best, history, log):
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
     data.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
                    "false positive rate", "true positive rate", diagonal=True)
-    at = [line["step"] for line in history]
-    curves = {name: (at, [line[name] for line in history])
-              for name in ("loss", "val_loss", "val_auroc")}
+    steps, names = [line["step"] for line in history], ("loss", "val_loss", "val_auroc")
+    curves = {name: (steps, [line[name] for line in history]) for name in names}
     data.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
     for name, value in zip(classes, per_class):
-        undefined = "undefined: one label only, left out of the mean"
-        print(f"  {name:20s} " + ("%.3f  [%.3f, %.3f]" % value if value else undefined))
+        text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
+        print(f"  {name:20s} {text}")
     print(f"test AUROC {mean:.3f} [{low:.3f}, {high:.3f}], {result['images_per_second']:.0f} "
           f"images/s, {result['seconds']:.0f} s in all; {log.out}")
     log.json("result.json", result)
@@ -605,8 +597,8 @@ def write_results(config, model, parts, classes, scores, best, history, log):
 
 
 def write_predictions(out, names, classes, probabilities, labels=None):
-    """OUT/predictions.csv: an image a line, the probability of each class, and the true labels
-    where they are known."""
+    """Writes OUT/predictions.csv: on each line an image, the probability of each class, and the
+    labels where they are known."""
     header = ["image", *classes]
     rows = [[name, *(f"{p:.6f}" for p in row)] for name, row in zip(names, probabilities)]
     if labels is not None:
@@ -622,8 +614,8 @@ def write_predictions(out, names, classes, probabilities, labels=None):
 def load_run(run, base=""):
     """The model of a finished run (its folder, adapter.pt or best.pt), merged.
 
-    base: where the base weights of an adapter moved. Returns (ViT in eval mode, all that the file
-    holds). Raises InputError for another file, and for an adapter whose base weights have changed.
+    base: the base weights of an adapter, where they have moved. Returns (ViT in eval mode, all that
+    the file holds). Raises InputError for any other file, and for base weights that have changed.
     """
     path = data.checkpoint_file(run, "adapter.pt", "best.pt")
     saved = data.load_checkpoint(path)
@@ -636,10 +628,8 @@ def load_run(run, base=""):
     if "adapter" in saved:
         base, tensors = lora.read_base(path, saved, base)
         mrm.load_encoder(model, tensors, base)
-        # Adapters of older versions name the weights as they are in the model, not in their file
-        ours = lora.fingerprint(model.state_dict())
-        if saved.get("fingerprint", ours) != ours:
-            raise lora.other_base(path, base)
+        # Adapters of older versions hold the fingerprint of the weights as the model has them
+        lora.check_base(path, base, saved.get("fingerprint"), model.state_dict())
         lora.load_adapter(model, path)
         lora.merge_lora(model)
         return model.eval(), saved
@@ -653,8 +643,7 @@ def load_run(run, base=""):
 
 
 def predict_folder(config):
-    """Writes OUT/predictions.csv: the probability of each class for every image below the folder
-    `config.predict`."""
+    """Writes OUT/predictions.csv for every image below the folder `config.predict`."""
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
     model, saved = load_run(config.weights, config.base)
@@ -672,10 +661,8 @@ def predict_folder(config):
 
 
 def list_cells(config):
-    """The runs of a comparison: {(init, method, ratio): {name of a cell: its configuration}}.
-
-    Raises InputError for a name that is not known, and for an option that the table decides.
-    """
+    """The runs of a comparison: {(init, method, ratio): {name of a run: its configuration}}.
+    Raises InputError for a name that is not known, and for an option that the table decides."""
     known = {"inits": ["mrm", "image-only", "report-only", "scratch"], "methods": list(SMALL),
              "ratios": ["1", "10", "100"]}
     for name, values in known.items():
@@ -697,22 +684,23 @@ def list_cells(config):
     return rows
 
 
-def compare(config):
-    """Runs every init x method x ratio over the seeds, writes OUT/compare.md and compare.csv and
-    prints the table.
+def run_cell(config, init, kept, cell):
+    """One run of a comparison. First comes the pretraining that it starts from, where needed."""
+    if config.weights is None and init != "scratch":
+        pretrain_demo(config, init, cell.seed)
+    finetune(cell, kept)
 
-    A finished cell is kept in its folder and not run again. `mrm`, `image-only` and `report-only`
-    are pretrained on the demo records, once a seed, unless --weights is given.
+
+def compare(config):
+    """Runs every init x method x ratio over the seeds; writes OUT/compare.md and compare.csv.
+
+    A finished run is kept in its folder and not repeated. The inits but scratch are pretrained on
+    the demo records, once for each seed, unless --weights is given.
     """
     config = data.fill(config, {"out": "runs/compare"})
     kept, table = {}, []
-
-    def run(cell):  # `init` is that of the row below
-        if config.weights is None and cell.weights != "scratch":
-            pretrain_demo(config, init, cell.seed)
-        finetune(cell, kept)
-
     for (init, method, ratio), cells in list_cells(config).items():
+        run = functools.partial(run_cell, config, init, kept)
         results = [result for _, result in data.run_cells(config.out, cells, run)]
         scores = np.array([result["auroc"] for result in results])
         deviation = scores.std(ddof=1) if len(scores) > 1 else 0

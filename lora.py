@@ -1,6 +1,6 @@
 """LoRA: a frozen linear layer learns through two thin matrices beside it.
 
-    y = x W^T + b + (alpha / r) * dropout(x) A^T B^T       A (r, in), B (out, r), trained alone
+    y = x W^T + b + (alpha / r) * dropout(x) A^T B^T      only A (r, in) and B (out, r) are trained
 
 The plain form, of which `kernels.lora_linear` needs fewer passes over memory:
 
@@ -14,9 +14,9 @@ The plain form, of which `kernels.lora_linear` needs fewer passes over memory:
             x, y = F.dropout(x, 0.1, self.training), self.linear(x)
             return y + self.scale * (x @ self.A.T @ self.B.T)
 
-Attention's weights depend on q and k through their product alone, so that adapting q suffices to
-change where a token looks, and adapting v changes what it takes from there. The product B A sums
-over r directions, and alpha / r keeps the size of that sum, so that one alpha serves every rank.
+Attention's weights depend on q and k through their product alone. Adapting q therefore suffices to
+change where a token looks; adapting v changes what it takes from there. The product B A is a sum
+over r directions. The factor alpha / r keeps its size, so that one alpha serves every rank.
 
     python lora.py merge --adapter runs/finetune/adapter.pt    # base + adapter -> one plain ViT
     python lora.py export-peft --adapter runs/finetune/adapter.pt --out DIR    # Hugging Face's peft
@@ -26,9 +26,8 @@ Parameter-efficient Fine-tuning Advances Medical Vision Foundation Models", 2024
 of every block, alpha 32, dropout 0.1.
 
 Where this file departs from MED-PEFT's code, and why:
- 1. Merging is the explicit call `merge_lora`, in float64, with an inverse. There it happens inside
-    train() and eval(), a flag is left unset so that the delta counts twice, and the frozen weights
-    drift.
+ 1. Merging is the explicit call `merge_lora`, in float64, with an inverse. There, train() and
+    eval() merge, leave a flag unset so that the delta counts twice, and let frozen weights drift.
  2. B A is two thin products on the adapted columns alone. There it is a zero-padded grouped
     convolution.
  3. An adapter file holds LoRA + fc_norm + head + what rebuilds the model. There a checkpoint holds
@@ -66,9 +65,8 @@ class LoRALinear(nn.Linear):
     def __init__(self, in_features, out_features, rank, alpha=32, dropout=0.1, parts=(True,),
                  bias=True, **kwargs):
         if rank < 1 or not any(parts) or out_features % len(parts):
-            raise ValueError(f"LoRA needs rank >= 1, an adapted part and {out_features} outputs "
-                             f"divisible by the {len(parts)} parts, found rank {rank}, parts "
-                             f"{tuple(parts)}")
+            raise ValueError(f"LoRA needs rank >= 1, an adapted part and a number of parts that "
+                             f"divides {out_features}, found rank {rank}, parts {tuple(parts)}")
         super().__init__(in_features, out_features, bias, **kwargs)
         groups = sum(parts)
         self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
@@ -94,10 +92,9 @@ class LoRALinear(nn.Linear):
         delta = torch.zeros_like(self.weight, dtype=torch.float64)
         views = delta.chunk(len(self.parts))  # each (out/P, in)
         adapted = [view for view, on in zip(views, self.parts) if on]
-        As = self.lora_A.double().chunk(len(adapted))
-        Bs = self.lora_B.double().chunk(len(adapted))
-        for view, A, B in zip(adapted, As, Bs):
-            view.copy_(self.scale * B @ A)
+        A, B = (matrix.double().chunk(len(adapted)) for matrix in (self.lora_A, self.lora_B))
+        for view, A_g, B_g in zip(adapted, A, B):
+            view.copy_(self.scale * B_g @ A_g)
         return delta
 
     def extra_repr(self):
@@ -121,8 +118,8 @@ def add_lora(model, rank=4, alpha=32, dropout=0.1, targets={"qkv": (True, False,
             raise ValueError(f"{name} is a LoRA layer already")
         parent, _, child = name.rpartition(".")
         new = LoRALinear(layer.in_features, layer.out_features, rank, alpha, dropout,
-                         targets[child], layer.bias is not None, device=layer.weight.device,
-                         dtype=layer.weight.dtype)
+                         targets[child], layer.bias is not None,
+                         device=layer.weight.device, dtype=layer.weight.dtype)
         new.weight, new.bias = layer.weight, layer.bias
         new.train(layer.training)
         setattr(model.get_submodule(parent), child, new)
@@ -132,6 +129,7 @@ def add_lora(model, rank=4, alpha=32, dropout=0.1, targets={"qkv": (True, False,
 
 
 def lora_layers(model):
+    """Every LoRA layer of a model, in the model's order."""
     return [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
 
 
@@ -161,7 +159,7 @@ def unmerge_lora(model):
 
 
 def part_of(name):
-    """Which part of a model a tensor belongs to, by its name: "lora", "head" (fc_norm and head) or
+    """The part of a model that a tensor's name belongs to: "lora", "head" (with fc_norm) or
     "backbone"."""
     if "lora_" in name:
         return "lora"
@@ -185,15 +183,8 @@ def lora_state_dict(model):
             if part_of(name) != "backbone"}
 
 
-def frozen_state_dict(model):
-    """The rest: the backbone an adapter was trained on, under plain ViT keys."""
-    return {name: tensor for name, tensor in model.state_dict().items()
-            if part_of(name) == "backbone"}
-
-
 def fingerprint(tensors):
-    """A hash of the encoder's tensors in a dict, by which an adapter recognises the weights that it
-    belongs to."""
+    """A hash of the encoder's tensors in a dict: an adapter names its base weights by it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if name.split(".")[0] in mrm.ENCODER_PARTS and "lora_" not in name:
@@ -202,46 +193,45 @@ def fingerprint(tensors):
     return digest.hexdigest()
 
 
-def other_base(path, base):
-    return InputError(f"{path}: {base} are not the weights this adapter was trained on; they are "
-                      "others, or have changed since")
+def check_base(path, base, expected, tensors):
+    """Raises InputError where `tensors`, read from `base`, have not the fingerprint `expected` that
+    the adapter `path` names. None, from an adapter that names no fingerprint, fits everything."""
+    if expected not in (None, fingerprint(tensors)):
+        raise InputError(f"{path}: {base} are not the weights this adapter was trained on; they "
+                         "are others, or have changed since")
 
 
 def read_base(path, saved, given=""):
     """The base weights of the adapter file `path` that holds `saved`: (their path, tensors).
 
-    They are `given`, or lie where the run had them, in the same place seen from the adapter, or
-    below one of the folders around it. Raises InputError where they are not found or are not those
-    that the adapter was trained on.
+    The path is `given`, or the adapter names it. A named path is looked for as it is, then relative
+    to the adapter, then below each folder around the adapter, because runs are moved. Raises
+    InputError where the weights are not found or are not those that the adapter was trained on.
     """
-    weights, folder = str(given or saved.get("weights", "")), Path(path).absolute().parent
-    if not weights:
-        raise InputError(f"{path}: names no base weights; give them with --weights (finetune.py: "
-                         "--base)")
+    weights = str(given or saved.get("weights", ""))
     places = [Path(weights)]
     if not given:
-        places += [folder / saved.get("weights_from_here", weights),
-                   *(parent / weights for parent in folder.parents)]
-    base = next((place for place in places if place.exists()), None)
+        folder = Path(path).absolute().parent
+        places.append(folder / saved.get("weights_from_here", weights))
+        places += [parent / weights for parent in folder.parents]
+    base = next((place for place in places if weights and place.exists()), None)
     if base is None:
-        raise InputError(f"{path}: its base weights {weights} are not there: no such checkpoint; "
-                         "give them with --weights (finetune.py: --base)")
+        problem = f"its base weights {weights} are not there: no such checkpoint"
+        raise InputError(f"{path}: {problem if weights else 'names no base weights'}; give them "
+                         "with --weights (finetune.py: --base)")
     tensors, _ = mrm.read_weights(base)
-    if saved.get("base_fingerprint") not in (None, fingerprint(tensors)):
-        raise other_base(path, base)
+    check_base(path, base, saved.get("base_fingerprint"), tensors)
     return base, tensors
 
 
 def save_adapter(path, model, **extra):
-    """Writes LoRA + fc_norm + head, what rebuilds them (rank, alpha, dropout, targets) and `extra`
-    plain values."""
-    layers = {name.rpartition(".")[2]: layer for name, layer in model.named_modules()
-              if isinstance(layer, LoRALinear)}
-    layer = next(iter(layers.values()))
-    settings = {"rank": layer.rank, "alpha": layer.scale * layer.rank, "dropout": layer.dropout,
-                "targets": {name: layer.parts for name, layer in layers.items()}}
-    adapter = {name: tensor.detach().cpu().contiguous()
-               for name, tensor in lora_state_dict(model).items()}
+    """Writes LoRA, fc_norm, head, what rebuilds them (rank, alpha, ...) and `extra` values."""
+    targets = {name.rpartition(".")[2]: layer.parts for name, layer in model.named_modules()
+               if isinstance(layer, LoRALinear)}
+    first = lora_layers(model)[0]  # all of them have the same rank, scale and dropout
+    settings = {"rank": first.rank, "alpha": first.scale * first.rank, "dropout": first.dropout,
+                "targets": targets}
+    adapter = {name: tensor.cpu().contiguous() for name, tensor in lora_state_dict(model).items()}
     data.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
 
 
@@ -268,15 +258,16 @@ def load_adapter(model, path):
     saved = read_adapter_file(path)
     if not lora_layers(model):
         add_lora(model, **saved["lora"])
-    own = lora_state_dict(model)
+    own = {name: tuple(tensor.shape) for name, tensor in lora_state_dict(model).items()}
     for name, tensor in saved["adapter"].items():
-        if name not in own or own[name].shape != tensor.shape:
-            found = tuple(own[name].shape) if name in own else "no such tensor"
+        if own.get(name) != tuple(tensor.shape):
             raise InputError(f"{path}: {name} {tuple(tensor.shape)} does not fit the model "
-                             f"({found}): the adapter was trained on other weights")
-    if missing := sorted(own.keys() - saved["adapter"].keys()):
-        raise InputError(f"{path}: {len(missing)} tensors of the adapter are missing, "
-                         f"{missing[0]} first")
+                             f"({own.get(name, 'no such tensor')}): the adapter was trained on "
+                             "other weights")
+    missing = sorted(own.keys() - saved["adapter"].keys())
+    if missing:
+        raise InputError(f"{path}: {len(missing)} tensors of the adapter are missing, {missing[0]} "
+                         "first")
     model.load_state_dict(saved["adapter"], strict=False)
     return saved
 
@@ -294,39 +285,37 @@ class LoRAConfig:
 
 
 def read_adapter(config):
-    """What a command works on: (base tensors by name, all that the adapter file holds, the adapted
-    layers by name). Raises InputError where they do not fit each other."""
+    """Reads what a command works on: (base tensors by name, all that the adapter file holds, the
+    adapted layers by name). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
     source, base = read_base(config.adapter, saved, config.weights)
     adapter, settings, layers = saved["adapter"], saved["lora"], {}
     for key in [key for key in adapter if key.endswith(".lora_A")]:
-        name, rank = key.removesuffix(".lora_A"), settings["rank"]
+        name = key.removesuffix(".lora_A")
         weight, A, B = base.get(name + ".weight"), adapter[key], adapter.get(name + ".lora_B")
         if weight is None or weight.shape[1] != A.shape[1]:
             raise InputError(f"{source}: {name}.weight does not fit {config.adapter}: other "
                              "weights than it was trained on")
         parts = settings["targets"][name.rpartition(".")[2]]
-        fits = B is not None and B.shape == (sum(parts) * len(weight) // len(parts), rank)
-        if not fits or len(A) != sum(parts) * rank:
+        layer = LoRALinear(weight.shape[1], len(weight), settings["rank"], settings["alpha"],
+                           parts=parts, bias=False)
+        if B is None or A.shape != layer.lora_A.shape or B.shape != layer.lora_B.shape:
             found = "no such tensor" if B is None else tuple(B.shape)
             raise InputError(f"{config.adapter}: {name}.lora_B does not fit {name}.lora_A and the "
                              f"weights ({found})")
-        layers[name] = LoRALinear(weight.shape[1], len(weight), rank, settings["alpha"],
-                                  parts=parts, bias=False)
-        layers[name].load_state_dict({"weight": weight, "lora_A": A, "lora_B": B})
+        layer.load_state_dict({"weight": weight, "lora_A": A, "lora_B": B})
+        layers[name] = layer
     return base, saved, layers
 
 
 def merge(config):
-    """Writes one plain ViT: the base encoder with every delta added, fc_norm and head of the
-    adapter."""
+    """Writes a plain ViT: the base encoder with every delta added, and the adapter's head."""
     base, saved, layers = read_adapter(config)
-    merged = {name: tensor for name, tensor in base.items()
-              if name.split(".")[0] in mrm.ENCODER_PARTS}
-    merged |= {name + ".weight": merge_lora(layer).weight.detach()
-               for name, layer in layers.items()}
-    merged |= {name: tensor for name, tensor in saved["adapter"].items()
-               if part_of(name) == "head"}
+    merged = {name: base[name] for name in base if name.split(".")[0] in mrm.ENCODER_PARTS}
+    for name, layer in layers.items():
+        merged[name + ".weight"] = merge_lora(layer).weight.detach()
+    adapter = saved["adapter"]
+    merged |= {name: adapter[name] for name in adapter if part_of(name) == "head"}
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
     about = {name: saved[name] for name in ("sizes", "classes", "mean", "std") if name in saved}
     data.save_checkpoint(out, {"model": merged, **about})
@@ -360,8 +349,8 @@ def export_peft(config):
                    "bias": "none"}
     data.save_checkpoint(out / "adapter_model.bin", tensors)
     data.write_json(out / "adapter_config.json", description)
-    whole = ", ".join(map(str, sorted(set(ranks.values()))))
-    print(f"{out}: {len(tensors)} tensors of rank {whole} for peft")
+    shown = ", ".join(map(str, sorted(set(ranks.values()))))
+    print(f"{out}: {len(tensors)} tensors of rank {shown} for peft")
 
 
 def main():

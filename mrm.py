@@ -9,8 +9,8 @@ Paper: Zhou et al., "Advancing Radiograph Representation Learning with Masked Re
 ICLR 2023.
 
 Where this file departs from the paper or its official code, and why:
- 1. The sin-cos frequencies are 10000^(-i / (D/4)) and go from 1 down to 1e-4. The official code
-    divides twice and stops at 0.1. Weights carry their own `pos_embed`, so published ones work.
+ 1. The sin-cos frequencies 10000^(-i / (D/4)) go from 1 down to 1e-4. The official code divides
+    twice and stops at 0.1. Published weights work, because they carry their own `pos_embed`.
  2. The report loss counts hidden tokens alone (equation 2). The official code counts every
     position, visible words and padding included.
  3. Images are never flipped, because their reports say left and right.
@@ -32,6 +32,7 @@ tokens of a report.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -67,9 +68,7 @@ def unpatchify(patches, p, channels=1):
 
 def sincos_positions(dim, side):
     """Fixed 2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first.
-
-    A quarter of the numbers each is sin x, cos x, sin y, cos y at falling frequencies, as in MAE.
-    """
+    Four quarters of `dim` hold sin x, cos x, sin y and cos y at falling frequencies, as in MAE."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, found {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)
@@ -117,8 +116,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    `drop_path` is the probability that a sample skips a branch (Huang et al., 2016), `dropout` the
-    probability that a number of a branch becomes zero. Both act in training alone.
+    `drop_path` is the probability that a sample skips a branch (Huang et al., 2016). `dropout` is
+    the probability that a number of a branch becomes zero. Both act in training alone.
     """
 
     def __init__(self, dim, num_heads, drop_path=0.0, dropout=0.0):
@@ -130,7 +129,7 @@ class Block(nn.Module):
         self.drop_path, self.dropout = drop_path, dropout
 
     def drop(self, x):
-        """What is left of a branch's output x (B, N, D). Its expectation is x."""
+        """A branch's output x (B, N, D) after dropout and drop path. Its expectation is x."""
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         if not self.training or self.drop_path == 0:
@@ -145,7 +144,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A linear map of each patch, kept in a convolution's shape for timm's state dicts."""
+    """A linear map of each patch. Its weight has a convolution's shape, as in timm."""
 
     def __init__(self, patch_size, in_chans, embed_dim):
         super().__init__()
@@ -160,9 +159,9 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """Vision transformer with timm's state-dict keys (Dosovitskiy et al., 2021).
 
-    With `num_classes` > 0 the mean over patch tokens goes through fc_norm and head to logits
-    (B, num_classes). Without, `norm` of every token is returned. Images are squares of `img_size`
-    pixels. Raises ValueError for sizes that do not divide.
+    With `num_classes` > 0 it returns logits (B, num_classes): head(fc_norm(mean of patch tokens)).
+    Without classes it returns norm(tokens) (B, 1 + N, D). Images are squares of `img_size` pixels.
+    Raises ValueError for sizes that do not divide.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12,
@@ -188,10 +187,9 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """(B, C, H, W) -> (B, N, D): embedded patches with their positions, without class token."""
-        expected = (self.in_chans, self.img_size, self.img_size)
-        if tuple(images.shape[1:]) != expected:
-            raise ValueError(f"expected images of shape (B, {', '.join(map(str, expected))}), "
-                             f"found {tuple(images.shape)}")
+        if tuple(images.shape[1:]) != (self.in_chans, self.img_size, self.img_size):
+            raise ValueError(f"expected images of shape (B, {self.in_chans}, {self.img_size}, "
+                             f"{self.img_size}), found {tuple(images.shape)}")
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def run_blocks(self, x):
@@ -206,14 +204,11 @@ class ViT(nn.Module):
         """(B, C, H, W) -> (B, 1 + N, D) after all blocks, before the last norm."""
         return self.run_blocks(self.embed(images))
 
-    def features(self, images):
-        """(B, C, H, W) -> (B, D): fc_norm of the mean over patch tokens, which the head sees."""
-        return self.fc_norm(self.tokens(images)[:, 1:].mean(1))
-
     def forward(self, images):
+        tokens = self.tokens(images)
         if hasattr(self, "head"):
-            return self.head(self.features(images))
-        return self.norm(self.tokens(images))
+            return self.head(self.fc_norm(tokens[:, 1:].mean(1)))
+        return self.norm(tokens)
 
 
 def init_weights(module):
@@ -224,7 +219,7 @@ def init_weights(module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The report decoder. The image decoder is part of `MRM`, because MAE's keys have it there
+# The report decoder. The image decoder is part of `MRM`, because it has MAE's keys
 
 
 class ReportDecoder(nn.Module):
@@ -253,9 +248,7 @@ class ReportDecoder(nn.Module):
 
     def forward(self, image_tokens, inputs, hidden, padding):
         """image_tokens (B, V, D), inputs (B, L) token ids, hidden and padding (B, L) bool.
-
-        Returns logits (hidden.sum(), vocab): one row for each hidden token, in order.
-        """
+        Returns logits (hidden.sum(), vocab): one row for each hidden token, in order."""
         image = self.image_norm(image_tokens.mean(1, keepdim=True))  # (B, 1, D)
         positions = self.position_embed.weight[: inputs.shape[1]]  # (L, dim)
         x = self.dropout(self.token_embed(inputs) + positions + self.image_embed(image))
@@ -266,40 +259,16 @@ class ReportDecoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# The two losses
+# Masked record modeling
 
 
 def standardize_patches(patches):
     """Patches (..., P) with mean 0 and variance 1 each, and their mean and deviation (..., 1).
-
-    (x - mean) / sqrt(var + 1e-6), var unbiased: MAE's `norm_pix_loss`.
-    """
+    (x - mean) / sqrt(var + 1e-6), var unbiased: MAE's `norm_pix_loss`."""
     mean = patches.mean(-1, keepdim=True)
     centred = patches - mean
     std = (centred.square().sum(-1, keepdim=True) / (patches.shape[-1] - 1) + 1e-6).sqrt()
     return centred / std, mean, std
-
-
-def patch_loss(target, prediction, mask):
-    """Equation 1: sum over n of mask_n mean((prediction_n - target_n)^2) / sum over n of mask_n.
-
-    target (B, N, P) pixels, standardised here, prediction (B, N, P), mask (B, N) with 1 = hidden.
-    """
-    hidden = mask.bool()
-    target, _, _ = standardize_patches(target[hidden])
-    return (prediction[hidden].float() - target).square().mean()
-
-
-def word_loss(logits, tokens, hidden):
-    """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words and patches).
-
-    logits (hidden.sum(), vocab), tokens (B, L) the true ids, hidden (B, L) bool.
-    """
-    return F.cross_entropy(logits.float(), tokens[hidden])
-
-
-# --------------------------------------------------------------------------------------------------
-# Masked record modeling
 
 
 def half_size(images):
@@ -348,9 +317,9 @@ class MRM(ViT):
             noise = torch.rand(B, N, device=x.device)
         # Sorting random numbers shuffles the patches: ids_shuffle[k] is the patch at place k
         ids_shuffle = noise.argsort(dim=1)
-        # The inverse permutation remembers how to restore: ids_restore[n] is the place of patch n
+        # The inverse permutation undoes this: ids_restore[n] is the place of patch n
         ids_restore = ids_shuffle.argsort(dim=1)
-        # The first V places are kept. The encoder runs on them alone, which makes it cheap
+        # The encoder runs on the first V places alone, which makes it cheap
         kept = ids_shuffle[:, :visible, None].expand(-1, -1, D)
         latent = self.norm(self.run_blocks(x.gather(1, kept)))
         # A patch is hidden where its place lies behind the V that were kept
@@ -370,17 +339,23 @@ class MRM(ViT):
             x = block(x)
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))
 
-    def image_loss(self, target_images, prediction, mask):
-        """`patch_loss` (equation 1) of target_images (B, C, 2H, 2W) and `decode_image`'s result."""
-        return patch_loss(patchify(target_images, 2 * self.patch_size), prediction, mask)
+    def image_loss(self, images, prediction, mask):
+        """Equation 1: sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n.
+
+        images (B, C, 2H, 2W), whose standardised patches are the targets; prediction (B, N,
+        (2p)^2 C) by `decode_image`; mask (B, N) with 1 = hidden.
+        """
+        hidden = mask.bool()
+        target, _, _ = standardize_patches(patchify(images, 2 * self.patch_size)[hidden])
+        return (prediction[hidden].float() - target).square().mean()
 
     def forward(self, images, report=None, image=True, mask_ratio=0.75, noise=None):
         """The two losses of a batch of records, which equation 3 adds 1:1.
 
-        images (B, C, 2H, 2W) are encoded at half that size. report: (tokens, inputs, hidden,
-        padding), each (B, L): the true ids, the ids with hidden words replaced by the mask token,
-        which are hidden, which lie beyond the end.
-        Returns (image loss, report loss), 0 for a part left out.
+        images (B, C, 2H, 2W) are encoded at half that size. report is (tokens, inputs, hidden,
+        padding), each (B, L): the true ids, the ids with the mask token at hidden words, and as
+        bools the hidden tokens and those beyond the end. `image` False or `report` None leaves a
+        part out. Returns (image loss, report loss), 0 for a part left out.
         """
         latent, mask, ids_restore = self.encode(half_size(images), mask_ratio, noise)
         image_loss = report_loss = latent.new_zeros(())
@@ -389,7 +364,8 @@ class MRM(ViT):
         if report is not None:
             tokens, inputs, hidden, padding = report
             logits = self.report_decoder(latent[:, 1:], inputs, hidden, padding)
-            report_loss = word_loss(logits, tokens, hidden)
+            # Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
+            report_loss = F.cross_entropy(logits.float(), tokens[hidden])
         return image_loss, report_loss
 
 
@@ -398,17 +374,17 @@ class MRM(ViT):
 
 ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its tensors' names begin
-HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of a width: tiny here, timm, MAE
-# Parts of other ViTs that this one would leave out of its sum: register and distillation tokens, a
-# norm before the blocks, relative and rotary positions. Decoders and old heads may be left out
+HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: tiny here, timm, MAE
+# Parts of other ViTs that change the encoder's result: register and distillation tokens, a norm
+# before the blocks, relative and rotary positions. Decoders and old heads may be left out
 FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|norm_pre|ln_pre|rel_pos|relative|rope")
 
 
 def read_weights(path):
-    """The checkpoint of a run's folder, or a file: (its tensors by name, all that it holds).
+    """Reads a checkpoint (a file or a run's folder): (its tensors by name, all that it holds).
 
-    Opens the usual wrappings: an entry such as `state_dict`, and a prefix of all the encoder's
-    names such as `module.`. Tensors outside such a prefix are left out.
+    Takes the tensors out of an entry such as `state_dict`, and a prefix such as `module.` off their
+    names. Tensors without the encoder's prefix are left out.
     """
     path = data.checkpoint_file(path, "best.pt", "last.pt")
     saved = tensors = data.load_checkpoint(path)
@@ -421,20 +397,20 @@ def read_weights(path):
     if len(prefixes) > 1:
         raise InputError(path, "one encoder", f"several: {', '.join(map(repr, sorted(prefixes)))}")
     for prefix in prefixes:
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+        tensors = {name.removeprefix(prefix): tensors[name] for name in tensors
                    if name.startswith(prefix)}
     return tensors, saved
 
 
 def encoder_sizes(tensors, saved, source, num_heads=None):
-    """The ViT arguments that a checkpoint asks for: those it names, else what its shapes say.
+    """The arguments of a ViT for a checkpoint: those it names, else what its tensors' shapes say.
 
-    No tensor tells the number of heads: it is `num_heads`, or that of a well-known width. Raises
+    The number of heads is in no shape: it is `num_heads`, or that of a well-known width. Raises
     InputError, naming `source`, where the tensors are not a ViT's.
     """
     known = saved.get("sizes", saved.get("arguments"))
     if isinstance(known, dict):
-        sizes = {name: value for name, value in known.items() if name in ENCODER_SIZES}
+        sizes = {name: known[name] for name in known if name in ENCODER_SIZES}
         whole = all(isinstance(value, int) and value > 0 for value in sizes.values())
         if not whole or not set(ENCODER_SIZES) - {"in_chans"} <= sizes.keys():
             raise InputError(source, f"whole numbers above 0 as {', '.join(ENCODER_SIZES)}", sizes)
@@ -455,27 +431,24 @@ def encoder_sizes(tensors, saved, source, num_heads=None):
 
 
 def grid_side(positions, source):
-    """n of positions (1, 1 + n*n, D), the class token's first.
-
-    Raises InputError, naming `source`, for other layouts: none for the class token, one for a
-    distillation token, a grid that is not square.
-    """
+    """The side n of the patch grid of positions (1, 1 + n*n, D), the class token's first.
+    Raises InputError, naming `source`, for every other layout."""
     length = positions.shape[1] if positions.ndim == 3 else 0
     side = math.isqrt(max(0, length - 1))
     if side < 1 or length != 1 + side * side:
-        raise InputError(f"{source}: pos_embed", "positions (1, 1 + n*n, width), the class token's "
-                         "and those of a square grid (put zeros first where the class token has "
-                         "none)", tuple(positions.shape))
+        expected = ("positions (1, 1 + n*n, width), the class token's and those of a square grid "
+                    "(put zeros first where the class token has none)")
+        raise InputError(f"{source}: pos_embed", expected, tuple(positions.shape))
     return side
 
 
 def load_encoder(model, tensors, source):
-    """Loads a ViT's or MRM's tensors into `model` (ViT or MRM) as far as they fit, and reports it.
+    """Loads the tensors that fit into `model` (ViT or MRM), and prints how many did.
 
-    A patch embedding of three channels becomes one of one channel by summing over the channels,
-    which is exact for grey repeated three times. `pos_embed` is resized where the grid differs.
-    Raises InputError, naming `source` and the tensor, for an encoder of another width, depth or
-    patch size, for one that computes with more tensors, and for numbers that are not finite.
+    A patch embedding of three channels is summed to one, which is exact for grey repeated three
+    times. `pos_embed` is resized where the grid differs. Raises InputError, naming `source` and the
+    tensor, for an encoder of another width, depth or patch size, for one that computes with more
+    tensors, and for numbers that are not finite.
     """
     own, tensors = model.state_dict(), dict(tensors)
     for name in own.keys() & tensors.keys():
@@ -490,16 +463,14 @@ def load_encoder(model, tensors, source):
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors and name in own and tensors[name].shape[-1] == own[name].shape[2]:
             tensors[name] = resize_positions(tensors[name], own[name].shape[1], source)
-    for name in own:
-        if name.split(".")[0] not in ENCODER_PARTS or "lora_" in name:
-            continue
-        if name not in tensors or tensors[name].shape != own[name].shape:
-            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
-            raise InputError(f"{source}: the encoder does not fit: {name} is "
-                             f"{tuple(own[name].shape)} in the model, the file has {found}")
-    fits = {name: tensor for name, tensor in tensors.items()
-            if name in own and tensor.shape == own[name].shape}
+    fits = {name: tensors[name] for name in own
+            if name in tensors and tensors[name].shape == own[name].shape}
     new, left = own.keys() - fits.keys(), tensors.keys() - fits.keys()
+    for name in sorted(new):
+        if name.split(".")[0] in ENCODER_PARTS and "lora_" not in name:
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise InputError(f"{source}: the encoder does not fit: {name} is "
+                             f"{tuple(own[name].shape)} in the model and {found} in the file")
     for name in sorted(left):
         if name.split(".")[0] in ENCODER_PARTS or FOREIGN.match(name):
             depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
@@ -518,7 +489,7 @@ def list_parts(names):
 
 
 def resize_positions(positions, length, source):
-    """(1, 1 + n*n, D) -> (1, length, D) with length = 1 + m*m, bicubic; the class token's stays."""
+    """(1, 1 + n*n, D) -> (1, length = 1 + m*m, D), bicubic; the class token's stays as it is."""
     n, m = grid_side(positions, source), math.isqrt(length - 1)
     if n == m:
         return positions
@@ -534,7 +505,7 @@ MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR's pixels in [0, 1], from the official
 # Below this width a CPU trains faster in float32 than in bfloat16 (Zen 4: at width 128 1.4 times
 # faster, at 256 the same, at 768 1.7 times slower)
 NARROW = 256
-SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # by which an edit is noticed
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # changes when this file does
 
 BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768,
             decoder_depth=4, decoder_heads=6, report_dim=384, report_depth=6, report_heads=6,
@@ -554,7 +525,7 @@ PRESETS = {  # the values of the options that the user does not type
     "small": PAPER | dict(vocab_size=8000),
     "base": PAPER | dict(vocab_size=30000),
 }
-RECORDS = dict(data="demo", root="", exclude="", holdout=64)  # which records, unless typed
+RECORDS = dict(data="demo", root="", exclude="", holdout=64)  # the records of a new run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -572,8 +543,7 @@ class MRMConfig(RunConfig):
     report_only: bool = option(False, "ablation: restore reports only")
     mask_ratio: float = option(None, "share of image patches hidden", within="(0, 1)")
     word_ratio: float = option(None, "share of report words hidden", within="(0, 1]")
-    vocab_size: int = option(None, "tokens of the vocabulary that is learned from the reports",
-                             within="[259, inf)")
+    vocab_size: int = option(None, "tokens of the reports' vocabulary", within="[259, inf)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     mean: float = option(None, "mean of the pixels in [0, 1] (tiny: each image's own)",
                          within="(-inf, inf)")
@@ -590,12 +560,10 @@ class MRMConfig(RunConfig):
 
 def fill_options(config, world):
     """The configuration that runs: `config` with the preset's values and the peak learning rate.
-
-    Raises InputError for options that contradict each other.
-    """
+    Raises InputError for options that contradict each other."""
     preset = PRESETS[config.preset]
-    config = data.fill(config, RECORDS | {"out": "runs/mrm"} | preset
-                       | pixel_statistics(config, **preset))
+    pixels = pixel_statistics(config, preset["mean"], preset["std"])
+    config = data.fill(config, RECORDS | {"out": "runs/mrm"} | preset | pixels)
     if config.lr is None:  # the linear scaling rule (Goyal et al., 2017)
         effective = config.batch_size * config.accumulate * world
         config = dataclasses.replace(config, lr=config.base_lr * effective / 256)
@@ -611,11 +579,9 @@ def fill_options(config, world):
     return config
 
 
-def pixel_statistics(config, mean, std, **others):
-    """{"mean", "std"} for `data.fill`, None for each image's own.
-
-    Whoever types one of the two gets MIMIC-CXR's for the other instead of each image's own.
-    """
+def pixel_statistics(config, mean, std):
+    """{"mean", "std"} for `data.fill`, None for each image's own. Where the user types only one of
+    the two, the other is MIMIC-CXR's instead of each image's own."""
     if mean is None and (config.mean is not None or config.std is not None):
         mean, std = MEAN, STD
     return {"mean": mean, "std": std}
@@ -624,15 +590,15 @@ def pixel_statistics(config, mean, std, **others):
 def last_state(config, steps, **facts):
     """What OUT/last.pt holds, to go on from with --resume; None for a new run.
 
-    `facts` are what the run is made of beside its options, as `steps` and they were saved. More
-    steps than the run was planned for are allowed. Raises InputError where anything else differs.
+    `facts` name what must be as it was beside the options, such as the records. A run may go on to
+    more steps than it was planned for. Raises InputError where anything else differs.
     """
     if not config.resume:
         return None
     path = Path(config.out) / "last.pt"
     saved = data.load_checkpoint(path)
-    same = {"steps": config.steps, "epochs": config.epochs}
-    data.check_same(saved.get("config", {}) | same, config, path)
+    length = {"steps": config.steps, "epochs": config.epochs}  # compared below
+    data.check_same(saved.get("config", {}) | length, config, path)
     for name, value in facts.items():
         if saved.get(name) != value:
             raise InputError(path, f"a run with the same {name.replace('_', ' ')} as now",
@@ -651,9 +617,10 @@ def last_state(config, steps, **facts):
 
 
 def read_records(config):
-    """The records of `config.root`/training.csv less the excluded: (image paths, reports).
+    """The records of `config.root`/training.csv without the excluded: (image paths, reports).
 
-    With --image-only the reports are empty, and the file needs no column of them.
+    With --image-only the reports are empty, and the file needs no column of them. Raises InputError
+    for records that cannot be used, and for too few.
     """
     root = data.demo_root(config.root) if config.data == "demo" else Path(config.root)
     listed = root / "training.csv"
@@ -669,17 +636,16 @@ def read_records(config):
     if config.exclude:
         keep = data.not_excluded(paths, config.exclude, root)
         paths, reports = [paths[i] for i in keep], [reports[i] for i in keep]
-        print(f"{len(keep)} records are left after excluding the images and patients of "
-              f"{config.exclude}")
+        print(f"{config.exclude}: {len(keep)} records are left without its images and patients")
     if len(paths) < 2 * config.holdout:
-        raise InputError(listed, f"at least {2 * config.holdout} records for "
-                         f"--holdout {config.holdout}", len(paths))
+        raise InputError(listed, f"at least {2 * config.holdout} records for --holdout "
+                         f"{config.holdout}", len(paths))
     return paths, reports
 
 
 @dataclasses.dataclass
 class Records:
-    """What pretraining reads."""
+    """The images and encoded reports of a pretraining run."""
 
     images: data.ImageSet  # of the training records
     heldout: torch.Tensor  # images of the held-out records, normalised, on the device
@@ -697,10 +663,8 @@ class Records:
 
 
 def load_records(config, paths, reports, device):
-    """Decodes images into memory where they fit, learns the tokenizer and encodes the reports.
-
-    A resumed run reads the tokenizer that it wrote when it began.
-    """
+    """Decodes images into memory where they fit, learns the tokenizer (a resumed run reads its own)
+    and encodes the reports. Returns `Records`."""
     sizes, count = MODELS[config.preset], len(paths) - config.holdout
     tokenizer = tokens = words = None
     if not config.image_only:
@@ -719,17 +683,15 @@ def load_records(config, paths, reports, device):
 
 
 def augment(images, generator, side, min_crop, flip=False):
-    """Random crops (B, C, side, side) of at least the share `min_crop` of each image, half of them
-    mirrored with `flip`. No local function, because worker processes must find it by its name."""
+    """Random crops (B, C, side, side) of at least the share `min_crop` of each image; `flip`
+    mirrors half of them. It is no local function, because worker processes find it by its name."""
     images = data.random_resized_crop(images, side, (min_crop, 1.0), generator=generator)
     return data.random_flip(images, generator) if flip else images
 
 
 def mask_report(tokenizer, tokens, words, ratio, generator=None):
     """Draws the hidden words of a batch and cuts it to its longest report.
-
-    Returns [tokens, inputs, hidden, padding], as `MRM.forward` takes them.
-    """
+    Returns [tokens, inputs, hidden, padding], as `MRM.forward` takes them."""
     length = int((words >= 0).sum(1).max())
     tokens, words = tokens[:, :length], words[:, :length]
     inputs, hidden = data.hide_words(tokenizer, tokens, words, ratio, generator)
@@ -737,8 +699,8 @@ def mask_report(tokenizer, tokens, words, ratio, generator=None):
 
 
 def decays(name, parameter):
-    """Whether weight decay acts on a parameter: on the weights of linear maps and embeddings, but
-    not on biases, norms, the tokens that stand alone, or positions (MAE's fine-tuning)."""
+    """Whether weight decay acts on a parameter: it does on weights of linear maps and embeddings,
+    and not on biases, norms, positions, the class or mask token (MAE's fine-tuning)."""
     return parameter.ndim > 1 and name not in ("cls_token", "mask_token", "pos_embed")
 
 
@@ -762,7 +724,7 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
 
 
 def autocast_for(config, model, device):
-    """`data.autocast` for a ViT: on a CPU --dtype auto takes bfloat16 for wide models alone."""
+    """`data.autocast` for a ViT: on a CPU, --dtype auto takes bfloat16 for wide models alone."""
     return data.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
 
 
@@ -796,11 +758,11 @@ def pretrain(config):
     effective = config.batch_size * config.accumulate * world
     steps = data.number_of_steps(config, len(paths) - config.holdout, effective)
     facts = {"records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
-             "number_of_processes": world}
+             "number_of_processes": world}  # a resumed run must have the same
     saved = last_state(config, steps, **facts)
     records = load_records(config, paths, reports, device)
-    arguments = dict(MODELS[config.preset])
-    arguments["vocab_size"] = 0 if config.image_only else records.tokenizer.n_vocab
+    vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
+    arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
     data.seed(config.seed)
     model = MRM(**arguments).to(device)
     if config.weights and not saved:
@@ -836,7 +798,7 @@ def train(config, model, optimizer, records, steps, saved, facts, log, world):
     seed_rank(config.seed, log.rank)
     if saved:
         model.load_state_dict(saved["model"])
-        step, history = go_on(saved, optimizer, log)
+        step, history = restore_state(saved, optimizer, log)
     batches = data.Timed(data.train_batches(
         records.images, config.batch_size, step * config.accumulate, steps * config.accumulate,
         config.seed, log.rank, world, config.workers), device, world)
@@ -884,21 +846,23 @@ def train(config, model, optimizer, records, steps, saved, facts, log, world):
 
 
 # --------------------------------------------------------------------------------------------------
-# What the loops of pretraining and fine-tuning share
+# What pretraining and fine-tuning share
 
 
 def seed_rank(seed, rank):
-    """Gives the processes behind the first random numbers of their own, for masks and dropout."""
+    """Gives every process but the first its own random numbers, for masks and dropout."""
     if rank:
         data.seed(data.seeded(seed, rank).initial_seed() % 2**32)
 
 
 def check_finite(step, paths, rows, **values):
-    """Raises InputError, with the step and the images `rows` of the batch, for a value that is not
-    finite. This comes before the update, so that the weights and the last checkpoint stay good."""
+    """Raises InputError, with the step and the images of the batch (`rows` of `paths`), for a value
+    that is not finite. It runs before the update, so that weights and checkpoint stay good."""
     for name, value in values.items():
         if not torch.isfinite(value).all():
-            files = ", ".join(str(paths[row]) for row in rows[:8]) + ", ..." * (len(rows) > 8)
+            files = ", ".join(str(paths[row]) for row in rows[:8])
+            if len(rows) > 8:
+                files += ", ..."
             name = name.replace("_", " ")
             raise InputError(f"step {step}: the {name} is not finite; lower --lr, use --dtype fp32 "
                              f"or look at the images of the batch: {files}")
@@ -915,8 +879,8 @@ def average(values, world):
 def save_state(log, model, optimizer, config, world, state):
     """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need.
 
-    Every process calls it, since each has random numbers of its own. Raises InputError where the
-    weights are not finite, which leaves the checkpoint before it.
+    Every process calls it, because each adds its own random state. Raises InputError where weights
+    are not finite, and then keeps the older checkpoint.
     """
     random = [data.random_state()] * world
     if world > 1:
@@ -931,11 +895,11 @@ def save_state(log, model, optimizer, config, world, state):
             "random": random})
 
 
-def go_on(saved, optimizer, log):
-    """Puts back what a resumed run has besides its weights. Returns (step, history)."""
+def restore_state(saved, optimizer, log):
+    """Puts back optimiser, random state and log of a resumed run. Returns (step, history)."""
     optimizer.load_state_dict(saved["optimizer"])
     data.set_random_state(saved["random"][log.rank])
-    if log.rank == 0:  # lines of steps that a killed run made and did not save are made again
+    if log.rank == 0:  # drops the lines of steps after the checkpoint, which are run again
         steps = {line["step"] for line in saved["history"]}
         lines = [line for line in data.read_text(log.out / "log.jsonl").splitlines(True)
                  if line.endswith("}\n") and json.loads(line)["step"] in steps]
@@ -950,14 +914,14 @@ def show(config, result, history):
     curves = {name: (steps, [line[name] for line in history]) for name in names}
     out = Path(config.out)
     data.save_plot(out / "curves.png", curves, "MRM pretraining", "step", "loss")
-    print(f"held-out losses: image {result['heldout_image_loss']:.3f}, "
-          f"report {result['heldout_report_loss']:.3f}; {result['images_per_second']:.0f} "
-          f"images/s, {100 * result['share_waiting_for_data']:.0f} % of the time waiting for data; "
+    print(f"held-out losses: image {result['heldout_image_loss']:.3f}, report "
+          f"{result['heldout_report_loss']:.3f}; {result['images_per_second']:.0f} images/s, "
+          f"{100 * result['share_waiting_for_data']:.0f} % of the time waiting for data; "
           f"{out / 'last.pt'}")
 
 
 # --------------------------------------------------------------------------------------------------
-# Looking at it
+# Pictures of what a model restores
 
 
 @torch.no_grad()
@@ -971,9 +935,8 @@ def reconstruct(config, count=6):
     folder = run if run.is_dir() else run.parent
     tensors, saved = read_weights(run)
     if "arguments" not in saved or "decoder_pred.weight" not in tensors:
-        raise InputError(f"{run}: expected an MRM checkpoint of this script, found one without the "
-                         "decoders")
-    ran = saved.get("config", {})  # the run knows its records
+        raise InputError(run, "an MRM checkpoint of this script", "one without the decoders")
+    ran = saved.get("config", {})  # the options of that run say which records it held out
     config = data.fill(config, {name: ran.get(name, RECORDS[name]) for name in RECORDS} | {
         "out": str(folder), "mask_ratio": saved["mask_ratio"], "word_ratio": saved["word_ratio"],
         **pixel_statistics(config, saved["mean"], saved["std"])})
@@ -997,23 +960,23 @@ def reconstruct(config, count=6):
         tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
         masked = mask_report(tokenizer, tokens, words, config.word_ratio)
         tokens, inputs, hidden, padding = masked
-        parts = [part.to(device) for part in (inputs, hidden, padding)]
+        logits = model.report_decoder(latent[:, 1:], inputs.to(device), hidden.to(device),
+                                      padding.to(device))
         guesses = tokens.clone()
-        guesses[hidden] = model.report_decoder(latent[:, 1:], *parts).argmax(-1).cpu()
+        guesses[hidden] = logits.argmax(-1).cpu()
         right = (guesses == tokens)[hidden].float().mean().item()
         print(f"{100 * right:.1f} % of the hidden tokens are guessed right")
         captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, padding)]
     out = Path(config.out) / "reconstruction.png"
-    titles = ["original", "masked input", "restored"]
-    data.save_grid(out, pictures, titles, captions, scale=2)
+    data.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
     print(out)
 
 
 def restored_pictures(model, images, config):
     """Rows (original, masked input, restored) of images (B, C, H, W) in [0, 1], and the latent.
 
-    Restored are the hidden patches as predicted and the visible ones as they are. A prediction is
-    standardised, so that it gets the mean and the deviation of its true patch.
+    A restored image shows predictions at its hidden patches. The model predicts standardised
+    patches, so that each prediction takes the mean and deviation of its true patch here.
     """
     grey_mean, grey_std = data.statistics(images, config.mean, config.std)
     images = data.normalize(images, config.mean, config.std)
@@ -1031,20 +994,16 @@ def restored_pictures(model, images, config):
 
 def caption(tokenizer, tokens, guesses, hidden, padding):
     """A report in one line, its hidden words as [truth > guess], or [truth] if guessed right."""
-    text, start, length = "", 0, int((~padding).sum())
-    while start < length:
-        end = start
-        while end < length and hidden[end] == hidden[start]:
-            end += 1
-        truth = tokenizer.decode(tokens[start:end].tolist())
-        guess = tokenizer.decode(guesses[start:end].tolist())
-        if not hidden[start]:
+    text, length = "", int((~padding).sum())
+    for is_hidden, places in itertools.groupby(range(length), lambda place: bool(hidden[place])):
+        places = list(places)
+        truth, guess = (tokenizer.decode(ids[places].tolist()) for ids in (tokens, guesses))
+        if not is_hidden:
             text += truth
         elif truth == guess:
             text += f" [{truth.strip()}]"
         else:
             text += f" [{truth.strip()} > {guess.strip()}]"
-        start = end
     return text.strip()
 
 
