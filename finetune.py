@@ -479,6 +479,17 @@ def trained_tensors(model):
             if parameter.requires_grad}
 
 
+def set_rates(optimizer, config, step, steps):
+    """Gives each group its learning rate of `step`.
+
+    The rate rises slowly at first: large steps for a head that knows nothing yet would spoil the
+    pretrained blocks.
+    """
+    lr = mrm.cosine_lr(step, steps, round(config.warmup * steps), config.lr, floor=1e-6)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_scale"] * lr
+
+
 def train(config, model, parts, steps, saved, facts, log, device, world):
     """The training loop. Returns (best, history): the AUROC, step and trained tensors of the state
     that was best on the validation list, and a dict for each evaluation of that list."""
@@ -507,11 +518,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
     with data.Saving(save, world) as saving:
         for step in tqdm(range(step, steps), initial=step, total=steps, desc=config.method,
                          disable=log.rank > 0):
-            # The rate rises slowly at first: large steps for a head that knows nothing yet would
-            # spoil the pretrained blocks
-            lr = mrm.cosine_lr(step, steps, round(config.warmup * steps), config.lr, floor=1e-6)
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr_scale"] * lr
+            set_rates(optimizer, config, step, steps)
             loss_of_step, seen = torch.zeros((), device=device), []
             for _ in range(config.accumulate):
                 images, rows = next(batches)
