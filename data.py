@@ -91,9 +91,7 @@ class RunConfig:
 
 def parse_config(config_class, argv=None, description=None):
     """Reads the command line of a dataclass: `--name value` for a field, `--[no-]name` for a bool.
-
-    Returns an instance. Raises InputError for a number out of its range.
-    """
+    Returns an instance. Raises InputError for a number out of its range."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = {field.name for field in dataclasses.fields(RunConfig)}
@@ -131,9 +129,7 @@ def check_ranges(config):
 
 def fill(config, preset):
     """`config` with every option that is None taken from the dict `preset`, and checked.
-
-    Steps and epochs say the same thing: whoever types one of them gets neither from the preset.
-    """
+    Steps and epochs say the same thing: whoever types one of them gets neither from the preset."""
     values = {name: value for name, value in preset.items() if getattr(config, name) is None}
     if config.steps is not None or config.epochs is not None:
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
@@ -175,9 +171,7 @@ def run_script(main):
 
 def join(config):
     """Picks the device and joins the process group under torchrun. Returns (device, rank, world).
-
-    Raises InputError for a device that is not there.
-    """
+    Raises InputError for a device that is not there."""
     if not config.kernels:
         os.environ["MEDVISION_NO_KERNELS"] = "1"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -216,9 +210,7 @@ def autocast(config, device, narrow=False):
 
 def multiplies_bf16(device_type):
     """Whether bfloat16 is faster than float32 on cuda, cpu or mps.
-
-    A CPU without AVX512-BF16 or AMX takes hundreds of times as long.
-    """
+    A CPU without AVX512-BF16 or AMX takes hundreds of times as long."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     if device_type == "cpu":
@@ -232,10 +224,8 @@ def multiplies_bf16(device_type):
 
 def atomic_write(path, write):
     """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it.
-
-    A reader sees the old file or the new one, never half of one. Raises InputError where the
-    folder cannot be written or the disk is full.
-    """
+    A reader sees the old file or the new one, never half of one. Raises InputError where the folder
+    cannot be written or the disk is full."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -263,10 +253,8 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """Reads a checkpoint onto the CPU: tensors and plain values, no pickled code.
-
     The one class allowed is argparse.Namespace, which holds the options in old checkpoints. Raises
-    InputError for a missing or unreadable file and for one that is no dict.
-    """
+    InputError for a missing or unreadable file and for one that is no dict."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -342,10 +330,8 @@ RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken"
 
 class RunLog:
     """The folder `out` of a run: config.json at the start, log.jsonl, result.json, by rank 0 alone.
-
     Made once nothing can be refused any more, since it removes the files of an earlier run there,
-    unless `resume`. `start` is the time that seconds count from (default: now).
-    """
+    unless `resume`. `start` is the time that seconds count from (default: now)."""
 
     def __init__(self, out, config, rank=0, resume=False, start=None):
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
@@ -456,10 +442,8 @@ def peak_memory_mib(device):
 
 def run_cells(folder, configs, run):
     """Runs each of {name: configuration} in a folder of its own, `folder`/name, for a comparison.
-
     Yields (name, content of result.json). A finished run is read instead, and one that was stopped
-    goes on. Raises InputError where the folder holds a run with other options.
-    """
+    goes on. Raises InputError where the folder holds a run with other options."""
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
@@ -816,9 +800,7 @@ def pixel_hash(path):
 
 def readable(paths):
     """The indices of the images that can be read, for --skip-bad: each is decoded once here.
-
-    Says on stderr how many are left out. Raises InputError where none is left.
-    """
+    Says on stderr how many are left out. Raises InputError where none is left."""
     wrong = [reason for _, reason in over_images(pixel_hash, paths)]
     keep = [i for i, reason in enumerate(wrong) if not reason]
     first = next(filter(None, wrong), "")
@@ -832,10 +814,8 @@ def readable(paths):
 
 def list_images(folder):
     """Every image below a folder, sorted paths. Linked folders are followed, each folder once.
-
     A file without a known ending is an image where its first bytes say so; the number of other
-    files is said on stderr. Raises InputError where no image is found.
-    """
+    files is said on stderr. Raises InputError where no image is found."""
     def stop(error):
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
 
@@ -969,10 +949,8 @@ def read_list(path, num_labels=None, skip_bad=False):
 
 
 def split_files(data, root, split="", ratio=100):
-    """The list files of a layout: {"train": path, "val": path, "test": path}.
-
-    Raises InputError, saying what there is, where --data, --root, --split and --ratio do not fit.
-    """
+    """The list files of a layout: {"train": path, "val": path, "test": path}. Raises InputError,
+    saying what there is, where --data, --root, --split and --ratio do not fit."""
     layout, root = DATASETS[data], Path(root or ".")
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder")
@@ -1015,10 +993,8 @@ def class_names(data, root, split, count):
 
 def locate(data, root, names, allow_outside=False):
     """The path of each image, named relative to the layout's image folder or to the root.
-
-    The ending may be left out, or its case may differ. None stands for a name that is not there,
-    "" for one that leads out of the root, unless `allow_outside`.
-    """
+    The ending may be left out, or its case may differ. None stands for a name that is not there, ""
+    for one that leads out of the root, unless `allow_outside`."""
     root = str(root or ".")
     folders = dict.fromkeys([os.path.join(root, DATASETS[data]["images"]), os.path.join(root, "")])
     inside = os.path.join(os.path.abspath(root), "")
@@ -1071,10 +1047,8 @@ def find_images(data, root, names, source, allow_outside=False):
 
 def read_csv(path, columns):
     """The rows of a CSV as (line, value of each of `columns`); names in the header are stripped.
-
     Raises InputError with the line at which the row begins, also where a field holds further rows:
-    a quote that is not closed takes in everything up to the next one.
-    """
+    a quote that is not closed takes in everything up to the next one."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
     try:
@@ -1103,9 +1077,7 @@ def read_csv(path, columns):
 
 def read_reports(path, root, allow_outside=False):
     """The records of a training.csv (image_path, report_content): (image paths, reports).
-
-    Raises InputError, with the line, for missing columns, images or reports, and for no record.
-    """
+    Raises InputError, with the line, for missing columns, images or reports, and for no record."""
     names, reports = [], []
     for line, name, report in read_csv(path, ("image_path", "report_content")):
         if not name or not report:
@@ -1128,10 +1100,8 @@ def image_keys(root, names):
 
 def patient_ids(root, names):
     """The patient of each name, None where unknown.
-
     They come from patients.csv or records.csv (columns image_path, patient_id) at the root, else
-    from names as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them.
-    """
+    from names as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them."""
     tables = [Path(root) / name for name in ("patients.csv", "records.csv")]
     table = next((path for path in tables if path.exists()), None)
     rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
@@ -1147,9 +1117,7 @@ def patient_ids(root, names):
 
 def not_excluded(paths, exclude, root):
     """Indices of the paths that are neither in the list file `exclude` nor of a patient who is.
-
-    Says on stderr how many of its names are of no image and no patient among the paths.
-    """
+    Says on stderr how many of its names are of no image and no patient among the paths."""
     listed = image_keys(root, [split_line(line)[0] for _, line in read_lines(exclude)])
     theirs, ours = patient_ids(root, listed), patient_ids(root, paths)
     keys = image_keys(root, paths)
@@ -1344,8 +1312,8 @@ def normalize(images, mean=None, std=None):
 
 
 def resize(images, size):
-    """Resizes images (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to `size`: (h, w), or an int
-    for the shorter side. Antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's."""
+    """Resizes images (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or to an int for
+    the shorter side. Antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's."""
     if isinstance(size, int):
         size = [round(side * size / min(images.shape[-2:])) for side in images.shape[-2:]]
     batch = images if images.ndim == 4 else images[None]
@@ -1466,10 +1434,8 @@ def load_batches(dataset, keys, workers):
 
 def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0):
     """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B in each process.
-
     All steps together walk along one endless row of epochs, each a permutation seeded by (seed,
-    epoch); a step takes the next world * batch_size. So its number alone fixes what it holds.
-    """
+    epoch); a step takes the next world * batch_size. So its number alone fixes what it holds."""
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
         return torch.randperm(len(dataset), generator=seeded(seed, epoch)).tolist()
@@ -1632,7 +1598,7 @@ class RandomTransform:
 
 
 def move(image, p):
-    """image (C, H, W), read at the positions p (2, H, W); background (-1) comes in from outside."""
+    """image (C, H, W) read at the positions p (2, H, W); background (-1) comes in from outside."""
     # `warp` repeats the border, which a rim of background makes the background: 0 after the + 1.
     flow = F.pad((p - pixel_grid(p.shape[1:]))[None], (1, 1, 1, 1))
     return warp(F.pad(image + 1, (1, 1, 1, 1))[None], flow)[0, :, 1:-1, 1:-1] - 1
@@ -1715,10 +1681,8 @@ class Pairs(torch.utils.data.Dataset):
 
     def batches(self, batch, epochs=1, shuffle=False, seed=0, start=0, rank=0, world=1, workers=0):
         """Batches from the `start`-th on, the same ones whatever `start` and `workers`.
-
-        In training (`shuffle`) every process gets equally many: the first items come again to fill up.
-        Otherwise each item comes once. The last batch of an epoch may be smaller.
-        """
+        In training (`shuffle`) every process gets equally many: the first items come again at the
+        end. Otherwise each item comes once. The last batch of an epoch may be smaller."""
         keys = []
         for epoch in range(epochs):
             order = np.arange(len(self))
@@ -1745,11 +1709,8 @@ def parse_rescale(text):
 
 def fit_square(image, size):
     """Scales the longer side of (C, H, W) to `size`, antialiased, and pads to a square with
-    background; 0 leaves the image as it is.
-
-    A pixel that saw nothing but background (-1) is exactly -1, so `image != -1` is the foreground
-    at every size.
-    """
+    background; 0 leaves the image as it is. A pixel that saw nothing but background (-1) is exactly
+    -1, so `image != -1` is the foreground at every size."""
     if not size or tuple(image.shape[1:]) == (size, size):
         return image
     H, W = (max(1, round(n * size / max(image.shape[1:]))) for n in image.shape[1:])
@@ -1772,10 +1733,8 @@ class AuditConfig:
 
 def audit(config):
     """Prints images, patients and positives of every list, then what is wrong: a patient or the
-    same pixels in two parts, files that are missing or unreadable, bad lines.
-
-    Returns 1 where anything is wrong, else 0. Raises InputError where there are no lists.
-    """
+    same pixels in two parts, files that are missing or unreadable, bad lines. Returns 1 where
+    anything is wrong, else 0. Raises InputError where there are no lists."""
     if not config.root:
         raise InputError("audit", "--root DIR", "none")
     root = Path(config.root)
