@@ -48,10 +48,8 @@ from kernels import warp
 
 
 class InputError(Exception):
-    """Something the user gave is wrong. The message is one line that a user can act on.
-
-    InputError(message), or InputError(where, expected, found) for "where: expected ..., found ...".
-    """
+    """Something the user gave is wrong; the message is one line that a user can act on. Either
+    InputError(message), or InputError(where, expected, found): "where: expected ..., found ..."."""
 
     def __init__(self, where, expected=None, found=None):
         if expected is not None:
@@ -62,10 +60,8 @@ class InputError(Exception):
 
 def option(default, help, **metadata):
     """A dataclass field with its help text. A default of None means the preset's (see `fill`).
-
     metadata: argparse's `choices`; `within`, the interval that the value lies in, as "[0, 1)";
-    `free=True` for an option that may change between a run and its resumption.
-    """
+    `free=True` for an option that may change between a run and its resumption."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -176,9 +172,11 @@ def join(config):
         os.environ["MEDVISION_NO_KERNELS"] = "1"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
-    name = there[0] if config.device == "auto" else config.device
-    if name not in there:
+    there = {"cuda": cuda, "mps": mps, "cpu": True}
+    name = config.device
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there.get(name):
         raise InputError("--device", "auto, cuda, mps or cpu with that hardware present", name)
     device = torch.device(name)
     if name == "cuda":
@@ -198,10 +196,8 @@ def seed(number):
 
 def autocast(config, device, narrow=False):
     """A function that makes the context of a forward pass: bfloat16 autocast, or none.
-
     `narrow`: the model's layers are so narrow that on a CPU the conversions to bfloat16 cost more
-    than its faster products save; --dtype auto then stays in float32 there.
-    """
+    than its faster products save; --dtype auto then stays in float32 there."""
     wanted = config.dtype == "bf16"
     if config.dtype == "auto":
         wanted = multiplies_bf16(device.type) and not (narrow and device.type == "cpu")
@@ -219,7 +215,7 @@ def multiplies_bf16(device_type):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints
+# The folder of a run: checkpoints, log, results
 
 
 def atomic_write(path, write):
@@ -295,12 +291,8 @@ def set_random_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# --------------------------------------------------------------------------------------------------
-# The folder of a run
-
-
 def check_writable(out):
-    """Raises InputError where the folder `out` cannot be written, without making it."""
+    """Raises InputError where the folder `out` cannot be written, and does not make it."""
     try:
         parents = (Path(out), *Path(out).absolute().parents)
         tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
@@ -463,10 +455,8 @@ def run_cells(folder, configs, run):
 
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
-
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
-    titles: one a column; captions: one a row, wrapped below it.
-    """
+    titles: one a column; captions: one a row, wrapped below it."""
     def picture(image):
         pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
         pixels = pixels.expand(3, *pixels.shape[-2:]).permute(1, 2, 0).contiguous()  # (H, W, 3)
@@ -500,9 +490,7 @@ COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
     """Writes a PNG of line plots {name: (xs, ys)}. Points that are None or not finite are left out.
-
-    diagonal: both axes run from 0 to 1 and the line of chance is drawn, as for an ROC.
-    """
+    diagonal: both axes run from 0 to 1 and the line of chance is drawn, as for an ROC."""
     curves = {name: np.array(points, dtype=float) for name, points in curves.items()}  # (2, n)
     curves = {name: points[:, np.isfinite(points).all(0)] for name, points in curves.items()}
     every = np.concatenate([*curves.values(), np.zeros((2, 0))], axis=1)
@@ -644,11 +632,9 @@ def read_picture(file, short_side, grey):
 
 def read_dicom(file):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
-
     They pass through the palette, or the modality LUT and then the VOI LUT or window. The minimum
     becomes 0 and the maximum 1; padding does not count and becomes black; MONOCHROME1 is inverted.
-    Blank rescaling and windows without a width or centre are left out.
-    """
+    Blank rescaling and windows without a width or centre are left out."""
     try:
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
@@ -765,17 +751,13 @@ def common_scale(paths):
 
 def over_images(function, paths):
     """[function(path) for path in paths] with a progress bar, many paths in a process per core.
-
-    `function` can be pickled. Threads would fight for Python's lock and take twice the time of
-    none.
-    """
+    `function` can be pickled. (Threads fight for Python's lock and take twice the time of none.)"""
     bar = functools.partial(tqdm, desc="reading images", total=len(paths), leave=False, delay=1)
-    processes = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        processes = len(os.sched_getaffinity(0))
+    linux = sys.platform == "linux"
+    processes = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     if processes == 1 or len(paths) < 200:
         return list(bar(map(function, paths)))
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    context = multiprocessing.get_context("fork" if linux else None)
     try:
         with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
             return list(bar(pool.map(function, paths, chunksize=16)))
@@ -914,11 +896,9 @@ def split_line(line):
 
 def read_list(path, num_labels=None, skip_bad=False):
     """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)).
-
     k is `num_labels`, or what most of the first lines have: 0 in a list of names only. Raises
     InputError for an empty list and, with the line, for another number of labels, a label that is
-    not 0 or 1 and a name listed twice; `skip_bad` leaves such lines out and says so on stderr.
-    """
+    not 0 or 1 and a name listed twice; `skip_bad` leaves such lines out and says so on stderr."""
     lines = read_lines(path)
     if not lines:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
@@ -930,8 +910,9 @@ def read_list(path, num_labels=None, skip_bad=False):
         name, labels = split_line(line)
         row = " ".join(labels)
         if len(labels) != k or not set(labels) <= {"0", "1"}:
-            bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after "
-                       f"{name!r}, found {row or 'none'}")
+            expected = "1 label" if k == 1 else f"{k} labels"
+            bad.append(f"line {number}: expected {expected}, each 0 or 1, after {name!r}, found "
+                       f"{row or 'none'}")
         elif name in first_line:
             bad.append(f"line {number}: {name!r} is listed before, in line {first_line[name]}")
         else:
@@ -968,7 +949,7 @@ def split_files(data, root, split="", ratio=100):
     files = {part: root / name.format(split=split) for part, name in names.items()}
     for path in files.values():
         if not path.is_file():
-            there = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())[:12]
+            there = sorted(os.listdir(root))[:12]
             raise InputError(f"{path}: no such list, which --data {data} --ratio {ratio} needs; "
                              f"{root} holds {', '.join(there) or 'nothing'}")
     return files
@@ -1178,11 +1159,9 @@ def make_encoding(merges):
 
 def train_tokenizer(reports, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens.
-
     Merges the most frequent pair of neighbours within words, ties to the smaller ids, until the
     vocabulary, special tokens included, is full or no pair occurs twice. Returns a
-    tiktoken.Encoding. Raises InputError for a vocabulary below the bytes and special tokens.
-    """
+    tiktoken.Encoding. Raises InputError for a vocabulary below the bytes and special tokens."""
     if vocab_size < 256 + len(SPECIAL):
         raise InputError("vocabulary size", f"at least {256 + len(SPECIAL)}, the bytes and "
                          f"{', '.join(SPECIAL)}", vocab_size)
@@ -1256,10 +1235,8 @@ def load_tokenizer(path):
 
 def encode_reports(enc, reports, length):
     """Encodes reports, cut to `length` tokens: (tokens (n, L), words (n, L)), both int64.
-
-    words[i, j] is the number, from 0, of the word of report i that holds token j. Behind the end
-    of a report tokens are <pad> and words -1.
-    """
+    words[i, j] is the number, from 0, of the word of report i that holds token j. Behind the end of
+    a report tokens are <pad> and words -1."""
     tokens = torch.full((len(reports), length), enc.encode_single_token("<pad>"))
     words = torch.full((len(reports), length), -1)
     pieces = functools.cache(enc.encode_ordinary)
@@ -1272,10 +1249,8 @@ def encode_reports(enc, reports, length):
 
 def hide_words(enc, tokens, words, ratio, generator=None):
     """Hides round(ratio * words) of each report's words, at least one, with all their tokens.
-
     tokens, words: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask> where
-    hidden (B, L) is True.
-    """
+    hidden (B, L) is True."""
     count = words.max(1).values + 1  # (B,)
     share = (ratio * count.double()).round().long().clamp(min=1).minimum(count)
     order = torch.rand(len(words), max(1, int(count.max())), generator=generator).to(words.device)
@@ -1324,11 +1299,9 @@ def resize(images, size):
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
-
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
     crop of its own for each image. Sampled as torchvision's RandomResizedCrop does: of ten tries
-    the first that fits, else the central crop of the nearest aspect.
-    """
+    the first that fits, else the central crop of the nearest aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -1346,10 +1319,8 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
 
 
 def random_flip(images, generator=None):
-    """Mirrors each of (B, C, H, W) left-right with probability 1/2.
-
-    Not for images whose labels or reports know left from right.
-    """
+    """Mirrors each of (B, C, H, W) left-right with probability 1/2. Wrong where labels or reports
+    know left from right."""
     chosen = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
@@ -1366,9 +1337,8 @@ class ImageSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, paths, size, augment=None, seed=0, deep=None):
-        # One tensor: counting references to a list of strings would copy it into every worker.
-        names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
-        self.names = torch.from_numpy(names.view(np.uint8).reshape(len(names), names.itemsize))
+        # One array: counting references to a list of strings would copy it into every worker.
+        self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
         some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
         self.deep = deep or common_scale([self.path(i) for i in some])
@@ -1378,7 +1348,7 @@ class ImageSet(torch.utils.data.Dataset):
         return [self.path(i) for i in range(len(self))]
 
     def path(self, index):
-        return os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0"))
+        return os.fsdecode(self.names[index])
 
     def __len__(self):
         return len(self.names)
@@ -1491,11 +1461,9 @@ def read_slice(path, rescale=None, blank=False):
 
 def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] in the format of the file `source`.
-
     `rescale` = (lo, hi) are the numbers that stand for -1 and 1. .npy and NIfTI keep the type of
     `source` where that holds these, integers in 64 steps or more, else become float32; a NIfTI
-    keeps its header. Raises InputError for a picture whose type does not hold them.
-    """
+    keeps its header. Raises InputError for a picture whose type does not hold them."""
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     low, high = rescale or (-1, 1)
@@ -1560,11 +1528,9 @@ def pixel_grid(size):
 
 class RandomTransform:
     """A random map T from output to input positions, T(p) = M (p - c) + c + t + e(p), in pixels.
-
     M rotates by up to `degrees` and zooms within `percent` %, t shifts by up to `percent` % of the
     sides, and e is a bicubic surface through 5 x 5 control points whose displacements have a
-    standard deviation of `elastic` % of the sides.
-    """
+    standard deviation of `elastic` % of the sides."""
 
     def __init__(self, rng, size, degrees, percent, elastic=0.0):
         sides = np.array(size, dtype=np.float32)
@@ -1653,8 +1619,8 @@ class Pairs(torch.utils.data.Dataset):
             first = first or (a.shape, b.shape)
             if (a.shape, b.shape) != first:
                 shapes = f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all N x N)"
-                raise InputError(self.folder / "A" / name, f"the shapes of the files before it, "
-                                 f"{shapes}", f"{tuple(a.shape)} and {tuple(b.shape)}")
+                raise InputError(self.folder / "A" / name, "the shapes of the files before it, "
+                                 + shapes, f"{tuple(a.shape)} and {tuple(b.shape)}")
         for side, span, value in zip("AB", self.rescale, highest):
             if span is None and value < -0.87:  # 4095 of 65535 is -0.875
                 raise InputError(self.folder / side, "values up to 1", f"{value:.3f} at most; does "
