@@ -383,8 +383,7 @@ class Saving:
                 saving.after(step + 1)
 
     The first signal lets the step end, saves, and leaves with the shell's code for that signal
-    (130 or 143); a second one leaves at once. Under torchrun the processes agree on the step.
-    """
+    (130 or 143); a second one leaves at once. Under torchrun the processes agree on the step."""
 
     def __init__(self, save, world=1, seconds=180):
         self.save, self.world, self.seconds = save, world, seconds
@@ -572,8 +571,7 @@ def read_pixels(path, short_side=None, grey=False):
     NIfTI, whose numbers may mean anything. A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 of
     its size whose shorter side is not below `short_side`, and as grey where `grey`.
     Raises InputError for a file that is missing, empty, damaged, of another kind or shape, of
-    several pages, or with numbers that are not finite.
-    """
+    several pages, or with numbers that are not finite."""
     try:
         with open(path, "rb") as file:
             kind, white = file_kind(file), None
@@ -705,8 +703,7 @@ def read_image(path, short_side=None, deep=None):
     Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale, which for 16 bits
     is `deep` (None: `full_scale` of this file's largest value). Other numbers are stretched from
     minimum to maximum where they leave [0, 1]. Colour becomes grey by ITU-R 601.
-    Raises InputError, also for a 16-bit value above `deep`.
-    """
+    Raises InputError, also for a 16-bit value above `deep`."""
     pixels, white = read_pixels(path, short_side, grey=True)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         white = np.iinfo(pixels.dtype).max
@@ -1333,8 +1330,7 @@ class ImageSet(torch.utils.data.Dataset):
     resuming change it. Without `augment` it holds the centre crops. set[i] is (image, i).
     `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; for workers it must be
     one that can be pickled. `deep` is the number that stands for white in 16-bit files (default:
-    `full_scale` of the largest value in 32 of them).
-    """
+    `full_scale` of the largest value in 32 of them)."""
 
     def __init__(self, paths, size, augment=None, seed=0, deep=None):
         # One array: counting references to a list of strings would copy it into every worker.
@@ -1438,8 +1434,7 @@ def read_slice(path, rescale=None, blank=False):
     .npy and NIfTI keep their numbers, which must lie in [-1, 1]; pictures run from -1 (black) to 1
     (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips. Raises InputError
     for what cannot be read, sides below 32, constant images unless `blank`, numbers outside, and
-    DICOM, whose numbers are stretched file by file.
-    """
+    DICOM, whose numbers are stretched file by file."""
     pixels, white = read_pixels(path)
     pixels = pixels.astype(np.float32)
     if white == 1:
@@ -1577,8 +1572,7 @@ def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
     small transform (1 degree, 2 %) moves both. `elastic` adds a bending field to each.
     Returns (a', b', flow), or (a', b') without `with_flow`. The flow (2, H, W), in pixels,
     registers them: f(a')[p + flow(p)] = b'[p] for a perfect translation f. Since a'[p] = a[Ta(p)]
-    and b'[p] = b[Tb(p)], flow(p) = Ta^-1(Tb(p)) - p.
-    """
+    and b'[p] = b[Tb(p)], flow(p) = Ta^-1(Tb(p)) - p."""
     size = tuple(a.shape[-2:])
     p = pixel_grid(size)
     if noise == 0:
@@ -1599,8 +1593,7 @@ class Pairs(torch.utils.data.Dataset):
     code, by a generator that (seed, epoch, index) fixes. All files are read once here, so that a
     bad one is found before anything is written, and kept where they fit in KEPT_BYTES. `noise` None
     leaves the pairs as they are. `size` > 0 scales the longer side to it and pads to a square.
-    `with_flow` False leaves out the flow, which takes longer to compute than the pair.
-    """
+    `with_flow` False leaves out the flow, which takes longer to compute than the pair."""
 
     KEPT_BYTES = 2**30
 
