@@ -30,8 +30,7 @@ import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +269,7 @@ def load_checkpoint(path):
 
 
 def checkpoint_file(path, *names):
-    """`path`, or where it is a run's folder the first of the files `names` there, else the last."""
+    """`path`; of a run's folder, the first of the files `names` that it holds, else the last."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -657,16 +656,16 @@ def read_dicom(file):
     raw, kind = record.pixel_array, record.PhotometricInterpretation
     inside = np.ones(raw.shape, bool)
     if record.get("PixelPaddingValue") is not None:
-        ends = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
-        ends = sorted(ends[0] if end is None else end for end in ends)
-        inside = (raw < ends[0]) | (raw > ends[1])
+        value, limit = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
+        low, high = sorted([value, value if limit is None else limit])
+        inside = (raw < low) | (raw > high)
     if kind == "PALETTE COLOR":
         pixels = apply_color_lut(raw, record).astype(np.float64)
     else:
         pixels = apply_voi_lut(apply_modality_lut(raw, record), record).astype(np.float64)
     if inside.any():
         pixels = stretch(pixels, pixels[inside])
-    if kind == "MONOCHROME1":
+    if kind == "MONOCHROME1":  # a large number is dark
         pixels = 1 - pixels
     pixels[~inside] = 0
     return pixels
@@ -692,7 +691,7 @@ def stretch(pixels, among):
 
 
 def full_scale(highest):
-    """White of 16-bit files up to the value `highest`: they often hold 12 bits or fewer."""
+    """White in 16-bit files with values up to `highest`; many of them hold only 8 to 14 bits."""
     return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
 
 
@@ -1012,7 +1011,7 @@ def find_images(data, root, names, source, allow_outside=False):
     wrong = [i for i, path in enumerate(paths) if not path]
     if wrong:
         name = names[wrong[0]]
-        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")
+        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")  # as a whole
         line = next((number for number, text in read_lines(source)
                      if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name), "?")
         folder = os.path.join(root or ".", DATASETS[data]["images"])
@@ -1069,8 +1068,8 @@ def read_reports(path, root, allow_outside=False):
 
 
 def image_keys(root, names):
-    """What identifies each image, of its path or of any way to name it: the path relative to the
-    root, without a leading images/ and without the ending."""
+    """What identifies the image of each name or path: its path below the root, without a leading
+    images/ and without the ending."""
     root = os.path.join(str(root or "."), "")
     names = (plain_name(str(name).removeprefix(root)) for name in names)
     return [split_ending(name.removeprefix("images/"))[0] for name in names]
@@ -1094,7 +1093,7 @@ def patient_ids(root, names):
 
 
 def not_excluded(paths, exclude, root):
-    """Indices of the paths that are neither in the list file `exclude` nor of a patient who is.
+    """The indices of the paths that are neither in the list file `exclude` nor of a patient in it.
     Says on stderr how many of its names are of no image and no patient among the paths."""
     listed = image_keys(root, [split_line(line)[0] for _, line in read_lines(exclude)])
     theirs, ours = patient_ids(root, listed), patient_ids(root, paths)
@@ -1252,8 +1251,8 @@ def hide_words(enc, tokens, words, ratio, generator=None):
     share = (ratio * count.double()).round().long().clamp(min=1).minimum(count)
     order = torch.rand(len(words), max(1, int(count.max())), generator=generator).to(words.device)
     beyond = torch.arange(order.shape[1], device=words.device) >= count[:, None]
-    order[beyond] = 2.0  # behind all words that the report has
-    chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words)
+    order[beyond] = 2.0  # ranks them behind all words that the report has
+    chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words): by each word's rank
     hidden = chosen.gather(1, words.clamp(min=0)) & (words >= 0)
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 
@@ -1316,8 +1315,8 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
 
 
 def random_flip(images, generator=None):
-    """Mirrors each of (B, C, H, W) left-right with probability 1/2. Wrong where labels or reports
-    know left from right."""
+    """Mirrors each of (B, C, H, W) left-right with probability 1/2. Not for images whose labels or
+    reports tell left from right."""
     chosen = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
@@ -1560,7 +1559,7 @@ class RandomTransform:
 
 def move(image, p):
     """image (C, H, W) read at the positions p (2, H, W); background (-1) comes in from outside."""
-    # `warp` repeats the border, which a rim of background makes the background: 0 after the + 1.
+    # `warp` repeats the border outside the image, so a border of background (0 after + 1) is added.
     flow = F.pad((p - pixel_grid(p.shape[1:]))[None], (1, 1, 1, 1))
     return warp(F.pad(image + 1, (1, 1, 1, 1))[None], flow)[0, :, 1:-1, 1:-1] - 1
 
@@ -1655,15 +1654,16 @@ class Pairs(torch.utils.data.Dataset):
 
 def parse_rescale(text):
     """The (lo, hi) of A and of B, or None each, from "LO,HI" for both, "LO,HI,LO,HI" or ""."""
+    if not text:
+        return None, None
     try:
-        v = [float(x) for x in text.split(",")] if text else []
-        spans = {0: (None, None), 2: (tuple(v), tuple(v)), 4: (tuple(v[:2]), tuple(v[2:]))}[len(v)]
-        if any(span and not span[0] < span[1] for span in spans):
-            raise ValueError
-    except (ValueError, KeyError):
-        expected = "LO,HI or LO,HI,LO,HI (A, then B) with LO < HI"
-        raise InputError("--rescale", expected, text) from None
-    return spans
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    a, b = tuple(numbers[:2]), tuple(numbers[-2:])
+    if len(numbers) not in (2, 4) or not (a[0] < a[1] and b[0] < b[1]):
+        raise InputError("--rescale", "LO,HI or LO,HI,LO,HI (A, then B) with LO < HI", text)
+    return a, b
 
 
 def fit_square(image, size):
