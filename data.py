@@ -2,9 +2,7 @@
 
     python data.py audit --root DIR      # split leakage, class counts, unreadable files
 
-The sections, in order: errors and options; start-up; checkpoints; the folder of a run; pictures;
-reading images; lists and reports; the report tokenizer; augmentations and batches; A/B pairs;
-audit. Nothing here knows a model or a loss.
+Nothing here knows a model or a loss.
 
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W).
 """
@@ -32,8 +30,7 @@ import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +47,8 @@ from kernels import warp
 
 
 class InputError(Exception):
-    """Something the user gave is wrong. The message is one line that a user can act on.
-
-    InputError(message), or InputError(where, expected, found) for "where: expected ..., found ...".
-    """
+    """Something the user gave is wrong; the message is one line that a user can act on. Either
+    InputError(message), or InputError(where, expected, found): "where: expected ..., found ..."."""
 
     def __init__(self, where, expected=None, found=None):
         if expected is not None:
@@ -63,12 +58,9 @@ class InputError(Exception):
 
 
 def option(default, help, **metadata):
-    """A dataclass field that carries its own help text: the one home of an option.
-
-    A default of None means the preset's (`fill`). metadata: argparse's `choices`; `within`, the
-    interval that the value lies in, as "[0, 1)"; `free=True` for an option that may change between
-    a run and its resumption.
-    """
+    """A dataclass field with its help text. A default of None means the preset's (see `fill`).
+    metadata: argparse's `choices`; `within`, the interval that the value lies in, as "[0, 1)";
+    `free=True` for an option that may change between a run and its resumption."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -79,15 +71,13 @@ class RunConfig:
     out: str = option(None, "folder of this run (default: runs/<script>)", free=True)
     resume: bool = option(False, "go on from OUT/last.pt", free=True)
     seed: int = option(0, "seed of every random choice of the run", within="[0, 4294967295]")
-    steps: int = option(None, "optimiser steps; typed alone, it replaces the preset's epochs",
-                        within="[1, inf)")
-    epochs: float = option(None, "passes over the training data; typed alone, it replaces the "
-                           "preset's steps", within="(0, inf)")
+    steps: int = option(None, "optimiser steps, instead of the preset's epochs", within="[1, inf)")
+    epochs: float = option(None, "passes over the data, instead of the preset's steps",
+                           within="(0, inf)")
     batch_size: int = option(None, "samples that one process takes at once", within="[1, inf)")
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
-    dtype: str = option("auto", "auto takes bf16 autocast where it is faster",
-                        choices=["auto", "fp32", "bf16"])
+    dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
     workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
                           free=True)
     kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
@@ -96,9 +86,7 @@ class RunConfig:
 
 def parse_config(config_class, argv=None, description=None):
     """Reads the command line of a dataclass: `--name value` for a field, `--[no-]name` for a bool.
-
-    In the help the script's own options stand before those of every script. Returns an instance.
-    """
+    Returns an instance. Raises InputError for a number out of its range."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = {field.name for field in dataclasses.fields(RunConfig)}
@@ -128,18 +116,15 @@ def check_ranges(config):
         within, value = field.metadata.get("within"), getattr(config, field.name)
         if within and value is not None:
             low, high = map(float, within[1:-1].split(","))
-            above = low < value or (value == low and within[0] == "[")
-            below = value < high or (value == high and within[-1] == "]")
-            if not (above and below):
+            at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
+            if not (low < value < high or at_end):
                 flag = "--" + field.name.replace("_", "-")
                 raise InputError(flag, f"a number in {within}", value)
 
 
 def fill(config, preset):
     """`config` with every option that is None taken from the dict `preset`, and checked.
-
-    Steps and epochs say the same thing: whoever types one of them gets neither from the preset.
-    """
+    Steps and epochs say the same thing: whoever types one of them gets neither from the preset."""
     values = {name: value for name, value in preset.items() if getattr(config, name) is None}
     if config.steps is not None or config.epochs is not None:
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
@@ -156,14 +141,14 @@ def number_of_steps(config, samples, per_step):
 
 
 def check_same(saved, config, path):
-    """Raises InputError where `saved`, the options of an earlier run, differ from `config` in one
-    that shapes a result. `path` is the file that holds them."""
+    """Raises InputError where an option that shapes a result differs between `config` and `saved`,
+    the options of an earlier run, which the file `path` holds."""
     for field in dataclasses.fields(config):
-        now = getattr(config, field.name)
-        if not field.metadata.get("free") and saved.get(field.name) != now:
+        before, now = saved.get(field.name), getattr(config, field.name)
+        if not field.metadata.get("free") and before != now:
             flag = "--" + field.name.replace("_", "-")
-            raise InputError(path, f"{flag} {now}, as asked for now", f"a run with {flag} "
-                             f"{saved.get(field.name)}; give the same options, or another --out")
+            raise InputError(path, f"{flag} {now}, as asked for now",
+                             f"a run with {flag} {before}; give the same options, or another --out")
 
 
 def run_script(main):
@@ -181,16 +166,16 @@ def run_script(main):
 
 def join(config):
     """Picks the device and joins the process group under torchrun. Returns (device, rank, world).
-
-    Raises InputError for a device that is not there.
-    """
+    Raises InputError for a device that is not there."""
     if not config.kernels:
         os.environ["MEDVISION_NO_KERNELS"] = "1"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
-    name = there[0] if config.device == "auto" else config.device
-    if name not in there:
+    there = {"cuda": cuda, "mps": mps, "cpu": True}
+    name = config.device
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there.get(name):
         raise InputError("--device", "auto, cuda, mps or cpu with that hardware present", name)
     device = torch.device(name)
     if name == "cuda":
@@ -210,10 +195,8 @@ def seed(number):
 
 def autocast(config, device, narrow=False):
     """A function that makes the context of a forward pass: bfloat16 autocast, or none.
-
-    `narrow` says that the model is too narrow to gain by bfloat16 on a CPU, where converting the
-    numbers costs more than multiplying them faster saves; --dtype auto then stays in float32.
-    """
+    `narrow`: the model's layers are so narrow that on a CPU the conversions to bfloat16 cost more
+    than its faster products save; --dtype auto then stays in float32 there."""
     wanted = config.dtype == "bf16"
     if config.dtype == "auto":
         wanted = multiplies_bf16(device.type) and not (narrow and device.type == "cpu")
@@ -221,8 +204,8 @@ def autocast(config, device, narrow=False):
 
 
 def multiplies_bf16(device_type):
-    """Whether bfloat16 is faster than float32 there. On a CPU without AVX512-BF16 or AMX it is
-    hundreds of times slower."""
+    """Whether bfloat16 is faster than float32 on cuda, cpu or mps.
+    A CPU without AVX512-BF16 or AMX takes hundreds of times as long."""
     if device_type == "cuda":
         return torch.cuda.get_device_capability()[0] >= 8
     if device_type == "cpu":
@@ -231,15 +214,13 @@ def multiplies_bf16(device_type):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints
+# The folder of a run: checkpoints, log, results
 
 
 def atomic_write(path, write):
     """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it.
-
-    A reader sees the old file or the new one, never half of one. Raises InputError where the
-    folder cannot be written or the disk is full.
-    """
+    A reader sees the old file or the new one, never half of one. Raises InputError where the folder
+    cannot be written or the disk is full."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -267,10 +248,8 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """Reads a checkpoint onto the CPU: tensors and plain values, no pickled code.
-
-    Old checkpoints hold an argparse.Namespace of their options: that class is allowed, no other.
-    Raises InputError for a missing or unreadable file and for one that is no dict.
-    """
+    The one class allowed is argparse.Namespace, which holds the options in old checkpoints. Raises
+    InputError for a missing or unreadable file and for one that is no dict."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -290,8 +269,7 @@ def load_checkpoint(path):
 
 
 def checkpoint_file(path, *names):
-    """`path` itself; of a run's folder, the first of the files `names` that it holds, else the
-    last of them."""
+    """`path`; of a run's folder, the first of the files `names` that it holds, else the last."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -312,19 +290,11 @@ def set_random_state(state):
         torch.cuda.set_rng_state(state["cuda"])
 
 
-# --------------------------------------------------------------------------------------------------
-# The folder of a run
-
-
 def check_writable(out):
-    """Raises InputError where the folder `out` cannot be written, before any time is spent.
-
-    Makes nothing.
-    """
+    """Raises InputError where the folder `out` cannot be written, and does not make it."""
     try:
         parents = (Path(out), *Path(out).absolute().parents)
-        there = next(folder for folder in parents if folder.exists())
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
 
@@ -341,7 +311,6 @@ def write_csv(path, header, rows):
 
 
 def markdown_table(header, rows):
-    """A table in Markdown: a line for the header, a rule, a line a row."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
@@ -351,21 +320,19 @@ RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken"
 
 
 class RunLog:
-    """The `--out` folder of a run: config.json at the start, log.jsonl, result.json.
-
-    It is made once nothing can be refused any more, since it replaces the log of a run that was
-    there. Only rank 0 writes. `start` is the time that seconds count from (default: now).
-    """
+    """The folder `out` of a run: config.json at the start, log.jsonl, result.json, by rank 0 alone.
+    Made once nothing can be refused any more, since it removes the files of an earlier run there,
+    unless `resume`. `start` is the time that seconds count from (default: now)."""
 
     def __init__(self, out, config, rank=0, resume=False, start=None):
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
         self.json("config.json", dataclasses.asdict(config))
         if rank == 0 and not resume:
-            for name in RUN_FILES:  # a later command must not take an older run's for this one's
+            for name in RUN_FILES:  # nobody may take an older run's file for this run's
                 (self.out / name).unlink(missing_ok=True)
             self.append("", "w")
         if rank == 0:
-            for path in self.out.glob(".*.tmp"):  # of a run that was killed while it wrote
+            for path in self.out.glob(".*.tmp"):  # left by a run that was killed while it wrote
                 path.unlink()
 
     def json(self, name, value):
@@ -400,7 +367,7 @@ class Timed:
         return batch
 
     def speed(self):
-        """What log.jsonl and result.json say of a loop's speed."""
+        """The three numbers of log.jsonl and result.json."""
         seconds = max(time.time() - self.began, 1e-9)
         return {"images_per_second": self.images / seconds,
                 "share_waiting_for_data": self.waited / seconds,
@@ -412,12 +379,10 @@ class Saving:
 
         with Saving(save, world) as saving:     # save(steps) writes the checkpoint
             for step in ...:
-                ...
                 saving.after(step + 1)
 
     The first signal lets the step end, saves, and leaves with the shell's code for that signal
-    (130 or 143); a second one leaves at once. Under torchrun the processes agree on the step.
-    """
+    (130 or 143); a second one leaves at once. Under torchrun the processes agree on the step."""
 
     def __init__(self, save, world=1, seconds=180):
         self.save, self.world, self.seconds = save, world, seconds
@@ -466,12 +431,9 @@ def peak_memory_mib(device):
 
 
 def run_cells(folder, configs, run):
-    """A comparison's runs, {name: configuration}, each in a folder of its own below `folder`.
-
-    Yields (name, content of result.json). A finished cell is read and not run again, and one that
-    was stopped goes on, so that a comparison can be stopped and started freely. Raises InputError
-    where the folder holds a cell that was run with other options.
-    """
+    """Runs each of {name: configuration} in a folder of its own, `folder`/name, for a comparison.
+    Yields (name, content of result.json). A finished run is read instead, and one that was stopped
+    goes on. Raises InputError where the folder holds a run with other options."""
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
@@ -489,16 +451,10 @@ def run_cells(folder, configs, run):
 # Pictures
 
 
-def save_png(path, canvas):
-    atomic_write(path, lambda file: canvas.save(file, "PNG"))
-
-
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
-
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
-    titles: one a column; captions: one a row, wrapped below it.
-    """
+    titles: one a column; captions: one a row, wrapped below it."""
     def picture(image):
         pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
         pixels = pixels.expand(3, *pixels.shape[-2:]).permute(1, 2, 0).contiguous()  # (H, W, 3)
@@ -507,23 +463,23 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
 
     font, gap, line = ImageFont.load_default(12), 8, 16
     rows = [[picture(image) for image in row] for row in rows]
-    wide = max(math.ceil(font.getlength(title)) for title in titles)
-    wide = max([wide] + [drawn.width for row in rows for drawn in row]) + gap
-    texts = [textwrap.wrap(text, len(titles) * wide // 6) for text in captions or [""] * len(rows)]
+    widths = [math.ceil(font.getlength(title)) for title in titles]
+    column = max(widths + [drawn.width for row in rows for drawn in row]) + gap
+    width = column * len(titles)
+    texts = [textwrap.wrap(text, width // 6) for text in captions or [""] * len(rows)]
     heights = [max(drawn.height for drawn in row) + line * len(text) + gap
                for row, text in zip(rows, texts)]
-    size = gap + wide * len(titles), gap + line + sum(heights)
-    canvas = Image.new("RGB", size, "white")
+    canvas = Image.new("RGB", (gap + width, gap + line + sum(heights)), "white")
     draw, top = ImageDraw.Draw(canvas), gap + line
     for i, title in enumerate(titles):
-        draw.text((gap + i * wide, gap // 2), title, "black", font)
+        draw.text((gap + i * column, gap // 2), title, "black", font)
     for row, text, height in zip(rows, texts, heights):
         for i, drawn in enumerate(row):
-            canvas.paste(drawn, (gap + i * wide, top))
-        below = top + height - gap - line * len(text)
-        draw.text((gap, below), "\n".join(text), "black", font, spacing=4)
+            canvas.paste(drawn, (gap + i * column, top))
         top += height
-    save_png(path, canvas)
+        below = top - gap - line * len(text)
+        draw.text((gap, below), "\n".join(text), "black", font, spacing=4)
+    atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
@@ -532,13 +488,11 @@ COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
     """Writes a PNG of line plots {name: (xs, ys)}. Points that are None or not finite are left out.
-
-    diagonal: both axes run from 0 to 1 and the line of chance is drawn, as for an ROC.
-    """
+    diagonal: both axes run from 0 to 1 and the line of chance is drawn, as for an ROC."""
     curves = {name: np.array(points, dtype=float) for name, points in curves.items()}  # (2, n)
     curves = {name: points[:, np.isfinite(points).all(0)] for name, points in curves.items()}
     every = np.concatenate([*curves.values(), np.zeros((2, 0))], axis=1)
-    low, high = np.zeros(2), np.ones(2)
+    low, high = np.zeros(2), np.ones(2)  # the ends of the axes, (x, y)
     if every.size and not diagonal:
         low, high = every.min(1), every.max(1)
         high = np.where(high > low, high, low + 1)
@@ -572,12 +526,12 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
     draw.text((left + width / 2, 20), title, "black", font, "ma")
     draw.text((left + width / 2, top + height + 50), xlabel, "black", font, "ma")
     draw.text((left, top - 14), ylabel, "black", font, "ls")
-    save_png(path, canvas.reduce(2))  # drawn at twice the size, so that lines come out smooth
+    canvas = canvas.reduce(2)  # drawn at twice the size, so that lines come out smooth
+    atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Reading images
-
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".dcm", ".dicom", ".tif", ".tiff", ".bmp",
                   ".nii", ".nii.gz")
@@ -586,7 +540,7 @@ FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}
 
 
 def file_kind(file):
-    """npy, dicom, nifti or picture by an open file's first bytes, else by its ending, else ""."""
+    """npy, dicom, nifti, picture, or "": told by an open file's first bytes, else by its ending."""
     head = file.read(352)
     file.seek(0)
     for kind, pattern in FIRST_BYTES.items():
@@ -611,13 +565,12 @@ def say_once(text):
 def read_pixels(path, short_side=None, grey=False):
     """The numbers of an image file as they are stored: (array (H, W) or (H, W, 3), full scale).
 
-    The kind of a file is told by its content. Full scale is the number that stands for white: 255
-    or 65535 of a PNG, JPEG, TIFF or BMP; 1 of a DICOM file, which its own rules scale; None of
-    .npy and NIfTI, whose numbers may mean anything. `short_side` lets a JPEG be decoded at the
-    smallest of its 1/8, 1/4, 1/2 reductions that is not below it, and `grey` as grey.
-    Raises InputError for a file that is missing, empty, truncated, of another kind, of another
-    shape, of several pages, or with numbers that are not finite.
-    """
+    The content tells the kind of a file. Full scale is the number that stands for white: 255 or
+    65535 in a PNG, JPEG, TIFF or BMP; 1 in DICOM, which its own rules scale; None in .npy and
+    NIfTI, whose numbers may mean anything. A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 of
+    its size whose shorter side is not below `short_side`, and as grey where `grey`.
+    Raises InputError for a file that is missing, empty, damaged, of another kind or shape, of
+    several pages, or with numbers that are not finite."""
     try:
         with open(path, "rb") as file:
             kind, white = file_kind(file), None
@@ -655,7 +608,7 @@ def read_pixels(path, short_side=None, grey=False):
 
 
 def read_picture(file, short_side, grey):
-    """The pixels and full scale of what PIL reads, turned as its EXIF orientation says."""
+    """The pixels and full scale of a file that PIL reads, turned as its EXIF orientation says."""
     with Image.open(file) as picture:
         if picture.format == "TIFF" and picture.n_frames > 1:
             raise InputError(file.name, "one page", picture.n_frames)
@@ -676,11 +629,9 @@ def read_picture(file, short_side, grey):
 
 def read_dicom(file):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
-
-    The palette, or modality LUT, then VOI LUT or window; then the minimum becomes 0 and the maximum
-    1, padding left out, which becomes black; MONOCHROME1 is inverted. A blank slope is 1, a blank
-    intercept 0, and a window without a width is none.
-    """
+    They pass through the palette, or the modality LUT and then the VOI LUT or window. The minimum
+    becomes 0 and the maximum 1; padding does not count and becomes black; MONOCHROME1 is inverted.
+    Blank rescaling and windows without a width or centre are left out."""
     try:
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
@@ -705,16 +656,17 @@ def read_dicom(file):
     raw, kind = record.pixel_array, record.PhotometricInterpretation
     inside = np.ones(raw.shape, bool)
     if record.get("PixelPaddingValue") is not None:
-        ends = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
-        ends = sorted(ends[0] if end is None else end for end in ends)
-        inside = (raw < ends[0]) | (raw > ends[1])
+        value, limit = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
+        low, high = sorted([value, value if limit is None else limit])
+        inside = (raw < low) | (raw > high)
     if kind == "PALETTE COLOR":
         pixels = apply_color_lut(raw, record).astype(np.float64)
     else:
         pixels = apply_voi_lut(apply_modality_lut(raw, record), record).astype(np.float64)
     if inside.any():
         pixels = stretch(pixels, pixels[inside])
-    pixels = 1 - pixels if kind == "MONOCHROME1" else pixels
+    if kind == "MONOCHROME1":  # a large number is dark
+        pixels = 1 - pixels
     pixels[~inside] = 0
     return pixels
 
@@ -732,15 +684,14 @@ def read_nifti(file):
     return kind.from_bytes(content)
 
 
-def stretch(pixels, among=None):
-    """`pixels` with the minimum of `among` (default: of themselves) at 0 and the maximum at 1."""
-    among = pixels if among is None else among
+def stretch(pixels, among):
+    """`pixels`, scaled so that the minimum of `among` is at 0 and its maximum at 1."""
     low, high = among.min(), among.max()
     return (pixels - low) / (high - low or 1)
 
 
 def full_scale(highest):
-    """White of 16-bit files whose largest value is `highest`: they often hold 12 bits or fewer."""
+    """White in 16-bit files with values up to `highest`; many of them hold only 8 to 14 bits."""
     return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
 
 
@@ -748,29 +699,30 @@ def read_image(path, short_side=None, deep=None):
     """Reads an image file as grey: float32 (1, H, W) in [0, 1]. `read_pixels` lists the formats.
 
     short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size).
-    Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale, which is `deep` of
-    16 bits (None: `full_scale` of this file's largest value); other numbers stay as they are within
-    [0, 1] and are stretched from minimum to maximum elsewhere. Colour becomes grey by ITU-R 601.
-    Raises InputError, also for a 16-bit value above `deep`.
-    """
+    Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale, which for 16 bits
+    is `deep` (None: `full_scale` of this file's largest value). Other numbers are stretched from
+    minimum to maximum where they leave [0, 1]. Colour becomes grey by ITU-R 601.
+    Raises InputError, also for a 16-bit value above `deep`."""
     pixels, white = read_pixels(path, short_side, grey=True)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         white = np.iinfo(pixels.dtype).max
     if white == 65535:
         white = deep or full_scale(pixels.max())
         if pixels.max() > white:
-            raise InputError(path, f"values up to {white}, as in the other 16-bit images of this "
-                             "list", pixels.max())
+            raise InputError(path, f"values up to {white}, as in the list's other 16-bit images",
+                             pixels.max())
     if white is None:
         pixels = pixels.astype(np.float64)
-        pixels = stretch(pixels) if pixels.min() < 0 or pixels.max() > 1 else pixels
+        if pixels.min() < 0 or pixels.max() > 1:
+            pixels = stretch(pixels, pixels)
     if pixels.dtype != np.uint8:  # 8 bits stay as they are until they are resized
         pixels = (pixels / np.float32(white or 1)).astype(np.float32)
     image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     if short_side and short_side != min(image.shape[1:]):
         image = resize(image, short_side)
-    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    if image.dtype == torch.uint8:
+        image = image.float() / 255
     if len(image) == 3:
         image = (image * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
     return image
@@ -778,15 +730,13 @@ def read_image(path, short_side=None, deep=None):
 
 def common_scale(paths):
     """White of the 16-bit files among `paths`: `full_scale` of the largest value in any of them.
-
-    A scale below 65535 is said on stderr.
-    """
+    It is said on stderr where it is below 65535."""
     highest = 0
     for path in paths:
         try:
             pixels, white = read_pixels(path, short_side=1)
         except InputError:
-            continue  # whoever reads it says so
+            continue  # the error is raised when the image is read for use
         if white == 65535 or (white is None and pixels.dtype.str[1:] == "u2"):
             highest = max(highest, int(pixels.max()))
     scale = full_scale(highest) if highest else 65535
@@ -796,18 +746,14 @@ def common_scale(paths):
 
 
 def over_images(function, paths):
-    """[function(path) for path in paths], many of them by one process a core, with a progress bar.
-
-    `function` is picklable. Threads would take twice the time of none on small images, since they
-    fight for Python's lock.
-    """
+    """[function(path) for path in paths] with a progress bar, many paths in a process per core.
+    `function` can be pickled. (Threads fight for Python's lock and take twice the time of none.)"""
     bar = functools.partial(tqdm, desc="reading images", total=len(paths), leave=False, delay=1)
-    processes = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        processes = len(os.sched_getaffinity(0))
+    linux = sys.platform == "linux"
+    processes = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     if processes == 1 or len(paths) < 200:
         return list(bar(map(function, paths)))
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    context = multiprocessing.get_context("fork" if linux else None)
     try:
         with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
             return list(bar(pool.map(function, paths, chunksize=16)))
@@ -832,9 +778,7 @@ def pixel_hash(path):
 
 def readable(paths):
     """The indices of the images that can be read, for --skip-bad: each is decoded once here.
-
-    Says on stderr how many are left out. Raises InputError where none is left.
-    """
+    Says on stderr how many are left out. Raises InputError where none is left."""
     wrong = [reason for _, reason in over_images(pixel_hash, paths)]
     keep = [i for i, reason in enumerate(wrong) if not reason]
     first = next(filter(None, wrong), "")
@@ -848,15 +792,13 @@ def readable(paths):
 
 def list_images(folder):
     """Every image below a folder, sorted paths. Linked folders are followed, each folder once.
-
-    A file with another ending, or none, is an image where its first bytes say so; the number of
-    those left out is said on stderr. Raises InputError where no image is found.
-    """
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder")
+    A file without a known ending is an image where its first bytes say so; the number of other
+    files is said on stderr. Raises InputError where no image is found."""
     def stop(error):
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
 
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder")
     paths, others, seen = [], [], set()
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(place) in seen:
@@ -869,10 +811,7 @@ def list_images(folder):
             if not known and os.path.isfile(path) and os.access(path, os.R_OK):
                 with open(path, "rb") as file:
                     known = file_kind(file)
-            if known:
-                paths.append(path)
-            else:
-                others.append(path)
+            (paths if known else others).append(path)
     if others:
         print(f"note: {folder}: {len(others)} files are no images and left out, such as "
               f"{min(others)}", file=sys.stderr)
@@ -884,10 +823,9 @@ def list_images(folder):
 # --------------------------------------------------------------------------------------------------
 # Lists and reports
 
-
 # The published layouts: the folder of the images below the root, the list of each part (training
-# lists by the percentage of labels), and the classes in the order of the labels. A classes.txt at
-# the root, one name a line, goes before these.
+# lists by the percentage of labels), and the classes in the order of the labels, which a
+# classes.txt at the root, one name a line, replaces.
 NIH_CLASSES = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
                "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis",
                "Pleural_Thickening", "Hernia"]
@@ -939,89 +877,75 @@ def plain_name(name):
 
 
 def split_line(line):
-    """`name l1 ... lk` or `name,l1,...,lk` as (name, labels).
-
-    Numbers at the end are labels; a name may hold spaces.
-    """
+    """`name l1 ... lk` or `name,l1,...,lk` as (name, labels): numbers at the end are labels, and a
+    name may hold spaces."""
     name, *labels = [field.strip() for field in line.split(",")]
     if labels and (split_ending(name.strip('"'))[1] or all(map(NUMBER.fullmatch, labels))):
         return plain_name(name), labels
-    words = line.split()
-    count = 0
-    while count < len(words) - 1 and NUMBER.fullmatch(words[-1 - count]):
+    words, count = line.split(), 0
+    for word in reversed(words[1:]):
+        if word not in ("0", "1") and not NUMBER.fullmatch(word):
+            break
         count += 1
-    return plain_name(line.strip().rsplit(None, count)[0]), words[len(words) - count:]
+    return plain_name(line.rstrip().rsplit(None, count)[0]), words[len(words) - count:]
 
 
 def read_list(path, num_labels=None, skip_bad=False):
     """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)).
-
-    k is `num_labels`, or what most of the first lines have: 0 of a list of names only. Raises
-    InputError, with the line, for another number of labels, a label that is not 0 or 1 and a name
-    listed twice; `skip_bad` leaves such lines out and says so on stderr. An empty list is always an
-    error.
-    """
-    text = read_text(path)
-    lines = text.splitlines()
-    first = list(itertools.islice((line for line in lines if line.strip()), 1000))
-    if not first:
+    k is `num_labels`, or what most of the first lines have: 0 in a list of names only. Raises
+    InputError for an empty list and, with the line, for another number of labels, a label that is
+    not 0 or 1 and a name listed twice; `skip_bad` leaves such lines out and says so on stderr."""
+    lines = read_lines(path)
+    if not lines:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
     k = num_labels
     if k is None:
-        k = Counter(len(split_line(line)[1]) for line in first).most_common(1)[0][0]
-    # A million lines hold few different rows of labels, so that most lines are looked up.
-    plain = not any(mark in text for mark in ("\\", '"', ",", "./", "//"))
-    names, digits, bad, known = {}, bytearray(), [], {}
-    for number, line in enumerate(lines, 1):
-        name, *rest = line.split(None, 1) or [""]
-        rest = rest[0] if rest else ""
-        if not (plain and name and rest in known):
-            if not line.strip():
-                continue
-            name, labels = split_line(line)
-            if len(labels) != k or not set(labels) <= {"0", "1"}:
-                bad.append(f"line {number}: expected {k} label{'s' * (k != 1)}, each 0 or 1, after "
-                           f"{name!r}, found {' '.join(labels) or 'none'}")
-                continue
-            rest = " ".join(labels)
-            known[rest] = "".join(labels).encode()
-        if name in names:
-            bad.append(f"line {number}: {name!r} is listed before, in line {names[name]}")
+        k = Counter(len(split_line(line)[1]) for _, line in lines[:1000]).most_common(1)[0][0]
+    first_line, rows, bad, known = {}, [], [], {}
+    for number, line in lines:
+        name, labels = split_line(line)
+        row = " ".join(labels)
+        if len(labels) != k or not set(labels) <= {"0", "1"}:
+            expected = "1 label" if k == 1 else f"{k} labels"
+            bad.append(f"line {number}: expected {expected}, each 0 or 1, after {name!r}, found "
+                       f"{row or 'none'}")
+        elif name in first_line:
+            bad.append(f"line {number}: {name!r} is listed before, in line {first_line[name]}")
         else:
-            names[name] = number
-            digits += known[rest]
-    if bad and not (skip_bad and names):
+            first_line[name] = number
+            if row not in known:  # a million lines hold few different rows of labels
+                known[row] = list(map(float, labels))
+            rows.append(known[row])
+    if bad and not (skip_bad and rows):
         raise InputError(f"{path}: {bad[0]}; correct the list, or leave out such lines "
                          f"({len(bad)}) with --skip-bad-lines")
     if bad:
-        print(f"WARNING: {path}: {len(bad)} of {len(bad) + len(names)} lines left out, the first: "
-              f"{bad[0]}", file=sys.stderr)
-    labels = torch.tensor(np.frombuffer(digits, np.uint8) - ord("0"), dtype=torch.float32)
-    return list(names), labels.reshape(len(names), k)
+        print(f"WARNING: {path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}",
+              file=sys.stderr)
+    return list(first_line), torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), k))
 
 
 def split_files(data, root, split="", ratio=100):
-    """The list files of a layout: {"train": path, "val": path, "test": path}.
-
-    Raises InputError, saying what there is, where --data, --root, --split and --ratio do not fit.
-    """
+    """The list files of a layout: {"train": path, "val": path, "test": path}. Raises InputError,
+    saying what there is, where --data, --root, --split and --ratio do not fit."""
     layout, root = DATASETS[data], Path(root or ".")
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder")
-    splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
-    named, ratios = "{split}" in layout["val"], " or ".join(map(str, layout["train"]))
-    if named and split not in splits:
-        there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
-        raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
-    if split and not named:
+    if "{split}" in layout["val"]:
+        splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
+        if split not in splits:
+            there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
+            raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
+    elif split:
         raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
     if ratio not in layout["train"]:
+        ratios = " or ".join(map(str, layout["train"]))
         raise InputError(f"--data {data}", f"--ratio {ratios}", ratio)
-    files = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
-    files = {part: root / name.format(split=split) for part, name in files.items()}
+    names = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
+    files = {part: root / name.format(split=split) for part, name in names.items()}
     for path in files.values():
         if not path.is_file():
-            there = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())[:12]
+            there = sorted(os.listdir(root))[:12]
             raise InputError(f"{path}: no such list, which --data {data} --ratio {ratio} needs; "
                              f"{root} holds {', '.join(there) or 'nothing'}")
     return files
@@ -1029,16 +953,15 @@ def split_files(data, root, split="", ratio=100):
 
 def class_names(data, root, split, count):
     """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers.
-
-    Raises InputError for another count.
-    """
-    path = Path(root or ".") / "classes.txt"
+    Raises InputError for another count."""
     where, classes = f"--data {data}", DATASETS[data]["classes"]
-    classes = classes or [f"class {i + 1}" for i in range(count)]
+    path = Path(root or ".") / "classes.txt"
     if path.exists():
         where, classes = path, [line for _, line in read_lines(path)]
     elif data == "covid" and split.startswith("viral"):
         classes = ["Viral"]
+    elif classes is None:
+        classes = [f"class {i + 1}" for i in range(count)]
     if len(classes) != count:
         raise InputError(where, f"{count} classes, as the lists have labels",
                          f"{len(classes)}: {', '.join(classes)}")
@@ -1047,10 +970,8 @@ def class_names(data, root, split, count):
 
 def locate(data, root, names, allow_outside=False):
     """The path of each image, named relative to the layout's image folder or to the root.
-
-    The ending may be left out, or its case may differ. None stands for a name that is not there,
-    "" for one that leads out of the root, unless `allow_outside`.
-    """
+    The ending may be left out, or its case may differ. None stands for a name that is not there, ""
+    for one that leads out of the root, unless `allow_outside`."""
     root = str(root or ".")
     folders = dict.fromkeys([os.path.join(root, DATASETS[data]["images"]), os.path.join(root, "")])
     inside = os.path.join(os.path.abspath(root), "")
@@ -1090,24 +1011,21 @@ def find_images(data, root, names, source, allow_outside=False):
     wrong = [i for i, path in enumerate(paths) if not path]
     if wrong:
         name = names[wrong[0]]
-        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")
-        lines = ((number, line.replace("\\", "/")) for number, line in read_lines(source))
-        number = next((number for number, line in lines
-                       if whole.search(line) or split_line(line)[0] == name), "?")
+        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")  # as a whole
+        line = next((number for number, text in read_lines(source)
+                     if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name), "?")
         folder = os.path.join(root or ".", DATASETS[data]["images"])
         reason = f"no image {name!r} in {folder} ({len(wrong)} of {len(names)} are missing)"
         if paths[wrong[0]] == "":
             reason = f"{name!r} leads out of {root or '.'}; --allow-outside reads such images"
-        raise InputError(f"{source}: line {number}: {reason}")
+        raise InputError(f"{source}: line {line}: {reason}")
     return paths
 
 
 def read_csv(path, columns):
     """The rows of a CSV as (line, value of each of `columns`); names in the header are stripped.
-
     Raises InputError with the line at which the row begins, also where a field holds further rows:
-    a quote that is not closed takes in everything up to the next one.
-    """
+    a quote that is not closed takes in everything up to the next one."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
     try:
@@ -1121,12 +1039,11 @@ def read_csv(path, columns):
             if row and (len(row) <= max(places) or any(row[len(header):])):
                 raise InputError(f"{path}: line {line}", f"{len(header)} fields",
                                  f"{len(row)}; text with commas stands in double quotes")
-            pieces = [piece for field in row for piece in re.split(r"[,\n]", field)[1:]
-                      if "\n" in field]
-            swallowed = next((piece for piece in pieces if split_ending(piece.strip())[1]), None)
-            if swallowed:
-                raise InputError(f"{path}: line {line}", "one row", f"{swallowed.strip()!r} in a "
-                                 "field of it; a double quote is not closed")
+            for field in row:
+                for piece in re.split(r"[,\n]", field)[1:]:
+                    if "\n" in field and split_ending(piece.strip())[1]:
+                        raise InputError(f"{path}: line {line}", "one row", f"{piece.strip()!r} in "
+                                         "a field of it; a double quote is not closed")
             if row:
                 yield line, *(row[place].strip() for place in places)
             line = reader.line_num + 1
@@ -1137,9 +1054,7 @@ def read_csv(path, columns):
 
 def read_reports(path, root, allow_outside=False):
     """The records of a training.csv (image_path, report_content): (image paths, reports).
-
-    Raises InputError, with the line, for missing columns, images or reports, and for no record.
-    """
+    Raises InputError, with the line, for missing columns, images or reports, and for no record."""
     names, reports = [], []
     for line, name, report in read_csv(path, ("image_path", "report_content")):
         if not name or not report:
@@ -1153,8 +1068,8 @@ def read_reports(path, root, allow_outside=False):
 
 
 def image_keys(root, names):
-    """What identifies each image, of its path or of any way to name it: the path relative to the
-    root, without images/ before it and the ending behind it."""
+    """What identifies the image of each name or path: its path below the root, without a leading
+    images/ and without the ending."""
     root = os.path.join(str(root or "."), "")
     names = (plain_name(str(name).removeprefix(root)) for name in names)
     return [split_ending(name.removeprefix("images/"))[0] for name in names]
@@ -1162,37 +1077,36 @@ def image_keys(root, names):
 
 def patient_ids(root, names):
     """The patient of each name, None where unknown.
-
-    From patients.csv or records.csv (columns image_path, patient_id) at the root, else from names
-    as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them.
-    """
+    They come from patients.csv or records.csv (columns image_path, patient_id) at the root, else
+    from names as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them."""
     tables = [Path(root) / name for name in ("patients.csv", "records.csv")]
     table = next((path for path in tables if path.exists()), None)
     rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
-    patients = [patient for _, _, patient in rows]
-    known = dict(zip(image_keys(root, [name for _, name, _ in rows]), patients))
-    keys = image_keys(root, names)
-    written = (re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)", key) for key in keys)
-    return [known.get(key) or (match and match[0].strip("/")) for key, match in zip(keys, written)]
+    known = dict(zip(image_keys(root, [name for _, name, _ in rows]),
+                     [patient for _, _, patient in rows]))
+
+    def patient(key):
+        written = re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)", key)
+        return known.get(key) or (written and written[0].strip("/"))
+
+    return list(map(patient, image_keys(root, names)))
 
 
 def not_excluded(paths, exclude, root):
-    """Indices of the paths that are neither in the list file `exclude` nor of a patient who is.
-
-    Says on stderr how many of its names are of no image and no patient among the paths.
-    """
+    """The indices of the paths that are neither in the list file `exclude` nor of a patient in it.
+    Says on stderr how many of its names are of no image and no patient among the paths."""
     listed = image_keys(root, [split_line(line)[0] for _, line in read_lines(exclude)])
-    ours = list(zip(image_keys(root, paths), patient_ids(root, paths)))
-    theirs = list(zip(listed, patient_ids(root, listed)))
-    keys, patients = set(listed), {patient for _, patient in theirs} - {None}
-    known = {key for key, _ in ours} | {("patient", patient) for _, patient in ours}
-    lone = [key for key, patient in theirs
-            if key not in known and (patient is None or ("patient", patient) not in known)]
+    theirs, ours = patient_ids(root, listed), patient_ids(root, paths)
+    keys = image_keys(root, paths)
+    our_keys, our_patients = set(keys), set(ours) - {None}
+    lone = [key for key, patient in zip(listed, theirs)
+            if key not in our_keys and patient not in our_patients]
     if lone:
         print(f"WARNING: {exclude}: {len(lone)} of {len(listed)} names are of no image here and of "
               f"no patient of one, the first: {lone[0]!r}", file=sys.stderr)
-    return [i for i, (key, patient) in enumerate(ours)
-            if key not in keys and patient not in patients]
+    their_keys, their_patients = set(listed), set(theirs) - {None}
+    return [i for i, (key, patient) in enumerate(zip(keys, ours))
+            if key not in their_keys and patient not in their_patients]
 
 
 def demo_root(root="", pairs=False):
@@ -1214,13 +1128,12 @@ def demo_root(root="", pairs=False):
 # --------------------------------------------------------------------------------------------------
 # The report tokenizer
 
-
-# A byte-level byte-pair encoding trained on the reports at hand and run by tiktoken. Reports are
-# lower-cased and runs of white space become one space: they are short, and case in them says
-# little. A word is a run of letters (anything beyond ASCII counts as one), of digits, or of
-# punctuation, with the space before it; no token crosses words. Where writing has no spaces
-# (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256
-# bytes, the merges, then the special tokens. Python and tiktoken read the pattern alike.
+# A byte-level byte-pair encoding, trained on the reports at hand and run by tiktoken. Reports are
+# put in lower case, since case says little in them, and runs of white space become one space. A
+# word is a run of letters (any character beyond ASCII is a letter), of digits, or of punctuation,
+# with the space before it; no token crosses words. In scripts without spaces (Chinese, Japanese,
+# Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256 bytes, the merges,
+# then the special tokens.
 UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
             "\U00020000-\U0003ffff")
 WORD = (rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
@@ -1234,8 +1147,7 @@ def split_words(report):
 
 
 def make_encoding(merges):
-    """The tiktoken encoding of a list of byte strings, each token's id its place; the special
-    tokens follow."""
+    """The tiktoken encoding of a list of byte strings, whose places are their ids."""
     return tiktoken.Encoding(
         "reports", pat_str=WORD, mergeable_ranks={token: i for i, token in enumerate(merges)},
         special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)})
@@ -1243,14 +1155,11 @@ def make_encoding(merges):
 
 def train_tokenizer(reports, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens.
-
     Merges the most frequent pair of neighbours within words, ties to the smaller ids, until the
-    vocabulary, special tokens included, is full or no pair is left twice. Returns a
-    tiktoken.Encoding. Raises InputError for a vocabulary below the 256 bytes.
-    """
-    smallest = 256 + len(SPECIAL)
-    if vocab_size < smallest:
-        raise InputError("vocabulary size", f"at least {smallest}, the bytes and "
+    vocabulary, special tokens included, is full or no pair occurs twice. Returns a
+    tiktoken.Encoding. Raises InputError for a vocabulary below the bytes and special tokens."""
+    if vocab_size < 256 + len(SPECIAL):
+        raise InputError("vocabulary size", f"at least {256 + len(SPECIAL)}, the bytes and "
                          f"{', '.join(SPECIAL)}", vocab_size)
     counted = Counter(word for report in reports for word in split_words(report))
     words, counts = [list(word.encode()) for word in counted], list(counted.values())
@@ -1266,7 +1175,7 @@ def train_tokenizer(reports, vocab_size):
     while heap and len(tokens) < vocab_size - len(SPECIAL):
         count, pair = heapq.heappop(heap)
         if -count != pairs[pair] or count > -2:
-            continue  # rare, or its count changed later: the heap holds an entry of the new count
+            continue  # the count changed since, and the heap holds the new one; or it is below 2
         token = tokens[pair[0]] + tokens[pair[1]]
         new = ids.setdefault(token, len(tokens))  # another pair may have made the same bytes
         if new == len(tokens):
@@ -1288,39 +1197,33 @@ def train_tokenizer(reports, vocab_size):
 
 def merge(word, pair, new):
     """The token ids `word` with each neighbouring `pair` replaced by `new`."""
-    merged, i = [], 0
-    while i < len(word):
-        if tuple(word[i:i + 2]) == pair:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
+    merged = []
+    for token in word:
+        merged.append(token)
+        if tuple(merged[-2:]) == pair:
+            merged[-2:] = [new]
     return merged
 
 
 def save_tokenizer(enc, path):
-    """Writes a tokenizer in tiktoken's format: a line a token, its bytes in base64 and its rank."""
+    """Writes tiktoken's format: a line per token, its bytes in base64 and its id."""
     tokens = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(SPECIAL))]
     text = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
     atomic_write(path, lambda file: file.write(text))
 
 
 def load_tokenizer(path):
-    """Reads what `save_tokenizer` wrote. Raises InputError, with the line, where it is damaged.
-
-    (tiktoken's own loader keeps a copy by path and would miss that the file changed.)
-    """
-    tokens = []
-    for number, line in enumerate(read_text(path).splitlines()):
+    """Reads what `save_tokenizer` wrote. Raises InputError, with the line, where it is damaged."""
+    tokens = []  # tiktoken's own loader keeps a copy by path and would miss that the file changed
+    for i, line in enumerate(read_text(path).splitlines()):
         try:
             token, rank = line.split()
             tokens.append(base64.b64decode(token, validate=True))
-            if int(rank) != number:
+            if int(rank) != i:
                 raise ValueError
         except ValueError:
-            raise InputError(f"{path}: line {number + 1}", "a token in base64 and its rank "
-                             f"{number}", repr(line[:60])) from None
+            raise InputError(f"{path}: line {i + 1}", f"a token in base64 and its rank {i}",
+                             repr(line[:60])) from None
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
         raise InputError(path, "different tokens, all 256 bytes among them", "a damaged file")
     return make_encoding(tokens)
@@ -1328,10 +1231,8 @@ def load_tokenizer(path):
 
 def encode_reports(enc, reports, length):
     """Encodes reports, cut to `length` tokens: (tokens (n, L), words (n, L)), both int64.
-
-    words[i, j] counts the words of report i from 0: that of token j. Behind the end tokens are
-    <pad> and words -1.
-    """
+    words[i, j] is the number, from 0, of the word of report i that holds token j. Behind the end of
+    a report tokens are <pad> and words -1."""
     tokens = torch.full((len(reports), length), enc.encode_single_token("<pad>"))
     words = torch.full((len(reports), length), -1)
     pieces = functools.cache(enc.encode_ordinary)
@@ -1343,17 +1244,15 @@ def encode_reports(enc, reports, length):
 
 
 def hide_words(enc, tokens, words, ratio, generator=None):
-    """Hides round(ratio * words) words of each report, at least one, all tokens of a word together.
-
+    """Hides round(ratio * words) of each report's words, at least one, with all their tokens.
     tokens, words: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask> where
-    hidden (B, L) is True.
-    """
+    hidden (B, L) is True."""
     count = words.max(1).values + 1  # (B,)
     share = (ratio * count.double()).round().long().clamp(min=1).minimum(count)
     order = torch.rand(len(words), max(1, int(count.max())), generator=generator).to(words.device)
     beyond = torch.arange(order.shape[1], device=words.device) >= count[:, None]
-    order[beyond] = 2.0  # words that there are not come last
-    chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words)
+    order[beyond] = 2.0  # ranks them behind all words that the report has
+    chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words): by each word's rank
     hidden = chosen.gather(1, words.clamp(min=0)) & (words >= 0)
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 
@@ -1369,8 +1268,8 @@ def seeded(*numbers):
 
 
 def statistics(images, mean=None, std=None):
-    """The (mean, std) to normalise images (B, C, H, W) by: those of a data set, or, where they are
-    None, each image's own (B, 1, 1, 1)."""
+    """The (mean, std) that normalise images (B, C, H, W): those given, of a data set, or for None
+    each image's own (B, 1, 1, 1)."""
     if mean is None:
         mean = images.mean((1, 2, 3), keepdim=True)
         std = (images - mean).square().mean((1, 2, 3), keepdim=True).sqrt() + 1e-3  # never 0
@@ -1378,17 +1277,14 @@ def statistics(images, mean=None, std=None):
 
 
 def normalize(images, mean=None, std=None):
-    """Images (B, C, H, W), centred and scaled as their model was trained: see `statistics`."""
+    """(images - mean) / std of images (B, C, H, W); `statistics` says which mean and std."""
     mean, std = statistics(images, mean, std)
     return (images - mean) / std
 
 
 def resize(images, size):
-    """Resizes (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or so that the shorter side
-    is an int `size`.
-
-    Antialiased bicubic (Keys' with a = -1/2, widened where it reduces), as PIL's.
-    """
+    """Resizes images (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or to an int for
+    the shorter side. Antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's."""
     if isinstance(size, int):
         size = [round(side * size / min(images.shape[-2:])) for side in images.shape[-2:]]
     batch = images if images.ndim == 4 else images[None]
@@ -1399,11 +1295,9 @@ def resize(images, size):
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
-
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
     crop of its own for each image. Sampled as torchvision's RandomResizedCrop does: of ten tries
-    the first that fits, else the central crop of the nearest aspect.
-    """
+    the first that fits, else the central crop of the nearest aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -1421,10 +1315,8 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
 
 
 def random_flip(images, generator=None):
-    """Mirrors each of (B, C, H, W) left-right with probability 1/2.
-
-    Never for images whose labels or reports know left from right.
-    """
+    """Mirrors each of (B, C, H, W) left-right with probability 1/2. Not for images whose labels or
+    reports tell left from right."""
     chosen = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
@@ -1435,15 +1327,13 @@ class ImageSet(torch.utils.data.Dataset):
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
     `augment(images, generator=)`; (seed, draw) seed the generator, so that neither workers nor
     resuming change it. Without `augment` it holds the centre crops. set[i] is (image, i).
-    `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; with workers it can be
-    pickled, a function of a module or a functools.partial of one. `deep` is the number that stands
-    for white in 16-bit files (default: `full_scale` of the largest value in 32 of them).
-    """
+    `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; for workers it must be
+    one that can be pickled. `deep` is the number that stands for white in 16-bit files (default:
+    `full_scale` of the largest value in 32 of them)."""
 
     def __init__(self, paths, size, augment=None, seed=0, deep=None):
-        # One tensor, since workers would copy a list of strings as they count references to it.
-        names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
-        self.names = torch.from_numpy(names.view(np.uint8).reshape(len(names), names.itemsize))
+        # One array: counting references to a list of strings would copy it into every worker.
+        self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
         some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
         self.deep = deep or common_scale([self.path(i) for i in some])
@@ -1453,7 +1343,7 @@ class ImageSet(torch.utils.data.Dataset):
         return [self.path(i) for i in range(len(self))]
 
     def path(self, index):
-        return os.fsdecode(self.names[index].numpy().tobytes().rstrip(b"\0"))
+        return os.fsdecode(self.names[index])
 
     def __len__(self):
         return len(self.names)
@@ -1465,7 +1355,7 @@ class ImageSet(torch.utils.data.Dataset):
         return torch.from_numpy(read_bytes(self.path(index), self.size, self.deep))
 
     def preload(self, limit=2 * 2**30):
-        """Decodes every image into memory, if they take less than `limit` bytes; returns self."""
+        """Decodes all images into memory, if they take less than `limit` bytes; returns self."""
         if self.cache is None and len(self) * self.size**2 * 1.25 < limit:
             read = functools.partial(read_bytes, short_side=self.size, deep=self.deep)
             images = [torch.from_numpy(image) for image in over_images(read, self.paths)]
@@ -1508,12 +1398,9 @@ def load_batches(dataset, keys, workers):
 
 
 def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0):
-    """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B a process.
-
-    The images of all steps are one endless row of epochs, each a permutation seeded by (seed,
-    epoch), of which a step takes the next world * batch_size: what a step holds depends on its
-    number alone.
-    """
+    """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B in each process.
+    All steps together walk along one endless row of epochs, each a permutation seeded by (seed,
+    epoch); a step takes the next world * batch_size. So its number alone fixes what it holds."""
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
         return torch.randperm(len(dataset), generator=seeded(seed, epoch)).tolist()
@@ -1529,10 +1416,8 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
 
 
 def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
-    """Every image of this process's share once, in order: (images, indices (B,)).
-
-    The last batch may be smaller.
-    """
+    """Each image of this process's share once, in order: (images, indices (B,)); the last batch may
+    be smaller."""
     share = range(rank, len(dataset), world)
     keys = [(list(share[i:i + batch_size]), 0) for i in range(0, len(share), batch_size)]
     return load_batches(dataset, keys, workers)
@@ -1545,11 +1430,10 @@ def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
 def read_slice(path, rescale=None, blank=False):
     """A 2-D image as float32 (C, H, W) in [-1, 1], C = 1 or 3; background is exactly -1.
 
-    The numbers of .npy and NIfTI are taken as they are and must lie in [-1, 1]; pictures run from
-    -1 (black) to 1 (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips.
-    Raises InputError for what cannot be read, small images, constant ones unless `blank`, numbers
-    outside, and DICOM, whose numbers are stretched file by file.
-    """
+    .npy and NIfTI keep their numbers, which must lie in [-1, 1]; pictures run from -1 (black) to 1
+    (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips. Raises InputError
+    for what cannot be read, sides below 32, constant images unless `blank`, numbers outside, and
+    DICOM, whose numbers are stretched file by file."""
     pixels, white = read_pixels(path)
     pixels = pixels.astype(np.float32)
     if white == 1:
@@ -1571,34 +1455,33 @@ def read_slice(path, rescale=None, blank=False):
 
 def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] in the format of the file `source`.
-
     `rescale` = (lo, hi) are the numbers that stand for -1 and 1. .npy and NIfTI keep the type of
     `source` where that holds these, integers in 64 steps or more, else become float32; a NIfTI
-    keeps its header. Raises InputError for a picture whose type does not hold them.
-    """
+    keeps its header. Raises InputError for a picture whose type does not hold them."""
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
+    low, high = rescale or (-1, 1)
     with open(source, "rb") as file:
         kind = file_kind(file)
         if kind == "npy":
-            like = np.load(file)
-            dtype, (low, high) = like.dtype, rescale or (-1, 1)
+            dtype = np.load(file).dtype
         elif kind == "nifti":
             like = read_nifti(file)
-            dtype, (low, high) = like.get_data_dtype(), rescale or (-1, 1)
+            dtype = like.get_data_dtype()
         else:
             with Image.open(file) as picture:
                 form, mode = picture.format, picture.mode
             dtype = np.dtype({"I": np.uint16, "F": np.float32}.get(mode[0], np.uint8))
-            low, high = rescale or ((-1, 1) if mode == "F" else (0, np.iinfo(dtype).max))
-    if dtype.kind in "iuf":
+            if dtype.kind == "u" and not rescale:
+                low, high = 0, np.iinfo(dtype).max
+    holds = dtype.kind == "f" or (dtype.kind in "iu" and high - low >= 64)
+    if holds:
         limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
         holds = float(limits.min) <= low and high <= float(limits.max)
-    if dtype.kind not in "iuf" or not holds or (dtype.kind != "f" and high - low < 64):
-        if kind == "picture":
-            raise InputError(source, f"a format that holds B's values, {low:g} to {high:g}",
-                             f"{dtype} {form}; keep A as .npy or NIfTI")
-        dtype = np.dtype(np.float32)
+    if not holds and kind == "picture":
+        raise InputError(source, f"a format that holds B's values, {low:g} to {high:g}",
+                         f"{dtype} {form}; keep A as .npy or NIfTI")
+    dtype = dtype if holds else np.dtype(np.float32)
     values = (array + 1) * ((high - low) / 2) + low
     values = (values if dtype.kind == "f" else values.round()).astype(dtype)
     if kind == "npy":
@@ -1606,7 +1489,7 @@ def write_slice(path, image, source, rescale=None):
     elif kind == "nifti":
         header = like.header.copy()
         header.set_data_dtype(dtype)
-        header["cal_min"] = header["cal_max"] = 0  # they are of A's values
+        header["cal_min"] = header["cal_max"] = 0  # they describe A's values
         shape = like.shape if array.ndim == 2 else like.shape[:2] + (-1,)
         content = type(like)(values.reshape(shape), like.affine, header).to_bytes()
         content = gzip.compress(content) if str(path).lower().endswith(".gz") else content
@@ -1622,8 +1505,7 @@ def list_slices(folder):
 
 
 def list_pairs(folder):
-    """The names that `folder`/A and `folder`/B share. Raises InputError with the names that only
-    one of them has."""
+    """The names that `folder`/A and `folder`/B share. Raises InputError for names on one side."""
     a, b = (set(list_slices(Path(folder) / side)) for side in "AB")
     lone = [f"only in {side}: {', '.join(sorted(names)[:5])} ({len(names)})"
             for side, names in (("A", a - b), ("B", b - a)) if names]
@@ -1640,11 +1522,9 @@ def pixel_grid(size):
 
 class RandomTransform:
     """A random map T from output to input positions, T(p) = M (p - c) + c + t + e(p), in pixels.
-
     M rotates by up to `degrees` and zooms within `percent` %, t shifts by up to `percent` % of the
     sides, and e is a bicubic surface through 5 x 5 control points whose displacements have a
-    standard deviation of `elastic` % of the sides.
-    """
+    standard deviation of `elastic` % of the sides."""
 
     def __init__(self, rng, size, degrees, percent, elastic=0.0):
         sides = np.array(size, dtype=np.float32)
@@ -1662,9 +1542,7 @@ class RandomTransform:
 
     def bend(self, p):
         """e at the positions p (2, H, W)."""
-        if self.e is None:
-            return 0
-        return warp(self.e, (p - pixel_grid(p.shape[1:]))[None])[0]
+        return 0 if self.e is None else warp(self.e, (p - pixel_grid(p.shape[1:]))[None])[0]
 
     def __call__(self, p):
         return torch.addmm(self.offset, self.M, p.flatten(1)).view_as(p) + self.bend(p)
@@ -1681,7 +1559,7 @@ class RandomTransform:
 
 def move(image, p):
     """image (C, H, W) read at the positions p (2, H, W); background (-1) comes in from outside."""
-    # `warp` repeats the border, so a rim of background is put around; 0 stays exactly 0 in it.
+    # `warp` repeats the border outside the image, so a border of background (0 after + 1) is added.
     flow = F.pad((p - pixel_grid(p.shape[1:]))[None], (1, 1, 1, 1))
     return warp(F.pad(image + 1, (1, 1, 1, 1))[None], flow)[0, :, 1:-1, 1:-1] - 1
 
@@ -1691,10 +1569,9 @@ def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
 
     Rotation up to `noise` degrees, shift up to 2 noise %, zoom within 2 noise %; at level 0 one
     small transform (1 degree, 2 %) moves both. `elastic` adds a bending field to each.
-    Returns (a', b', flow), or (a', b'). The flow (2, H, W), in pixels, registers them:
-    f(a')[p + flow(p)] = b'[p] for a perfect translation f. From a'[p] = a[Ta(p)] and b'[p] =
-    b[Tb(p)] follows flow(p) = Ta^-1(Tb(p)) - p.
-    """
+    Returns (a', b', flow), or (a', b') without `with_flow`. The flow (2, H, W), in pixels,
+    registers them: f(a')[p + flow(p)] = b'[p] for a perfect translation f. Since a'[p] = a[Ta(p)]
+    and b'[p] = b[Tb(p)], flow(p) = Ta^-1(Tb(p)) - p."""
     size = tuple(a.shape[-2:])
     p = pixel_grid(size)
     if noise == 0:
@@ -1711,12 +1588,11 @@ def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
 class Pairs(torch.utils.data.Dataset):
     """`folder`/A and `folder`/B as pairs (a, b), float32 (C, H, W), or (a, b, flow) with `noise`.
 
-    An item is asked for by (epoch, index): the misalignment (`misalign`) is drawn anew every epoch,
-    as in the official code, by a generator that (seed, epoch, index) fixes. All files are read once
-    here, so that a bad one is found before anything is written, and kept where they fit in
-    KEPT_BYTES. `noise` None leaves the pairs as they are. `size` > 0 scales the longer side to it
-    and pads to a square. `with_flow` False leaves out the flow, which takes longer than the pair.
-    """
+    An item is asked for by (epoch, index): `misalign` moves it anew every epoch, as in the official
+    code, by a generator that (seed, epoch, index) fixes. All files are read once here, so that a
+    bad one is found before anything is written, and kept where they fit in KEPT_BYTES. `noise` None
+    leaves the pairs as they are. `size` > 0 scales the longer side to it and pads to a square.
+    `with_flow` False leaves out the flow, which takes longer to compute than the pair."""
 
     KEPT_BYTES = 2**30
 
@@ -1734,9 +1610,9 @@ class Pairs(torch.utils.data.Dataset):
                                  tuple(b.shape[1:]))
             first = first or (a.shape, b.shape)
             if (a.shape, b.shape) != first:
+                shapes = f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all N x N)"
                 raise InputError(self.folder / "A" / name, "the shapes of the files before it, "
-                                 f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all "
-                                 f"N x N)", f"{tuple(a.shape)} and {tuple(b.shape)}")
+                                 + shapes, f"{tuple(a.shape)} and {tuple(b.shape)}")
         for side, span, value in zip("AB", self.rescale, highest):
             if span is None and value < -0.87:  # 4095 of 65535 is -0.875
                 raise InputError(self.folder / side, "values up to 1", f"{value:.3f} at most; does "
@@ -1762,11 +1638,9 @@ class Pairs(torch.utils.data.Dataset):
         return misalign(a, b, rng, self.noise, self.elastic, self.with_flow)
 
     def batches(self, batch, epochs=1, shuffle=False, seed=0, start=0, rank=0, world=1, workers=0):
-        """Yields batches from the `start`-th on, the same ones whatever `start` and `workers`.
-
-        In training (`shuffle`) every process gets equally many, the first items filling up;
-        otherwise no item comes twice. The last batch of an epoch may be smaller.
-        """
+        """Batches from the `start`-th on, the same ones whatever `start` and `workers`.
+        In training (`shuffle`) every process gets equally many: the first items come again at the
+        end. Otherwise each item comes once. The last batch of an epoch may be smaller."""
         keys = []
         for epoch in range(epochs):
             order = np.arange(len(self))
@@ -1779,32 +1653,29 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def parse_rescale(text):
-    """'LO,HI' for both sides, 'LO,HI,LO,HI' for A and B, or ''. Returns a (lo, hi) or None each."""
+    """The (lo, hi) of A and of B, or None each, from "LO,HI" for both, "LO,HI,LO,HI" or ""."""
+    if not text:
+        return None, None
     try:
-        v = [float(x) for x in text.split(",")] if text else []
-        spans = {0: (None, None), 2: (tuple(v), tuple(v)), 4: (tuple(v[:2]), tuple(v[2:]))}[len(v)]
-        if any(span and not span[0] < span[1] for span in spans):
-            raise ValueError
-    except (ValueError, KeyError):
-        expected = "LO,HI or LO,HI,LO,HI (A, then B) with LO < HI"
-        raise InputError("--rescale", expected, text) from None
-    return spans
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    a, b = tuple(numbers[:2]), tuple(numbers[-2:])
+    if len(numbers) not in (2, 4) or not (a[0] < a[1] and b[0] < b[1]):
+        raise InputError("--rescale", "LO,HI or LO,HI,LO,HI (A, then B) with LO < HI", text)
+    return a, b
 
 
 def fit_square(image, size):
     """Scales the longer side of (C, H, W) to `size`, antialiased, and pads to a square with
-    background; 0 leaves it as it is.
-
-    A pixel that saw nothing but background (-1) is exactly -1, so `image != -1` is the foreground
-    at every size.
-    """
+    background; 0 leaves the image as it is. A pixel that saw nothing but background (-1) is exactly
+    -1, so `image != -1` is the foreground at every size."""
     if not size or tuple(image.shape[1:]) == (size, size):
         return image
     H, W = (max(1, round(n * size / max(image.shape[1:]))) for n in image.shape[1:])
     image = F.interpolate(image[None] + 1, (H, W), mode="bilinear", antialias=True)[0] - 1
-    image = image.clamp(-1, 1)  # the sum of 1 above makes 0 of the background, which stays 0
     top, left = (size - H) // 2, (size - W) // 2
-    return F.pad(image, (left, size - W - left, top, size - H - top), value=-1.0)
+    return F.pad(image.clamp(-1, 1), (left, size - W - left, top, size - H - top), value=-1.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1814,18 +1685,15 @@ def fit_square(image, size):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     root: str = option("", "folder of the data set")
-    data: str = option("", "layout (default: covid where there is ROOT/splits, else demo)",
-                       choices=["", *DATASETS])
+    data: str = option("", "default: covid with ROOT/splits, else demo", choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
     allow_outside: bool = option(False, "also images that the lists name outside ROOT")
 
 
 def audit(config):
-    """Prints images, patients and positives of every part, then what is wrong: a patient or the
-    same pixels in two parts, files that are missing or unreadable, bad lines.
-
-    Returns 1 where anything is wrong, else 0. Raises InputError where there are no lists.
-    """
+    """Prints images, patients and positives of every list, then what is wrong: a patient or the
+    same pixels in two parts, files that are missing or unreadable, bad lines. Returns 1 where
+    anything is wrong, else 0. Raises InputError where there are no lists."""
     if not config.root:
         raise InputError("audit", "--root DIR", "none")
     root = Path(config.root)
@@ -1833,36 +1701,37 @@ def audit(config):
     lists, problems = read_every_list(data, root, config.split)
     names = sorted({name for listed, _ in lists.values() for name in listed})
     patients = dict(zip(names, patient_ids(root, names)))
-    paths = locate(data, root, names, config.allow_outside)
-    paths = [path or name for path, name in zip(paths, names)]
-    digests = dict(zip(names, over_images(pixel_hash, paths)))
-    problems += [wrong for _, wrong in digests.values() if wrong]
+    found = locate(data, root, names, config.allow_outside)
+    paths = [path or name for path, name in zip(found, names)]
+    digests, wrong = zip(*over_images(pixel_hash, paths))
+    digest_of = dict(zip(names, digests))
+    problems += filter(None, wrong)
     folder = root / DATASETS[data]["images"]
     there = list_images(folder if folder.is_dir() else root)
     unlisted = set(image_keys(root, there)) - set(image_keys(root, paths))
     if unlisted:
         print(f"{len(unlisted)} images are in no list, such as {min(unlisted)}")
-    known = {key: {patients[name] for name in lists[key][0]} - {None} for key in lists}
+    people = {key: {patients[name] for name in lists[key][0]} - {None} for key in lists}
     print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
     for (split, part), (listed, labels) in lists.items():
         classes = class_names(data, root, split, labels.shape[1])
         counts = ", ".join(f"{name} {int(count)}" for name, count in zip(classes, labels.sum(0)))
-        people = len(known[split, part]) or "?"
-        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{people:>10}  {counts}")
+        count = len(people[split, part]) or "?"
+        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{count:>10}  {counts}")
     for a, b in itertools.combinations(lists, 2):
         if a[0] != b[0] or (a[1].startswith("train") and b[1].startswith("train")):
             continue  # lists of other splits, or training lists, may share images
-        both, twice = f"{a[0]} {a[1]} and {b[1]}".strip(), sorted(known[a] & known[b])
-        first = {digests[name][0]: name for name in lists[a][0] if digests[name][0]}
-        same = [f"{first[digests[name][0]]} = {name}" for name in lists[b][0]
-                if digests[name][0] in first]
+        both, twice = f"{a[0]} {a[1]} and {b[1]}".strip(), sorted(people[a] & people[b])
+        first = {digest_of[name]: name for name in lists[a][0] if digest_of[name]}
+        same = [f"{first[digest_of[name]]} = {name}" for name in lists[b][0]
+                if digest_of[name] in first]
         if twice:
             problems.append(f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}")
         if same:
             problems.append(f"{both}: {len(same)} images with the same pixels in both: "
                             f"{', '.join(same[:5])}")
-    print("\n".join(problems) or
-          "nothing wrong: no patient and no image in two parts, every file readable")
+    print("\n".join(problems)
+          or "nothing wrong: no patient and no image in two parts, every file readable")
     return int(bool(problems))
 
 
