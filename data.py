@@ -842,6 +842,7 @@ DATASETS = {
               "train": {100: "splits/{split}/train.txt"},
               "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
 }
+PLAIN_NAME = re.compile(r"\w[\w-]*(\.\w+)?")  # a name that `plain_name` leaves as it is
 NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
 
 
@@ -903,9 +904,14 @@ def read_list(path, num_labels=None, skip_bad=False):
         k = Counter(len(split_line(line)[1]) for _, line in lines[:1000]).most_common(1)[0][0]
     first_line, rows, bad, known = {}, [], [], {}
     for number, line in lines:
-        name, labels = split_line(line)
-        row = " ".join(labels)
-        if len(labels) != k or not set(labels) <= {"0", "1"}:
+        # A million lines hold few different rows of labels: most are looked up, not split again.
+        name, _, row = line.partition(" ")
+        if row in known and PLAIN_NAME.fullmatch(name):
+            labels = known[row]
+        else:
+            name, labels = split_line(line)
+            row = " ".join(labels)
+        if row not in known and (len(labels) != k or not set(labels) <= {"0", "1"}):
             expected = "1 label" if k == 1 else f"{k} labels"
             bad.append(f"line {number}: expected {expected}, each 0 or 1, after {name!r}, found "
                        f"{row or 'none'}")
@@ -913,7 +919,7 @@ def read_list(path, num_labels=None, skip_bad=False):
             bad.append(f"line {number}: {name!r} is listed before, in line {first_line[name]}")
         else:
             first_line[name] = number
-            if row not in known:  # a million lines hold few different rows of labels
+            if row not in known:
                 known[row] = list(map(float, labels))
             rows.append(known[row])
     if bad and not (skip_bad and rows):
