@@ -496,8 +496,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
     labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
     optimizer = make_optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    step, history, losses = 0, [], []
-    best = {"auroc": -1.0, "step": 0, "trained": None}
+    step, history, losses, best = 0, [], [], {"auroc": -1.0, "step": 0, "trained": None}
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     mrm.seed_rank(config.seed, log.rank)
     if saved:
