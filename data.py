@@ -125,6 +125,8 @@ def check_ranges(config):
 def fill(config, preset):
     """`config` with every option that is None taken from the dict `preset`, and checked.
     Steps and epochs say the same thing: whoever types one of them gets neither from the preset."""
+    if config.steps is not None and config.epochs is not None:
+        raise InputError("--steps and --epochs", "one of them", "both")
     values = {name: value for name, value in preset.items() if getattr(config, name) is None}
     if config.steps is not None or config.epochs is not None:
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
@@ -135,8 +137,6 @@ def fill(config, preset):
 
 def number_of_steps(config, samples, per_step):
     """The optimiser steps of a filled configuration: `steps`, or `epochs` over `samples`."""
-    if config.steps is not None and config.epochs is not None:
-        raise InputError("--steps and --epochs", "one of them", "both")
     return config.steps or max(1, round(config.epochs * samples / per_step))
 
 
