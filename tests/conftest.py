@@ -1,4 +1,5 @@
 """Without a GPU, Triton's interpreter runs the kernels on CPU tensors."""
+
 import os
 
 import torch

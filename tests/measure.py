@@ -1,11 +1,12 @@
 """The figures of the README that no script of the project prints. Not a test: it needs minutes.
 
-    python tests/measure.py pixels DEMO     # logistic regression of the pixels of the demo records in DEMO: validation AUROC
-    python tests/measure.py vit             # a LoRA step and an MRM step of the paper's ViT-B/16, float32 against bfloat16
-    python tests/measure.py step            # an NC + R step, the official code against ours: operations, bytes, seconds
-    python tests/measure.py motions RUN     # the share of shifts, zooms and rotations that the R of a run finds on val
-    python tests/measure.py bound SEED      # NC at level 5 with the true flow in R's place, as a cell of reggan.py --compare
+python tests/measure.py pixels DEMO     # logistic regression of the pixels of the demo records in DEMO: validation AUROC
+python tests/measure.py vit             # a LoRA step and an MRM step of the paper's ViT-B/16, float32 against bfloat16
+python tests/measure.py step            # an NC + R step, the official code against ours: operations, bytes, seconds
+python tests/measure.py motions RUN     # the share of shifts, zooms and rotations that the R of a run finds on val
+python tests/measure.py bound SEED      # NC at level 5 with the true flow in R's place, as a cell of reggan.py --compare
 """
+
 import contextlib
 import sys
 import time
@@ -67,13 +68,25 @@ def vit(rounds=3):
     sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER_SIZES}
     classifier = finetune.build_model(config, sizes, 14).train()
     record = mrm.MRM(**mrm.BASE, vocab_size=30000).train()
-    images, targets, records = torch.rand(8, 1, 224, 224), torch.rand(8, 14).round(), torch.rand(4, 1, 448, 448)
+    images, targets, records = (
+        torch.rand(8, 1, 224, 224),
+        torch.rand(8, 14).round(),
+        torch.rand(4, 1, 448, 448),
+    )
     tokens, hidden = torch.randint(30000, (4, 100)), torch.rand(4, 100) < 0.5
     report = tokens, tokens.masked_fill(hidden, 0), hidden, torch.zeros(4, 100, dtype=torch.bool)
-    losses = {"LoRA, batch 8": lambda: F.binary_cross_entropy_with_logits(classifier(images).float(), targets),
-              "MRM, batch 4": lambda: sum(record(records, report))}
-    optimizers = {"LoRA, batch 8": finetune.make_optimizer(classifier, config),
-                  "MRM, batch 4": torch.optim.AdamW([p for p in record.parameters() if p.requires_grad], lr=1e-4, fused=True)}
+    losses = {
+        "LoRA, batch 8": lambda: F.binary_cross_entropy_with_logits(
+            classifier(images).float(), targets
+        ),
+        "MRM, batch 4": lambda: sum(record(records, report)),
+    }
+    optimizers = {
+        "LoRA, batch 8": finetune.make_optimizer(classifier, config),
+        "MRM, batch 4": torch.optim.AdamW(
+            [p for p in record.parameters() if p.requires_grad], lr=1e-4, fused=True
+        ),
+    }
     times = {(name, dtype): [] for name in losses for dtype in (torch.float32, torch.bfloat16)}
     for turn in range(1 + rounds):
         for (name, dtype), values in times.items():
@@ -93,8 +106,11 @@ def official_step(model, a, b, opt_g, opt_d):
     opt_g.zero_grad()
     fake = model.netG_A2B(a)
     flow = model.registration(fake, b)
-    losses = {"adversarial": reggan.lsgan(model.netD_B(fake), True),
-              "correction": 20 * reggan.correction(fake, flow, b), "smooth": 10 * reggan.smoothness(flow)}
+    losses = {
+        "adversarial": reggan.lsgan(model.netD_B(fake), True),
+        "correction": 20 * reggan.correction(fake, flow, b),
+        "smooth": 10 * reggan.smoothness(flow),
+    }
     sum(losses.values()).backward()
     opt_g.step()
     opt_d.zero_grad()
@@ -114,7 +130,9 @@ class Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if not function.is_view:
-            self.total += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+            self.total += sum(
+                t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)
+            )
         return out
 
 
@@ -134,19 +152,28 @@ def step(rounds=3, size=256):
         model = reggan.build(config, 1, 1, (size, size))
         if official:
             official_layers(model).requires_grad_(True)
-        optimizers = [torch.optim.Adam(reggan.trainable(model, *prefixes), 1e-4, (0.5, 0.999), fused=not official)
-                      for prefixes in (("netG", "registration"), ("netD",))]
+        optimizers = [
+            torch.optim.Adam(
+                reggan.trainable(model, *prefixes), 1e-4, (0.5, 0.999), fused=not official
+            )
+            for prefixes in (("netG", "registration"), ("netD",))
+        ]
         if official:
             return model, lambda: official_step(model, a, b, *optimizers)
         pools = {"B": reggan.Pool(0)}
-        return model, lambda: reggan.training_step(model, config, a, b, *optimizers, pools, autocast)
+        return model, lambda: reggan.training_step(
+            model, config, a, b, *optimizers, pools, autocast
+        )
 
     def bfloat16():
         return torch.autocast("cpu", torch.bfloat16)
 
-    forms = {"official, float32": form(official=True), "ours, float32": form(),
-             "ours, bfloat16": form(autocast=bfloat16),
-             "ours with the coarse-to-fine R, bfloat16": form(autocast=bfloat16, reg_net="coarse")}
+    forms = {
+        "official, float32": form(official=True),
+        "ours, float32": form(),
+        "ours, bfloat16": form(autocast=bfloat16),
+        "ours with the coarse-to-fine R, bfloat16": form(autocast=bfloat16, reg_net="coarse"),
+    }
     fakes = {}
     for name, (model, run) in forms.items():
         losses = {key: round(float(value.detach()), 5) for key, value in run().items()}
@@ -155,8 +182,11 @@ def step(rounds=3, size=256):
         difference = (fakes[name] - fakes["official, float32"]).abs()
         with FlopCounterMode(display=False) as operations, Bytes() as moved:
             run()
-        print(f"{name}: losses of step 1 {losses}; G(a) after it differs by {difference.mean():.1e} in the mean, {difference.max():.1e} "
-              f"at most; {operations.get_total_flops() / 1e9:.0f} GFLOP, {moved.total / 1e9:.1f} GB", flush=True)
+        print(
+            f"{name}: losses of step 1 {losses}; G(a) after it differs by {difference.mean():.1e} in the mean, {difference.max():.1e} "
+            f"at most; {operations.get_total_flops() / 1e9:.0f} GFLOP, {moved.total / 1e9:.1f} GB",
+            flush=True,
+        )
     times = {name: [] for name in forms}
     for _ in range(rounds):
         for name, (_, run) in forms.items():
@@ -165,7 +195,9 @@ def step(rounds=3, size=256):
             times[name].append(time.time() - began)
     medians = {name: sorted(values)[rounds // 2] for name, values in times.items()}
     for name, values in times.items():
-        print(f"{name}: {' '.join(f'{v:.2f}' for v in values)} s a step, {medians['official, float32'] / medians[name]:.2f} times as fast")
+        print(
+            f"{name}: {' '.join(f'{v:.2f}' for v in values)} s a step, {medians['official, float32'] / medians[name]:.2f} times as fast"
+        )
 
 
 @torch.no_grad()
@@ -177,17 +209,30 @@ def motions(*runs, rounds=20):
         model.eval()
         pairs = reggan.make_pairs(config, "val", misaligned=True)
         y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in pairs.shape), indexing="ij")
-        plane, fits = torch.stack((torch.ones_like(y), y, x), -1).flatten(0, 1), []         # (H W, 3)
+        plane, fits = torch.stack((torch.ones_like(y), y, x), -1).flatten(0, 1), []  # (H W, 3)
         for epoch in range(rounds):
             a, b, true = pairs[[(epoch, index) for index in range(len(pairs))]]
-            flows = torch.stack((model.registration(translate(a), b), true), 1).flatten(3)  # (B, 2, 2, H W)
+            flows = torch.stack((model.registration(translate(a), b), true), 1).flatten(
+                3
+            )  # (B, 2, 2, H W)
             for pair, inside in zip(flows.mT, (b != -1).any(1).flatten(1)):
-                fits.append(torch.linalg.lstsq(plane[inside].expand(2, -1, -1), pair[:, inside]).solution)
-        found, true = torch.stack(fits, 1)                                                  # (N, 3, 2) each
-        parts = {"shift": lambda fit: fit[:, 0], "zoom": lambda fit: fit[:, 1, 0] + fit[:, 2, 1],
-                 "rotation": lambda fit: fit[:, 2, 0] - fit[:, 1, 1]}
-        shares = {name: (part(found) * part(true)).sum() / part(true).square().sum() for name, part in parts.items()}
-        print(f"{run}: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()), flush=True)
+                fits.append(
+                    torch.linalg.lstsq(plane[inside].expand(2, -1, -1), pair[:, inside]).solution
+                )
+        found, true = torch.stack(fits, 1)  # (N, 3, 2) each
+        parts = {
+            "shift": lambda fit: fit[:, 0],
+            "zoom": lambda fit: fit[:, 1, 0] + fit[:, 2, 1],
+            "rotation": lambda fit: fit[:, 2, 0] - fit[:, 1, 1],
+        }
+        shares = {
+            name: (part(found) * part(true)).sum() / part(true).square().sum()
+            for name, part in parts.items()
+        }
+        print(
+            f"{run}: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()),
+            flush=True,
+        )
 
 
 class TrueFlow(reggan.CoarseToFine):
@@ -216,11 +261,23 @@ def bound(seed):
         return pairs
 
     reggan.make_pairs, reggan.CoarseToFine = with_true_flow, TrueFlow
-    config = reggan.Config(improved=True, size=32, epochs=60.0, dtype="fp32", noise=5.0, seed=int(seed), smooth=0.0,
-                           drift=0.0, synthetic=0.0, out=f"runs/bound-{seed}")
+    config = reggan.Config(
+        improved=True,
+        size=32,
+        epochs=60.0,
+        dtype="fp32",
+        noise=5.0,
+        seed=int(seed),
+        smooth=0.0,
+        drift=0.0,
+        synthetic=0.0,
+        out=f"runs/bound-{seed}",
+    )
     result = reggan.train(config)
     print(f"seed {seed}: PSNR {result['psnr']:.2f} dB, MAE {result['mae']:.4f}")
 
 
 if __name__ == "__main__":
-    {"pixels": pixels, "vit": vit, "step": step, "motions": motions, "bound": bound}[sys.argv[1]](*sys.argv[2:])
+    {"pixels": pixels, "vit": vit, "step": step, "motions": motions, "bound": bound}[sys.argv[1]](
+        *sys.argv[2:]
+    )

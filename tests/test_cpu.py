@@ -1,4 +1,5 @@
 """kernels/cpu.py: each layer equals the layer of torch that it stands for."""
+
 import pytest
 import torch
 import torch.nn as nn
@@ -19,8 +20,10 @@ def test_instance_norm_is_torchs_with_the_gradient_of_its_formula():
         centred = images - images.mean((2, 3), keepdim=True)
         formula = centred / (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
         weights = torch.randn_like(ours)  # channels_last where the image is
-        mine, other = (torch.autograd.grad((out * weights).sum(), images, retain_graph=True)[0]
-                       for out in (ours, formula))
+        mine, other = (
+            torch.autograd.grad((out * weights).sum(), images, retain_graph=True)[0]
+            for out in (ours, formula)
+        )
         assert torch.allclose(mine, other, atol=1e-12)
 
 
@@ -55,6 +58,9 @@ def test_quick_layout_changes_the_layout_of_a_single_image_alone():
 
 
 def test_state_dict_keys_are_torchs():
-    for ours, theirs in ((InstanceNorm(), nn.InstanceNorm2d(3)), (Reflect(1), nn.ReflectionPad2d(1)),
-                         (LastConv(3, 2, 7), nn.Conv2d(3, 2, 7))):
+    for ours, theirs in (
+        (InstanceNorm(), nn.InstanceNorm2d(3)),
+        (Reflect(1), nn.ReflectionPad2d(1)),
+        (LastConv(3, 2, 7), nn.Conv2d(3, 2, 7)),
+    ):
         assert ours.state_dict().keys() == theirs.state_dict().keys()

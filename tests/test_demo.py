@@ -1,4 +1,5 @@
 """The demo chest radiographs: the folder is complete, reproducible and honest (lists, masks and reports agree)."""
+
 import csv
 import hashlib
 import os
@@ -17,17 +18,29 @@ import demo as demo_drawing
 PATIENTS = 120
 LISTS = ("train_1", "train_10", "train_list", "val_list", "test_list")
 MENTIONS = {  # what a sentence about a class contains
-    "Atelectasis": "atelectasis", "Cardiomegaly": "cardiomegaly|heart", "Effusion": "effusion|pleural",
-    "Mass": "mass", "Pneumothorax": "pneumothorax", "Consolidation": "consolidation", "Edema": "edema",
+    "Atelectasis": "atelectasis",
+    "Cardiomegaly": "cardiomegaly|heart",
+    "Effusion": "effusion|pleural",
+    "Mass": "mass",
+    "Pneumothorax": "pneumothorax",
+    "Consolidation": "consolidation",
+    "Edema": "edema",
 }
 DENIALS = r"^no |there is no "
-GRADES = (r"\b(mild|slight|small|minor)(ly)?\b", r"\bmoderate(ly)?\b", r"\b(severe|marked|large|sizeable)(ly)?\b")
+GRADES = (
+    r"\b(mild|slight|small|minor)(ly)?\b",
+    r"\bmoderate(ly)?\b",
+    r"\b(severe|marked|large|sizeable)(ly)?\b",
+)
 
 
 def digest(folder):
     """{relative path: hash of the bytes} of every file below a folder."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def read_list(folder, name):
@@ -47,7 +60,9 @@ def states(report, name):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    return demo_drawing.write_demo_records(tmp_path_factory.mktemp("demo") / "records", patients=PATIENTS, seed=3)
+    return demo_drawing.write_demo_records(
+        tmp_path_factory.mktemp("demo") / "records", patients=PATIENTS, seed=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,38 +79,74 @@ def visits():
 
 def test_layout(demo):
     assert {path.name for path in demo.iterdir()} == {
-        "images", "masks", "training.csv", "classes.txt", "patients.csv", "demo.json", *(f"{name}.txt" for name in LISTS)}
+        "images",
+        "masks",
+        "training.csv",
+        "classes.txt",
+        "patients.csv",
+        "demo.json",
+        *(f"{name}.txt" for name in LISTS),
+    }
     assert (demo / "classes.txt").read_text().split() == list(demo_drawing.DEMO_CLASSES)
     lists = {name: read_list(demo, name) for name in LISTS}
     with open(demo / "patients.csv", newline="") as file:
         patient = {row["image_path"]: row["patient_id"] for row in csv.DictReader(file)}
     images = {path.name for path in (demo / "images").iterdir()}
     assert images == set(patient) == set().union(*lists.values())
-    assert all(len(labels) == 7 and set(labels) <= {0, 1} for part in lists.values() for labels in part.values())
-    parts = [{patient[name] for name in lists[part]} for part in ("train_list", "val_list", "test_list")]
-    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2]) and sum(map(len, parts)) == PATIENTS
+    assert all(
+        len(labels) == 7 and set(labels) <= {0, 1}
+        for part in lists.values()
+        for labels in part.values()
+    )
+    parts = [
+        {patient[name] for name in lists[part]} for part in ("train_list", "val_list", "test_list")
+    ]
+    assert (
+        not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+        and sum(map(len, parts)) == PATIENTS
+    )
     assert set(lists["train_1"]) < set(lists["train_10"]) < set(lists["train_list"])
     train = len(lists["train_list"])
-    assert abs(train / len(images) - 0.7) < 0.02 and abs(len(lists["test_list"]) / len(images) - 0.2) < 0.03
-    assert 0.01 * train <= len(lists["train_1"]) <= 0.01 * train + 4 and 0.1 * train - 1 <= len(lists["train_10"]) <= 0.1 * train + 4
+    assert (
+        abs(train / len(images) - 0.7) < 0.02
+        and abs(len(lists["test_list"]) / len(images) - 0.2) < 0.03
+    )
+    assert (
+        0.01 * train <= len(lists["train_1"]) <= 0.01 * train + 4
+        and 0.1 * train - 1 <= len(lists["train_10"]) <= 0.1 * train + 4
+    )
     with open(demo / "training.csv", newline="", encoding="utf-8") as file:
-        assert [row["image_path"] for row in csv.DictReader(file)] == list(lists["train_list"])  # no val or test report
+        assert [row["image_path"] for row in csv.DictReader(file)] == list(
+            lists["train_list"]
+        )  # no val or test report
 
 
 def test_images_and_masks(demo):
-    labels = {name: row for part in ("train_list", "val_list", "test_list") for name, row in read_list(demo, part).items()}
+    labels = {
+        name: row
+        for part in ("train_list", "val_list", "test_list")
+        for name, row in read_list(demo, part).items()
+    }
     has = demo_drawing.DEMO_CLASSES.index("Pneumothorax")
-    assert {path.name for path in (demo / "masks").iterdir()} == {name for name, row in labels.items() if row[has]}
+    assert {path.name for path in (demo / "masks").iterdir()} == {
+        name for name, row in labels.items() if row[has]
+    }
     means = []
     for name in labels:
         image = Image.open(demo / "images" / name)
         pixels = np.asarray(image)
         assert image.mode == "L" and pixels.shape == (128, 128)
-        assert pixels.std() > 10 and np.percentile(pixels, 95) - np.percentile(pixels, 5) > 30  # of a film of low contrast
+        assert (
+            pixels.std() > 10 and np.percentile(pixels, 95) - np.percentile(pixels, 5) > 30
+        )  # of a film of low contrast
         means.append(pixels.mean())
         if labels[name][has]:
             mask = np.asarray(Image.open(demo / "masks" / name))
-            assert mask.shape == (128, 128) and set(np.unique(mask)) == {0, 255} and 0.003 < (mask > 0).mean() < 0.25
+            assert (
+                mask.shape == (128, 128)
+                and set(np.unique(mask)) == {0, 255}
+                and 0.003 < (mask > 0).mean() < 0.25
+            )
     assert np.std(means) > 10  # exposure varies
     prevalence = np.mean(list(labels.values()), 0)
     assert (prevalence > 0.08).all() and (prevalence < 0.35).all(), prevalence
@@ -103,8 +154,10 @@ def test_images_and_masks(demo):
 
 def test_same_seed_same_bytes_and_another_seed_replaces_them(tmp_path):
     out = tmp_path / "records"
-    first, again, other = (digest(demo_drawing.write_demo_records(out, patients=50, size=32, seed=seed))
-                           for seed in (1, 1, 2))
+    first, again, other = (
+        digest(demo_drawing.write_demo_records(out, patients=50, size=32, seed=seed))
+        for seed in (1, 1, 2)
+    )
     assert first == again
     assert not {first[name] for name in first if "images" in name} & set(other.values())
     assert [path.name for path in tmp_path.iterdir()] == ["records"]
@@ -116,15 +169,24 @@ def test_a_script_without_a_main_guard_draws_the_same_and_ends(tmp_path, from_fi
     (tmp_path / "script.py").write_text(code)
     command = [sys.executable, "script.py" if from_file else "-"]
     environment = os.environ | {"PYTHONPATH": str(Path(demo_drawing.__file__).parent)}
-    done = subprocess.run(command, input=code, cwd=tmp_path, env=environment, capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        command,
+        input=code,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stdout.split() == ["once"], done.stderr
     here = demo_drawing.write_demo_records(tmp_path / "here", patients=50, size=32, seed=1)
     assert digest(tmp_path / "records") == digest(here)
 
 
 def test_records_drawn_again_keep_the_pairs(tmp_path):
-    pairs = demo_drawing.demo_pairs(tmp_path / "records", size=32, slices=1, subjects=(("train", 1),))
+    pairs = demo_drawing.demo_pairs(
+        tmp_path / "records", size=32, slices=1, subjects=(("train", 1),)
+    )
     drawn = digest(pairs)
     for seed in (1, 2):
         demo_drawing.write_demo_records(tmp_path / "records", patients=50, size=32, seed=seed)
@@ -148,23 +210,46 @@ def test_reports_say_what_is_drawn(visits):
             assert bool(stated) == (name in findings), (name, report)
             denied += name not in findings and bool(said)
             if name in findings:
-                grades = {grade for text in stated for grade in range(3) if re.search(GRADES[grade], text)}
+                grades = {
+                    grade for text in stated for grade in range(3) if re.search(GRADES[grade], text)
+                }
                 assert grades == {findings[name].grade}, (name, report)
-                sides = {side for text in stated for side in ("left", "right") if re.search(rf"\b{side}\b", text)}
-                assert sides == {-1: {"right"}, 0: set(), 1: {"left"}}[findings[name].side], (name, report)
+                sides = {
+                    side
+                    for text in stated
+                    for side in ("left", "right")
+                    if re.search(rf"\b{side}\b", text)
+                }
+                assert sides == {-1: {"right"}, 0: set(), 1: {"left"}}[findings[name].side], (
+                    name,
+                    report,
+                )
                 if name in ("Atelectasis", "Mass", "Consolidation"):
-                    assert re.search(("upper", "mid", "lower|base")[findings[name].zone], " ".join(stated))
+                    assert re.search(
+                        ("upper", "mid", "lower|base")[findings[name].zone], " ".join(stated)
+                    )
             if name not in findings or findings[name].side:
                 assert len(stated) == len([text for text in said if text in stated])
-    assert 0.4 < denied / sum(len(demo_drawing.DEMO_CLASSES) - len(findings) for findings, _ in visits) < 0.8
+    assert (
+        0.4
+        < denied / sum(len(demo_drawing.DEMO_CLASSES) - len(findings) for findings, _ in visits)
+        < 0.8
+    )
 
 
 def test_reports_vary(visits):
     reports = [report for _, report in visits]
     words = [len(report.split()) for report in reports]
-    assert min(words) >= 8 and 22 < np.mean(words) < 60 and np.percentile(words, 95) <= 75 and max(words) <= 120
+    assert (
+        min(words) >= 8
+        and 22 < np.mean(words) < 60
+        and np.percentile(words, 95) <= 75
+        and max(words) <= 120
+    )
     assert len(set(reports)) > 0.95 * len(reports)
-    assert not any(re.search("prior|unchanged|compared|resolved", report) for report in reports)  # a film is alone
+    assert not any(
+        re.search("prior|unchanged|compared|resolved", report) for report in reports
+    )  # a film is alone
 
 
 def test_findings_change_the_film_where_they_should():
@@ -188,7 +273,10 @@ def test_findings_change_the_film_where_they_should():
                 assert np.abs(change[:, half]).max() > 0.12 * contrast
                 assert np.abs(change[:, other]).max() < 0.05 * contrast
                 assert mask[:, half].any() == (name == "Pneumothorax") and not mask[:, other].any()
-    ratio = [film({"Cardiomegaly": demo_drawing.Finding(0, 0, s, 0.5)})[0].astype(int) - normal for s in (0.0, 1.0)]
+    ratio = [
+        film({"Cardiomegaly": demo_drawing.Finding(0, 0, s, 0.5)})[0].astype(int) - normal
+        for s in (0.0, 1.0)
+    ]
     grown = [(change > 0.12 * contrast).sum() for change in ratio]
     assert grown[1] > 2 * grown[0] > 0
 
@@ -206,7 +294,11 @@ def test_a_finding_lies_in_the_visible_lung_on_its_side_and_in_its_zone():
                     assert np.sign(x) == side
                     assert zone / 3 - 0.1 < (y - c.apex) / c.height < (zone + 1) / 3 + 0.12
                     row, column = np.argwhere((c.x == x) & (c.y == y))[0]
-                    assert c.air[row, column] > 0.5 and c.wall[row, column] > 0 and c.above[row, column] > 0
+                    assert (
+                        c.air[row, column] > 0.5
+                        and c.wall[row, column] > 0
+                        and c.above[row, column] > 0
+                    )
 
 
 def test_pixels_alone_do_not_solve_it(demo):
@@ -216,7 +308,10 @@ def test_pixels_alone_do_not_solve_it(demo):
 
     def load(part):
         rows = read_list(demo, part)
-        films = [np.asarray(Image.open(demo / "images" / name).resize((32, 32), Image.BOX)).ravel() / 255 for name in rows]
+        films = [
+            np.asarray(Image.open(demo / "images" / name).resize((32, 32), Image.BOX)).ravel() / 255
+            for name in rows
+        ]
         return np.array(films), np.array(list(rows.values()))
 
     train, val, test = (load(part) for part in ("train_list", "val_list", "test_list"))
@@ -224,7 +319,9 @@ def test_pixels_alone_do_not_solve_it(demo):
     mean, scale = train[0].mean(0), train[0].std(0) + 1e-6
     aurocs = []
     for k in range(labels.shape[1]):
-        probe = LogisticRegression(C=1e-3, max_iter=200).fit((train[0] - mean) / scale, train[1][:, k])
+        probe = LogisticRegression(C=1e-3, max_iter=200).fit(
+            (train[0] - mean) / scale, train[1][:, k]
+        )
         aurocs.append(roc_auc_score(labels[:, k], probe.decision_function((images - mean) / scale)))
     assert np.mean(aurocs) < 0.78, dict(zip(demo_drawing.DEMO_CLASSES, aurocs))
 

@@ -1,4 +1,5 @@
 """finetune.py: AUROC against scikit-learn, runs of every method, resuming, prediction, and one line for each bad input."""
+
 import csv
 import dataclasses
 import json
@@ -39,7 +40,9 @@ def test_auroc_against_scikit_learn():
     assert [per_class[0][0], per_class[2][0]] == pytest.approx(expected, abs=1e-12)
     assert mean == pytest.approx(np.mean(expected)) == finetune.mean_auroc(scores, labels)
     assert low < mean < high and per_class[0][1] < per_class[0][0] < per_class[0][2]
-    assert np.isnan(finetune.auroc(scores, 0 * labels)[0]) and np.isnan(finetune.mean_auroc(scores, 0 * labels))
+    assert np.isnan(finetune.auroc(scores, 0 * labels)[0]) and np.isnan(
+        finetune.mean_auroc(scores, 0 * labels)
+    )
 
 
 def test_auroc_worked_on_paper():
@@ -79,19 +82,40 @@ def test_roc_curve_against_scikit_learn():
 
 def test_papers_recipes():
     cell = finetune.RECIPES
-    lora = {("nih", 1): (0.05, 4), ("nih", 10): (0.05, 8), ("nih", 100): (0.2, 32), ("chexpert", 1): (0.02, 4),
-            ("chexpert", 10): (0.05, 16), ("chexpert", 100): (0.01, 32), ("rsna", 1): (0.01, 4), ("rsna", 10): (0.01, 32),
-            ("rsna", 100): (0.01, 32)}
+    lora = {
+        ("nih", 1): (0.05, 4),
+        ("nih", 10): (0.05, 8),
+        ("nih", 100): (0.2, 32),
+        ("chexpert", 1): (0.02, 4),
+        ("chexpert", 10): (0.05, 16),
+        ("chexpert", 100): (0.01, 32),
+        ("rsna", 1): (0.01, 4),
+        ("rsna", 10): (0.01, 32),
+        ("rsna", 100): (0.01, 32),
+    }
     for (name, ratio), (lr, rank) in lora.items():
         recipe = cell["lora", name, ratio]
-        assert (recipe["lr"], recipe["rank"], recipe["batch_size"], recipe["epochs"]) == (lr, rank, 64, 100)
-    steps = {"nih": [(3000, 50, 3e-2), (30000, 500, 3e-3), (200000, 5000, 3e-3)],
-             "rsna": [(2000, 50, 3e-3), (10000, 200, 5e-4), (50000, 2000, 5e-4)],
-             "chexpert": [(2000, 150, 3e-3), (60000, 1500, 5e-4), (200000, 15000, 5e-4)]}
-    full = {(name, ratio): row for name, rows in steps.items() for ratio, row in zip((1, 10, 100), rows)}
+        assert (recipe["lr"], recipe["rank"], recipe["batch_size"], recipe["epochs"]) == (
+            lr,
+            rank,
+            64,
+            100,
+        )
+    steps = {
+        "nih": [(3000, 50, 3e-2), (30000, 500, 3e-3), (200000, 5000, 3e-3)],
+        "rsna": [(2000, 50, 3e-3), (10000, 200, 5e-4), (50000, 2000, 5e-4)],
+        "chexpert": [(2000, 150, 3e-3), (60000, 1500, 5e-4), (200000, 15000, 5e-4)],
+    }
+    full = {
+        (name, ratio): row for name, rows in steps.items() for ratio, row in zip((1, 10, 100), rows)
+    }
     for (name, ratio), expected in (full | {("covid", 100): (1000, 50, 3e-2)}).items():
         recipe = finetune.recipe_for("full", name, ratio, 768)
-        assert (recipe["steps"], round(recipe["warmup"] * recipe["steps"]), recipe["lr"]) == expected
+        assert (
+            recipe["steps"],
+            round(recipe["warmup"] * recipe["steps"]),
+            recipe["lr"],
+        ) == expected
         assert (recipe["batch_size"], recipe["optimizer"], recipe["drop_path"]) == (96, "sgd", 0.1)
 
 
@@ -101,8 +125,18 @@ def filled(**options):
 
 
 def test_typed_options_win_over_the_recipe_and_small_models_have_their_own():
-    typed = dict(lr=0.7, rank=6, batch_size=3, optimizer="sgd", layer_decay=0.3, weight_decay=0.0, warmup=0.0,
-                 min_crop=0.9, drop_path=0.5, epochs=2.5)
+    typed = dict(
+        lr=0.7,
+        rank=6,
+        batch_size=3,
+        optimizer="sgd",
+        layer_decay=0.3,
+        weight_decay=0.0,
+        warmup=0.0,
+        min_crop=0.9,
+        drop_path=0.5,
+        epochs=2.5,
+    )
     config = filled(data="nih", method="lora", ratio=10, **typed)
     assert {name: getattr(config, name) for name in typed} == typed and config.steps is None
     recipe = finetune.recipe_for("lora", "nih", 10, 768)
@@ -113,9 +147,13 @@ def test_typed_options_win_over_the_recipe_and_small_models_have_their_own():
     assert finetune.recipe_for("lora", "nih", 10, 128) == finetune.SMALL["lora"]
     config = filled(lora=True)
     assert (config.method, config.ratio, config.img_size, config.num_heads) == ("lora", 10, 48, 4)
-    assert {name: getattr(config, name) for name in finetune.SMALL["lora"]} == finetune.SMALL["lora"]
+    assert {name: getattr(config, name) for name in finetune.SMALL["lora"]} == finetune.SMALL[
+        "lora"
+    ]
     assert filled(data="nih").ratio == 100 and filled(data="nih").method == "full"
-    with pytest.raises(data.InputError, match="--lora and --method: expected one of them, found --method full"):
+    with pytest.raises(
+        data.InputError, match="--lora and --method: expected one of them, found --method full"
+    ):
         filled(lora=True, method="full")
 
 
@@ -128,25 +166,40 @@ def test_mean_and_std_zero_included():
 
 
 def optimizer_of(model, **options):
-    return finetune.make_optimizer(model, FinetuneConfig(**dict(optimizer="adamw", weight_decay=0.1, layer_decay=0.5,
-                                                                lr=1.0) | options))
+    return finetune.make_optimizer(
+        model,
+        FinetuneConfig(
+            **dict(optimizer="adamw", weight_decay=0.1, layer_decay=0.5, lr=1.0) | options
+        ),
+    )
 
 
 def test_layer_decay_and_no_decay_on_biases():
     model = mrm.ViT(16, 4, 1, 24, 2, 3, num_classes=2)
     optimizer = optimizer_of(model)
-    scale = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    scale = {
+        id(p): (g["lr_scale"], g["weight_decay"])
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
     assert scale[id(model.head.weight)] == (1, 0.1) and scale[id(model.head.bias)] == (1, 0)
-    assert scale[id(model.blocks[1].mlp.fc1.weight)] == (0.5, 0.1) and scale[id(model.blocks[0].norm1.bias)] == (0.25, 0)
-    assert scale[id(model.patch_embed.proj.bias)] == (0.125, 0) and scale[id(model.fc_norm.weight)] == (1, 0)
+    assert scale[id(model.blocks[1].mlp.fc1.weight)] == (0.5, 0.1) and scale[
+        id(model.blocks[0].norm1.bias)
+    ] == (0.25, 0)
+    assert scale[id(model.patch_embed.proj.bias)] == (0.125, 0) and scale[
+        id(model.fc_norm.weight)
+    ] == (1, 0)
     assert scale[id(model.cls_token)] == scale[id(model.pos_embed)] == (0.125, 0)
     assert set(scale) == {id(p) for p in model.parameters() if p.requires_grad}
     assert {name for name, p in model.named_parameters() if scale[id(p)][1]} == {
-        name for name, p in model.named_parameters() if mrm.decays(name, p)}  # pretraining's rule
+        name for name, p in model.named_parameters() if mrm.decays(name, p)
+    }  # pretraining's rule
     for p in model.blocks.parameters():
         p.requires_grad_(False)
     optimizer = optimizer_of(model, optimizer="sgd", weight_decay=0.0, layer_decay=1.0)
-    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
     assert all(g["momentum"] == 0.9 and g["lr_scale"] == 1 for g in optimizer.param_groups)
 
 
@@ -177,13 +230,25 @@ def easy(tmp_path_factory):
     (root / "demo.json").write_text("{}")
     rows = "".join(f"{i:04d}.png,no square\n" for i in range(64))
     (root / "training.csv").write_text("image_path,report_content\n" + rows)
-    (root / "patients.csv").write_text("image,patient\n" + "".join(f"{i:04d}.png,{i}\n" for i in range(count)))
+    (root / "patients.csv").write_text(
+        "image,patient\n" + "".join(f"{i:04d}.png,{i}\n" for i in range(count))
+    )
     return root
 
 
 def config(root, out, **kwargs):
-    return FinetuneConfig(**dict(root=str(root), out=str(out), weights="scratch", steps=4, evaluations=2, device="cpu",
-                                 batch_size=16) | kwargs)
+    return FinetuneConfig(
+        **dict(
+            root=str(root),
+            out=str(out),
+            weights="scratch",
+            steps=4,
+            evaluations=2,
+            device="cpu",
+            batch_size=16,
+        )
+        | kwargs
+    )
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "linear"])
@@ -191,32 +256,71 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     result = finetune.finetune(config(easy, tmp_path, method=method))
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["auroc"] == result["auroc"]
-    assert {"auroc", "auroc_ci", "auroc_per_class", "split", "method", "trainable_parameters", "total_parameters", "seconds",
-            "images_per_second", "share_waiting_for_data", "peak_memory_mib"} <= saved.keys()
+    assert {
+        "auroc",
+        "auroc_ci",
+        "auroc_per_class",
+        "split",
+        "method",
+        "trainable_parameters",
+        "total_parameters",
+        "seconds",
+        "images_per_second",
+        "share_waiting_for_data",
+        "peak_memory_mib",
+    } <= saved.keys()
     assert saved["auroc_per_class"]["Third"] is None
     output = capsys.readouterr().out
     assert "WARNING" in output and "Third" in output and "undefined" in output
     model = "adapter.pt" if method == "lora" else "best.pt"
-    for name in ("config.json", "log.jsonl", "last.pt", model, "predictions.csv", "roc.png", "curves.png"):
+    for name in (
+        "config.json",
+        "log.jsonl",
+        "last.pt",
+        model,
+        "predictions.csv",
+        "roc.png",
+        "curves.png",
+    ):
         assert (tmp_path / name).stat().st_size > 0, name
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     labels, scores = [int(r["label Square"]) for r in rows], [float(r["Square"]) for r in rows]
-    assert len(rows) == 24 and saved["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=0.02)
+    assert len(rows) == 24 and saved["auroc"] == pytest.approx(
+        roc_auc_score(labels, scores), abs=0.02
+    )
 
-    finetune.predict_folder(FinetuneConfig(predict=str(easy / "images"), weights=str(tmp_path), out=str(tmp_path / "p"), device="cpu"))
-    again = {r["image"]: float(r["Square"]) for r in csv.DictReader((tmp_path / "p" / "predictions.csv").open())}
+    finetune.predict_folder(
+        FinetuneConfig(
+            predict=str(easy / "images"),
+            weights=str(tmp_path),
+            out=str(tmp_path / "p"),
+            device="cpu",
+        )
+    )
+    again = {
+        r["image"]: float(r["Square"])
+        for r in csv.DictReader((tmp_path / "p" / "predictions.csv").open())
+    }
     assert len(again) == 112
     assert [again[r["image"]] for r in rows] == pytest.approx(scores, abs=2e-5)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 4] and max(line["val_auroc"] for line in lines) == saved["val_auroc"]
+    assert [line["step"] for line in lines] == [2, 4] and max(
+        line["val_auroc"] for line in lines
+    ) == saved["val_auroc"]
     assert saved["images"] == {"train": 64, "val": 24, "test": 24} and saved["method"] == method
     ran = json.loads((tmp_path / "config.json").read_text())
     recipe = finetune.SMALL[method] | dict(steps=4, batch_size=16)
-    assert {name: ran[name] for name in recipe} == recipe and ran["method"] == method and ran["ratio"] == 10
+    assert (
+        {name: ran[name] for name in recipe} == recipe
+        and ran["method"] == method
+        and ran["ratio"] == 10
+    )
     assert ran == data.load_checkpoint(tmp_path / "last.pt")["config"]
     assert (saved["steps"], saved["batch_size"], saved["lr"]) == (4, 16, recipe["lr"])
     lora, head = saved["lora_parameters"], saved["head_parameters"]
-    assert head == 2 * 128 + 2 * 128 + 2 and lora == (2 * (128 * 4 + 4 * 128) if method == "lora" else 0)
+    assert head == 2 * 128 + 2 * 128 + 2 and lora == (
+        2 * (128 * 4 + 4 * 128) if method == "lora" else 0
+    )
     trainable = {"full": saved["total_parameters"], "lora": lora + head, "linear": head}
     assert saved["trainable_parameters"] == trainable[method]
     assert not list(tmp_path.rglob("*.tmp"))
@@ -225,8 +329,13 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
 def test_overfits_one_batch():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    images = torch.from_numpy(np.stack([square(rng, i % 2) for i in range(16)])).float()[:, None] / 128 - 1
-    labels = torch.stack([torch.arange(16) % 2, torch.randint(2, (16,))], 1).float()  # the second: to be learned by heart
+    images = (
+        torch.from_numpy(np.stack([square(rng, i % 2) for i in range(16)])).float()[:, None] / 128
+        - 1
+    )
+    labels = torch.stack(
+        [torch.arange(16) % 2, torch.randint(2, (16,))], 1
+    ).float()  # the second: to be learned by heart
     sizes = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=4)
     for method, lr in (("full", 3e-3), ("lora", 3e-2)):
         options = FinetuneConfig(method=method, dropout=0.0, lr=lr, layer_decay=1.0, rank=4)
@@ -261,31 +370,63 @@ def interrupted(monkeypatch, run):
         finetune.finetune(run)
 
 
-@pytest.mark.parametrize("options", [dict(method="lora"), dict(method="full", optimizer="sgd", lr=0.01), dict(method="linear")],
-                         ids=["lora", "full", "linear"])
+@pytest.mark.parametrize(
+    "options",
+    [dict(method="lora"), dict(method="full", optimizer="sgd", lr=0.01), dict(method="linear")],
+    ids=["lora", "full", "linear"],
+)
 def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     whole = finetune.finetune(config(easy, tmp_path / "whole", **options))
     interrupted(monkeypatch, config(easy, tmp_path / "part", **options))
-    assert data.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2 and not (tmp_path / "part/result.json").exists()
+    assert (
+        data.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2
+        and not (tmp_path / "part/result.json").exists()
+    )
     part = finetune.finetune(config(easy, tmp_path / "part", resume=True, **options))
     timed = {"images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds", "weights"}
-    assert {n: v for n, v in part.items() if n not in timed} == {n: v for n, v in whole.items() if n not in timed}
+    assert {n: v for n, v in part.items() if n not in timed} == {
+        n: v for n, v in whole.items() if n not in timed
+    }
     a, b = (data.load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "part"))
-    assert a["step"] == b["step"] == 4 and all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])
-    assert (tmp_path / "whole/predictions.csv").read_bytes() == (tmp_path / "part/predictions.csv").read_bytes()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "part/log.jsonl").read_text().splitlines()]
+    assert a["step"] == b["step"] == 4 and all(
+        torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"]
+    )
+    assert (tmp_path / "whole/predictions.csv").read_bytes() == (
+        tmp_path / "part/predictions.csv"
+    ).read_bytes()
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "part/log.jsonl").read_text().splitlines()
+    ]
     assert steps == [2, 4]
-    again = finetune.finetune(config(easy, tmp_path / "part", resume=True, **options))  # of a finished run: tests again
+    again = finetune.finetune(
+        config(easy, tmp_path / "part", resume=True, **options)
+    )  # of a finished run: tests again
     assert again["auroc"] == whole["auroc"]
 
 
-@pytest.mark.parametrize("other", [dict(method="linear"), dict(rank=2), dict(seed=3), dict(min_crop=0.5),
-                                   dict(lr=0.1), dict(mean=0.0), dict(flip=True)], ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(method="linear"),
+        dict(rank=2),
+        dict(seed=3),
+        dict(min_crop=0.5),
+        dict(lr=0.1),
+        dict(mean=0.0),
+        dict(flip=True),
+    ],
+    ids=lambda other: next(iter(other)),
+)
 def test_resume_refuses_another_runs_state(easy, tmp_path, other):
     finetune.finetune(config(easy, tmp_path, method="lora"))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    flag = "--lr" if "method" in other else "--" + next(iter(other)).replace("_", "-")  # a method has its own rate
-    with pytest.raises(data.InputError, match=rf"last\.pt: expected {flag} .*, as asked for now, found a run with {flag}"):
+    flag = (
+        "--lr" if "method" in other else "--" + next(iter(other)).replace("_", "-")
+    )  # a method has its own rate
+    with pytest.raises(
+        data.InputError,
+        match=rf"last\.pt: expected {flag} .*, as asked for now, found a run with {flag}",
+    ):
         finetune.finetune(config(easy, tmp_path, **dict(method="lora", resume=True) | other))
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     finetune.load_run(tmp_path)  # the weights of the finished run are still there
@@ -297,16 +438,31 @@ def test_resume_refuses_weights_that_have_changed(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", **options))
     state = data.load_checkpoint(weights)["model"]
     data.save_checkpoint(weights, {"model": {name: tensor + 0.1 for name, tensor in state.items()}})
-    with pytest.raises(data.InputError, match=r"last\.pt: expected a run with the same weights as now"):
+    with pytest.raises(
+        data.InputError, match=r"last\.pt: expected a run with the same weights as now"
+    ):
         finetune.finetune(config(easy, tmp_path / "run", resume=True, **options))
 
 
 def test_two_processes_predict_every_test_image_once(easy, tmp_path):
     """Under torchrun: one run folder, and what the processes gathered is what one process predicts with the saved model."""
     sizes = "--steps 4 --evaluations 2 --batch-size 4 --device cpu --weights scratch --lora".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPOSITORY / "finetune.py"),
-               "--root", str(easy), "--out", str(tmp_path / "run"), *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(REPOSITORY / "finetune.py"),
+        "--root",
+        str(easy),
+        "--out",
+        str(tmp_path / "run"),
+        *sizes,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
@@ -318,14 +474,23 @@ def test_two_processes_predict_every_test_image_once(easy, tmp_path):
     with torch.no_grad():
         images = torch.stack([image for image, _ in test_set])
         expected = model(data.normalize(images, saved["mean"], saved["std"])).sigmoid()
-    np.testing.assert_allclose(np.array([row[1:3] for row in rows[1:]], dtype=float), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(
+        np.array([row[1:3] for row in rows[1:]], dtype=float), expected.numpy(), atol=1e-4
+    )
 
 
 @pytest.mark.skipif(not data.multiplies_bf16("cpu"), reason="bfloat16 is emulated here, and slow")
 def test_bfloat16_follows_float32(easy, tmp_path):
-    runs = [finetune.finetune(config(easy, tmp_path / dtype, method="lora", steps=10, evaluations=1, dtype=dtype))
-            for dtype in ("fp32", "bf16")]
-    losses = [json.loads((tmp_path / dtype / "log.jsonl").read_text().splitlines()[-1])["val_loss"] for dtype in ("fp32", "bf16")]
+    runs = [
+        finetune.finetune(
+            config(easy, tmp_path / dtype, method="lora", steps=10, evaluations=1, dtype=dtype)
+        )
+        for dtype in ("fp32", "bf16")
+    ]
+    losses = [
+        json.loads((tmp_path / dtype / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
+        for dtype in ("fp32", "bf16")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
     assert runs[0]["trainable_parameters"] == runs[1]["trainable_parameters"]
 
@@ -333,35 +498,65 @@ def test_bfloat16_follows_float32(easy, tmp_path):
 def rgb_weights(path):
     torch.manual_seed(7)
     state = mrm.ViT(64, 16, 3, 64, 2, 4).state_dict()
-    data.save_checkpoint(path, {"model": {name: tensor for name, tensor in state.items() if name.split(".")[0] != "fc_norm"}})
+    data.save_checkpoint(
+        path,
+        {
+            "model": {
+                name: tensor for name, tensor in state.items() if name.split(".")[0] != "fc_norm"
+            }
+        },
+    )
     return str(path)
 
 
 def test_a_merged_adapter_predicts_as_its_run_does(easy, tmp_path):
     """Published weights have three channels and no sizes beside them; the run is at another size."""
     weights = rgb_weights(tmp_path / "rgb.pt")
-    finetune.finetune(config(easy, tmp_path / "run", method="lora", weights=weights, img_size=32, num_heads=4, lr=0.02))
+    finetune.finetune(
+        config(
+            easy,
+            tmp_path / "run",
+            method="lora",
+            weights=weights,
+            img_size=32,
+            num_heads=4,
+            lr=0.02,
+        )
+    )
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt")))
     images = torch.randn(3, 1, 32, 32)
-    run, merged = finetune.load_run(tmp_path / "run")[0], finetune.load_run(tmp_path / "run/merged.pt")[0]
+    run, merged = (
+        finetune.load_run(tmp_path / "run")[0],
+        finetune.load_run(tmp_path / "run/merged.pt")[0],
+    )
     torch.testing.assert_close(run(images), merged(images), atol=1e-6, rtol=1e-5)
     saved = data.load_checkpoint(tmp_path / "run/adapter.pt")["adapter"]
     assert any(tensor.any() for name, tensor in saved.items() if name.endswith("lora_B"))
-    finetune.finetune(config(easy, tmp_path / "next", method="linear", weights=str(tmp_path / "run/merged.pt")))
+    finetune.finetune(
+        config(easy, tmp_path / "next", method="linear", weights=str(tmp_path / "run/merged.pt"))
+    )
 
 
 def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "full"))
     state = data.load_checkpoint(tmp_path / "full/best.pt")["model"]
-    finetune.finetune(config(easy, tmp_path / "lora", method="lora", weights=str(tmp_path / "full")))
+    finetune.finetune(
+        config(easy, tmp_path / "lora", method="lora", weights=str(tmp_path / "full"))
+    )
     base = finetune.load_run(tmp_path / "lora")[0].state_dict()
     assert torch.equal(base["blocks.0.mlp.fc1.weight"], state["blocks.0.mlp.fc1.weight"])
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "lora/adapter.pt")))
 
 
 def table(easy, out, **options):
-    return config(easy, out, **dict(weights=None, compare=True, methods="full,linear", ratios="10", inits="scratch",
-                                    seeds=2) | options)
+    return config(
+        easy,
+        out,
+        **dict(
+            weights=None, compare=True, methods="full,linear", ratios="10", inits="scratch", seeds=2
+        )
+        | options,
+    )
 
 
 def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeypatch):
@@ -369,7 +564,12 @@ def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeyp
     first = (tmp_path / "compare.md").read_text()
     assert first.count("\n") == 4 and "| scratch | full | 10 |" in first
     ran = json.loads((tmp_path / "scratch-full-10-1/config.json").read_text())
-    assert (ran["steps"], ran["batch_size"], ran["seed"], ran["method"]) == (4, 16, 1, "full")  # the typed ones
+    assert (ran["steps"], ran["batch_size"], ran["seed"], ran["method"]) == (
+        4,
+        16,
+        1,
+        "full",
+    )  # the typed ones
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "finetune", None)  # nothing runs again
         finetune.compare(table(easy, tmp_path))
@@ -378,14 +578,19 @@ def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeyp
     assert (tmp_path / "compare.md").read_text() == first
 
 
-@pytest.mark.parametrize("other", [dict(steps=5), dict(lr=0.5), dict(min_crop=0.5), dict(flip=True)],
-                         ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize(
+    "other",
+    [dict(steps=5), dict(lr=0.5), dict(min_crop=0.5), dict(flip=True)],
+    ids=lambda other: next(iter(other)),
+)
 def test_compare_refuses_a_cell_of_other_options(easy, tmp_path, other):
     options = dict(methods="linear", seeds=1)
     finetune.compare(table(easy, tmp_path, **options))
     before = (tmp_path / "compare.md").read_text()
     flag = "--" + next(iter(other)).replace("_", "-")
-    with pytest.raises(data.InputError, match=rf"scratch-linear-10-0.*: expected {flag} .*found a run with {flag}"):
+    with pytest.raises(
+        data.InputError, match=rf"scratch-linear-10-0.*: expected {flag} .*found a run with {flag}"
+    ):
         finetune.compare(table(easy, tmp_path, **options | other))
     assert (tmp_path / "compare.md").read_text() == before
 
@@ -407,9 +612,15 @@ def test_the_cells_of_a_comparison_share_val_and_test_images(easy, tmp_path, mon
         assert {name: images.size for name, images in kept.items()} == {"val": size, "test": size}
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(method="full"), "expected --methods instead of --method"), (dict(lora=True), "--methods instead of --lora"),
-    (dict(ratio=1), "--ratios instead of --ratio")], ids=["method", "lora", "ratio"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(method="full"), "expected --methods instead of --method"),
+        (dict(lora=True), "--methods instead of --lora"),
+        (dict(ratio=1), "--ratios instead of --ratio"),
+    ],
+    ids=["method", "lora", "ratio"],
+)
 def test_compare_does_not_override_what_was_typed(easy, tmp_path, options, message):
     with pytest.raises(data.InputError, match=message):
         finetune.compare(table(easy, tmp_path / "table", **options))
@@ -421,21 +632,71 @@ def spoil_list(root, text, part="train_10"):
 
 
 BAD = {
-    "missing image": (lambda r: (r / "images/0003.png").unlink(), {}, r"train_10\.txt.*4.*0003\.png"),
-    "truncated image": (lambda r: (r / "images/0003.png").write_bytes((r / "images/0003.png").read_bytes()[:100]), {}, r"0003\.png"),
-    "number of labels": (lambda r: spoil_list(r, "0000.png 0 1\n0001.png 1 1\n0002.png 1\n"), {}, r"train_10\.txt.*3"),
-    "label 2": (lambda r: spoil_list(r, "0000.png 0 1\n0001.png 2 1\n"), {}, r"train_10\.txt.*2.*--skip-bad-lines"),
+    "missing image": (
+        lambda r: (r / "images/0003.png").unlink(),
+        {},
+        r"train_10\.txt.*4.*0003\.png",
+    ),
+    "truncated image": (
+        lambda r: (r / "images/0003.png").write_bytes((r / "images/0003.png").read_bytes()[:100]),
+        {},
+        r"0003\.png",
+    ),
+    "number of labels": (
+        lambda r: spoil_list(r, "0000.png 0 1\n0001.png 1 1\n0002.png 1\n"),
+        {},
+        r"train_10\.txt.*3",
+    ),
+    "label 2": (
+        lambda r: spoil_list(r, "0000.png 0 1\n0001.png 2 1\n"),
+        {},
+        r"train_10\.txt.*2.*--skip-bad-lines",
+    ),
     "empty list": (lambda r: spoil_list(r, ""), {}, r"train_10\.txt"),
-    "no positive": (lambda r: spoil_list(r, "0000.png 0 0\n0001.png 0 0\n", "val_list"), {}, r"val_list\.txt: expected both labels"),
-    "unreadable checkpoint": (lambda r: (r / "bad.pt").write_bytes(b"no"), {"weights": "bad.pt"}, r"bad\.pt: not a readable checkpoint"),
-    "no ViT": (lambda r: data.save_checkpoint(r / "bad.pt", {"model": {"x": torch.ones(1)}}), {"weights": "bad.pt"}, r"bad\.pt: expected a ViT"),
+    "no positive": (
+        lambda r: spoil_list(r, "0000.png 0 0\n0001.png 0 0\n", "val_list"),
+        {},
+        r"val_list\.txt: expected both labels",
+    ),
+    "unreadable checkpoint": (
+        lambda r: (r / "bad.pt").write_bytes(b"no"),
+        {"weights": "bad.pt"},
+        r"bad\.pt: not a readable checkpoint",
+    ),
+    "no ViT": (
+        lambda r: data.save_checkpoint(r / "bad.pt", {"model": {"x": torch.ones(1)}}),
+        {"weights": "bad.pt"},
+        r"bad\.pt: expected a ViT",
+    ),
     "missing checkpoint": (lambda r: None, {"weights": "none.pt"}, r"none\.pt: no such checkpoint"),
-    "only an adapter": (lambda r: data.save_checkpoint(r / "bad.pt", {"adapter": {}, "lora": {}, "sizes": dict(
-        img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)}), {"weights": "bad.pt"}, r"bad\.pt: expected --lora, which trains this adapter"),
-    "no class has both labels": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 1 1\n"), {}, r"train_10\.txt: expected both labels"),
-    "listed twice": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 0 1\n0000.png 1 1\n"), {}, r"train_10\.txt: line 3"),
+    "only an adapter": (
+        lambda r: data.save_checkpoint(
+            r / "bad.pt",
+            {
+                "adapter": {},
+                "lora": {},
+                "sizes": dict(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2),
+            },
+        ),
+        {"weights": "bad.pt"},
+        r"bad\.pt: expected --lora, which trains this adapter",
+    ),
+    "no class has both labels": (
+        lambda r: spoil_list(r, "0000.png 1 1\n0001.png 1 1\n"),
+        {},
+        r"train_10\.txt: expected both labels",
+    ),
+    "listed twice": (
+        lambda r: spoil_list(r, "0000.png 1 1\n0001.png 0 1\n0000.png 1 1\n"),
+        {},
+        r"train_10\.txt: line 3",
+    ),
     "missing list": (lambda r: (r / "test_list.txt").unlink(), {}, r"test_list\.txt: no such list"),
-    "other classes": (lambda r: (r / "classes.txt").write_text("Square\n"), {}, r"classes\.txt: expected 2 classes"),
+    "other classes": (
+        lambda r: (r / "classes.txt").write_text("Square\n"),
+        {},
+        r"classes\.txt: expected 2 classes",
+    ),
     "unwritable folder": (lambda r: (r / "file").write_text(""), {"out": "file/run"}, r"file"),
 }
 
@@ -461,21 +722,40 @@ def test_a_refused_run_leaves_the_one_before_it_alone(easy, tmp_path):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(ratio=5), "expected --ratio 1 or 10 or 100, found 5"), (dict(evaluations=0), r"--evaluations: expected a number in \[1, inf\), found 0"),
-    (dict(steps=-1), r"--steps: expected a number in \[1, inf\), found -1"), (dict(epochs=1.0), "--steps and --epochs: expected one"), (dict(img_size=33), "img_size 33 must be a multiple"),
-    (dict(method="lora", rank=-1), r"--rank: expected a number in \[1, inf\), found -1"), (dict(split="covid1"), "expected no --split"),
-    (dict(lr=1e30, steps=6, evaluations=6), "step 1: the validation score is not finite; lower --lr"), (dict(resume=True), r"last\.pt: no such checkpoint")],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(ratio=5), "expected --ratio 1 or 10 or 100, found 5"),
+        (dict(evaluations=0), r"--evaluations: expected a number in \[1, inf\), found 0"),
+        (dict(steps=-1), r"--steps: expected a number in \[1, inf\), found -1"),
+        (dict(epochs=1.0), "--steps and --epochs: expected one"),
+        (dict(img_size=33), "img_size 33 must be a multiple"),
+        (dict(method="lora", rank=-1), r"--rank: expected a number in \[1, inf\), found -1"),
+        (dict(split="covid1"), "expected no --split"),
+        (
+            dict(lr=1e30, steps=6, evaluations=6),
+            "step 1: the validation score is not finite; lower --lr",
+        ),
+        (dict(resume=True), r"last\.pt: no such checkpoint"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
 def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, message):
     with pytest.raises(data.InputError, match=message) as error:
         finetune.finetune(config(easy, tmp_path, **options))
     assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(inits="imagenet"), "--inits: expected some of mrm,.* found 'imagenet'"), (dict(methods="full,lorra"), "found 'lorra'"),
-    (dict(ratios="1,5"), "found '5'"), (dict(seeds=0), r"--seeds: expected a number in \[1, inf\), found 0")], ids=["inits", "methods", "ratios", "seeds"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(inits="imagenet"), "--inits: expected some of mrm,.* found 'imagenet'"),
+        (dict(methods="full,lorra"), "found 'lorra'"),
+        (dict(ratios="1,5"), "found '5'"),
+        (dict(seeds=0), r"--seeds: expected a number in \[1, inf\), found 0"),
+    ],
+    ids=["inits", "methods", "ratios", "seeds"],
+)
 def test_compare_refuses_what_it_does_not_know_before_any_run(easy, tmp_path, options, message):
     with pytest.raises(data.InputError, match=message):
         finetune.compare(config(easy, tmp_path / "table", **dict(inits="scratch") | options))
@@ -485,18 +765,33 @@ def test_compare_refuses_what_it_does_not_know_before_any_run(easy, tmp_path, op
 def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
     saved, images = data.load_checkpoint(tmp_path / "run/best.pt"), str(easy / "images")
-    data.save_checkpoint(tmp_path / "headless.pt", saved | {"model": {n: t for n, t in saved["model"].items() if n != "head.bias"}})
+    data.save_checkpoint(
+        tmp_path / "headless.pt",
+        saved | {"model": {n: t for n, t in saved["model"].items() if n != "head.bias"}},
+    )
     data.save_checkpoint(tmp_path / "sizeless.pt", {n: v for n, v in saved.items() if n != "sizes"})
     data.save_checkpoint(tmp_path / "bare.pt", {"model": saved["model"]})
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     for options, message in [
         (dict(weights=None, predict=images), "--predict needs --weights RUN"),
         (dict(weights=str(tmp_path), predict=images), r"best\.pt: no such checkpoint"),
-        (dict(weights=str(tmp_path / "bare.pt"), predict=images), r"bare\.pt: expected the adapter\.pt or best\.pt"),
-        (dict(weights=str(tmp_path / "sizeless.pt"), predict=images), r"sizeless\.pt: expected the adapter\.pt or best\.pt"),
-        (dict(weights=str(tmp_path / "headless.pt"), predict=images), r"headless\.pt: expected head\.bias of shape \(2,\)"),
+        (
+            dict(weights=str(tmp_path / "bare.pt"), predict=images),
+            r"bare\.pt: expected the adapter\.pt or best\.pt",
+        ),
+        (
+            dict(weights=str(tmp_path / "sizeless.pt"), predict=images),
+            r"sizeless\.pt: expected the adapter\.pt or best\.pt",
+        ),
+        (
+            dict(weights=str(tmp_path / "headless.pt"), predict=images),
+            r"headless\.pt: expected head\.bias of shape \(2,\)",
+        ),
         (dict(weights=run, predict=str(tmp_path / "none")), "none: no such folder"),
-        (dict(weights=run, predict=images, out=run + "/best.pt/out"), r"predictions\.csv: cannot be written"),
+        (
+            dict(weights=run, predict=images, out=run + "/best.pt/out"),
+            r"predictions\.csv: cannot be written",
+        ),
     ]:
         with pytest.raises(data.InputError, match=message) as error:
             finetune.predict_folder(FinetuneConfig(**dict(out=out, device="cpu") | options))
@@ -524,14 +819,21 @@ def test_pretraining_refuses_a_csv_without_the_columns(easy, tmp_path):
     assert "\n" not in str(error.value) and not (root / "run").exists()
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(word_ratio=2.0), r"--word-ratio: expected a number in \(0, 1\], found 2"),
-    (dict(word_ratio=-1.0), r"--word-ratio: expected a number in \(0, 1\], found -1"),
-    (dict(word_ratio=0.0), r"--word-ratio: expected a number in \(0, 1\], found 0"),
-    (dict(mask_ratio=0.99), "--mask-ratio: expected .* leaves 1 to 15 of 16 patches visible, found 0.99"),
-    (dict(mask_ratio=0.0), r"--mask-ratio: expected a number in \(0, 1\), found 0"),
-    (dict(mask_ratio=-0.5), r"--mask-ratio: expected a number in \(0, 1\), found -0.5")],
-    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(word_ratio=2.0), r"--word-ratio: expected a number in \(0, 1\], found 2"),
+        (dict(word_ratio=-1.0), r"--word-ratio: expected a number in \(0, 1\], found -1"),
+        (dict(word_ratio=0.0), r"--word-ratio: expected a number in \(0, 1\], found 0"),
+        (
+            dict(mask_ratio=0.99),
+            "--mask-ratio: expected .* leaves 1 to 15 of 16 patches visible, found 0.99",
+        ),
+        (dict(mask_ratio=0.0), r"--mask-ratio: expected a number in \(0, 1\), found 0"),
+        (dict(mask_ratio=-0.5), r"--mask-ratio: expected a number in \(0, 1\), found -0.5"),
+    ],
+    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
+)
 def test_pretraining_refuses_ratios_that_hide_nothing_or_everything(tmp_path, options, message):
     with pytest.raises(data.InputError, match=message):
         mrm.pretrain(mrm.MRMConfig(out=str(tmp_path / "run"), device="cpu", **options))
@@ -539,9 +841,24 @@ def test_pretraining_refuses_ratios_that_hide_nothing_or_everything(tmp_path, op
 
 
 def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
-    run = subprocess.run([sys.executable, REPOSITORY / "finetune.py", "--data", "covid", "--root", "nowhere", "--split", "covid1"],
-                         cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, run.stderr
+    run = subprocess.run(
+        [
+            sys.executable,
+            REPOSITORY / "finetune.py",
+            "--data",
+            "covid",
+            "--root",
+            "nowhere",
+            "--split",
+            "covid1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    ), run.stderr
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -549,7 +866,9 @@ def test_scores_that_are_not_finite_have_no_auroc(bad):
     scores, labels = scored(n=20)
     scores[3, 1] = bad
     for function in (finetune.auroc, finetune.mean_auroc):
-        with pytest.raises(data.InputError, match="AUROC: expected finite scores, found 1 that are not"):
+        with pytest.raises(
+            data.InputError, match="AUROC: expected finite scores, found 1 that are not"
+        ):
             function(scores, labels)
     with pytest.raises(data.InputError, match="found 20 that are not"):
         finetune.mean_auroc(np.full((20, 1), bad), labels[:, :1])
@@ -560,7 +879,9 @@ def test_scores_that_are_not_finite_have_no_auroc(bad):
 def test_the_loss_reaches_what_is_trained_and_nothing_else(method, fresh):
     torch.manual_seed(0)
     sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
-    model = finetune.build_model(data.fill(FinetuneConfig(method=method), finetune.SMALL[method]), sizes, 3)
+    model = finetune.build_model(
+        data.fill(FinetuneConfig(method=method), finetune.SMALL[method]), sizes, 3
+    )
     if not fresh:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -578,24 +899,55 @@ def test_the_loss_reaches_what_is_trained_and_nothing_else(method, fresh):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(easy, tmp_path):
-    runs = [finetune.finetune(config(easy, tmp_path / str(size), method="full", steps=3, evaluations=3, batch_size=size,
-                                     accumulate=16 // size, min_crop=1.0, dtype="fp32", optimizer="sgd", lr=0.02)) for size in (16, 4)]
-    lines = [[json.loads(line) for line in (tmp_path / str(size) / "log.jsonl").read_text().splitlines()] for size in (16, 4)]
+    runs = [
+        finetune.finetune(
+            config(
+                easy,
+                tmp_path / str(size),
+                method="full",
+                steps=3,
+                evaluations=3,
+                batch_size=size,
+                accumulate=16 // size,
+                min_crop=1.0,
+                dtype="fp32",
+                optimizer="sgd",
+                lr=0.02,
+            )
+        )
+        for size in (16, 4)
+    ]
+    lines = [
+        [json.loads(line) for line in (tmp_path / str(size) / "log.jsonl").read_text().splitlines()]
+        for size in (16, 4)
+    ]
     for name in ("loss", "val_loss"):
-        assert [line[name] for line in lines[0]] == pytest.approx([line[name] for line in lines[1]], rel=1e-4)
+        assert [line[name] for line in lines[0]] == pytest.approx(
+            [line[name] for line in lines[1]], rel=1e-4
+        )
     assert runs[0]["steps"] == runs[1]["steps"] == 3
 
 
-@pytest.mark.parametrize("spoil", [
-    lambda root: (root / "classes.txt").write_text("Third\nSquare\n"),
-    lambda root: spoil_list(root, "".join(f"{i:04d}.png {1 - i % 2} {i // 2 % 2}\n" for i in range(64))),
-    lambda root: spoil_list(root, (root / "val_list.txt").read_text().replace("0065", "0001"), "val_list")],
-    ids=["class order", "labels", "names"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda root: (root / "classes.txt").write_text("Third\nSquare\n"),
+        lambda root: spoil_list(
+            root, "".join(f"{i:04d}.png {1 - i % 2} {i // 2 % 2}\n" for i in range(64))
+        ),
+        lambda root: spoil_list(
+            root, (root / "val_list.txt").read_text().replace("0065", "0001"), "val_list"
+        ),
+    ],
+    ids=["class order", "labels", "names"],
+)
 def test_resume_refuses_other_lists_and_classes(easy, tmp_path, spoil):
     root = shutil.copytree(easy, tmp_path / "root")
     finetune.finetune(config(root, tmp_path / "run"))
     spoil(root)
-    with pytest.raises(data.InputError, match=r"last\.pt: expected a run with the same lists and classes as now"):
+    with pytest.raises(
+        data.InputError, match=r"last\.pt: expected a run with the same lists and classes as now"
+    ):
         finetune.finetune(config(root, tmp_path / "run", resume=True))
 
 
@@ -603,7 +955,9 @@ def test_training_goes_on_for_more_steps(easy, tmp_path, capsys):
     finetune.finetune(config(easy, tmp_path, method="lora"))
     with pytest.raises(data.InputError, match="expected at least the 4 steps"):
         finetune.finetune(config(easy, tmp_path, method="lora", resume=True, steps=3))
-    result = finetune.finetune(config(easy, tmp_path, method="lora", resume=True, steps=None, epochs=2.0))
+    result = finetune.finetune(
+        config(easy, tmp_path, method="lora", resume=True, steps=None, epochs=2.0)
+    )
     assert result["steps"] == 8 and "going on to 8 steps instead of 4" in capsys.readouterr().out
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 8]
@@ -618,23 +972,38 @@ def test_an_adapter_is_trained_further(easy, tmp_path):
     for name, tensor in old["adapter"].items():
         torch.testing.assert_close(new["adapter"][name], tensor, atol=1e-5, rtol=0)
     images = torch.randn(2, 1, 48, 48)
-    torch.testing.assert_close(finetune.load_run(again)[0](images), finetune.load_run(first)[0](images), atol=1e-4, rtol=0)
-    for options, message in ((dict(method="full"), "expected --lora, which trains this adapter further"),
-                             (dict(method="lora", rank=2), "does not fit the model")):
+    torch.testing.assert_close(
+        finetune.load_run(again)[0](images), finetune.load_run(first)[0](images), atol=1e-4, rtol=0
+    )
+    for options, message in (
+        (dict(method="full"), "expected --lora, which trains this adapter further"),
+        (dict(method="lora", rank=2), "does not fit the model"),
+    ):
         with pytest.raises(data.InputError, match=message):
             finetune.finetune(config(easy, tmp_path / "other", weights=str(first), **options))
     root = shutil.copytree(easy, tmp_path / "root")
     (root / "classes.txt").write_text("Third\nSquare\n")
-    with pytest.raises(data.InputError, match=r"expected the classes of the data, \['Third', 'Square'\]"):
+    with pytest.raises(
+        data.InputError, match=r"expected the classes of the data, \['Third', 'Square'\]"
+    ):
         finetune.finetune(config(root, tmp_path / "other", weights=str(first), method="lora"))
 
 
 def test_a_head_is_reused_for_the_same_classes_in_the_same_order_alone(easy, tmp_path, capsys):
     finetune.finetune(config(easy, tmp_path / "full", steps=1))
-    weights, options = str(tmp_path / "full"), data.fill(FinetuneConfig(method="linear", data="csv", ratio=100), {})
+    weights, options = (
+        str(tmp_path / "full"),
+        data.fill(FinetuneConfig(method="linear", data="csv", ratio=100), {}),
+    )
     saved = data.load_checkpoint(tmp_path / "full/best.pt")["model"]["head.weight"]
-    for classes, kept in ((["Square", "Third"], True), (["Third", "Square"], False), (["a", "b"], False)):
-        filled_, sizes, tensors, known = finetune.fill_recipe(dataclasses.replace(options, weights=weights), classes)
+    for classes, kept in (
+        (["Square", "Third"], True),
+        (["Third", "Square"], False),
+        (["a", "b"], False),
+    ):
+        filled_, sizes, tensors, known = finetune.fill_recipe(
+            dataclasses.replace(options, weights=weights), classes
+        )
         model = finetune.build_model(filled_, sizes, 2, tensors, known)
         assert torch.equal(model.head.weight, saved) == kept
 
@@ -653,9 +1022,21 @@ def test_a_base_is_found_where_it_went(easy, tmp_path, monkeypatch):
     (tmp_path / "there/runs/base").rename(tmp_path / "elsewhere")
     with pytest.raises(data.InputError, match="its base weights .* are not there.*--base"):
         finetune.load_run(tmp_path / "there/runs/adapter")
-    finetune.predict_folder(FinetuneConfig(predict=str(easy / "images"), weights=str(tmp_path / "there/runs/adapter"),
-                                           base=str(tmp_path / "elsewhere"), out=str(tmp_path / "p"), device="cpu"))
-    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "there/runs/adapter/adapter.pt"), weights=str(tmp_path / "elsewhere")))
+    finetune.predict_folder(
+        FinetuneConfig(
+            predict=str(easy / "images"),
+            weights=str(tmp_path / "there/runs/adapter"),
+            base=str(tmp_path / "elsewhere"),
+            out=str(tmp_path / "p"),
+            device="cpu",
+        )
+    )
+    lora.merge(
+        lora.LoRAConfig(
+            adapter=str(tmp_path / "there/runs/adapter/adapter.pt"),
+            weights=str(tmp_path / "elsewhere"),
+        )
+    )
 
 
 @pytest.mark.parametrize("command", [lora.merge, lora.export_peft])
@@ -663,12 +1044,27 @@ def test_commands_know_the_base_of_an_adapter(easy, tmp_path, command):
     finetune.finetune(config(easy, tmp_path / "run", method="lora", steps=1))
     saved = data.load_checkpoint(tmp_path / "run/base.pt")
     for name, change in (("other", 0.1), ("nearly", 1e-6)):
-        changed = {n: t + change if n == "blocks.0.norm1.weight" else t for n, t in saved["model"].items()}
+        changed = {
+            n: t + change if n == "blocks.0.norm1.weight" else t for n, t in saved["model"].items()
+        }
         data.save_checkpoint(tmp_path / f"{name}.pt", saved | {"model": changed})
-        with pytest.raises(data.InputError, match=f"{name}.pt are not the weights this adapter was trained on"):
-            command(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt"), weights=str(tmp_path / f"{name}.pt")))
-    data.save_checkpoint(tmp_path / "wrapped.pt", {"state_dict": {"module." + n: t for n, t in saved["model"].items()}})
-    command(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt"), weights=str(tmp_path / "wrapped.pt")))
+        with pytest.raises(
+            data.InputError, match=f"{name}.pt are not the weights this adapter was trained on"
+        ):
+            command(
+                lora.LoRAConfig(
+                    adapter=str(tmp_path / "run/adapter.pt"), weights=str(tmp_path / f"{name}.pt")
+                )
+            )
+    data.save_checkpoint(
+        tmp_path / "wrapped.pt",
+        {"state_dict": {"module." + n: t for n, t in saved["model"].items()}},
+    )
+    command(
+        lora.LoRAConfig(
+            adapter=str(tmp_path / "run/adapter.pt"), weights=str(tmp_path / "wrapped.pt")
+        )
+    )
 
 
 def test_the_demo_mrm_says_what_is_used_again(easy, tmp_path, monkeypatch, capsys):
@@ -681,14 +1077,19 @@ def test_the_demo_mrm_says_what_is_used_again(easy, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     finetune.finetune(options)
     out = capsys.readouterr().out
-    assert f"{folder} is used again, the tiny mrm after 1 steps on the records of {easy}" in out and "delete the folder" not in out
+    assert (
+        f"{folder} is used again, the tiny mrm after 1 steps on the records of {easy}" in out
+        and "delete the folder" not in out
+    )
     monkeypatch.setattr(mrm, "SOURCE", "an edited file")
     monkeypatch.setitem(mrm.PRESETS, "tiny", mrm.PRESETS["tiny"] | dict(mask_ratio=0.5))
     finetune.finetune(options)
     assert "WARNING: mrm.py, --mask-ratio changed since" in capsys.readouterr().out
 
 
-def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(easy, tmp_path, monkeypatch):
+def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(
+    easy, tmp_path, monkeypatch
+):
     finetune.finetune(config(easy, tmp_path, steps=2))
     before = (tmp_path / "last.pt").read_bytes()
     loss = torch.nn.functional.binary_cross_entropy_with_logits
@@ -699,15 +1100,30 @@ def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(eas
         return loss(logits, labels) * (float("nan") if len(calls) == 2 else 1)
 
     monkeypatch.setattr(finetune.F, "binary_cross_entropy_with_logits", second_is_nan)
-    with pytest.raises(data.InputError, match=r"step 4: the loss is not finite.*images/00\d\d\.png") as error:
+    with pytest.raises(
+        data.InputError, match=r"step 4: the loss is not finite.*images/00\d\d\.png"
+    ) as error:
         finetune.finetune(config(easy, tmp_path, steps=9, resume=True))
     assert "\n" not in str(error.value) and (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
-    finetune.finetune(config(easy, tmp_path, steps=1, evaluations=1, layer_decay=1e-6, lr=0.1, weight_decay=0.0, warmup=1.0))
+    finetune.finetune(
+        config(
+            easy,
+            tmp_path,
+            steps=1,
+            evaluations=1,
+            layer_decay=1e-6,
+            lr=0.1,
+            weight_decay=0.0,
+            warmup=1.0,
+        )
+    )
     data.seed(0)
-    fresh = finetune.build_model(filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2).state_dict()
+    fresh = finetune.build_model(
+        filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
+    ).state_dict()
     ran = data.load_checkpoint(tmp_path / "best.pt")["model"]
     moved = {name: (ran[name] - tensor).abs().max().item() for name, tensor in fresh.items()}
     assert moved["head.weight"] > 1e-3 and moved["blocks.0.mlp.fc1.weight"] < 1e-5
@@ -719,7 +1135,9 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(easy, tmp_pa
     (root / "images" / "0003.png").write_bytes(b"no image")
     with pytest.raises(data.InputError, match=r"0003\.png"):
         finetune.finetune(config(root, tmp_path / "run", method="linear", steps=1))
-    result = finetune.finetune(config(root, tmp_path / "run", method="linear", steps=1, skip_bad=True))
+    result = finetune.finetune(
+        config(root, tmp_path / "run", method="linear", steps=1, skip_bad=True)
+    )
     assert result["images"] == {"train": 63, "val": 24, "test": 24}
     assert "1 of 64 images" in capsys.readouterr().err
     shutil.move(root / "images" / "0004.png", tmp_path / "0004.png")
@@ -733,7 +1151,9 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(easy, tmp_pa
     assert result["images"]["train"] == 63
     images = tmp_path / "folder"
     shutil.copytree(root / "images", images)
-    predict = finetune.FinetuneConfig(predict=str(images), weights=str(tmp_path / "run"), out=str(tmp_path / "p"))
+    predict = finetune.FinetuneConfig(
+        predict=str(images), weights=str(tmp_path / "run"), out=str(tmp_path / "p")
+    )
     with pytest.raises(data.InputError, match=r"0003\.png"):
         finetune.predict_folder(predict)
     finetune.predict_folder(dataclasses.replace(predict, skip_bad=True))

@@ -1,7 +1,8 @@
 """Damaged files of every kind that the readers open: each is read, or refused in one short message.
 
-    MEDVISION_FUZZ=1000000 MEDVISION_FUZZ_SEED=7 python -m pytest tests/test_fuzz.py
+MEDVISION_FUZZ=1000000 MEDVISION_FUZZ_SEED=7 python -m pytest tests/test_fuzz.py
 """
+
 import argparse
 import os
 import warnings
@@ -17,8 +18,30 @@ from data import InputError
 
 COUNT = int(os.environ.get("MEDVISION_FUZZ", 2000))
 SEED = int(os.environ.get("MEDVISION_FUZZ_SEED", 0))
-PIECES = (b"", b"\0", b"\xff", b"\n", b'"', b",", b" ", b"../", b"/etc/passwd", b"-1", b"nan", b"1e999", b"0" * 30, b"\xff\xfe",
-          b"\r", b"{", b"[" * 3000, b"(", b"\\", "é影".encode(), b"\x80\x02}", b"cos\nsystem\n")
+PIECES = (
+    b"",
+    b"\0",
+    b"\xff",
+    b"\n",
+    b'"',
+    b",",
+    b" ",
+    b"../",
+    b"/etc/passwd",
+    b"-1",
+    b"nan",
+    b"1e999",
+    b"0" * 30,
+    b"\xff\xfe",
+    b"\r",
+    b"{",
+    b"[" * 3000,
+    b"(",
+    b"\\",
+    "é影".encode(),
+    b"\x80\x02}",
+    b"cos\nsystem\n",
+)
 
 
 def mutate(content, rng, other):
@@ -29,19 +52,21 @@ def mutate(content, rng, other):
         place = int(rng.integers(size if rng.random() < 0.4 else min(size, 400)))
         kind = rng.integers(7)
         if kind == 0:
-            content[place:place + 1] = bytes([rng.integers(256)])
+            content[place : place + 1] = bytes([rng.integers(256)])
         elif kind == 1:
-            content[place:place + 1] = bytes([(content[place] ^ 1 << rng.integers(8)) if content else 0])
+            content[place : place + 1] = bytes(
+                [(content[place] ^ 1 << rng.integers(8)) if content else 0]
+            )
         elif kind == 2:
-            content[place:place + int(rng.integers(9))] = PIECES[rng.integers(len(PIECES))]
+            content[place : place + int(rng.integers(9))] = PIECES[rng.integers(len(PIECES))]
         elif kind == 3:
             del content[place:]
         elif kind == 4:
-            del content[place:place + int(rng.integers(1, 40))]
+            del content[place : place + int(rng.integers(1, 40))]
         elif kind == 5:
-            content[place:place] = content[place // 2:place // 2 + int(rng.integers(1, 60))]
+            content[place:place] = content[place // 2 : place // 2 + int(rng.integers(1, 60))]
         else:
-            content[place:place + 40] = other[place:place + 40]
+            content[place : place + 40] = other[place : place + 40]
     return bytes(content)
 
 
@@ -77,22 +102,54 @@ def write_samples(root):
     def adapter(path):
         lora.load_adapter(model(), path)
 
-    samples = {"list.txt": names, "training.csv": records, "patients.csv": lambda path: list(data.read_csv(path, ("image_path", "patient_id"))),
-               "run.json": data.read_json, "t.tiktoken": data.load_tokenizer, "zip.pt": data.load_checkpoint, "old.pt": data.load_checkpoint,
-               "adapter.pt": adapter, "grey.png": image, "colour.png": piece, "deep.png": image, "mask.png": mask, "a.jpg": image,
-               "a.tif": piece, "float.tif": image, "a.bmp": mask, "a.npy": image, "slice.npy": piece}
+    samples = {
+        "list.txt": names,
+        "training.csv": records,
+        "patients.csv": lambda path: list(data.read_csv(path, ("image_path", "patient_id"))),
+        "run.json": data.read_json,
+        "t.tiktoken": data.load_tokenizer,
+        "zip.pt": data.load_checkpoint,
+        "old.pt": data.load_checkpoint,
+        "adapter.pt": adapter,
+        "grey.png": image,
+        "colour.png": piece,
+        "deep.png": image,
+        "mask.png": mask,
+        "a.jpg": image,
+        "a.tif": piece,
+        "float.tif": image,
+        "a.bmp": mask,
+        "a.npy": image,
+        "slice.npy": piece,
+    }
     (root / "images").mkdir()
     for name in "ab":
         Image.fromarray(pixels).save(root / f"images/{name}.png")
     (root / "list.txt").write_text("a.png 0 1 1\nb.png 1 0 0\n./images/a 0 0 0\n")
-    (root / "training.csv").write_text('study,image_path,report_content\n1,a.png,"The heart is normal, the ""lungs"" are clear.\nNo effusion."\n2,b.png,Edema.\n')
+    (root / "training.csv").write_text(
+        'study,image_path,report_content\n1,a.png,"The heart is normal, the ""lungs"" are clear.\nNo effusion."\n2,b.png,Edema.\n'
+    )
     (root / "patients.csv").write_text("image_path,patient_id\na.png,1\nb.png,2\n")
     (root / "run.json").write_text('{"lr": 0.1, "names": ["a", "b"], "none": null, "step": 12}\n')
-    data.save_tokenizer(data.train_tokenizer(["the heart is normal", "the lungs are clear"] * 3, 270), root / "t.tiktoken")
-    state = {"model": {"w": torch.randn(3, 4), "b": torch.arange(5)}, "step": 3, "args": argparse.Namespace(lr=0.1), "config": {"lr": 0.1}}
+    data.save_tokenizer(
+        data.train_tokenizer(["the heart is normal", "the lungs are clear"] * 3, 270),
+        root / "t.tiktoken",
+    )
+    state = {
+        "model": {"w": torch.randn(3, 4), "b": torch.arange(5)},
+        "step": 3,
+        "args": argparse.Namespace(lr=0.1),
+        "config": {"lr": 0.1},
+    }
     torch.save(state, root / "zip.pt")
     torch.save(state, root / "old.pt", _use_new_zipfile_serialization=False)
-    torch.save({"adapter": lora.lora_state_dict(model()), "lora": {"rank": 2, "alpha": 32.0, "dropout": 0.0, "targets": {"0": (True,)}}}, root / "adapter.pt")
+    torch.save(
+        {
+            "adapter": lora.lora_state_dict(model()),
+            "lora": {"rank": 2, "alpha": 32.0, "dropout": 0.0, "targets": {"0": (True,)}},
+        },
+        root / "adapter.pt",
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(pixels).save(root / "grey.png")
@@ -107,6 +164,7 @@ def write_samples(root):
     np.save(root / "slice.npy", pixels.astype(np.float32))
     try:
         import nibabel
+
         nibabel.save(nibabel.Nifti1Image(deep.astype(np.int16), np.eye(4)), root / "a.nii")
         nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), root / "b.nii.gz")
         samples |= {"a.nii": piece, "b.nii.gz": image}
@@ -114,7 +172,16 @@ def write_samples(root):
         pass
     try:
         from test_data import write_dicom
-        write_dicom(root / "a.dcm", deep, PixelPaddingValue=0, WindowCenter=2000, WindowWidth=3000, RescaleSlope=1, RescaleIntercept=0)
+
+        write_dicom(
+            root / "a.dcm",
+            deep,
+            PixelPaddingValue=0,
+            WindowCenter=2000,
+            WindowWidth=3000,
+            RescaleSlope=1,
+            RescaleIntercept=0,
+        )
         samples |= {"a.dcm": image}
     except ImportError:
         pass
@@ -141,7 +208,9 @@ def test_damaged_files_are_read_or_refused_in_one_message(tmp_path, capsys):
         except InputError as error:
             refused += 1
             if str(error).count("\n") > 1 or len(str(error)) > 1500:
-                escaped.append(f"{SEED}, {i}, {name}: a message of {len(str(error))} characters: {str(error)[:200]}")
+                escaped.append(
+                    f"{SEED}, {i}, {name}: a message of {len(str(error))} characters: {str(error)[:200]}"
+                )
         except BaseException as error:
             escaped.append(f"{SEED}, {i}, {name}: {type(error).__name__}: {str(error)[:200]}")
             if isinstance(error, KeyboardInterrupt):
@@ -150,4 +219,6 @@ def test_damaged_files_are_read_or_refused_in_one_message(tmp_path, capsys):
     assert not escaped, "\n".join([f"{len(escaped)} of {COUNT}", *escaped[:40]])
     assert refused > COUNT / 4
     if COUNT > 2000:
-        print(f"{COUNT} damaged files from seed {SEED}: {refused} refused, {COUNT - refused} read, none escaped")
+        print(
+            f"{COUNT} damaged files from seed {SEED}: {refused} refused, {COUNT - refused} read, none escaped"
+        )

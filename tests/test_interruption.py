@@ -5,6 +5,7 @@
 A run that was killed any number of times must end with the weights of one that was not, bit for
 bit, must never leave a checkpoint that cannot be read, and must leave no file of its own behind.
 """
+
 import json
 import os
 import random
@@ -47,12 +48,22 @@ def write_records(root):
 
 def run(script, root, out, **options):
     """One call of a script: it goes on where there is a checkpoint."""
-    options |= dict(data="csv", root=str(root), out=str(out), device="cpu", dtype="fp32", steps=STEPS,
-                    batch_size=4, resume=(Path(out) / "last.pt").exists())
+    options |= dict(
+        data="csv",
+        root=str(root),
+        out=str(out),
+        device="cpu",
+        dtype="fp32",
+        steps=STEPS,
+        batch_size=4,
+        resume=(Path(out) / "last.pt").exists(),
+    )
     if script == "mrm":
         mrm.pretrain(mrm.MRMConfig(holdout=8, **options))
     else:
-        finetune.finetune(finetune.FinetuneConfig(weights="scratch", lora=True, evaluations=3, **options))
+        finetune.finetune(
+            finetune.FinetuneConfig(weights="scratch", lora=True, evaluations=3, **options)
+        )
 
 
 def attempt(script, root, out, seconds=-1):
@@ -82,7 +93,9 @@ def outcome(child):
 def state(out, script):
     """What a finished run must have in common with any other: weights, history, log, files."""
     saved = data.load_checkpoint(out / "last.pt")
-    tensors = {f"last {name}": t for name, t in saved["model" if script == "mrm" else "trained"].items()}
+    tensors = {
+        f"last {name}": t for name, t in saved["model" if script == "mrm" else "trained"].items()
+    }
     if script == "finetune":
         adapter = data.load_checkpoint(out / "adapter.pt")["adapter"]
         tensors |= {f"adapter {name}": tensor for name, tensor in adapter.items()}
@@ -98,9 +111,14 @@ def kill_many(script, folder, kills, seed):
     root, rng = folder / "records", random.Random(seed)
     write_records(root)
     began = time.time()
-    assert outcome(attempt(script, root, folder / "whole")) == 0, (folder / "output.txt").read_text()[-3000:]
+    assert outcome(attempt(script, root, folder / "whole")) == 0, (
+        folder / "output.txt"
+    ).read_text()[-3000:]
     whole, history, files = state(folder / "whole", script)
-    took, count = time.time() - began, dict(kills=0, runs=0, lost=0, corrupt=0, stray=0, different=0)
+    took, count = (
+        time.time() - began,
+        dict(kills=0, runs=0, lost=0, corrupt=0, stray=0, different=0),
+    )
     out, step, tries = folder / "run0", 0, 0
     while count["kills"] < kills or tries:
         child = attempt(script, root, out)
@@ -134,8 +152,13 @@ def kill_many(script, folder, kills, seed):
 def in_a_process_of_its_own(*arguments):
     """A fork of a process that runs pytest and other threads may hang: this one has no others."""
     command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -171,10 +194,14 @@ def signals(script, folder):
         codes[number.name] = outcome(child)
         assert data.load_checkpoint(out / "last.pt")["step"] > before
         text = (folder / "output.txt").read_text()
-        assert "stopping after this step" in text and "the same command with --resume goes on" in text
+        assert (
+            "stopping after this step" in text and "the same command with --resume goes on" in text
+        )
     assert outcome(attempt(script, root, out)) == 0
     ours, theirs = (state(path, script) for path in (out, folder / "whole"))
-    same = ours[1:] == theirs[1:] and all(torch.equal(ours[0][name], theirs[0][name]) for name in theirs[0])
+    same = ours[1:] == theirs[1:] and all(
+        torch.equal(ours[0][name], theirs[0][name]) for name in theirs[0]
+    )
     return codes | {"same": same}
 
 
@@ -182,5 +209,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     script, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
     folder.mkdir(parents=True, exist_ok=True)
-    result = signals(script, folder) if kills == "signals" else kill_many(script, folder, int(kills), seed)
+    result = (
+        signals(script, folder)
+        if kills == "signals"
+        else kill_many(script, folder, int(kills), seed)
+    )
     print(json.dumps(result))

@@ -5,6 +5,7 @@
 A run that was killed any number of times must end with the weights of one that was not, bit for
 bit, must never leave a checkpoint that cannot be read, and must leave no file of its own behind.
 """
+
 import json
 import os
 import random
@@ -35,14 +36,31 @@ def write_pairs(root):
             image = rng.normal(0, 0.4, (8, 8)).clip(-0.9, 0.9).repeat(4, 0).repeat(4, 1)
             image[:2] = -1
             np.save(root / part / "A" / f"s{i}.npy", image.astype(np.float32))
-            np.save(root / part / "B" / f"s{i}.npy", np.where(image == -1, -1, -image).astype(np.float32))
+            np.save(
+                root / part / "B" / f"s{i}.npy",
+                np.where(image == -1, -1, -image).astype(np.float32),
+            )
 
 
 def run(root, out, **options):
     """One call of the script: it goes on where there is a checkpoint."""
-    reggan.train(reggan.Config(root=str(root), out=str(out), device="cpu", dtype="fp32", improved=True, noise=2.0,
-                               width=4, blocks=1, batch_size=2, steps=9, pool=3,
-                               resume=(Path(out) / "last.pt").exists(), **options))
+    reggan.train(
+        reggan.Config(
+            root=str(root),
+            out=str(out),
+            device="cpu",
+            dtype="fp32",
+            improved=True,
+            noise=2.0,
+            width=4,
+            blocks=1,
+            batch_size=2,
+            steps=9,
+            pool=3,
+            resume=(Path(out) / "last.pt").exists(),
+            **options,
+        )
+    )
 
 
 def attempt(root, out, seconds=-1, **options):
@@ -77,7 +95,11 @@ def state(out):
         tensors |= {f"{file} {name}": tensor for name, tensor in saved["model"].items()}
         for i, own in enumerate(saved.get("ranks", ())):
             tensors[f"random {i}"] = own["random"]["torch"]
-            tensors |= {f"pool {i} {side}": torch.stack(images) for side, images in own["pools"].items() if images}
+            tensors |= {
+                f"pool {i} {side}": torch.stack(images)
+                for side, images in own["pools"].items()
+                if images
+            }
     timed = ("images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     lines.append(json.loads((out / "result.json").read_text()))
@@ -95,7 +117,9 @@ def kill_many(folder, kills, seed):
     root, rng = folder / "pairs", random.Random(seed)
     write_pairs(root)
     began = time.time()
-    assert outcome(attempt(root, folder / "whole")) == 0, (folder / "output.txt").read_text()[-3000:]
+    assert outcome(attempt(root, folder / "whole")) == 0, (folder / "output.txt").read_text()[
+        -3000:
+    ]
     whole, took = state(folder / "whole"), time.time() - began
     count = dict(kills=0, runs=0, lost=0, corrupt=0, stray=0, different=0)
     out, step, tries = folder / "run0", 0, 0
@@ -141,7 +165,9 @@ def signals(folder):
         codes[number.name] = outcome(child)
         assert data.load_checkpoint(out / "last.pt")["step"] > before
         text = (folder / "output.txt").read_text()
-        assert "stopping after this step" in text and "the same command with --resume goes on" in text
+        assert (
+            "stopping after this step" in text and "the same command with --resume goes on" in text
+        )
     assert outcome(attempt(root, out)) == 0
     return codes | {"same": equal(state(out), state(folder / "whole"))}
 
@@ -149,8 +175,13 @@ def signals(folder):
 def in_a_process_of_its_own(*arguments):
     """A fork of a process that runs pytest and other threads may hang: this one has no others."""
     command = [sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -164,11 +195,17 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_signals_end_the_step_save_and_go_on(tmp_path):
-    assert in_a_process_of_its_own(tmp_path, "signals", 0) == {"SIGINT": 130, "SIGTERM": 143, "same": True}
+    assert in_a_process_of_its_own(tmp_path, "signals", 0) == {
+        "SIGINT": 130,
+        "SIGTERM": 143,
+        "same": True,
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, kills, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     folder.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(signals(folder) if kills == "signals" else kill_many(folder, int(kills), seed)))
+    print(
+        json.dumps(signals(folder) if kills == "signals" else kill_many(folder, int(kills), seed))
+    )

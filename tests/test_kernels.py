@@ -5,6 +5,7 @@ them compiled. The error that a kernel may make is not a number that happens to 
 twice the error of the torch reference in the same dtype, plus one rounding of the largest value,
 because the reference is right by luck in tiny cases.
 """
+
 import functools
 import math
 import os
@@ -27,8 +28,12 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels import jit, lora_linear, tl, triton, use_kernels, wants_triton, warp
 from kernels.dropout import keep_mask, keep_tile
-from kernels.lora_linear import (lora_linear_reference, lora_linear_triton, reference_backward,
-                                 reference_forward)
+from kernels.lora_linear import (
+    lora_linear_reference,
+    lora_linear_triton,
+    reference_backward,
+    reference_forward,
+)
 from kernels.warp import warp_reference, warp_triton
 
 CUDA = torch.cuda.is_available()
@@ -53,8 +58,13 @@ def assert_as_good(got, reference, truth):
 QV = (True, False, True)
 # rows, inputs, width of a part, rank, parts: tiles that end inside and outside of the matrix, ranks
 # 1, 4, 5, 32 and 64, one to three groups, one row
-CASES = [(37, 41, 19, 5, QV), (1, 5, 3, 1, (True,)), (70, 64, 32, 4, QV),
-         (33, 100, 40, 32, (True, True, True)), (40, 70, 50, 64, (False, True))]
+CASES = [
+    (37, 41, 19, 5, QV),
+    (1, 5, 3, 1, (True,)),
+    (70, 64, 32, 4, QV),
+    (33, 100, 40, 32, (True, True, True)),
+    (40, 70, 50, 64, (False, True)),
+]
 SCALE = 1.7
 
 
@@ -72,7 +82,7 @@ def dense_lora(x, weight, bias, A, B, scale, parts, keep=None, p=0.0):
     for adapted in parts:
         delta = weight.new_zeros(width, x.shape[-1])
         if adapted:
-            delta = B[g * width:(g + 1) * width] @ A[g * R:(g + 1) * R]
+            delta = B[g * width : (g + 1) * width] @ A[g * R : (g + 1) * R]
         blocks.append(delta)
         g += adapted
     dropped = x if keep is None else x * keep / (1 - p)
@@ -91,14 +101,20 @@ def philox_keep(M, K, p, seed, first_row=0):
     2011)."""
     mask32 = np.uint64(0xFFFFFFFF)
     octets = math.ceil(K / 8)
-    counter = (np.arange(first_row, first_row + M, dtype=np.uint64)[:, None] * np.uint64(octets)
-               + np.arange(octets, dtype=np.uint64)[None, :])
+    counter = (
+        np.arange(first_row, first_row + M, dtype=np.uint64)[:, None] * np.uint64(octets)
+        + np.arange(octets, dtype=np.uint64)[None, :]
+    )
     c = [counter & mask32, counter >> np.uint64(32), counter * np.uint64(0), counter * np.uint64(0)]
     key = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(7):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]), b & mask32,
-             (a >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]), a & mask32]
+        c = [
+            (b >> np.uint64(32)) ^ c[1] ^ np.uint64(key[0]),
+            b & mask32,
+            (a >> np.uint64(32)) ^ c[3] ^ np.uint64(key[1]),
+            a & mask32,
+        ]
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
     halves = [half for word in c for half in (word & np.uint64(0xFFFF), word >> np.uint64(16))]
     bits = np.stack(halves, axis=-1).reshape(M, 8 * octets)[:, :K]
@@ -114,11 +130,13 @@ def test_lora_kernels(case, p, dtype):
     parts, seed = case[-1], 12345
     *tensors, dy = lora_inputs(*case, dtype=dtype)
     keep = philox_keep(*tensors[0].shape, p, seed).to(DEVICE) if p else None
-    got = gradients(lambda *a: lora_linear_triton(*a, SCALE, parts, p, seed), tensors, dy,
-                    (0, 3, 4))
+    got = gradients(
+        lambda *a: lora_linear_triton(*a, SCALE, parts, p, seed), tensors, dy, (0, 3, 4)
+    )
     exact = [t.double() for t in tensors]
-    truth = gradients(lambda *a: dense_lora(*a, SCALE, parts, keep, p), exact, dy.double(),
-                      (0, 3, 4))
+    truth = gradients(
+        lambda *a: dense_lora(*a, SCALE, parts, keep, p), exact, dy.double(), (0, 3, 4)
+    )
     x, weight, bias, A, B = tensors
     keep = keep if keep is None else keep.byte()
     y, t = reference_forward(x, weight, bias, A, B, SCALE / (1 - p), parts, keep)
@@ -168,8 +186,15 @@ def test_dropout_statistics(make):
 
 
 @jit()
-def keep_kernel(out_ptr, seed_ptr, threshold, first_row, K: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_K: tl.constexpr):
+def keep_kernel(
+    out_ptr,
+    seed_ptr,
+    threshold,
+    first_row,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     keep = keep_tile(seed_ptr, threshold, first_row + row, 0, K, BLOCK_K)
     tl.store(out_ptr + row[:, None] * BLOCK_K + k[None, :], keep.to(tl.int8))
@@ -202,10 +227,13 @@ def test_seeds():
 
 
 def both(name):
-    reference, kernel = {"lora": (lora_linear_reference, lora_linear_triton),
-                         "warp": (warp_reference, warp_triton)}[name]
-    return pytest.mark.parametrize("f", [reference, pytest.param(kernel, marks=needs_triton)],
-                                   ids=["reference", "kernels"])
+    reference, kernel = {
+        "lora": (lora_linear_reference, lora_linear_triton),
+        "warp": (warp_reference, warp_triton),
+    }[name]
+    return pytest.mark.parametrize(
+        "f", [reference, pytest.param(kernel, marks=needs_triton)], ids=["reference", "kernels"]
+    )
 
 
 @both("lora")
@@ -252,16 +280,17 @@ def test_lora_frozen_weight_costs_nothing():
 
 def test_lora_errors():
     x, weight, bias, A, B, _ = lora_inputs(6, 8, 4, 2, QV)
-    for args, message in [((x[:, :7], weight, bias, A, B, 1, QV), "expected x"),
-                          ((x, weight, bias[:3], A, B, 1, QV), "expected bias"),
-                          ((x, weight, bias, A[:2], B, 1, QV), "expected lora_A"),
-                          ((x, weight, bias, A, B, 1, (True, True, True)), "expected lora_B"),
-                          ((x, weight, bias, A, B, 1, (False, False, False)), "at least one"),
-                          ((x, weight, bias, A, B, 1, QV, 1.0), "dropout"),
-                          ((x, weight.half(), bias, A, B, 1, QV), "expected weight"),
-                          ((x, weight, bias, A.int(), B, 1, QV), "expected lora_A"),
-                          ((x, weight, bias, A, B.to("meta"), 1, QV),
-                           "expected lora_B .* on meta")]:
+    for args, message in [
+        ((x[:, :7], weight, bias, A, B, 1, QV), "expected x"),
+        ((x, weight, bias[:3], A, B, 1, QV), "expected bias"),
+        ((x, weight, bias, A[:2], B, 1, QV), "expected lora_A"),
+        ((x, weight, bias, A, B, 1, (True, True, True)), "expected lora_B"),
+        ((x, weight, bias, A, B, 1, (False, False, False)), "at least one"),
+        ((x, weight, bias, A, B, 1, QV, 1.0), "dropout"),
+        ((x, weight.half(), bias, A, B, 1, QV), "expected weight"),
+        ((x, weight, bias, A.int(), B, 1, QV), "expected lora_A"),
+        ((x, weight, bias, A, B.to("meta"), 1, QV), "expected lora_B .* on meta"),
+    ]:
         with pytest.raises(ValueError, match=message):
             lora_linear(*args)
 
@@ -320,11 +349,11 @@ def test_warp_gradcheck():
 def test_warp_golden(f):
     """3 x 3, worked on paper.
 
-        image 1 2 3     pixel (0, 0) moves by (1, 1) to (1, 1): 5
-              4 5 6     pixel (1, 1) by (-0.5, 0.5) to (0.5, 1.5): (2 + 3 + 5 + 6) / 4 = 4
-              7 8 9     pixel (2, 0) by (0, 0.25) to (2, 0.25): 7.25
-                        pixel (0, 2) by (-4, 9) out of the image, to its corner (0, 2): 3
-                        the others stay
+    image 1 2 3     pixel (0, 0) moves by (1, 1) to (1, 1): 5
+          4 5 6     pixel (1, 1) by (-0.5, 0.5) to (0.5, 1.5): (2 + 3 + 5 + 6) / 4 = 4
+          7 8 9     pixel (2, 0) by (0, 0.25) to (2, 0.25): 7.25
+                    pixel (0, 2) by (-4, 9) out of the image, to its corner (0, 2): 3
+                    the others stay
     """
     image = torch.arange(1.0, 10.0, device=DEVICE).view(1, 1, 3, 3).requires_grad_()
     flow = torch.zeros(1, 2, 3, 3, device=DEVICE)
@@ -371,8 +400,13 @@ def test_displacements_that_are_not_finite(f):
     image = torch.arange(18.0, device=DEVICE).view(1, 2, 3, 3).requires_grad_()
     flow = torch.zeros(1, 2, 3, 3, device=DEVICE)
     nan, inf = float("nan"), float("inf")
-    moves = {(0, 0): (nan, 0), (0, 1): (0, nan), (1, 1): (0, inf), (2, 2): (-1e30, 0),
-             (2, 0): (3e38, -inf)}
+    moves = {
+        (0, 0): (nan, 0),
+        (0, 1): (0, nan),
+        (1, 1): (0, inf),
+        (2, 2): (-1e30, 0),
+        (2, 0): (3e38, -inf),
+    }
     for (y, x), move in moves.items():
         flow[0, :, y, x] = torch.tensor(move)
     out = f(image, flow.requires_grad_())
@@ -405,8 +439,9 @@ def test_flows_of_nothing_but_trouble(f):
     """NaN, infinities and huge values everywhere, in an image wide enough for vector code, neither
     crash nor invent anything."""
     image, flow, dy = warp_inputs((1, 1, 30, 70))
-    trouble = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2.0**31,
-                            -2.0**63], device=DEVICE)
+    trouble = torch.tensor(
+        [float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 2.0**31, -(2.0**63)], device=DEVICE
+    )
     flow = trouble[(flow * 1000).long() % len(trouble)]
     out, dimage, dflow = gradients(f, (image, flow), dy, (0, 1))
     assert torch.equal(out.isnan(), flow.isnan().any(1, keepdim=True))
@@ -464,11 +499,13 @@ def test_warp_dtypes_and_forms():
 
 def test_warp_errors():
     image, flow, _ = warp_inputs((2, 1, 4, 5))
-    for args, message in [((image[0], flow), "expected image"),
-                          ((image, flow[:1]), "expected flow"),
-                          ((image, flow[:, :1]), "expected flow"),
-                          ((image.int(), flow), "floating-point"),
-                          ((image, flow.to("meta")), "one device")]:
+    for args, message in [
+        ((image[0], flow), "expected image"),
+        ((image, flow[:1]), "expected flow"),
+        ((image, flow[:, :1]), "expected flow"),
+        ((image.int(), flow), "floating-point"),
+        ((image, flow.to("meta")), "one device"),
+    ]:
         with pytest.raises(ValueError, match=message):
             warp(*args)
 
@@ -532,8 +569,10 @@ def test_second_derivatives():
     except RuntimeError as error:  # F.grid_sample of an older torch has none, and says so
         assert "grid_sampler_2d_backward is not implemented" in str(error)
     if triton:
-        for f, tensors in ((with_dropout(lora_linear_triton), small_lora()),
-                           (warp_triton, small_warp())):
+        for f, tensors in (
+            (with_dropout(lora_linear_triton), small_lora()),
+            (warp_triton, small_warp()),
+        ):
             with pytest.raises(RuntimeError, match="no second derivative"):
                 torch.autograd.grad(f(*tensors).sum(), tensors, create_graph=True)
 
@@ -570,8 +609,10 @@ def test_operators():
     x, weight, bias, A, B = [tensor.detach() for tensor in tensors]
     check(operators.lora_linear.default, (x, weight.half(), None, A, B, None, SCALE, list(QV), 0.0))
     y, t, _ = operators.lora_linear(x, weight, bias, A, B, seed, SCALE, list(QV), 0.4)
-    check(operators.lora_linear_backward.default,
-          (y, x, weight, A, B, t, seed, SCALE, list(QV), 0.4, torch.float32, True))
+    check(
+        operators.lora_linear_backward.default,
+        (y, x, weight, A, B, t, seed, SCALE, list(QV), 0.4, torch.float32, True),
+    )
     check(operators.keep_mask.default, (x, 0.4, seed))
     image, flow = small_warp()
     check(operators.warp.default, (image, flow))
@@ -591,12 +632,16 @@ def test_lora_gradients_are_not_rounded():
 
     keep = philox_keep(70, 64, 0.3, 7).to(DEVICE)
     got = gradients(f, (x, A, B), dy.half(), (0, 1, 2))
-    truth = gradients(lambda *t: dense_lora(*t, SCALE, QV, keep, 0.3),
-                      [t.double() for t in (x.half(), narrow[1], bias, A.half(), B.half())],
-                      dy.half().double(), (0, 3, 4))
+    truth = gradients(
+        lambda *t: dense_lora(*t, SCALE, QV, keep, 0.3),
+        [t.double() for t in (x.half(), narrow[1], bias, A.half(), B.half())],
+        dy.half().double(),
+        (0, 3, 4),
+    )
     y, t = reference_forward(*narrow, SCALE / 0.7, QV, keep.byte())
-    reference = reference_backward(dy.half(), *narrow[:2], *narrow[3:], t, SCALE / 0.7, QV,
-                                   keep.byte())
+    reference = reference_backward(
+        dy.half(), *narrow[:2], *narrow[3:], t, SCALE / 0.7, QV, keep.byte()
+    )
     assert_as_good([got[0], *(gradient.half() for gradient in got[1:])], (y, *reference), truth)
     for gradient in got[1:]:
         assert gradient.dtype == torch.float32
@@ -625,20 +670,31 @@ def test_dispatch(monkeypatch):
 def run_python(code, timeout=300, **environment):
     environment = os.environ | environment
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
-                          text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def test_import_without_triton():
     """macOS and Windows have no Triton: the package imports, and the references answer."""
-    done = run_python("import sys; sys.modules['triton'] = None; import torch; "
-                      "from kernels import warp, lora_linear; x = torch.ones(1, 1, 3, 3); "
-                      "assert torch.equal(warp(x, torch.zeros(1, 2, 3, 3)), x)")
+    done = run_python(
+        "import sys; sys.modules['triton'] = None; import torch; "
+        "from kernels import warp, lora_linear; x = torch.ones(1, 1, 3, 3); "
+        "assert torch.equal(warp(x, torch.zeros(1, 2, 3, 3)), x)"
+    )
     assert done.returncode == 0, done.stderr
 
 
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-            torch.int64: "*i64"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
 
 
 class Compiles:
@@ -661,6 +717,7 @@ class Compiles:
     def build(self, values, options):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
+
         signature, constants, aligned = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, values[parameter.name]
@@ -685,8 +742,12 @@ def check_machine_code(built, capability, name):
         ptx, out = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(built.asm["ptx"])
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-        words = subprocess.run([tools / "ptxas", "-v", f"-arch={arch}", ptx, "-o", out],
-                               capture_output=True, text=True, check=True).stderr
+        words = subprocess.run(
+            [tools / "ptxas", "-v", f"-arch={arch}", ptx, "-o", out],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
         seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", words)))
     assert not spilled, f"{name}: {spilled} bytes spilled"
@@ -698,6 +759,7 @@ def check_machine_code(built, capability, name):
 def compile_lora(capability, dtype, x_dtype, R, dropout, tiles):
     """Compiles all that a training step of ViT-B's qkv launches, up_kernel with `tiles`."""
     import kernels.lora_linear  # noqa: F401
+
     file = sys.modules["kernels.lora_linear"]
     for name in ("down_kernel", "up_kernel"):
         kernel = getattr(file, name)
@@ -719,6 +781,7 @@ def compile_lora(capability, dtype, x_dtype, R, dropout, tiles):
 def compile_all():
     """Some of a GPU's launches: both architectures, all dtypes, dropout on and off, three ranks."""
     import kernels.warp  # noqa: F401
+
     lora, file = sys.modules["kernels.lora_linear"], sys.modules["kernels.warp"]
     fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
     compile_lora(90, bf16, fp32, 32, 0.1, lora.TILES[:1])
@@ -736,9 +799,12 @@ def compile_all():
 def test_kernels_compile(tmp_path):
     """Triton's compiler and ptxas need no GPU, and refuse much that the interpreter lets pass."""
     tests = Path(__file__).parent
-    done = run_python("import test_kernels; test_kernels.compile_all()", timeout=900,
-                      TRITON_CACHE_DIR=str(tmp_path),
-                      PYTHONPATH=os.pathsep.join([str(tests), str(tests.parent)]))
+    done = run_python(
+        "import test_kernels; test_kernels.compile_all()",
+        timeout=900,
+        TRITON_CACHE_DIR=str(tmp_path),
+        PYTHONPATH=os.pathsep.join([str(tests), str(tests.parent)]),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -750,8 +816,11 @@ def test_kernels_compile(tmp_path):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("case", [(1576, 768, 768, 4, QV), (1576, 768, 768, 32, QV),
-                                  (333, 200, 72, 16, (True,))], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [(1576, 768, 768, 4, QV), (1576, 768, 768, 32, QV), (333, 200, 72, 16, (True,))],
+    ids=str,
+)
 def test_gpu_lora(case, p, dtype):
     test_lora_kernels(case, p, dtype)  # at sizes that make many tiles
 
@@ -763,9 +832,10 @@ def test_gpu_dispatch_and_repeatability():
     gradients of the image and of A."""
     image, flow, dy = warp_inputs((4, 3, 256, 256), reach=20)
     *tensors, dl = lora_inputs(8 * 197, 768, 768, 8, QV, torch.bfloat16)
-    both_runs = [lambda: gradients(warp, (image, flow), dy, (0, 1)),
-                 lambda: gradients(lambda *a: lora_linear(*a, 2, QV, 0.1, 5), tensors, dl,
-                                   (0, 3, 4))]
+    both_runs = [
+        lambda: gradients(warp, (image, flow), dy, (0, 1)),
+        lambda: gradients(lambda *a: lora_linear(*a, 2, QV, 0.1, 5), tensors, dl, (0, 3, 4)),
+    ]
     first = [run() for run in both_runs]
     for _ in range(5):
         for results, run in zip(first, both_runs):
@@ -798,8 +868,9 @@ def test_gpu_beyond_32_bits():
     x = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda")
     tail = torch.randn(256, K, device="cuda").bfloat16()
     x[-256:] = tail
-    weight, A, B = (torch.randn(shape, device="cuda").bfloat16() * 0.05
-                    for shape in ((96, K), (8, K), (64, 4)))
+    weight, A, B = (
+        torch.randn(shape, device="cuda").bfloat16() * 0.05 for shape in ((96, K), (8, K), (64, 4))
+    )
     y = lora_linear(x, weight, None, A, B, 2.0, QV)
     assert torch.equal(y[-256:], lora_linear(tail, weight, None, A, B, 2.0, QV))
     image = torch.randn(1, 3, 2**15, 2**15 - 8, device="cuda", dtype=torch.float16)

@@ -1,4 +1,5 @@
 """lora.py against the formula in float64, merging, adapter files, and peft as oracle of the export."""
+
 import subprocess
 import sys
 
@@ -26,7 +27,10 @@ def formula(layer, x):
     for p, on in enumerate(layer.parts):
         columns = y[..., p * size : (p + 1) * size]
         if on:
-            columns = columns + 8 / r * (x.double() @ A[g * r : (g + 1) * r].T) @ B[g * size : (g + 1) * size].T
+            columns = (
+                columns
+                + 8 / r * (x.double() @ A[g * r : (g + 1) * r].T) @ B[g * size : (g + 1) * size].T
+            )
             g += 1
         parts.append(columns)
     return torch.cat(parts, -1)
@@ -46,11 +50,17 @@ def test_forward_and_gradients_against_float64(parts, bias):
 
 
 def test_in_float64_the_layer_is_the_formula():
-    layer, x = random_layer(rank=5).double(), torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
+    layer, x = (
+        random_layer(rank=5).double(),
+        torch.randn(7, 10, dtype=torch.float64, requires_grad=True),
+    )
     ours, theirs, weights = layer(x), formula(layer, x), torch.randn(7, 12, dtype=torch.float64)
     torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=1e-13)
     wrt = (x, layer.lora_A, layer.lora_B)
-    for a, b in zip(torch.autograd.grad((ours * weights).sum(), wrt), torch.autograd.grad((theirs * weights).sum(), wrt)):
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), wrt),
+        torch.autograd.grad((theirs * weights).sum(), wrt),
+    ):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 
@@ -67,9 +77,17 @@ def test_a_layer_worked_on_paper():
 
 def test_a_fresh_layer_is_the_plain_one_and_learns_through_b_first():
     torch.manual_seed(0)
-    layer, x = lora.LoRALinear(10, 12, 3, parts=(True, False, True), dropout=0.0), torch.randn(5, 10)
-    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias)) and not layer.lora_B.any()
-    bound = 1 / 10**0.5  # Kaiming-uniform(a = sqrt 5): sqrt(6 / ((1 + 5) in)), whatever the number of parts
+    layer, x = (
+        lora.LoRALinear(10, 12, 3, parts=(True, False, True), dropout=0.0),
+        torch.randn(5, 10),
+    )
+    assert (
+        torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        and not layer.lora_B.any()
+    )
+    bound = (
+        1 / 10**0.5
+    )  # Kaiming-uniform(a = sqrt 5): sqrt(6 / ((1 + 5) in)), whatever the number of parts
     assert 0.8 * bound < layer.lora_A.abs().max() <= bound
     layer(x).square().sum().backward()
     assert not layer.lora_A.grad.any() and layer.lora_B.grad.any()
@@ -78,14 +96,21 @@ def test_a_fresh_layer_is_the_plain_one_and_learns_through_b_first():
 def test_med_pefts_shapes_and_errors():
     layer = random_layer(rank=3)
     assert layer.lora_A.shape == (2 * 3, 10) and layer.lora_B.shape == (2 * 12 // 3, 3)
-    for arguments in (dict(rank=0), dict(rank=2, parts=(False, False)), dict(rank=2, parts=(True,) * 5)):
+    for arguments in (
+        dict(rank=0),
+        dict(rank=2, parts=(False, False)),
+        dict(rank=2, parts=(True,) * 5),
+    ):
         with pytest.raises(ValueError, match="LoRA needs rank"):
             lora.LoRALinear(10, 12, **arguments)
 
 
 def vit(seed=0, **kwargs):
     torch.manual_seed(seed)
-    return mrm.ViT(**dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=3) | kwargs)
+    return mrm.ViT(
+        **dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=3)
+        | kwargs
+    )
 
 
 def trained(model):
@@ -124,15 +149,21 @@ def test_merging_is_the_same_model_once_and_back():
     lora.merge_lora(model)
     torch.testing.assert_close(model(images), before, atol=1e-6, rtol=1e-5)
     once = [layer.weight.detach().clone() for layer in lora.lora_layers(model)]
-    lora.merge_lora(model.train().eval())  # neither a second call nor train() and eval() add the delta again
+    lora.merge_lora(
+        model.train().eval()
+    )  # neither a second call nor train() and eval() add the delta again
     for layer, weight, plain in zip(lora.lora_layers(model), once, weights):
         assert torch.equal(layer.weight, weight)
         k = slice(24, 48)
-        assert torch.equal(weight[k], plain[k]) and not torch.equal(weight, plain)  # k is not adapted
+        assert torch.equal(weight[k], plain[k]) and not torch.equal(
+            weight, plain
+        )  # k is not adapted
     lora.unmerge_lora(model)
     for layer, weight in zip(lora.lora_layers(model), weights):
         assert not layer.merged
-        larger = weight.abs().maximum(once.pop(0).abs())  # the sum was rounded at the larger of the two
+        larger = weight.abs().maximum(
+            once.pop(0).abs()
+        )  # the sum was rounded at the larger of the two
         ulp = torch.nextafter(larger, torch.tensor(torch.inf)) - larger
         assert ((layer.weight - weight).abs() <= ulp).all()
     torch.testing.assert_close(model(images), before, atol=2e-6, rtol=1e-5)
@@ -143,7 +174,9 @@ def test_a_merged_layer_has_no_dropout_and_one_product():
     layer.dropout = 0.5
     lora.merge_lora(layer)
     assert torch.equal(layer.train()(x), nn.functional.linear(x, layer.weight, layer.bias))
-    assert torch.equal(layer.weight, (random_layer().weight.double() + layer.delta()).float())  # rounded once
+    assert torch.equal(
+        layer.weight, (random_layer().weight.double() + layer.delta()).float()
+    )  # rounded once
 
 
 def test_dropout_is_on_in_training_alone():
@@ -165,10 +198,14 @@ def test_adapter_round_trip_and_size(tmp_path):
 
 
 def test_an_adapter_of_vit_b_is_under_two_percent_of_it(tmp_path):
-    model = mrm.ViT(embed_dim=768, depth=2, num_heads=12, num_classes=14)  # two of the twelve blocks; the rest by counting
+    model = mrm.ViT(
+        embed_dim=768, depth=2, num_heads=12, num_classes=14
+    )  # two of the twelve blocks; the rest by counting
     lora.save_adapter(tmp_path / "two.pt", lora.add_lora(model, rank=4))
     size, count = (tmp_path / "two.pt").stat().st_size, lora.count_parameters(model)
-    adapter = size + 5 * 4 * count["lora"] + 5 * 2000  # ten more blocks of LoRA in float32, and their names
+    adapter = (
+        size + 5 * 4 * count["lora"] + 5 * 2000
+    )  # ten more blocks of LoRA in float32, and their names
     assert adapter < 0.02 * 4 * 85_809_408  # of the encoder alone, without head
 
 
@@ -182,13 +219,20 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
     saved = data.load_checkpoint(tmp_path / "adapter.pt")
     with pytest.raises(data.InputError, match="none.pt: no such checkpoint"):
         lora.load_adapter(vit(), tmp_path / "none.pt")
-    with pytest.raises(data.InputError, match=r"adapter.pt: .*lora_A \(4, 24\) does not fit the model \(\(6, 24\)\)"):
+    with pytest.raises(
+        data.InputError,
+        match=r"adapter.pt: .*lora_A \(4, 24\) does not fit the model \(\(6, 24\)\)",
+    ):
         lora.load_adapter(lora.add_lora(vit(), rank=3), tmp_path / "adapter.pt")
-    with pytest.raises(data.InputError, match="adapter.pt: blocks.1.* does not fit the model \\(no such tensor\\)"):
+    with pytest.raises(
+        data.InputError, match="adapter.pt: blocks.1.* does not fit the model \\(no such tensor\\)"
+    ):
         lora.load_adapter(vit(depth=1), tmp_path / "adapter.pt")
     del saved["adapter"]["head.weight"]
     data.save_checkpoint(tmp_path / "part.pt", saved)
-    with pytest.raises(data.InputError, match="1 tensors of the adapter are missing, head.weight first"):
+    with pytest.raises(
+        data.InputError, match="1 tensors of the adapter are missing, head.weight first"
+    ):
         lora.load_adapter(vit(), tmp_path / "part.pt")
 
 
@@ -209,7 +253,9 @@ def test_export_is_read_by_peft(tmp_path):
     data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     model = trained(lora.add_lora(base, rank=2)).eval()
     lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"))
-    lora.export_peft(lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt"), out=str(tmp_path / "peft")))
+    lora.export_peft(
+        lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt"), out=str(tmp_path / "peft"))
+    )
     theirs = peft.PeftModel.from_pretrained(vit(), str(tmp_path / "peft")).eval()
     torch.testing.assert_close(theirs(images), model(images), atol=2e-6, rtol=1e-5)
 
@@ -224,14 +270,25 @@ def damaged(saved, entry):
         del adapter[B]
     elif entry == "short B":
         adapter[B] = adapter[B][:6]
-    return saved | {"adapter": 3 if entry == "number" else adapter} | ({"lora": {"rank": 2}} if entry == "settings" else {})
+    return (
+        saved
+        | {"adapter": 3 if entry == "number" else adapter}
+        | ({"lora": {"rank": 2}} if entry == "settings" else {})
+    )
 
 
 @pytest.mark.parametrize("command", [lora.merge, lora.export_peft])
-@pytest.mark.parametrize("entry, message", [
-    ("no base", "names no base weights; give them with --weights"), ("no LoRA", "expected tensors of LoRA"),
-    ("number", "expected tensors of LoRA"), ("settings", "expected rank, alpha, dropout and targets"),
-    ("no B", r"lora_B does not fit .* \(no such tensor\)"), ("short B", r"lora_B does not fit .* \(\(6, 2\)\)")])
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ("no base", "names no base weights; give them with --weights"),
+        ("no LoRA", "expected tensors of LoRA"),
+        ("number", "expected tensors of LoRA"),
+        ("settings", "expected rank, alpha, dropout and targets"),
+        ("no B", r"lora_B does not fit .* \(no such tensor\)"),
+        ("short B", r"lora_B does not fit .* \(\(6, 2\)\)"),
+    ],
+)
 def test_damaged_adapters_end_a_command_with_one_line(tmp_path, command, entry, message):
     data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     path = tmp_path / "adapter.pt"
@@ -239,7 +296,10 @@ def test_damaged_adapters_end_a_command_with_one_line(tmp_path, command, entry, 
     data.save_checkpoint(path, damaged(data.load_checkpoint(path), entry))
     with pytest.raises(data.InputError, match=f"adapter.pt: .*{message}") as error:
         command(lora.LoRAConfig(adapter=str(path), out=str(tmp_path / "out")))
-    assert "\n" not in str(error.value) and sorted(p.name for p in tmp_path.iterdir()) == ["adapter.pt", "base.pt"]
+    assert "\n" not in str(error.value) and sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter.pt",
+        "base.pt",
+    ]
 
 
 @pytest.mark.parametrize("command", [lora.merge, lora.export_peft])
@@ -248,7 +308,9 @@ def test_commands_refuse_other_weights_and_places_they_cannot_write(tmp_path, co
         data.save_checkpoint(tmp_path / f"{name}.pt", {"model": model.state_dict()})
     path = str(tmp_path / "adapter.pt")
     lora.save_adapter(path, lora.add_lora(vit(), rank=2), weights=str(tmp_path / "base.pt"))
-    with pytest.raises(data.InputError, match="wide.pt: blocks.0.attn.qkv.weight does not fit .*adapter.pt"):
+    with pytest.raises(
+        data.InputError, match="wide.pt: blocks.0.attn.qkv.weight does not fit .*adapter.pt"
+    ):
         command(lora.LoRAConfig(adapter=path, weights=str(tmp_path / "wide.pt")))
     with pytest.raises(data.InputError, match="adapter.pt.* cannot be written"):
         command(lora.LoRAConfig(adapter=path, out=path + "/out"))
@@ -264,8 +326,13 @@ def test_usage_is_one_line(monkeypatch):
 
 def test_help_is_printed_and_exits_with_0():
     for arguments in (["--help"], ["-h"], ["merge", "--help"], ["export-peft", "--help"]):
-        done = subprocess.run([sys.executable, lora.__file__, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0 and "merge" in done.stdout and not done.stderr, (arguments, done.stderr)
+        done = subprocess.run(
+            [sys.executable, lora.__file__, *arguments], capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "merge" in done.stdout and not done.stderr, (
+            arguments,
+            done.stderr,
+        )
 
 
 def test_targets_of_different_widths_are_read_by_peft(tmp_path):
@@ -275,6 +342,8 @@ def test_targets_of_different_widths_are_read_by_peft(tmp_path):
     targets = {"qkv": (True, False, True), "fc1": (True,), "proj": (True, True)}
     model = trained(lora.add_lora(base, rank=2, alpha=8, targets=targets)).eval()
     lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"))
-    lora.export_peft(lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt"), out=str(tmp_path / "peft")))
+    lora.export_peft(
+        lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt"), out=str(tmp_path / "peft"))
+    )
     theirs = peft.PeftModel.from_pretrained(vit(), str(tmp_path / "peft")).eval()
     torch.testing.assert_close(theirs(images), model(images), atol=2e-6, rtol=1e-5)

@@ -1,5 +1,6 @@
 """mrm.py against independent formulas: the ViT against a float64 loop, masking and losses against
 NumPy, learning; runs, their options and their resumption."""
+
 import json
 import math
 import shutil
@@ -16,8 +17,21 @@ from PIL import Image
 import data
 import mrm
 
-TINY = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, decoder_dim=16, decoder_depth=1,
-            decoder_heads=2, report_dim=16, report_depth=1, report_heads=2, report_length=12, report_dropout=0.0)
+TINY = dict(
+    img_size=16,
+    patch_size=4,
+    embed_dim=24,
+    depth=2,
+    num_heads=3,
+    decoder_dim=16,
+    decoder_depth=1,
+    decoder_heads=2,
+    report_dim=16,
+    report_depth=1,
+    report_heads=2,
+    report_length=12,
+    report_dropout=0.0,
+)
 
 
 def randomised(model, seed=0):
@@ -38,10 +52,20 @@ def timm_keys(depth, last):
 
 
 def test_vit_keys_and_size_are_timms():
-    model = mrm.ViT(img_size=224, patch_size=16, in_chans=3, embed_dim=768, depth=12, num_heads=12, num_classes=14)
+    model = mrm.ViT(
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        num_classes=14,
+    )
     assert set(model.state_dict()) == timm_keys(12, ("fc_norm", "head"))
     assert set(mrm.ViT(16, 4, 1, 24, 2, 3).state_dict()) == timm_keys(2, ("norm",))
-    assert sum(p.numel() for p in model.parameters()) == 85_809_422  # ViT-B/16 with 14 classes; timm counts the same
+    assert (
+        sum(p.numel() for p in model.parameters()) == 85_809_422
+    )  # ViT-B/16 with 14 classes; timm counts the same
 
 
 def test_paper_parameter_count():
@@ -66,20 +90,30 @@ def vit64(state, image, patch, heads):
     for i in range(H // patch):
         for j in range(W // patch):
             pixels = image[i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].reshape(-1)
-            tokens.append(kernel @ pixels + s["patch_embed.proj.bias"] + s["pos_embed"][0, len(tokens)])
+            tokens.append(
+                kernel @ pixels + s["patch_embed.proj.bias"] + s["pos_embed"][0, len(tokens)]
+            )
     x = np.stack(tokens)
     dim = x.shape[1]
     size = dim // heads
     for i in range(sum(k.endswith("norm1.weight") for k in s)):
         b = {k[len(f"blocks.{i}.") :]: v for k, v in s.items() if k.startswith(f"blocks.{i}.")}
-        qkv = layer_norm64(x, b["norm1.weight"], b["norm1.bias"]) @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]
+        qkv = (
+            layer_norm64(x, b["norm1.weight"], b["norm1.bias"]) @ b["attn.qkv.weight"].T
+            + b["attn.qkv.bias"]
+        )
         out = np.zeros_like(x)
         for h in range(heads):
-            q, k, v = (qkv[:, part * dim + h * size : part * dim + (h + 1) * size] for part in range(3))
+            q, k, v = (
+                qkv[:, part * dim + h * size : part * dim + (h + 1) * size] for part in range(3)
+            )
             scores = np.exp(q @ k.T / math.sqrt(size))
             out[:, h * size : (h + 1) * size] = scores / scores.sum(1, keepdims=True) @ v
         x = x + out @ b["attn.proj.weight"].T + b["attn.proj.bias"]
-        hidden = layer_norm64(x, b["norm2.weight"], b["norm2.bias"]) @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]
+        hidden = (
+            layer_norm64(x, b["norm2.weight"], b["norm2.bias"]) @ b["mlp.fc1.weight"].T
+            + b["mlp.fc1.bias"]
+        )
         hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
         x = x + hidden @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
     x = layer_norm64(x[1:].mean(0), s["fc_norm.weight"], s["fc_norm.bias"])
@@ -96,7 +130,12 @@ def test_vit_forward_against_float64():
 
 def test_patchify_order_and_round_trip():
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert mrm.patchify(image, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert mrm.patchify(image, 2)[0].tolist() == [
+        [0, 1, 4, 5],
+        [2, 3, 6, 7],
+        [8, 9, 12, 13],
+        [10, 11, 14, 15],
+    ]
     images = torch.randn(3, 2, 12, 12)
     assert torch.equal(mrm.unpatchify(mrm.patchify(images, 4), 4, channels=2), images)
 
@@ -104,7 +143,9 @@ def test_patchify_order_and_round_trip():
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_patch_embedding_is_the_strided_convolution(in_chans):
     embed, images = mrm.PatchEmbed(4, in_chans, 24), torch.randn(2, in_chans, 16, 12)
-    expected = F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2)
+    expected = (
+        F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2)
+    )
     torch.testing.assert_close(embed(images), expected)
 
 
@@ -114,7 +155,12 @@ def test_sincos_positions_against_the_formula():
     y, x = 2, 1
     for i in range(4):
         frequency = 1 / 10000 ** (i / 4)
-        expected = [math.sin(x * frequency), math.cos(x * frequency), math.sin(y * frequency), math.cos(y * frequency)]
+        expected = [
+            math.sin(x * frequency),
+            math.cos(x * frequency),
+            math.sin(y * frequency),
+            math.cos(y * frequency),
+        ]
         assert table[0, 1 + y * 3 + x, i::4].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -134,7 +180,12 @@ def test_masking_hides_the_noisiest_patches_and_ignores_their_pixels():
     full, mask, restore = model.encode(images, 0.0, noise)
     whole = model.norm(model.tokens(images))
     torch.testing.assert_close(full[:, 0], whole[:, 0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(full[:, 1:].gather(1, restore[..., None].expand(-1, -1, 24)), whole[:, 1:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        full[:, 1:].gather(1, restore[..., None].expand(-1, -1, 24)),
+        whole[:, 1:],
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_image_loss_is_the_formula_and_ignores_visible_patches():
@@ -149,9 +200,13 @@ def test_image_loss_is_the_formula_and_ignores_visible_patches():
             pixels = target[b, 0, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8].double().numpy().reshape(-1)
             pixels = (pixels - pixels.mean()) / np.sqrt(pixels.var(ddof=1) + 1e-6)
             total += mask[b, n].item() * ((prediction[b, n].double().numpy() - pixels) ** 2).mean()
-    assert model.image_loss(target, prediction, mask).item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    assert model.image_loss(target, prediction, mask).item() == pytest.approx(
+        total / mask.sum().item(), rel=1e-5
+    )
     prediction[mask == 0] += 100
-    assert model.image_loss(target, prediction, mask).item() == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    assert model.image_loss(target, prediction, mask).item() == pytest.approx(
+        total / mask.sum().item(), rel=1e-5
+    )
 
 
 def test_decode_image_puts_patches_back_in_their_place():
@@ -164,12 +219,16 @@ def test_decode_image_puts_patches_back_in_their_place():
     prediction = model.decode_image(latent, restore)
     assert prediction.shape == (1, 16, 64)
     for place in (mask[0] == 0).nonzero().flatten().tolist():
-        (gradient,) = torch.autograd.grad(prediction[0, place].square().sum(), latent, retain_graph=True)
+        (gradient,) = torch.autograd.grad(
+            prediction[0, place].square().sum(), latent, retain_graph=True
+        )
         used = gradient[0].abs().sum(1).nonzero().flatten().tolist()
         assert used == [1 + restore[0, place].item()]
     hidden = (mask[0] == 1).nonzero().flatten()  # these are the mask token at their own position
     tokens = model.mask_token[0] + model.decoder_pos_embed[0, 1 + hidden]
-    torch.testing.assert_close(prediction[0, hidden], model.decoder_pred(model.decoder_norm(tokens)))
+    torch.testing.assert_close(
+        prediction[0, hidden], model.decoder_pred(model.decoder_norm(tokens))
+    )
 
 
 def batch(vocab=30, seed=0):
@@ -192,8 +251,14 @@ def test_report_loss_counts_hidden_tokens_and_ignores_padding():
     noise = torch.rand(3, 16)
     _, loss = model(images, (tokens, inputs, hidden, padding), noise=noise)
     latent, _, _ = model.encode(mrm.half_size(images), 0.75, noise)
-    logits = model.report_decoder(latent[:, 1:], inputs, torch.ones_like(hidden), padding).view(3, 12, 30).double()
-    expected = [-logits[b, j].log_softmax(-1)[tokens[b, j]].item() for b, j in hidden.nonzero().tolist()]
+    logits = (
+        model.report_decoder(latent[:, 1:], inputs, torch.ones_like(hidden), padding)
+        .view(3, 12, 30)
+        .double()
+    )
+    expected = [
+        -logits[b, j].log_softmax(-1)[tokens[b, j]].item() for b, j in hidden.nonzero().tolist()
+    ]
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
     changed = torch.where(padding, 7, inputs)  # whatever stands beyond the end
     _, again = model(images, (tokens, changed, hidden, padding), noise=noise)
@@ -205,7 +270,10 @@ def test_the_report_sees_the_image():
     torch.manual_seed(0)
     model = randomised(mrm.MRM(**TINY, vocab_size=30)).eval()
     noise = torch.rand(3, 16)
-    assert model(images, report, noise=noise)[1].item() != model(-images, report, noise=noise)[1].item()
+    assert (
+        model(images, report, noise=noise)[1].item()
+        != model(-images, report, noise=noise)[1].item()
+    )
     model(images, report, image=False, noise=noise)[1].backward()
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
@@ -263,10 +331,15 @@ def test_drop_path_keeps_the_expectation():
 
 def test_three_channel_weights_load_exactly_for_grey(capsys):
     torch.manual_seed(0)
-    colour, grey = randomised(mrm.ViT(16, 4, 3, 24, 2, 3, num_classes=5)), mrm.ViT(16, 4, 1, 24, 2, 3, num_classes=5)
+    colour, grey = (
+        randomised(mrm.ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
+        mrm.ViT(16, 4, 1, 24, 2, 3, num_classes=5),
+    )
     mrm.load_encoder(grey, colour.state_dict(), "colour.pth")
     images = torch.randn(2, 1, 16, 16)
-    torch.testing.assert_close(grey(images), colour(images.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        grey(images), colour(images.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5
+    )
     assert "colour.pth: 32 tensors loaded, 0 new, 0 left" in capsys.readouterr().out
 
 
@@ -277,9 +350,15 @@ def test_positions_are_resized_and_other_encoders_refused(capsys):
     out = capsys.readouterr().out
     assert "4 new (fc_norm, head)" in out and "2 left (norm)" in out
     grid = small.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
-    expected = F.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    expected = (
+        F.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    )
     torch.testing.assert_close(large.pos_embed[:, 1:], expected)
-    for other in (mrm.ViT(16, 4, 1, 48, 2, 3), mrm.ViT(16, 4, 1, 24, 3, 3), mrm.ViT(16, 8, 1, 24, 2, 3)):
+    for other in (
+        mrm.ViT(16, 4, 1, 48, 2, 3),
+        mrm.ViT(16, 4, 1, 24, 3, 3),
+        mrm.ViT(16, 8, 1, 24, 2, 3),
+    ):
         with pytest.raises(data.InputError, match="small.pth: the encoder does not fit"):
             mrm.load_encoder(other, small.state_dict(), "small.pth")
     with pytest.raises(data.InputError, match="1 blocks in the model, 2 in the file"):
@@ -290,9 +369,15 @@ def test_positions_are_resized_and_other_encoders_refused(capsys):
 
 def test_cosine_lr():
     rates = [mrm.cosine_lr(step, 100, 10, 2.0, 0.2) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert (
+        rates[0] == pytest.approx(0.2)
+        and rates[9] == pytest.approx(2.0)
+        and max(rates) == pytest.approx(2.0)
+    )
     assert rates[55] == pytest.approx(1.1) and rates[100] == pytest.approx(0.2)
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(
+        a > b for a, b in zip(rates[10:], rates[11:])
+    )
     assert mrm.cosine_lr(0, 10, 0, 1.0) == 1.0
 
 
@@ -308,7 +393,8 @@ def test_one_rule_of_weight_decay():
     groups = mrm.make_optimizer(model, config, torch.device("cpu")).param_groups
     named = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {named[id(p)] for group in groups for p in group["params"]} == {
-        name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     for group in groups:
         expected = {name in decayed for name in (named[id(p)] for p in group["params"])}
         assert expected == {group["weight_decay"] == 0.3} and group["weight_decay"] in (0.3, 0)
@@ -321,27 +407,54 @@ def films(tmp_path_factory):
     (root / "images").mkdir()
     rng, rows = np.random.default_rng(0), ["image_path,report_content"]
     for i in range(40):
-        Image.fromarray(rng.integers(0, 255, (96, 96)).astype(np.uint8)).save(root / "images" / f"{i}.png")
+        Image.fromarray(rng.integers(0, 255, (96, 96)).astype(np.uint8)).save(
+            root / "images" / f"{i}.png"
+        )
         rows.append(f"{i}.png,The heart is normal in film {i} and the lungs are clear.")
     (root / "training.csv").write_text("\n".join(rows) + "\n")
     return root
 
 
 def record_run(root, out, **options):
-    options = dict(data="csv", root=str(root), out=str(out), device="cpu", dtype="fp32", holdout=8,
-                   batch_size=4, steps=4) | options
+    options = (
+        dict(
+            data="csv",
+            root=str(root),
+            out=str(out),
+            device="cpu",
+            dtype="fp32",
+            holdout=8,
+            batch_size=4,
+            steps=4,
+        )
+        | options
+    )
     return mrm.MRMConfig(**options)
 
 
 def test_typed_options_win_over_the_preset():
     filled = mrm.fill_options(mrm.MRMConfig(), world=1)
-    assert (filled.steps, filled.epochs, filled.batch_size, filled.vocab_size) == (4800, None, 32, 800)
+    assert (filled.steps, filled.epochs, filled.batch_size, filled.vocab_size) == (
+        4800,
+        None,
+        32,
+        800,
+    )
     assert filled.lr == pytest.approx(1.6e-2 * 32 / 256) and filled.mean is None is filled.std
-    typed = dict(warmup=0.0, min_crop=0.5, mask_ratio=0.25, word_ratio=0.25, vocab_size=300,
-                 batch_size=16, weight_decay=0.0)
+    typed = dict(
+        warmup=0.0,
+        min_crop=0.5,
+        mask_ratio=0.25,
+        word_ratio=0.25,
+        vocab_size=300,
+        batch_size=16,
+        weight_decay=0.0,
+    )
     filled = mrm.fill_options(mrm.MRMConfig(preset="base", epochs=3, **typed), world=2)
     assert {name: getattr(filled, name) for name in typed} == typed
-    assert (filled.steps, filled.epochs) == (None, 3) and filled.lr == pytest.approx(1.5e-4 * 32 / 256)
+    assert (filled.steps, filled.epochs) == (None, 3) and filled.lr == pytest.approx(
+        1.5e-4 * 32 / 256
+    )
     filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=4), world=1)
     assert filled.lr == pytest.approx(1e-3 * 128 / 256)
     filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, lr=0.5), world=1)
@@ -353,10 +466,34 @@ def test_typed_options_win_over_the_preset():
 
 
 def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
-    command = ["--data", "csv", "--root", films, "--out", tmp_path, "--holdout", 8, "--batch-size", 4,
-               "--epochs", 0.25, "--mean", 0, "--base-lr", "1e-3", "--warmup", 0, "--device", "cpu"]
-    done = subprocess.run([sys.executable, Path(mrm.__file__), *map(str, command)], cwd=tmp_path,
-                          capture_output=True, text=True)
+    command = [
+        "--data",
+        "csv",
+        "--root",
+        films,
+        "--out",
+        tmp_path,
+        "--holdout",
+        8,
+        "--batch-size",
+        4,
+        "--epochs",
+        0.25,
+        "--mean",
+        0,
+        "--base-lr",
+        "1e-3",
+        "--warmup",
+        0,
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        [sys.executable, Path(mrm.__file__), *map(str, command)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     saved = json.loads((tmp_path / "config.json").read_text())
     assert (saved["mean"], saved["std"], saved["base_lr"]) == (0, mrm.STD, 1e-3)
@@ -371,8 +508,16 @@ def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path
     state = data.load_checkpoint(tmp_path / "whole/last.pt")
     assert state["config"] == saved and saved["vocab_size"] == 800 and saved["word_ratio"] == 0.9
     assert saved["lr"] == whole["lr"] == pytest.approx(1.6e-2 * 4 / 256)
-    assert {"images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds", "batch_size",
-            "steps", "heldout_image_loss", "heldout_report_loss"} <= whole.keys()
+    assert {
+        "images_per_second",
+        "share_waiting_for_data",
+        "peak_memory_mib",
+        "seconds",
+        "batch_size",
+        "steps",
+        "heldout_image_loss",
+        "heldout_report_loss",
+    } <= whole.keys()
 
     save = data.save_checkpoint
 
@@ -394,9 +539,18 @@ def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path
     assert [again[name] for name in losses] == [whole[name] for name in losses]
 
 
-@pytest.mark.parametrize("other", [dict(image_only=True), dict(seed=2), dict(mean=0.0),
-                                   dict(lr=1e-3), dict(preset="small"), dict(word_ratio=0.5)],
-                         ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(image_only=True),
+        dict(seed=2),
+        dict(mean=0.0),
+        dict(lr=1e-3),
+        dict(preset="small"),
+        dict(word_ratio=0.5),
+    ],
+    ids=lambda other: next(iter(other)),
+)
 def test_resuming_with_other_options_is_refused(films, tmp_path, other):
     if not (films.parent / "run").exists():
         mrm.pretrain(record_run(films, films.parent / "run", steps=1))
@@ -404,17 +558,24 @@ def test_resuming_with_other_options_is_refused(films, tmp_path, other):
     if "preset" in other or "lr" in other:
         flag = "--"  # several options follow from these two
     before = (films.parent / "run/last.pt").read_bytes()
-    with pytest.raises(data.InputError, match=rf"last\.pt: expected {flag}.*, found a run with") as error:
+    with pytest.raises(
+        data.InputError, match=rf"last\.pt: expected {flag}.*, found a run with"
+    ) as error:
         mrm.pretrain(record_run(films, films.parent / "run", **dict(steps=1, resume=True) | other))
     assert "\n" not in str(error.value) and (films.parent / "run/last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(holdout=0), r"--holdout: expected a number in \[1, inf\), found 0"),
-    (dict(base_lr=0.0), r"--base-lr: expected a number in \(0, inf\)"),
-    (dict(accumulate=0), "--accumulate"), (dict(steps=2, epochs=1), "--steps and --epochs"),
-    (dict(image_only=True, report_only=True), "exclude each other")],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(holdout=0), r"--holdout: expected a number in \[1, inf\), found 0"),
+        (dict(base_lr=0.0), r"--base-lr: expected a number in \(0, inf\)"),
+        (dict(accumulate=0), "--accumulate"),
+        (dict(steps=2, epochs=1), "--steps and --epochs"),
+        (dict(image_only=True, report_only=True), "exclude each other"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
 def test_options_that_cannot_be_used_are_one_line(films, tmp_path, options, message):
     with pytest.raises(data.InputError, match=message) as error:
         mrm.pretrain(record_run(films, tmp_path / "run", **options))
@@ -424,7 +585,11 @@ def test_options_that_cannot_be_used_are_one_line(films, tmp_path, options, mess
 def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
     run = record_run(films, tmp_path / "run", steps=1)
     mrm.pretrain(run)
-    mrm.reconstruct(mrm.MRMConfig(data="csv", root=str(films), holdout=8, weights=str(tmp_path / "run"), device="cpu"))
+    mrm.reconstruct(
+        mrm.MRMConfig(
+            data="csv", root=str(films), holdout=8, weights=str(tmp_path / "run"), device="cpu"
+        )
+    )
     assert (tmp_path / "run/reconstruction.png").stat().st_size > 0
     assert "of the hidden tokens are guessed right" in capsys.readouterr().out
     state = data.load_checkpoint(tmp_path / "run/last.pt")
@@ -434,7 +599,11 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
     with torch.no_grad():
         rows, _ = mrm.restored_pictures(model, images, mrm.fill_options(run, 1))
     patches = [torch.stack([mrm.patchify(picture[None], 24)[0] for picture in row]) for row in rows]
-    for original, masked, restored in patches:  # visible patches are themselves, hidden ones one grey
+    for (
+        original,
+        masked,
+        restored,
+    ) in patches:  # visible patches are themselves, hidden ones one grey
         hidden = masked.std(-1) < 1e-6
         assert hidden.sum() == 2 and torch.equal(masked[~hidden], restored[~hidden])
         torch.testing.assert_close(restored[~hidden], original[~hidden], atol=1e-5, rtol=0)
@@ -444,7 +613,11 @@ def parts_with_gradient(model, loss):
     """The parts of a model that a loss sends a gradient to."""
     model.zero_grad(set_to_none=True)
     loss.backward()
-    return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    return {
+        name.split(".")[0]
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -455,16 +628,30 @@ def test_both_losses_reach_the_encoder_and_each_its_own_decoder_only(fresh):
     model = model if fresh else randomised(model)
     noise = torch.rand(3, 16)
     encoder = {"cls_token", "patch_embed", "blocks", "norm"}
-    image_decoder = {"decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "decoder_pred"}
-    assert parts_with_gradient(model, model(images, report, noise=noise)[0]) == encoder | image_decoder
-    assert parts_with_gradient(model, model(images, report, noise=noise)[1]) == encoder | {"report_decoder"}
-    assert parts_with_gradient(model, model(images, report, image=False, noise=noise)[1]) == encoder | {"report_decoder"}
+    image_decoder = {
+        "decoder_embed",
+        "mask_token",
+        "decoder_blocks",
+        "decoder_norm",
+        "decoder_pred",
+    }
+    assert (
+        parts_with_gradient(model, model(images, report, noise=noise)[0]) == encoder | image_decoder
+    )
+    assert parts_with_gradient(model, model(images, report, noise=noise)[1]) == encoder | {
+        "report_decoder"
+    }
+    assert parts_with_gradient(
+        model, model(images, report, image=False, noise=noise)[1]
+    ) == encoder | {"report_decoder"}
     for parameter in model.report_decoder.parameters():
         assert parameter.grad is not None and parameter.grad.any()
     every = set(dict(model.named_parameters())) - {"pos_embed", "decoder_pos_embed"}
     model.zero_grad(set_to_none=True)
     sum(model(images, report, noise=noise)).backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()} == every
+    assert {
+        name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
+    } == every
 
 
 def file_of(path, content):
@@ -477,83 +664,165 @@ def vit_tensors(**extra):
     return randomised(mrm.ViT(16, 4, 1, 24, 2, 3)).state_dict() | extra
 
 
-WRAPPED = {"model": lambda t: {"model": t}, "state_dict": lambda t: {"state_dict": t, "epoch": 3},
-           "model_ema": lambda t: {"model_ema": t}, "a model that is a name": lambda t: {"model": "vit_b", "state_dict": t},
-           "teacher": lambda t: {"student": {}, "teacher": {"module.backbone." + n: x for n, x in t.items()} | {
-               "module.head.mlp.weight": torch.ones(3)}},
-           "compiled": lambda t: {"model": {"module._orig_mod." + n: x for n, x in t.items()}},
-           "encoder and decoder": lambda t: {"encoder." + n: x for n, x in t.items()} | {"decoder.blocks.0.w": torch.ones(2)},
-           "half precision": lambda t: {n: x.double() for n, x in t.items()} | {"epoch": 3}}
+WRAPPED = {
+    "model": lambda t: {"model": t},
+    "state_dict": lambda t: {"state_dict": t, "epoch": 3},
+    "model_ema": lambda t: {"model_ema": t},
+    "a model that is a name": lambda t: {"model": "vit_b", "state_dict": t},
+    "teacher": lambda t: {
+        "student": {},
+        "teacher": {"module.backbone." + n: x for n, x in t.items()}
+        | {"module.head.mlp.weight": torch.ones(3)},
+    },
+    "compiled": lambda t: {"model": {"module._orig_mod." + n: x for n, x in t.items()}},
+    "encoder and decoder": lambda t: (
+        {"encoder." + n: x for n, x in t.items()} | {"decoder.blocks.0.w": torch.ones(2)}
+    ),
+    "half precision": lambda t: {n: x.double() for n, x in t.items()} | {"epoch": 3},
+}
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_usual_wrappings_are_opened(tmp_path, kind):
     plain = vit_tensors()
     tensors, saved = mrm.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
-    assert mrm.encoder_sizes(tensors, saved, "w.pt", 3) == dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
+    assert mrm.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
+    )
     model = mrm.ViT(16, 4, 1, 24, 2, 3)
     mrm.load_encoder(model, tensors, "w.pt")
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
 def test_several_encoders_in_a_file_are_refused(tmp_path):
-    both = {f"{part}.{name}": tensor for part in ("student", "momentum") for name, tensor in vit_tensors().items()}
-    with pytest.raises(data.InputError, match=r"expected one encoder, found several: 'momentum\.', 'student\.'"):
+    both = {
+        f"{part}.{name}": tensor
+        for part in ("student", "momentum")
+        for name, tensor in vit_tensors().items()
+    }
+    with pytest.raises(
+        data.InputError, match=r"expected one encoder, found several: 'momentum\.', 'student\.'"
+    ):
         mrm.read_weights(file_of(tmp_path / "w.pt", both))
 
 
-@pytest.mark.parametrize("name", ["blocks.0.ls1.gamma", "blocks.1.attn.q_norm.weight", "reg_token", "register_tokens",
-                                  "norm_pre.weight", "blocks.0.attn.relative_position_bias_table", "rel_pos_bias.weight",
-                                  "dist_token", "patch_embed.norm.weight", "blocks.2.norm1.weight", "rope_embed.periods"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.ls1.gamma",
+        "blocks.1.attn.q_norm.weight",
+        "reg_token",
+        "register_tokens",
+        "norm_pre.weight",
+        "blocks.0.attn.relative_position_bias_table",
+        "rel_pos_bias.weight",
+        "dist_token",
+        "patch_embed.norm.weight",
+        "blocks.2.norm1.weight",
+        "rope_embed.periods",
+    ],
+)
 def test_tensors_that_would_change_the_result_are_refused_by_name(name):
-    with pytest.raises(data.InputError, match=rf"w\.pt: .*no place for {name}, which changes its result"):
+    with pytest.raises(
+        data.InputError, match=rf"w\.pt: .*no place for {name}, which changes its result"
+    ):
         mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**{name: torch.ones(24)}), "w.pt")
 
 
 def test_decoders_and_old_heads_may_be_left(capsys):
-    extra = {name: torch.ones(3) for name in ("decoder_blocks.0.ls1.gamma", "head.weight", "fc_norm.weight", "mask_token", "head_dist.bias")}
+    extra = {
+        name: torch.ones(3)
+        for name in (
+            "decoder_blocks.0.ls1.gamma",
+            "head.weight",
+            "fc_norm.weight",
+            "mask_token",
+            "head_dist.bias",
+        )
+    }
     mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
-    assert "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
+    assert (
+        "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("name, spoil, message", [
-    ("blocks.0.norm1.weight", lambda x: x / 0, "expected finite numbers, found NaN or infinity"),
-    ("cls_token", lambda x: x.double() * 1e300, "expected finite numbers"),
-    ("blocks.1.mlp.fc1.bias", lambda x: x.long(), "expected floating-point numbers, found torch.int64"),
-    ("pos_embed", lambda x: x.to_sparse(), "expected floating-point numbers"),
-    ("pos_embed", lambda x: x[:, 1:], r"expected positions \(1, 1 \+ n\*n, width\).* found \(1, 16, 24\)"),
-    ("pos_embed", lambda x: torch.cat([x, x[:, :1]], 1), r"found \(1, 18, 24\)"),
-    ("pos_embed", lambda x: x[:, :13], r"found \(1, 13, 24\)"), ("pos_embed", lambda x: x[0], r"found \(17, 24\)"),
-    ("patch_embed.proj.weight", lambda x: x[:, 0], "the encoder does not fit: patch_embed.proj.weight")])
+@pytest.mark.parametrize(
+    "name, spoil, message",
+    [
+        (
+            "blocks.0.norm1.weight",
+            lambda x: x / 0,
+            "expected finite numbers, found NaN or infinity",
+        ),
+        ("cls_token", lambda x: x.double() * 1e300, "expected finite numbers"),
+        (
+            "blocks.1.mlp.fc1.bias",
+            lambda x: x.long(),
+            "expected floating-point numbers, found torch.int64",
+        ),
+        ("pos_embed", lambda x: x.to_sparse(), "expected floating-point numbers"),
+        (
+            "pos_embed",
+            lambda x: x[:, 1:],
+            r"expected positions \(1, 1 \+ n\*n, width\).* found \(1, 16, 24\)",
+        ),
+        ("pos_embed", lambda x: torch.cat([x, x[:, :1]], 1), r"found \(1, 18, 24\)"),
+        ("pos_embed", lambda x: x[:, :13], r"found \(1, 13, 24\)"),
+        ("pos_embed", lambda x: x[0], r"found \(17, 24\)"),
+        (
+            "patch_embed.proj.weight",
+            lambda x: x[:, 0],
+            "the encoder does not fit: patch_embed.proj.weight",
+        ),
+    ],
+)
 def test_tensors_that_are_no_weights_are_refused_by_name(name, spoil, message):
     tensors = vit_tensors()
     with pytest.raises(data.InputError, match=f"w.pt: .*{message}") as error:
-        mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), tensors | {name: spoil(tensors[name])}, "w.pt")
+        mrm.load_encoder(
+            mrm.ViT(16, 4, 1, 24, 2, 3), tensors | {name: spoil(tensors[name])}, "w.pt"
+        )
     assert name in str(error.value)
 
 
 def test_heads_are_known_or_asked_for():
     def sizes(dim, heads=None):
-        tensors = {"patch_embed.proj.weight": torch.ones(dim, 1, 4, 4), "pos_embed": torch.ones(1, 17, dim), "blocks.0.x": torch.ones(1)}
+        tensors = {
+            "patch_embed.proj.weight": torch.ones(dim, 1, 4, 4),
+            "pos_embed": torch.ones(1, 17, dim),
+            "blocks.0.x": torch.ones(1),
+        }
         return mrm.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
 
     assert [sizes(dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
     assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
     for dim in (64, 320, 1152):
-        with pytest.raises(data.InputError, match=f"weights of width {dim}; give it with --num-heads"):
+        with pytest.raises(
+            data.InputError, match=f"weights of width {dim}; give it with --num-heads"
+        ):
             sizes(dim)
-    for known in (dict(embed_dim=24), dict(img_size=16, patch_size=4, embed_dim=-24, depth=2, num_heads=3),
-                  dict(img_size="16", patch_size=4, embed_dim=24, depth=2, num_heads=3)):
+    for known in (
+        dict(embed_dim=24),
+        dict(img_size=16, patch_size=4, embed_dim=-24, depth=2, num_heads=3),
+        dict(img_size="16", patch_size=4, embed_dim=24, depth=2, num_heads=3),
+    ):
         with pytest.raises(data.InputError, match="w.pt: expected whole numbers above 0"):
             mrm.encoder_sizes({}, {"sizes": known}, "w.pt")
 
 
 def test_a_run_goes_on_for_more_steps_and_never_for_fewer(films, tmp_path, capsys):
     mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
-    with pytest.raises(data.InputError, match="expected at least the 2 steps of the run in .*last.pt, found 1"):
+    with pytest.raises(
+        data.InputError, match="expected at least the 2 steps of the run in .*last.pt, found 1"
+    ):
         mrm.pretrain(record_run(films, tmp_path / "run", steps=1, resume=True))
-    result = mrm.pretrain(record_run(films, tmp_path / "run", steps=None, epochs=0.5, resume=True))  # 4 of 32 / 4
-    assert result["steps"] == 4 and "going on to 4 steps instead of 2; from step 3 on" in capsys.readouterr().out
+    result = mrm.pretrain(
+        record_run(films, tmp_path / "run", steps=None, epochs=0.5, resume=True)
+    )  # 4 of 32 / 4
+    assert (
+        result["steps"] == 4
+        and "going on to 4 steps instead of 2; from step 3 on" in capsys.readouterr().out
+    )
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[3]["lr_of_step"] == pytest.approx(mrm.cosine_lr(3, 4, 0, result["lr"]))
@@ -567,7 +836,9 @@ def test_resuming_on_other_records_is_refused(films, tmp_path):
     text = (root / "training.csv").read_text()
     for other in (text.replace("film 3 ", "film 33 "), "\n".join(text.splitlines()[:-1])):
         (root / "training.csv").write_text(other)
-        with pytest.raises(data.InputError, match=r"last\.pt: expected a run with the same records as now"):
+        with pytest.raises(
+            data.InputError, match=r"last\.pt: expected a run with the same records as now"
+        ):
             mrm.pretrain(record_run(root, tmp_path / "run", steps=1, resume=True))
 
 
@@ -583,8 +854,11 @@ def test_images_alone_need_no_reports(films, tmp_path):
     mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
 
 
-@pytest.mark.parametrize("options, still", [
-    (dict(), ()), (dict(accumulate=2), ()), (dict(report_only=True), ("decoder_", "mask_token"))], ids=["both", "passes", "reports"])
+@pytest.mark.parametrize(
+    "options, still",
+    [(dict(), ()), (dict(accumulate=2), ()), (dict(report_only=True), ("decoder_", "mask_token"))],
+    ids=["both", "passes", "reports"],
+)
 def test_a_run_moves_every_network_that_it_trains(films, tmp_path, options, still):
     mrm.pretrain(record_run(films, tmp_path / "run", steps=2, weight_decay=0.0, **options))
     saved = data.load_checkpoint(tmp_path / "run/last.pt")
@@ -602,7 +876,9 @@ def test_a_run_knows_its_records(films, tmp_path, capsys):
     assert (tmp_path / "run/reconstruction.png").exists()
 
 
-@pytest.mark.parametrize("options", [dict(lr=1e30, warmup=0.0), dict(base_lr=1e32, warmup=0.0)], ids=["lr", "base_lr"])
+@pytest.mark.parametrize(
+    "options", [dict(lr=1e30, warmup=0.0), dict(base_lr=1e32, warmup=0.0)], ids=["lr", "base_lr"]
+)
 def test_a_loss_that_is_not_finite_is_noticed_at_its_step(films, tmp_path, options, monkeypatch):
     monkeypatch.setattr(data.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
     with pytest.raises(data.InputError, match=r"step [23]: .* is not finite; lower --lr") as error:
@@ -614,7 +890,9 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step(films, tmp_path, optio
 
 def test_the_message_of_a_bad_loss_names_step_and_files():
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(data.InputError, match=r"step 7: the loss is not finite.*: a\.png, b\.png$"):
+        with pytest.raises(
+            data.InputError, match=r"step 7: the loss is not finite.*: a\.png, b\.png$"
+        ):
             mrm.check_finite(7, ["a.png", "c.png", "b.png"], [0, 2], loss=torch.tensor([1.0, bad]))
     mrm.check_finite(7, [], [], loss=torch.ones(2), gradient=torch.ones(()))
 
@@ -651,20 +929,42 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, 
     rows = [f"{i}.png {i % 2}\n" for i in range(40)]
     for part, lines in (("train", rows[:24]), ("val", rows[24:33]), ("test", rows[33:])):
         (root / f"{part}_list.txt").write_text("".join(lines))
-    (tmp_path / "driver.py").write_text(DRIVER.format(repository=str(Path(mrm.__file__).parent), root=str(root)))
-    runs = {"one": ([], 8, 1), "two": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 4, 1),
-            "passes": ([], 4, 2)}
+    (tmp_path / "driver.py").write_text(
+        DRIVER.format(repository=str(Path(mrm.__file__).parent), root=str(root))
+    )
+    runs = {
+        "one": ([], 8, 1),
+        "two": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 4, 1),
+        "passes": ([], 4, 2),
+    }
     lines = {}
     for name, (head, size, passes) in runs.items():
-        command = [sys.executable, *head, tmp_path / "driver.py", script, tmp_path / name, size, passes]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            *head,
+            tmp_path / "driver.py",
+            script,
+            tmp_path / name,
+            size,
+            passes,
+        ]
+        done = subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr[-3000:]
-        lines[name] = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        lines[name] = [
+            json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
     losses = [key for key in lines["one"][0] if key.endswith(("loss", "auroc"))]
     assert len(lines["one"]) == 4 and len(losses) == (4 if script == "mrm" else 3)
     for other in ("two", "passes"):
         for ours, theirs in zip(lines["one"], lines[other], strict=True):
-            assert [ours[key] for key in losses] == pytest.approx([theirs[key] for key in losses], rel=1e-4), other
+            assert [ours[key] for key in losses] == pytest.approx(
+                [theirs[key] for key in losses], rel=1e-4
+            ), other
 
 
 def test_ranks_draw_their_own_numbers():
@@ -703,5 +1003,7 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(films, tmp_p
     (root / "training.csv").write_text(table.replace("\n4.png", f"\n{tmp_path}/4.png"))
     with pytest.raises(data.InputError, match="--allow-outside"):
         mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True))
-    result = mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True, allow_outside=True))
+    result = mrm.pretrain(
+        record_run(root, tmp_path / "run", steps=1, skip_bad=True, allow_outside=True)
+    )
     assert result["records"] == 40 - 8 - 1

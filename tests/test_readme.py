@@ -1,5 +1,6 @@
 """The README's commands run, on small data and for a few steps; its numbers, and those of
 tests/readme/results.md, are those of the measured files beside it."""
+
 import json
 import os
 import re
@@ -15,10 +16,18 @@ MEASURED = REPOSITORY / "tests" / "readme"
 README = (REPOSITORY / "README.md").read_text()
 RESULTS = README + (MEASURED / "results.md").read_text()
 TABLES = [path for path in sorted(MEASURED.glob("*.md")) if path.name != "results.md"]
-COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-            for line in block.splitlines() if line.startswith("python ")]
-SHORTER = {"mrm.py": "--steps 3", "finetune.py": "--steps 3 --evaluations 1",
-           "reggan.py": "--epochs 1 --width 4 --seeds 1", "demo.py": "--patients 100"}
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    if line.startswith("python ")
+]
+SHORTER = {
+    "mrm.py": "--steps 3",
+    "finetune.py": "--steps 3 --evaluations 1",
+    "reggan.py": "--epochs 1 --width 4 --seeds 1",
+    "demo.py": "--patients 100",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +41,16 @@ def folder(tmp_path_factory):
 
 def run(folder, command):
     script, *arguments = shlex.split(command)
-    python = [sys.executable] + (["-m", arguments.pop(0)] if script == "-m" else [str(REPOSITORY / script)])
-    done = subprocess.run(python + arguments, cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    python = [sys.executable] + (
+        ["-m", arguments.pop(0)] if script == "-m" else [str(REPOSITORY / script)]
+    )
+    done = subprocess.run(
+        python + arguments,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
@@ -72,7 +88,9 @@ def test_numbers_come_from_measured_files(path):
 def test_tables_come_from_measured_files(path):
     """The first table of a measured file stands in the results whole; the file holds the others."""
     parts = path.read_text().split("\n\n")
-    tables = ["\n".join(line for line in part.splitlines() if line.startswith("|")) for part in parts]
+    tables = [
+        "\n".join(line for line in part.splitlines() if line.startswith("|")) for part in parts
+    ]
     assert next(filter(None, tables)) in RESULTS
 
 

@@ -1,4 +1,5 @@
 """reggan.py: losses against formulas, metrics against scikit-image, registration, every host, resuming, bad input."""
+
 import dataclasses
 import json
 import os
@@ -58,7 +59,9 @@ def root(tmp_path):
 
 def test_smoothness_and_lsgan_in_float64():
     flow = np.random.default_rng(0).normal(size=(2, 2, 5, 7))
-    expected = np.mean((flow[:, :, 1:] - flow[:, :, :-1]) ** 2) + np.mean((flow[..., 1:] - flow[..., :-1]) ** 2)
+    expected = np.mean((flow[:, :, 1:] - flow[:, :, :-1]) ** 2) + np.mean(
+        (flow[..., 1:] - flow[..., :-1]) ** 2
+    )
     assert reggan.smoothness(torch.from_numpy(flow)).item() == pytest.approx(expected, rel=1e-12)
     verdict = torch.tensor([[0.3], [-0.5]], dtype=torch.float64)
     assert reggan.lsgan(verdict, True).item() == pytest.approx((0.7**2 + 1.5**2) / 2)
@@ -68,7 +71,10 @@ def test_smoothness_and_lsgan_in_float64():
 def test_one_pass_over_real_and_fake_is_two_passes():
     torch.manual_seed(0)
     real, fake = torch.randn(2, 3, 1, 32, 32, dtype=torch.float64)
-    for D, judge in ((reggan.Discriminator(1, 4), lambda D, x: D(x)), (reggan.NiceDiscriminator(1, 4).eval(), lambda D, x: D(x)[0])):
+    for D, judge in (
+        (reggan.Discriminator(1, 4), lambda D, x: D(x)),
+        (reggan.NiceDiscriminator(1, 4).eval(), lambda D, x: D(x)[0]),
+    ):
         D.double()
         with torch.no_grad():
             together = reggan.discriminator_loss(lambda x: judge(D, x), real, fake)
@@ -85,19 +91,29 @@ def test_metrics_against_scikit_image():
         inside = r > 0
         assert scores["mae"][i].item() == pytest.approx(np.abs(r - f)[inside].mean())
         assert scores["mae_whole"][i].item() == pytest.approx(np.abs(r - f).mean())
-        assert scores["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(r[inside], f[inside], data_range=1))
-        assert scores["psnr_whole"][i].item() == pytest.approx(peak_signal_noise_ratio(r, f, data_range=1))
+        assert scores["psnr"][i].item() == pytest.approx(
+            peak_signal_noise_ratio(r[inside], f[inside], data_range=1)
+        )
+        assert scores["psnr_whole"][i].item() == pytest.approx(
+            peak_signal_noise_ratio(r, f, data_range=1)
+        )
         mean, field = structural_similarity(r, f, data_range=1, full=True)
         assert scores["ssim"][i].item() == pytest.approx(mean)
         inner = np.s_[3:-3, 3:-3]
-        assert scores["ssim_foreground"][i].item() == pytest.approx(field[inner][inside[inner]].mean())
+        assert scores["ssim_foreground"][i].item() == pytest.approx(
+            field[inner][inside[inner]].mean()
+        )
 
 
 def test_registration_metrics_of_known_flows():
     real = torch.zeros(1, 1, 8, 8)
     shift = torch.full((1, 2, 8, 8), 3.0)
     scores = reggan.registration_metrics(torch.zeros_like(shift), shift, real)
-    assert scores["registration_error"].item() == scores["misalignment"].item() == pytest.approx(3 * 2**0.5)
+    assert (
+        scores["registration_error"].item()
+        == scores["misalignment"].item()
+        == pytest.approx(3 * 2**0.5)
+    )
     assert scores["folding"].item() == 0
     flow = torch.ones(1, 2, 8, 8)
     flow[..., :2, :] = 50.0
@@ -109,7 +125,11 @@ def test_registration_metrics_of_known_flows():
     fold = torch.cat([-2 * y, torch.zeros(1, 1, 8, 8)], 1)  # p -> -p along y
     assert reggan.registration_metrics(fold, fold, real)["folding"].item() == 1
     x = y.transpose(2, 3)
-    for along_y, along_x, folds in ((-1.5 * y, 0 * x, 1), (2 * x, 2 * y, 1), (2 * x, -2 * y, 0)):  # -0.5, -3, 5
+    for along_y, along_x, folds in (
+        (-1.5 * y, 0 * x, 1),
+        (2 * x, 2 * y, 1),
+        (2 * x, -2 * y, 0),
+    ):  # -0.5, -3, 5
         flow = torch.cat([along_y, along_x], 1)
         assert reggan.registration_metrics(flow, flow, real)["folding"].item() == folds
 
@@ -131,7 +151,10 @@ def test_level_zero_moves_both_alike_and_the_global_generator_is_left_alone():
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     a, b, flow = data.misalign(image, image, np.random.default_rng(1), 0)
     assert torch.equal(a, b) and flow.abs().max() < 1e-3
-    assert torch.equal(torch.get_rng_state(), state) and (np.random.get_state()[1] == numpy_state).all()
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and (np.random.get_state()[1] == numpy_state).all()
+    )
 
 
 def reggan_keys(blocks=9):
@@ -170,7 +193,9 @@ def test_nice_gan_reads_as_finely_as_the_other_generators(downs, root):
     assert host.translate(a).shape == (2, 2, 44, 44)
     assert host.translate(a[..., :43, :33]).shape == (2, 2, 43, 33)
     with pytest.raises(data.InputError, match="--downs: expected 1 or 2 with nice, found 3"):
-        reggan.train(reggan.Config(root=str(root), out=str(root / "run"), host="nice", downs=3, **SMALL))
+        reggan.train(
+            reggan.Config(root=str(root), out=str(root / "run"), host="nice", downs=3, **SMALL)
+        )
     assert not (root / "run").exists()
 
 
@@ -178,15 +203,26 @@ def test_drift_is_the_mean_square_of_the_running_mean_flow():
     """m <- 0.99 m + 0.01 mean over the batch, from zero, in % of the sides; its gradient is the same for every image of the batch."""
     mean, m = torch.zeros(2, 32, 48, dtype=torch.float64), np.zeros((2, 32, 48))
     for seed in range(3):
-        flow = torch.randn(4, 2, 32, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-        m = 0.99 * m + 0.01 * flow.detach().numpy().mean(0) * 100 / np.array([32, 48])[:, None, None]
+        flow = torch.randn(
+            4, 2, 32, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        ).requires_grad_()
+        m = (
+            0.99 * m
+            + 0.01 * flow.detach().numpy().mean(0) * 100 / np.array([32, 48])[:, None, None]
+        )
         loss = reggan.drift_loss(mean, flow)
         assert loss.item() == reggan.drift_loss(mean, flow).item()  # the loss leaves the mean alone
         assert loss.item() == pytest.approx((m**2).mean(), rel=1e-12)
         mean = reggan.running_mean(mean, flow.detach())
         assert np.allclose(mean.numpy(), m, rtol=1e-12)
     (slope,) = torch.autograd.grad(loss, flow)
-    assert np.allclose(slope, np.broadcast_to(2 * m / m.size * 0.01 / 4 * 100 / np.array([32, 48])[:, None, None], flow.shape), rtol=1e-9)
+    assert np.allclose(
+        slope,
+        np.broadcast_to(
+            2 * m / m.size * 0.01 / 4 * 100 / np.array([32, 48])[:, None, None], flow.shape
+        ),
+        rtol=1e-9,
+    )
 
 
 def test_drift_takes_back_a_shift_that_generator_and_registration_share():
@@ -194,7 +230,10 @@ def test_drift_takes_back_a_shift_that_generator_and_registration_share():
     b = smooth_image(1, 5)
 
     def shift_left(weight):
-        shift, undo = torch.tensor([3.0, 0.0]).requires_grad_(), torch.tensor([-3.0, 0.0]).requires_grad_()
+        shift, undo = (
+            torch.tensor([3.0, 0.0]).requires_grad_(),
+            torch.tensor([-3.0, 0.0]).requires_grad_(),
+        )
         mean, optimizer = torch.zeros(2, 32, 32), torch.optim.Adam([shift, undo], 0.03)
         for _ in range(800):
             flow = undo.view(1, 2, 1, 1).expand(1, 2, 32, 32)
@@ -246,12 +285,19 @@ def test_synthetic_motion_teaches_rotation():
 def test_random_motion_is_affine_mirrors_half_of_the_time_and_keeps_the_middle_near():
     torch.manual_seed(0)
     motion = reggan.random_motion(torch.empty(4000, 1, 9, 17))
-    position = motion + torch.stack(torch.meshgrid(torch.arange(9.0), torch.arange(17.0), indexing="ij"))
+    position = motion + torch.stack(
+        torch.meshgrid(torch.arange(9.0), torch.arange(17.0), indexing="ij")
+    )
     assert motion.diff(n=2, dim=2).abs().max() < 1e-4 and motion.diff(n=2, dim=3).abs().max() < 1e-4
-    dy, dx = position.diff(dim=2)[:, 0, 0, 0], position.diff(dim=3)[:, 1, 0, 0]  # 1 +- 0.1 or -1 +- 0.1
+    dy, dx = (
+        position.diff(dim=2)[:, 0, 0, 0],
+        position.diff(dim=3)[:, 1, 0, 0],
+    )  # 1 +- 0.1 or -1 +- 0.1
     for slope in (dy, dx):
         assert (slope < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
-        assert slope.abs().mean().item() == pytest.approx(1, abs=0.01) and slope.abs().std().item() == pytest.approx(0.1, abs=0.01)
+        assert slope.abs().mean().item() == pytest.approx(
+            1, abs=0.01
+        ) and slope.abs().std().item() == pytest.approx(0.1, abs=0.01)
     assert (dy * dx < 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
     shift = motion[:, :, 4, 8]  # the middle
     assert torch.allclose(shift.mean(0), torch.zeros(2), atol=0.05)
@@ -270,8 +316,9 @@ def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_th
         model = reggan.build(dataclasses.replace(config, **options), 1, 1, (32, 32))
         model.netG_A2B.forward = lambda x: G(x) + 0 * model.netG_A2B.model_head[1].weight.sum()
         torch.manual_seed(1)
-        losses = reggan.training_step(model, dataclasses.replace(config, **options), a, b,
-                                      *optimizers_of(model), make_pools())
+        losses = reggan.training_step(
+            model, dataclasses.replace(config, **options), a, b, *optimizers_of(model), make_pools()
+        )
         return losses.get("equivariance")
 
     assert equivariance(lambda x: 1 - 2 * x) < 1e-5
@@ -299,7 +346,11 @@ def test_registration_alone_recovers_a_translation(network):
     b = smooth_image(4, 5)
     true = torch.tensor([2.0, -1.5]).view(1, 2, 1, 1).expand(4, 2, 32, 32)
     a = warp(b, -true)
-    R = reggan.Registration(2, (32, 32), 16) if network == "unet" else reggan.CoarseToFine((32, 32), 16)
+    R = (
+        reggan.Registration(2, (32, 32), 16)
+        if network == "unet"
+        else reggan.CoarseToFine((32, 32), 16)
+    )
     optimizer = torch.optim.Adam(R.parameters(), 2e-3)
     for _ in range(100):
         flow = R(a, b)
@@ -318,16 +369,23 @@ def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, fo
     config = filled(host=host, reg=form != "no-reg", improved=form == "improved")
     model = reggan.build(config, 1, 1, (32, 32))
     with torch.no_grad():
-        for p in model.parameters():  # R's last layer is zero, which stops the gradient to all before it
+        for p in (
+            model.parameters()
+        ):  # R's last layer is zero, which stops the gradient to all before it
             p.add_(0.02 * torch.randn_like(p))
     opt_g, opt_d = optimizers_of(model, lr=1e-2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    losses = reggan.training_step(model, config, smooth_image(2, 0), smooth_image(2, 1), opt_g, opt_d,
-                                  make_pools())
+    losses = reggan.training_step(
+        model, config, smooth_image(2, 0), smooth_image(2, 1), opt_g, opt_d, make_pools()
+    )
     assert all(torch.isfinite(loss) for loss in losses.values())
     expected = {"no-reg": (), "paper's": EVERY_LOSS[:2], "improved": EVERY_LOSS}[form]
     assert [name for name in losses if name in EVERY_LOSS] == list(expected)
-    same = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
+    same = [
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and torch.equal(p, before[name])
+    ]
     assert not same, same
 
 
@@ -347,11 +405,17 @@ def test_registration_losses_follow_their_formulas(network):
         flow = model.registration(fake, b).double().numpy()
     losses = reggan.training_step(model, config, a, b, *optimizers_of(model), make_pools())
     y, x = np.meshgrid(np.arange(32), np.arange(32), indexing="ij")
-    moved = [map_coordinates(f[0], [(y + dy).clip(0, 31), (x + dx).clip(0, 31)], order=1)
-             for f, (dy, dx) in zip(fake.double().numpy(), flow)]
+    moved = [
+        map_coordinates(f[0], [(y + dy).clip(0, 31), (x + dx).clip(0, 31)], order=1)
+        for f, (dy, dx) in zip(fake.double().numpy(), flow)
+    ]
     assert np.abs(flow).max() > 0.3
-    assert losses["correction"].item() == pytest.approx(20 * np.abs(np.stack(moved) - b[:, 0].double().numpy()).mean(), rel=1e-5)
-    assert losses["smooth"].item() == pytest.approx(10 * ((np.diff(flow, axis=2) ** 2).mean() + (np.diff(flow, axis=3) ** 2).mean()), rel=1e-5)
+    assert losses["correction"].item() == pytest.approx(
+        20 * np.abs(np.stack(moved) - b[:, 0].double().numpy()).mean(), rel=1e-5
+    )
+    assert losses["smooth"].item() == pytest.approx(
+        10 * ((np.diff(flow, axis=2) ** 2).mean() + (np.diff(flow, axis=3) ** 2).mean()), rel=1e-5
+    )
 
 
 def test_a_step_trains_g_and_r_on_the_papers_sum_and_d_on_its_own():
@@ -366,8 +430,11 @@ def test_a_step_trains_g_and_r_on_the_papers_sum_and_d_on_its_own():
     parts = [reggan.trainable(model, "netG", "registration"), reggan.trainable(model, "netD")]
     fake = model.netG_A2B(a)
     flow = model.registration(fake, b)
-    total = ((model.netD_B(fake) - 1).square().mean() + 20 * (warp(fake, flow) - b).abs().mean()
-             + 10 * (flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean()))
+    total = (
+        (model.netD_B(fake) - 1).square().mean()
+        + 20 * (warp(fake, flow) - b).abs().mean()
+        + 10 * (flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean())
+    )
     d = (model.netD_B(b) - 1).square().mean() + model.netD_B(fake.detach()).square().mean()
     expected = torch.autograd.grad(total, parts[0]), torch.autograd.grad(d, parts[1])
     optimizers = [torch.optim.SGD(part, lr=1.0) for part in parts]
@@ -399,12 +466,29 @@ def test_overfits_one_pair(root):
             for path in sorted((root / part / side).iterdir())[1:]:
                 path.unlink()
     for side in "AB":
-        (root / "val" / side / "s0.npy").write_bytes((root / "train" / side / "s0.npy").read_bytes())
-    result = reggan.train(reggan.Config(root=str(root), out=str(root / "run"), host="pix2pix", reg=False, noise=0,
-                                        width=8, blocks=1, batch_size=1, epochs=150, lr=4e-3, device="cpu"))
+        (root / "val" / side / "s0.npy").write_bytes(
+            (root / "train" / side / "s0.npy").read_bytes()
+        )
+    result = reggan.train(
+        reggan.Config(
+            root=str(root),
+            out=str(root / "run"),
+            host="pix2pix",
+            reg=False,
+            noise=0,
+            width=8,
+            blocks=1,
+            batch_size=1,
+            epochs=150,
+            lr=4e-3,
+            device="cpu",
+        )
+    )
     negative = np.load(root / "val" / "B" / "s0.npy").astype(np.float64)
     inside = negative != -1
-    constant = np.abs(negative[inside] - np.median(negative[inside])).mean() / 2  # the best constant image
+    constant = (
+        np.abs(negative[inside] - np.median(negative[inside])).mean() / 2
+    )  # the best constant image
     assert result["mae"] < 0.5 * constant
 
 
@@ -413,7 +497,9 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
     whole = reggan.train(config)
     for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "result.json"):
         assert (root / "whole" / name).exists(), name
-    assert {"mae", "psnr", "ssim", "host", "registration", "noise"} <= json.loads((root / "whole" / "result.json").read_text()).keys()
+    assert {"mae", "psnr", "ssim", "host", "registration", "noise"} <= json.loads(
+        (root / "whole" / "result.json").read_text()
+    ).keys()
 
     real_save, saves = reggan.save_checkpoint, []
 
@@ -435,20 +521,33 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-FORMATS = {"s.npy": np.float16, "u.npy": np.uint8, "d.png": np.uint16, "l.png": np.uint8, "j.jpg": np.uint8, "v.nii.gz": np.int16}
+FORMATS = {
+    "s.npy": np.float16,
+    "u.npy": np.uint8,
+    "d.png": np.uint16,
+    "l.png": np.uint8,
+    "j.jpg": np.uint8,
+    "v.nii.gz": np.int16,
+}
 
 
 def write_image(path, image):
     """Writes (H, W) or (H, W, 3) in [0, 1] as what the name in FORMATS says, by another library where there is one."""
     kind = np.dtype(FORMATS[path.name])
-    array = image.astype(kind) if kind.kind == "f" else (image * min(np.iinfo(kind).max, 65535)).round().astype(kind)
+    array = (
+        image.astype(kind)
+        if kind.kind == "f"
+        else (image * min(np.iinfo(kind).max, 65535)).round().astype(kind)
+    )
     if path.name.endswith(".npy"):
         np.save(path, array)
     elif ".nii" in path.name:
         nibabel = pytest.importorskip("nibabel")
         nibabel.save(nibabel.Nifti1Image(array, np.diag([2.0, 3.0, 1.0, 1.0])), path)
     else:
-        Image.fromarray(array).save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
+        Image.fromarray(array).save(
+            path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {})
+        )
     return (0, 1) if kind.kind == "f" else (0, min(np.iinfo(kind).max, 65535))
 
 
@@ -458,7 +557,10 @@ def test_every_format_comes_back_as_it_went(tmp_path, name, channels):
     """Read, written by the identity, read again: same name, type, range and values, to one step of the depth (JPEG: 12)."""
     if (name, channels) == ("d.png", 3):
         pytest.skip("PIL has no 16-bit colour")
-    image = (smooth_image(channels, 7, 40)[:, 0, :, :36].double().numpy().transpose(1, 2, 0).squeeze() + 1) / 2
+    image = (
+        smooth_image(channels, 7, 40)[:, 0, :, :36].double().numpy().transpose(1, 2, 0).squeeze()
+        + 1
+    ) / 2
     span = write_image(tmp_path / name, image)
     read = data.read_slice(tmp_path / name, span)
     assert read.shape == (channels, 40, 36)
@@ -472,8 +574,13 @@ def test_every_format_comes_back_as_it_went(tmp_path, name, channels):
         assert Image.open(tmp_path / "out" / name).mode == Image.open(tmp_path / name).mode
     if name == "v.nii.gz":
         import nibabel
+
         one, two = (nibabel.load(folder / name) for folder in (tmp_path, tmp_path / "out"))
-        assert one.get_data_dtype() == two.get_data_dtype() and (one.affine == two.affine).all() and one.shape == two.shape
+        assert (
+            one.get_data_dtype() == two.get_data_dtype()
+            and (one.affine == two.affine).all()
+            and one.shape == two.shape
+        )
 
 
 def test_training_and_translating_16_bit_colour_and_float_images(tmp_path):
@@ -482,22 +589,46 @@ def test_training_and_translating_16_bit_colour_and_float_images(tmp_path):
         for side, channels in (("A", 3), ("B", 1)):
             (tmp_path / part / side).mkdir(parents=True)
             image = smooth_image(channels, 1)[:, 0].numpy().transpose(1, 2, 0).squeeze()
-            Image.fromarray(((image + 1) * 127.5).astype(np.uint8)).save(tmp_path / part / side / "s.jpg")
+            Image.fromarray(((image + 1) * 127.5).astype(np.uint8)).save(
+                tmp_path / part / side / "s.jpg"
+            )
     result = reggan.train(reggan.Config(root=str(tmp_path), out=str(tmp_path / "run"), **SMALL))
     assert np.isfinite(result["psnr"])
-    reggan.translate_folder(reggan.Config(translate=str(tmp_path / "val/A"), weights=str(tmp_path / "run"), out=str(tmp_path / "out"), device="cpu"))
+    reggan.translate_folder(
+        reggan.Config(
+            translate=str(tmp_path / "val/A"),
+            weights=str(tmp_path / "run"),
+            out=str(tmp_path / "out"),
+            device="cpu",
+        )
+    )
     with Image.open(tmp_path / "out" / "s.jpg") as image:
         assert image.size == (32, 32) and image.format == "JPEG" and image.mode == "L"
     with pytest.raises(data.InputError, match=r"1 channels, the generator takes 3"):
-        reggan.translate_folder(reggan.Config(translate=str(tmp_path / "val/B"), weights=str(tmp_path / "run"), out=str(tmp_path / "no"), device="cpu"))
+        reggan.translate_folder(
+            reggan.Config(
+                translate=str(tmp_path / "val/B"),
+                weights=str(tmp_path / "run"),
+                out=str(tmp_path / "no"),
+                device="cpu",
+            )
+        )
     assert not (tmp_path / "no").exists()
 
 
 def test_translate_keeps_names_formats_and_depth(root):
     reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
-    Image.fromarray((np.linspace(0, 65535, 40 * 32).reshape(40, 32)).astype(np.uint16)).save(root / "val" / "A" / "deep.png")
-    reggan.translate_folder(reggan.Config(translate=str(root / "val" / "A"), weights=str(root / "run"), out=str(root / "out"),
-                                          device="cpu"))
+    Image.fromarray((np.linspace(0, 65535, 40 * 32).reshape(40, 32)).astype(np.uint16)).save(
+        root / "val" / "A" / "deep.png"
+    )
+    reggan.translate_folder(
+        reggan.Config(
+            translate=str(root / "val" / "A"),
+            weights=str(root / "run"),
+            out=str(root / "out"),
+            device="cpu",
+        )
+    )
     for name in ("s0.npy", "s1.npy"):
         source, made = np.load(root / "val" / "A" / name), np.load(root / "out" / name)
         assert made.shape == source.shape and made.dtype == source.dtype and np.abs(made).max() <= 1
@@ -516,27 +647,62 @@ def test_published_generators_load(tmp_path):
 
 
 def test_a_checkpoint_of_options_that_are_gone_is_refused_in_one_line(tmp_path):
-    torch.save({"model": {}, "config": {"host": "nc", "bending": 1.0}, "in_chans": 1}, tmp_path / "best.pt")
-    with pytest.raises(data.InputError, match=r": trained with options that this reggan\.py has not \(bending\)"):
+    torch.save(
+        {"model": {}, "config": {"host": "nc", "bending": 1.0}, "in_chans": 1}, tmp_path / "best.pt"
+    )
+    with pytest.raises(
+        data.InputError, match=r": trained with options that this reggan\.py has not \(bending\)"
+    ):
         reggan.load_generator(tmp_path)
 
 
 def test_a_bfloat16_run_ends_near_a_float32_run(root):
-    scores = [reggan.train(reggan.Config(root=str(root), out=str(root / dtype), dtype=dtype, **SMALL | dict(epochs=20)))["psnr"]
-              for dtype in ("fp32", "bf16")]
+    scores = [
+        reggan.train(
+            reggan.Config(
+                root=str(root), out=str(root / dtype), dtype=dtype, **SMALL | dict(epochs=20)
+            )
+        )["psnr"]
+        for dtype in ("fp32", "bf16")
+    ]
     assert abs(scores[0] - scores[1]) < 1 and scores[0] != scores[1], scores
 
 
 def test_two_processes_under_torchrun_leave_one_run(root):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(Path(reggan.__file__)),
-               "--root", str(root), "--out", str(root / "run"), "--width", "4", "--blocks", "1", "--batch-size", "2", "--epochs", "2", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(Path(reggan.__file__)),
+        "--root",
+        str(root),
+        "--out",
+        str(root / "run"),
+        "--width",
+        "4",
+        "--blocks",
+        "1",
+        "--batch-size",
+        "2",
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((root / "run" / "result.json").read_text())
     single = reggan.train(reggan.Config(root=str(root), out=str(root / "single"), **SMALL))
     assert result.keys() == single.keys() and result["images"] == 2 and np.isfinite(result["psnr"])
     lines = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "val" in line] == [1, 2]  # 3 pairs, 2 each: one step an epoch; one process writes
+    assert [line["step"] for line in lines if "val" in line] == [
+        1,
+        2,
+    ]  # 3 pairs, 2 each: one step an epoch; one process writes
 
 
 def save(path, array):
@@ -544,14 +710,40 @@ def save(path, array):
 
 
 BAD = {
-    "unmatched names": (lambda r: (r / "train/B/s0.npy").rename(r / "train/B/other.npy"), r"same file names.*s0\.npy.*other\.npy"),
-    "mixed sizes": (lambda r: [save(r / f"train/{s}/s1.npy", smooth_image(1, 0, 40)[0, 0].numpy()) for s in "AB"], r"s1\.npy.*--size"),
-    "a volume": (lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32, 5), np.float32)), r"s0\.npy: expected numbers of shape \(H, W\).*\(32, 32, 5\)"),
-    "NaN": (lambda r: save(r / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32)), r"s0\.npy: expected finite numbers, found 1024 of 1024 NaN"),
-    "a constant image": (lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32), np.float32)), r"s0\.npy: a constant image"),
-    "an empty folder": (lambda r: [p.unlink() for p in (r / "train/A").iterdir()], r"train/A: expected a folder with images \(.*\), found none"),
-    "a truncated file": (lambda r: (r / "train/A/s0.npy").write_bytes((r / "train/A/s0.npy").read_bytes()[:200]), r"s0\.npy: expected a complete .* image, found"),
-    "values out of range": (lambda r: save(r / "train/A/s0.npy", 300 * smooth_image(1, 0)[0, 0].numpy()), r"s0\.npy: expected values from -1 to 1, found -\d.* to .*: --rescale"),
+    "unmatched names": (
+        lambda r: (r / "train/B/s0.npy").rename(r / "train/B/other.npy"),
+        r"same file names.*s0\.npy.*other\.npy",
+    ),
+    "mixed sizes": (
+        lambda r: [
+            save(r / f"train/{s}/s1.npy", smooth_image(1, 0, 40)[0, 0].numpy()) for s in "AB"
+        ],
+        r"s1\.npy.*--size",
+    ),
+    "a volume": (
+        lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32, 5), np.float32)),
+        r"s0\.npy: expected numbers of shape \(H, W\).*\(32, 32, 5\)",
+    ),
+    "NaN": (
+        lambda r: save(r / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32)),
+        r"s0\.npy: expected finite numbers, found 1024 of 1024 NaN",
+    ),
+    "a constant image": (
+        lambda r: save(r / "train/A/s0.npy", np.zeros((32, 32), np.float32)),
+        r"s0\.npy: a constant image",
+    ),
+    "an empty folder": (
+        lambda r: [p.unlink() for p in (r / "train/A").iterdir()],
+        r"train/A: expected a folder with images \(.*\), found none",
+    ),
+    "a truncated file": (
+        lambda r: (r / "train/A/s0.npy").write_bytes((r / "train/A/s0.npy").read_bytes()[:200]),
+        r"s0\.npy: expected a complete .* image, found",
+    ),
+    "values out of range": (
+        lambda r: save(r / "train/A/s0.npy", 300 * smooth_image(1, 0)[0, 0].numpy()),
+        r"s0\.npy: expected values from -1 to 1, found -\d.* to .*: --rescale",
+    ),
 }
 
 
@@ -564,23 +756,30 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
     assert "\n" not in str(error.value) and not (root / "run").exists()
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"reg_lr": 0}, r"--reg-lr: expected a number in \(0, inf\), found 0"),
-    ({"synthetic": -1}, r"--synthetic: expected a number in \[0, inf\), found -1"),
-    ({"drift": -0.5}, r"--drift: expected a number in \[0, inf\), found -0\.5"),
-    ({"noise": 26}, r"--noise: expected a number in \[0, 25\], found 26"),
-    ({"width": 0}, r"--width: expected a number in \[1, 1024\], found 0"),
-    ({"size": 20}, r"--size: expected 0, or 32 pixels or more, found 20"),
-    ({"size": -1}, r"--size: expected a number in \[0, 4096\], found -1"),
-    ({"kernel": 4}, r"--kernel: expected an odd number, found 4"),
-    ({"downs": 9}, r"--downs: expected a number in \[0, 4\], found 9"),
-    ({"blocks": -1}, r"--blocks: expected a number in \[0, 100\], found -1"),
-    ({"accumulate": 0}, r"--accumulate: expected a number in \[1, inf\), found 0"),
-    ({"elastic": -1.0}, r"--elastic: expected a number in \[0, 25\], found -1"),
-    ({"pool": -1}, r"--pool: expected a number in \[0, inf\), found -1"),
-    ({"lr": float("nan")}, r"--lr: expected a number in \(0, inf\), found nan"),
-    ({"steps": 3}, "--steps and --epochs: expected one of them, found both"),
-    ({"paper": True, "improved": True}, "--paper and --improved: expected one of them, found both")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"reg_lr": 0}, r"--reg-lr: expected a number in \(0, inf\), found 0"),
+        ({"synthetic": -1}, r"--synthetic: expected a number in \[0, inf\), found -1"),
+        ({"drift": -0.5}, r"--drift: expected a number in \[0, inf\), found -0\.5"),
+        ({"noise": 26}, r"--noise: expected a number in \[0, 25\], found 26"),
+        ({"width": 0}, r"--width: expected a number in \[1, 1024\], found 0"),
+        ({"size": 20}, r"--size: expected 0, or 32 pixels or more, found 20"),
+        ({"size": -1}, r"--size: expected a number in \[0, 4096\], found -1"),
+        ({"kernel": 4}, r"--kernel: expected an odd number, found 4"),
+        ({"downs": 9}, r"--downs: expected a number in \[0, 4\], found 9"),
+        ({"blocks": -1}, r"--blocks: expected a number in \[0, 100\], found -1"),
+        ({"accumulate": 0}, r"--accumulate: expected a number in \[1, inf\), found 0"),
+        ({"elastic": -1.0}, r"--elastic: expected a number in \[0, 25\], found -1"),
+        ({"pool": -1}, r"--pool: expected a number in \[0, inf\), found -1"),
+        ({"lr": float("nan")}, r"--lr: expected a number in \(0, inf\), found nan"),
+        ({"steps": 3}, "--steps and --epochs: expected one of them, found both"),
+        (
+            {"paper": True, "improved": True},
+            "--paper and --improved: expected one of them, found both",
+        ),
+    ],
+)
 def test_options_out_of_range_are_refused(root, options, message):
     with pytest.raises(data.InputError, match=message):
         reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL | options))
@@ -591,7 +790,10 @@ def test_a_refused_run_leaves_the_one_before_it_alone(root):
     config = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
     reggan.train(config)
     before = {path: path.read_bytes() for path in sorted((root / "run").iterdir())}
-    with pytest.raises(data.InputError, match=r"last\.pt: expected --width 6, as asked for now, found a run with --width 4;"):
+    with pytest.raises(
+        data.InputError,
+        match=r"last\.pt: expected --width 6, as asked for now, found a run with --width 4;",
+    ):
         reggan.train(dataclasses.replace(config, resume=True, width=6))
     save(root / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32))
     with pytest.raises(data.InputError, match="NaN"):
@@ -605,13 +807,53 @@ def test_a_folder_that_cannot_be_written_is_refused_first(root):
         reggan.train(reggan.Config(root=str(root), out=str(root / "file" / "run"), **SMALL))
 
 
-PRESETS = {(): {"width": 8, "batch_size": 8, "epochs": 100, "reg_net": "unet", "correction": 20, "smooth": 10, "drift": 0,
-                "synthetic": 0, "equivariance": 0, "decay": True, "pool": 50},
-           ("improved",): {"width": 8, "batch_size": 8, "epochs": 100, "reg_net": "coarse", "lr": 4e-3, "reg_lr": 8e-3,
-                           "correction": 100, "smooth": 10, "drift": 100, "synthetic": 3, "equivariance": 30},
-           ("paper",): {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80, "lr": 1e-4,
-                        "reg_lr": 1e-4, "reg_net": "unet", "correction": 20, "smooth": 10, "drift": 0, "synthetic": 0,
-                        "equivariance": 0, "identity": 0, "decay": False, "pool": 0}}
+PRESETS = {
+    (): {
+        "width": 8,
+        "batch_size": 8,
+        "epochs": 100,
+        "reg_net": "unet",
+        "correction": 20,
+        "smooth": 10,
+        "drift": 0,
+        "synthetic": 0,
+        "equivariance": 0,
+        "decay": True,
+        "pool": 50,
+    },
+    ("improved",): {
+        "width": 8,
+        "batch_size": 8,
+        "epochs": 100,
+        "reg_net": "coarse",
+        "lr": 4e-3,
+        "reg_lr": 8e-3,
+        "correction": 100,
+        "smooth": 10,
+        "drift": 100,
+        "synthetic": 3,
+        "equivariance": 30,
+    },
+    ("paper",): {
+        "width": 64,
+        "kernel": 7,
+        "downs": 2,
+        "blocks": 9,
+        "batch_size": 1,
+        "epochs": 80,
+        "lr": 1e-4,
+        "reg_lr": 1e-4,
+        "reg_net": "unet",
+        "correction": 20,
+        "smooth": 10,
+        "drift": 0,
+        "synthetic": 0,
+        "equivariance": 0,
+        "identity": 0,
+        "decay": False,
+        "pool": 0,
+    },
+}
 
 
 @pytest.mark.parametrize("switch", PRESETS)
@@ -620,8 +862,20 @@ def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
     config = reggan.complete(data.parse_config(reggan.Config, flags))
     assert {name: getattr(config, name) for name in PRESETS[switch]} == PRESETS[switch]
     assert config.steps is None and None not in [getattr(config, name) for name in reggan.SMALL]
-    typed = {"width": 8, "batch_size": 8, "epochs": 100.0, "lr": 4e-3, "correction": 0.0, "reg_net": "coarse", "pool": 7}
-    typed_flags = [word for name, value in typed.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    typed = {
+        "width": 8,
+        "batch_size": 8,
+        "epochs": 100.0,
+        "lr": 4e-3,
+        "correction": 0.0,
+        "reg_net": "coarse",
+        "pool": 7,
+    }
+    typed_flags = [
+        word
+        for name, value in typed.items()
+        for word in ("--" + name.replace("_", "-"), str(value))
+    ]
     config = reggan.complete(data.parse_config(reggan.Config, [*flags, *typed_flags]))
     assert {name: getattr(config, name) for name in typed} == typed
     steps = reggan.complete(data.parse_config(reggan.Config, [*flags, "--steps", "7"]))
@@ -630,22 +884,47 @@ def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
 
 
 def test_the_papers_hosts_but_nc_with_registration_keep_a_pool():
-    pools = {(host, reg): reggan.complete(reggan.Config(paper=True, host=host, reg=reg)).pool
-             for host in ("nc", "cycle") for reg in (True, False)}
+    pools = {
+        (host, reg): reggan.complete(reggan.Config(paper=True, host=host, reg=reg)).pool
+        for host in ("nc", "cycle")
+        for reg in (True, False)
+    }
     assert pools == {("nc", True): 0, ("nc", False): 50, ("cycle", True): 50, ("cycle", False): 50}
 
 
 def test_the_papers_registration_network_is_the_official_one():
     """At 256 x 256: 7 levels of 32, 64, ..., 64 channels, 128 at the bottom; at other sizes as many as fit."""
-    R = reggan.build(reggan.complete(reggan.Config(paper=True, blocks=1)), 1, 1, (256, 256)).registration
+    R = reggan.build(
+        reggan.complete(reggan.Config(paper=True, blocks=1)), 1, 1, (256, 256)
+    ).registration
     shapes = {name: tuple(p.shape) for name, p in R.state_dict().items()}
     for level in range(7):
-        assert shapes[f"down.{level}.0.0.weight"] == (32 if level == 0 else 64, (2, 32, *[64] * 5)[level], 3, 3)
+        assert shapes[f"down.{level}.0.0.weight"] == (
+            32 if level == 0 else 64,
+            (2, 32, *[64] * 5)[level],
+            3,
+            3,
+        )
         assert shapes[f"up.{level}.0.weight"] == ((64, 128, 3, 3) if level < 6 else (32, 96, 3, 3))
-    assert shapes["bottom.0.0.weight"] == (128, 64, 1, 1) and shapes["output.weight"] == (2, 32, 3, 3)
+    assert shapes["bottom.0.0.weight"] == (128, 64, 1, 1) and shapes["output.weight"] == (
+        2,
+        32,
+        3,
+        3,
+    )
     assert {name.split(".")[0] for name in shapes} == {"down", "bottom", "up", "refine", "output"}
-    for size, levels in (((256, 256), 7), ((512, 300), 7), ((128, 128), 6), ((64, 200), 5), ((33, 32), 4)):
-        assert len(reggan.Registration(2, size, 4).down) == len(reggan.CoarseToFine(size, 4).heads) == levels
+    for size, levels in (
+        ((256, 256), 7),
+        ((512, 300), 7),
+        ((128, 128), 6),
+        ((64, 200), 5),
+        ((33, 32), 4),
+    ):
+        assert (
+            len(reggan.Registration(2, size, 4).down)
+            == len(reggan.CoarseToFine(size, 4).heads)
+            == levels
+        )
 
 
 def test_the_learning_rates_are_constant_or_fall_over_the_second_half(drawn):
@@ -664,7 +943,11 @@ def test_steps_instead_of_epochs_and_the_result_says_how_fast_it_was(drawn, tmp_
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val" in line] == [3, 4]
     assert [line["epoch"] for line in lines if "val" in line] == pytest.approx([1, 4 / 3])
-    assert 0 < result["share_waiting_for_data"] < 1 and result["images_per_second"] > 0 and result["peak_memory_mib"] > 0
+    assert (
+        0 < result["share_waiting_for_data"] < 1
+        and result["images_per_second"] > 0
+        and result["peak_memory_mib"] > 0
+    )
     assert result["seconds"] > 8 / result["images_per_second"]
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["steps"] == 4 and saved["epochs"] is None and saved["lr"] == reggan.SMALL["lr"]
@@ -679,11 +962,22 @@ def test_an_unknown_host_is_refused(capsys):
 def test_demo_pairs_are_apart_deterministic_and_not_a_lookup(tmp_path):
     few = (("train", 2), ("val", 1), ("test", 1))
     one, two = (demo_drawing.demo_pairs(tmp_path / name, size=64, subjects=few) for name in "xy")
-    names = {part: {path.name.split("_")[0] for path in (one / part / "A").iterdir()} for part in ("train", "val", "test")}
-    assert not (names["train"] & names["val"] | names["train"] & names["test"] | names["val"] & names["test"])
+    names = {
+        part: {path.name.split("_")[0] for path in (one / part / "A").iterdir()}
+        for part in ("train", "val", "test")
+    }
+    assert not (
+        names["train"] & names["val"]
+        | names["train"] & names["test"]
+        | names["val"] & names["test"]
+    )
     for path in one.rglob("*.npy"):
         array = np.load(path)
-        assert (array == np.load(two / path.relative_to(one))).all() and array.min() == -1 and array.max() <= 1
+        assert (
+            (array == np.load(two / path.relative_to(one))).all()
+            and array.min() == -1
+            and array.max() <= 1
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -692,11 +986,28 @@ def test_demo_pairs_are_apart_deterministic_and_not_a_lookup(tmp_path):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    return demo_drawing.demo_pairs(tmp_path_factory.mktemp("drawn"), size=32, slices=2, subjects=(("train", 3), ("val", 1), ("test", 2)))
+    return demo_drawing.demo_pairs(
+        tmp_path_factory.mktemp("drawn"),
+        size=32,
+        slices=2,
+        subjects=(("train", 3), ("val", 1), ("test", 2)),
+    )
 
 
 def config(root="", **options):
-    return reggan.complete(reggan.Config(**{"root": str(root), "width": 8, "blocks": 1, "batch_size": 4, "device": "cpu", "dtype": "fp32", **options}))
+    return reggan.complete(
+        reggan.Config(
+            **{
+                "root": str(root),
+                "width": 8,
+                "blocks": 1,
+                "batch_size": 4,
+                "device": "cpu",
+                "dtype": "fp32",
+                **options,
+            }
+        )
+    )
 
 
 def blob(size, seed=0):
@@ -716,60 +1027,109 @@ def test_host_losses_follow_their_formulas(host):
 
     def squares(verdicts, target):
         return sum((v.double() - target).square().mean() for v in verdicts).float()
+
     with torch.no_grad():
         fakes, losses = model.generator_losses(a, b)
         assert torch.allclose(fakes["B"], model.translate(a), atol=1e-5)
         if host == "pix2pix":
             assert torch.isclose(losses["l1"], 100 * (fakes["B"] - b).abs().mean())
-            assert torch.isclose(losses["adversarial"], (model.netD_B(torch.cat((a, fakes["B"]), 1)) - 1).square().mean())
+            assert torch.isclose(
+                losses["adversarial"],
+                (model.netD_B(torch.cat((a, fakes["B"]), 1)) - 1).square().mean(),
+            )
         if host == "nc":
-            assert torch.isclose(losses["adversarial"], (model.netD_B(fakes["B"]) - 1).square().mean())
+            assert torch.isclose(
+                losses["adversarial"], (model.netD_B(fakes["B"]) - 1).square().mean()
+            )
         if host == "cycle":
             same = l1(model.netG_A2B(b), b) + l1(model.netG_B2A(a), a)
             assert torch.isclose(losses["identity"], 5 * same)  # half of the cycle's weight
             there = l1(model.netG_B2A(fakes["B"]), a) + l1(model.netG_A2B(fakes["A"]), b)
             assert torch.isclose(losses["cycle"], 10 * there)
-            assert torch.isclose(losses["adversarial"], squares([model.netD_A(fakes["A"]), model.netD_B(fakes["B"])], 1))
+            assert torch.isclose(
+                losses["adversarial"],
+                squares([model.netD_A(fakes["A"]), model.netD_B(fakes["B"])], 1),
+            )
         d = model.discriminator_losses(a, b, fakes)["d"]
         if host == "nc":
-            assert torch.isclose(d, squares([model.netD_B(b)], 1) + squares([model.netD_B(fakes["B"])], 0))
+            assert torch.isclose(
+                d, squares([model.netD_B(b)], 1) + squares([model.netD_B(fakes["B"])], 0)
+            )
         if host == "pix2pix":
             real, fake = torch.cat((a, b), 1), torch.cat((a, fakes["B"]), 1)
-            assert torch.isclose(d, squares([model.netD_B(real)], 1) + squares([model.netD_B(fake)], 0))
+            assert torch.isclose(
+                d, squares([model.netD_B(real)], 1) + squares([model.netD_B(fake)], 0)
+            )
         if host in ("cycle", "nice"):
-            verdicts = {side + kind: D(x)[0] if host == "nice" else [D(x)] for side, D in (("A", model.netD_A), ("B", model.netD_B))
-                        for kind, x in (("real", {"A": a, "B": b}[side]), ("fake", fakes[side]))}
-            assert torch.isclose(d, sum(squares(v, float(name.endswith("real"))) for name, v in verdicts.items()), rtol=1e-4)
+            verdicts = {
+                side + kind: D(x)[0] if host == "nice" else [D(x)]
+                for side, D in (("A", model.netD_A), ("B", model.netD_B))
+                for kind, x in (("real", {"A": a, "B": b}[side]), ("fake", fakes[side]))
+            }
+            assert torch.isclose(
+                d,
+                sum(squares(v, float(name.endswith("real"))) for name, v in verdicts.items()),
+                rtol=1e-4,
+            )
         if host == "nice":
-            z = {side: D.encode(x)[0] for side, D, x in (("a", model.netD_A, a), ("b", model.netD_B, b),
-                                                         ("fake a", model.netD_A, fakes["A"]), ("fake b", model.netD_B, fakes["B"]))}
-            to_a, to_b = (lambda x, G=G: G(z[x], (32, 32)) for G in (model.netG_B2A, model.netG_A2B))
+            z = {
+                side: D.encode(x)[0]
+                for side, D, x in (
+                    ("a", model.netD_A, a),
+                    ("b", model.netD_B, b),
+                    ("fake a", model.netD_A, fakes["A"]),
+                    ("fake b", model.netD_B, fakes["B"]),
+                )
+            }
+            to_a, to_b = (
+                lambda x, G=G: G(z[x], (32, 32)) for G in (model.netG_B2A, model.netG_A2B)
+            )
             assert torch.allclose(fakes["A"], to_a("b"), atol=1e-5)
-            assert torch.isclose(losses["cycle"], 10 * (l1(to_a("fake b"), a) + l1(to_b("fake a"), b)), rtol=1e-4)
-            assert torch.isclose(losses["identity"], 10 * (l1(to_a("a"), a) + l1(to_b("b"), b)), rtol=1e-4)
-            assert torch.isclose(losses["adversarial"], squares(verdicts["Afake"] + verdicts["Bfake"], 1), rtol=1e-4)
+            assert torch.isclose(
+                losses["cycle"], 10 * (l1(to_a("fake b"), a) + l1(to_b("fake a"), b)), rtol=1e-4
+            )
+            assert torch.isclose(
+                losses["identity"], 10 * (l1(to_a("a"), a) + l1(to_b("b"), b)), rtol=1e-4
+            )
+            assert torch.isclose(
+                losses["adversarial"], squares(verdicts["Afake"] + verdicts["Bfake"], 1), rtol=1e-4
+            )
 
 
 def test_training_pairs_come_without_the_flow_and_are_kept_in_memory(drawn, monkeypatch):
-    whole, short = (data.Pairs(drawn / "train", noise=2, elastic=2, with_flow=flow) for flow in (True, False))
-    assert len(short.item(3, 1)) == 2 and all(torch.equal(x, y) for x, y in zip(short.item(3, 1), whole.item(3, 1)))
+    whole, short = (
+        data.Pairs(drawn / "train", noise=2, elastic=2, with_flow=flow) for flow in (True, False)
+    )
+    assert len(short.item(3, 1)) == 2 and all(
+        torch.equal(x, y) for x, y in zip(short.item(3, 1), whole.item(3, 1))
+    )
     monkeypatch.setattr(data.Pairs, "KEPT_BYTES", 0)
     from_disk = data.Pairs(drawn / "train", noise=2, elastic=2)
-    assert whole.kept and not from_disk.kept and all(torch.equal(x, y) for x, y in zip(from_disk.item(3, 1), whole.item(3, 1)))
+    assert (
+        whole.kept
+        and not from_disk.kept
+        and all(torch.equal(x, y) for x, y in zip(from_disk.item(3, 1), whole.item(3, 1)))
+    )
 
 
 def test_misalignment_is_redrawn_by_epoch_and_the_same_every_time(drawn):
     pairs = data.Pairs(drawn / "train", noise=3, seed=1)
     first, again, later = pairs.item(0, 1), pairs.item(0, 1), pairs.item(1, 1)
-    assert all(torch.equal(x, y) for x, y in zip(first, again)) and not torch.equal(first[0], later[0])
+    assert all(torch.equal(x, y) for x, y in zip(first, again)) and not torch.equal(
+        first[0], later[0]
+    )
 
 
 def test_batches_resume_and_divide(drawn):
     pairs = data.Pairs(drawn / "train", noise=2)
     everything = list(pairs.batches(4, epochs=2, shuffle=True))
     assert [len(batch[0]) for batch in everything] == [4, 2, 4, 2]
-    assert torch.equal(everything[3][0], next(iter(pairs.batches(4, epochs=2, shuffle=True, start=3)))[0])
-    assert sum(len(batch[0]) for rank in (0, 1) for batch in pairs.batches(4, rank=rank, world=2)) == len(pairs)
+    assert torch.equal(
+        everything[3][0], next(iter(pairs.batches(4, epochs=2, shuffle=True, start=3)))[0]
+    )
+    assert sum(
+        len(batch[0]) for rank in (0, 1) for batch in pairs.batches(4, rank=rank, world=2)
+    ) == len(pairs)
 
 
 def test_the_identity_loss_needs_as_many_channels_in_both_domains():
@@ -781,29 +1141,64 @@ def test_the_identity_loss_needs_as_many_channels_in_both_domains():
 
 
 def test_compare_goes_on_and_writes_tables(drawn, tmp_path):
-    c = reggan.Config(root=str(drawn), width=8, blocks=1, batch_size=4, device="cpu", dtype="fp32", epochs=1, compare=True,
-                      hosts="nc,nc+r", levels="0,elastic", seeds=1, out=str(tmp_path / "t"))
+    c = reggan.Config(
+        root=str(drawn),
+        width=8,
+        blocks=1,
+        batch_size=4,
+        device="cpu",
+        dtype="fp32",
+        epochs=1,
+        compare=True,
+        hosts="nc,nc+r",
+        levels="0,elastic",
+        seeds=1,
+        out=str(tmp_path / "t"),
+    )
     reggan.compare(c)
     stamp = (tmp_path / "t/cells/nc+r_0_0/result.json").stat().st_mtime_ns
     table = reggan.compare(c)
     assert (tmp_path / "t/cells/nc+r_0_0/result.json").stat().st_mtime_ns == stamp
     assert [(line["row"], line["level"], line["seed"]) for line in table] == [
-        ("nc", "0", 0), ("nc+r", "0", 0), ("nc", "elastic", 0), ("nc+r", "elastic", 0)]
+        ("nc", "0", 0),
+        ("nc+r", "0", 0),
+        ("nc", "elastic", 0),
+        ("nc+r", "elastic", 0),
+    ]
     assert "| nc+r |" in (tmp_path / "t/table.md").read_text()
     assert len((tmp_path / "t/table.csv").read_text().splitlines()) == 5
     with pytest.raises(data.InputError, match="munit"):
         reggan.compare(dataclasses.replace(c, hosts="munit"))
-    with pytest.raises(data.InputError, match="--levels: expected numbers, elastic, or with --root none, found much"):
+    with pytest.raises(
+        data.InputError,
+        match="--levels: expected numbers, elastic, or with --root none, found much",
+    ):
         reggan.compare(dataclasses.replace(c, levels="much"))
-    with pytest.raises(data.InputError, match="options.json: expected --width 9, as asked for now, found a run with --width 8"):
+    with pytest.raises(
+        data.InputError,
+        match="options.json: expected --width 9, as asked for now, found a run with --width 8",
+    ):
         reggan.compare(dataclasses.replace(c, width=9))
-    more = reggan.compare(dataclasses.replace(c, seeds=2, hosts="nc"))  # what steers the comparison is free
+    more = reggan.compare(
+        dataclasses.replace(c, seeds=2, hosts="nc")
+    )  # what steers the comparison is free
     assert [line["seed"] for line in more] == [0, 0, 1, 1]
 
 
 def test_a_comparison_of_the_papers_form_goes_on_where_it_was_stopped(drawn, tmp_path, monkeypatch):
-    c = reggan.Config(root=str(drawn), paper=True, width=4, blocks=1, epochs=2, device="cpu", compare=True, hosts="nc+r",
-                      levels="0", seeds=1, out=str(tmp_path))
+    c = reggan.Config(
+        root=str(drawn),
+        paper=True,
+        width=4,
+        blocks=1,
+        epochs=2,
+        device="cpu",
+        compare=True,
+        hosts="nc+r",
+        levels="0",
+        seeds=1,
+        out=str(tmp_path),
+    )
     finish = reggan.finish
     monkeypatch.setattr(reggan, "finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -811,7 +1206,12 @@ def test_a_comparison_of_the_papers_form_goes_on_where_it_was_stopped(drawn, tmp
     monkeypatch.setattr(reggan, "finish", finish)
     (line,) = reggan.compare(c)
     saved = json.loads((tmp_path / "cells/nc+r_0_0/config.json").read_text())
-    assert np.isfinite(line["psnr"]) and saved["resume"] and saved["lr"] == 1e-4 and saved["batch_size"] == 1
+    assert (
+        np.isfinite(line["psnr"])
+        and saved["resume"]
+        and saved["lr"] == 1e-4
+        and saved["batch_size"] == 1
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -833,8 +1233,12 @@ def parts_with_gradient(loss, model):
 
 FRESH = {"correction": "GR", "smooth": "", "drift": "R", "synthetic": "R", "equivariance": "G"}
 RANDOM = {"correction": "GR", "smooth": "GR", "drift": "GR", "synthetic": "R", "equivariance": "G"}
-OF_HOST = {"nc": {"adversarial"}, "pix2pix": {"adversarial", "l1"}, "cycle": {"adversarial", "cycle", "identity"},
-           "nice": {"adversarial", "cycle", "identity"}}
+OF_HOST = {
+    "nc": {"adversarial"},
+    "pix2pix": {"adversarial", "l1"},
+    "cycle": {"adversarial", "cycle", "identity"},
+    "nice": {"adversarial", "cycle", "identity"},
+}
 
 
 def randomized(host, heads, **options):
@@ -865,7 +1269,9 @@ def test_which_loss_sends_a_gradient_to_which_network(host, heads, network):
         assert parts_with_gradient(loss, model) == {"G"}, name
         generators = [m for part, m in model.named_children() if part.startswith("netG")]
         for generator in generators:  # each loss of a host with two generators teaches both
-            grads = torch.autograd.grad(loss, [*generator.parameters()][:1], retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                loss, [*generator.parameters()][:1], retain_graph=True, allow_unused=True
+            )
             assert grads[0] is not None and grads[0].any(), name
         for side, fake in fakes.items():
             grad = torch.autograd.grad(loss, fake, retain_graph=True, allow_unused=True)[0]
@@ -874,7 +1280,8 @@ def test_which_loss_sends_a_gradient_to_which_network(host, heads, network):
     added = reggan.registration_losses(model, c, a, b, fakes["B"])
     expected = FRESH if heads == "fresh" else RANDOM
     assert {name: parts_with_gradient(loss, model) for name, loss in added.items()} == {
-        name: set(parts) for name, parts in expected.items()}
+        name: set(parts) for name, parts in expected.items()
+    }
     for name, loss in added.items():  # through the fake itself, not only through other calls of G
         grad = torch.autograd.grad(loss, fakes["B"], retain_graph=True, allow_unused=True)[0]
         assert (grad is not None and bool(grad.any())) == ("G" in expected[name]), name
@@ -912,18 +1319,27 @@ def test_a_step_goes_down_the_sum_of_its_losses_and_shows_d_the_fakes_of_g_befor
     def watch_d(a, b, given):
         seen.append(any(fake.requires_grad for fake in given.values()))
         assert all(p.requires_grad for p in ours[1])
-        assert given.keys() == fakes.keys() and all(torch.allclose(given[s], fakes[s], atol=1e-5) for s in fakes)
+        assert given.keys() == fakes.keys() and all(
+            torch.allclose(given[s], fakes[s], atol=1e-5) for s in fakes
+        )
         return discriminator(a, b, given)
 
     model.generator_losses, model.discriminator_losses = watch_g, watch_d
     torch.manual_seed(3)
-    taken = reggan.training_step(model, c, a, b, *(torch.optim.SGD(part, lr=1e-3) for part in ours), make_pools(0))
+    taken = reggan.training_step(
+        model, c, a, b, *(torch.optim.SGD(part, lr=1e-3) for part in ours), make_pools(0)
+    )
     assert seen == [False, False]  # D judges with frozen weights, and learns from detached fakes
-    assert taken.keys() == losses.keys() | {"d"} and not any(loss.requires_grad for loss in taken.values())
+    assert taken.keys() == losses.keys() | {"d"} and not any(
+        loss.requires_grad for loss in taken.values()
+    )
     for name, loss in (losses | {"d": d}).items():
         assert torch.isclose(taken[name], loss, rtol=1e-4), name
     for part, old, grads in zip(ours, before, expected):
-        whole = [torch.cat([x.flatten() for x in xs]) for xs in ([(q - p) / 1e-3 for p, q in zip(part, old)], grads)]
+        whole = [
+            torch.cat([x.flatten() for x in xs])
+            for xs in ([(q - p) / 1e-3 for p, q in zip(part, old)], grads)
+        ]
         assert (whole[0] - whole[1]).norm() < 0.02 * whole[1].norm()
 
 
@@ -936,7 +1352,9 @@ def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out()
         values = reggan.registration_losses(model, c, a, b, model.translate(a))
         if c.drift:  # the running mean moves by a hundredth of what is missing to this batch's
             flow = model.registration(model.translate(a), b)
-            assert torch.allclose(model.registration.mean, reggan.running_mean(mean, flow), atol=1e-5)
+            assert torch.allclose(
+                model.registration.mean, reggan.running_mean(mean, flow), atol=1e-5
+            )
         return values
 
     one = losses()
@@ -950,11 +1368,19 @@ def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out()
 def test_every_network_has_its_optimiser_and_its_rate(drawn):
     c = config(drawn, host="cycle", lr=0.01, reg_lr=0.02, improved=True)
     run = reggan.Run(c, reggan.all_pairs(c)[0], torch.device("cpu"))
-    owner = {id(p): (name, group["peak"]) for name in ("opt_g", "opt_d")
-             for group in getattr(run, name).param_groups for p in group["params"]}
+    owner = {
+        id(p): (name, group["peak"])
+        for name in ("opt_g", "opt_d")
+        for group in getattr(run, name).param_groups
+        for p in group["params"]
+    }
     for name, p in run.model.named_parameters():
         if p.requires_grad:
-            expected = {"netG_": ("opt_g", 0.01), "regis": ("opt_g", 0.02), "netD_": ("opt_d", 0.01)}[name[:5]]
+            expected = {
+                "netG_": ("opt_g", 0.01),
+                "regis": ("opt_g", 0.02),
+                "netD_": ("opt_d", 0.01),
+            }[name[:5]]
             assert owner.pop(id(p)) == expected, name
     assert not owner
 
@@ -973,7 +1399,9 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
         for i in range(len(part)):
             a, b = part.item(3, i)
             for side, image in zip("AB", (a, b)):
-                assert np.array_equal(image[0], np.load(part.folder / side / part.names[i]).astype(np.float32))
+                assert np.array_equal(
+                    image[0], np.load(part.folder / side / part.names[i]).astype(np.float32)
+                )
     moved = reggan.train(dataclasses.replace(c, noise=3.0, elastic=2.0))
     text = capsys.readouterr().out
     assert "misalignment of level 3 and bending of 2 %" in text and "of this added motion" in text
@@ -981,7 +1409,11 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
     assert reggan.complete(dataclasses.replace(c, elastic=2.0)).noise == 0
     demo = reggan.complete(reggan.Config())
     assert (demo.noise, demo.elastic) == (3.0, 0.0)
-    (cell,) = reggan.compare(dataclasses.replace(c, compare=True, hosts="nc", levels="none", seeds=1, out=str(root / "t")))
+    (cell,) = reggan.compare(
+        dataclasses.replace(
+            c, compare=True, hosts="nc", levels="none", seeds=1, out=str(root / "t")
+        )
+    )
     assert cell["noise"] is None and cell["level"] == "none"
 
 
@@ -991,11 +1423,19 @@ def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
     run = reggan.Run(c, pairs, torch.device("cpu"))
     scores = reggan.evaluate(run, aligned, moved)
     with torch.no_grad():
-        a, b = (torch.stack(side) for side in zip(*(aligned.item(0, i) for i in range(len(aligned)))))
-        expected = {name: v.mean().item() for name, v in reggan.metrics(run.model.translate(a), b).items()}
-        a, b, true = (torch.stack(part) for part in zip(*(moved.item(0, i) for i in range(len(moved)))))
+        a, b = (
+            torch.stack(side) for side in zip(*(aligned.item(0, i) for i in range(len(aligned))))
+        )
+        expected = {
+            name: v.mean().item() for name, v in reggan.metrics(run.model.translate(a), b).items()
+        }
+        a, b, true = (
+            torch.stack(part) for part in zip(*(moved.item(0, i) for i in range(len(moved))))
+        )
         flow = run.model.registration(run.model.translate(a), b)
-        expected |= {name: v.mean().item() for name, v in reggan.registration_metrics(flow, true, b).items()}
+        expected |= {
+            name: v.mean().item() for name, v in reggan.registration_metrics(flow, true, b).items()
+        }
     assert scores == pytest.approx(expected, rel=1e-4) and run.model.training
 
 
@@ -1007,8 +1447,13 @@ def test_the_foreground_survives_size(tmp_path):
             image = np.full((192, 192), -1, np.float32)
             image[40:141, 50:151] = sign * 0.9 * smooth_image(1, 2, 101)[0, 0].numpy()
             np.save(tmp_path / part / side / "s.npy", image)
-    result = reggan.train(reggan.Config(root=str(tmp_path), out=str(tmp_path / "run"), size=32, **SMALL))
-    assert abs(result["psnr"] - result["psnr_whole"]) > 0.5 and abs(result["mae"] - result["mae_whole"]) > 0.01
+    result = reggan.train(
+        reggan.Config(root=str(tmp_path), out=str(tmp_path / "run"), size=32, **SMALL)
+    )
+    assert (
+        abs(result["psnr"] - result["psnr_whole"]) > 0.5
+        and abs(result["mae"] - result["mae_whole"]) > 0.01
+    )
     b = data.Pairs(tmp_path / "val", size=32).item(0, 0)[1]
     mask = torch.zeros(1, 1, 192, 192)
     mask[..., 40:141, 50:151] = 1
@@ -1023,18 +1468,28 @@ def test_resuming_a_finished_run_and_one_with_more_steps(root, capsys):
     first = reggan.train(c)
     log = (root / "run" / "log.jsonl").read_text()
     again = reggan.train(dataclasses.replace(c, resume=True))
-    assert {name: again[name] for name in again if name != "seconds"} == {name: first[name] for name in first if name != "seconds"}
+    assert {name: again[name] for name in again if name != "seconds"} == {
+        name: first[name] for name in first if name != "seconds"
+    }
     assert (root / "run" / "log.jsonl").read_text() == log
     capsys.readouterr()
     more = dataclasses.replace(c, resume=True, steps=6)
     reggan.train(more)
-    assert "going on to 6 steps instead of 4; from step 5 on the learning rates" in capsys.readouterr().out
+    assert (
+        "going on to 6 steps instead of 4; from step 5 on the learning rates"
+        in capsys.readouterr().out
+    )
     assert data.load_checkpoint(root / "run" / "last.pt")["step"] == 6
-    with pytest.raises(data.InputError, match="--steps or --epochs: expected at least the 6 steps that .* found 5 steps"):
+    with pytest.raises(
+        data.InputError,
+        match="--steps or --epochs: expected at least the 6 steps that .* found 5 steps",
+    ):
         reggan.train(dataclasses.replace(more, steps=5))
     for side in "AB":
         (root / f"train/{side}/s2.npy").rename(root / f"train/{side}/other.npy")
-    with pytest.raises(data.InputError, match="last.pt: expected a run with the same names of the pairs as now"):
+    with pytest.raises(
+        data.InputError, match="last.pt: expected a run with the same names of the pairs as now"
+    ):
         reggan.train(more)
 
 
@@ -1052,8 +1507,12 @@ def test_resuming_from_what_is_no_last_pt_is_one_line(root):
 
 
 @pytest.mark.parametrize("loss", ["correction", "smoothness", "lsgan"])
-def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoint_stays(root, monkeypatch, loss):
-    c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=None, steps=9, batch_size=1))
+def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoint_stays(
+    root, monkeypatch, loss
+):
+    c = reggan.Config(
+        root=str(root), out=str(root / "run"), **SMALL | dict(epochs=None, steps=9, batch_size=1)
+    )
     step, good, seen = reggan.training_step, getattr(reggan, loss), []
 
     def watched(model, config, a, b, *args):
@@ -1061,7 +1520,9 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoin
         return step(model, config, a, b, *args)
 
     monkeypatch.setattr(reggan, "training_step", watched)
-    monkeypatch.setattr(reggan, loss, lambda *args: good(*args) * (float("nan") if len(seen) == 5 else 1))
+    monkeypatch.setattr(
+        reggan, loss, lambda *args: good(*args) * (float("nan") if len(seen) == 5 else 1)
+    )
     with pytest.raises(data.InputError, match=r"^step 5: .*lower --lr.*: (s\d\.npy)$") as error:
         reggan.train(c)
     name = str(error.value).split(": ")[-1]
@@ -1088,12 +1549,27 @@ def losses_of(out, names=("adversarial", "correction", "smooth", "d")):
 
 
 # At small rates: Adam makes large steps of the last bits of small gradients.
-EQUAL = dict(root="", lr=2e-4, reg_lr=2e-4, epochs=None, steps=4, batch_size=4, pool=0, noise=3.0, dtype="fp32", device="cpu", width=4, blocks=1)
+EQUAL = dict(
+    root="",
+    lr=2e-4,
+    reg_lr=2e-4,
+    epochs=None,
+    steps=4,
+    batch_size=4,
+    pool=0,
+    noise=3.0,
+    dtype="fp32",
+    device="cpu",
+    width=4,
+    blocks=1,
+)
 
 
 def test_batches_that_accumulate_are_one_batch(drawn, tmp_path):
     for name, options in (("one", {}), ("four", dict(batch_size=1, accumulate=4))):
-        reggan.train(reggan.Config(**EQUAL | options | dict(root=str(drawn), out=str(tmp_path / name))))
+        reggan.train(
+            reggan.Config(**EQUAL | options | dict(root=str(drawn), out=str(tmp_path / name)))
+        )
     assert np.allclose(losses_of(tmp_path / "four"), losses_of(tmp_path / "one"), rtol=1e-3)
     assert len(losses_of(tmp_path / "one")) == 4
 
@@ -1110,8 +1586,12 @@ def test_parts_of_a_batch_add_up_to_its_gradient():
                 p.add_(0.02 * torch.randn_like(p))
         parts = [reggan.trainable(model, *names) for names in (("netG", "registration"), ("netD",))]
         before = [p.detach().clone() for part in parts for p in part]
-        losses = reggan.training_step(model, c, a, b, *(torch.optim.SGD(part, lr=1e-2) for part in parts), make_pools(0))
-        moved = torch.cat([(q - p).flatten() for q, p in zip(before, [p for part in parts for p in part])])
+        losses = reggan.training_step(
+            model, c, a, b, *(torch.optim.SGD(part, lr=1e-2) for part in parts), make_pools(0)
+        )
+        moved = torch.cat(
+            [(q - p).flatten() for q, p in zip(before, [p for part in parts for p in part])]
+        )
         steps.append((moved.detach(), losses))
     assert (steps[0][0] - steps[1][0]).norm() < 1e-3 * steps[0][0].norm()
     for name in steps[0][1]:
@@ -1132,11 +1612,26 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(drawn, tmp_pat
     """Losses, scores, one log; each process has random numbers of its own, and goes on with them."""
     options = EQUAL | dict(root=str(drawn))
     single = reggan.train(reggan.Config(**options | dict(out=str(tmp_path / "one"))))
-    flags = [word for name, value in (options | dict(batch_size=2)).items() if value is not None
-             for word in ("--" + name.replace("_", "-"), str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", reggan.__file__, *flags,
-               "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    flags = [
+        word
+        for name, value in (options | dict(batch_size=2)).items()
+        if value is not None
+        for word in ("--" + name.replace("_", "-"), str(value))
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        reggan.__file__,
+        *flags,
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert np.allclose(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-3)
     result = json.loads((tmp_path / "two" / "result.json").read_text())
@@ -1144,20 +1639,34 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(drawn, tmp_pat
         assert result[name] == pytest.approx(single[name], rel=1e-2), name
     first, second = data.load_checkpoint(tmp_path / "two" / "last.pt")["ranks"]
     assert not torch.equal(first["random"]["torch"], second["random"]["torch"])
-    with pytest.raises(data.InputError, match="expected a run with the same number of processes as now"):
-        reggan.train(reggan.Config(**options | dict(out=str(tmp_path / "two"), batch_size=2, resume=True)))
+    with pytest.raises(
+        data.InputError, match="expected a run with the same number of processes as now"
+    ):
+        reggan.train(
+            reggan.Config(**options | dict(out=str(tmp_path / "two"), batch_size=2, resume=True))
+        )
 
 
 def test_blank_slices_and_upper_case_endings_are_translated(root):
     for path in (root / "train").rglob("*.npy"):
         path.rename(path.with_suffix(".NPY"))
     reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
-    c = reggan.Config(translate=str(root / "val/A"), weights=str(root / "run"), out=str(root / "out"), device="cpu")
+    c = reggan.Config(
+        translate=str(root / "val/A"),
+        weights=str(root / "run"),
+        out=str(root / "out"),
+        device="cpu",
+    )
     save(root / "val/A/blank.npy", np.full((40, 36), -1, np.float32))
     with open(root / "val/A/up.NPY", "wb") as file:
         np.save(file, smooth_image(1, 3)[0, 0].numpy())
     reggan.translate_folder(c)
-    assert sorted(p.name for p in (root / "out").iterdir()) == ["blank.npy", "s0.npy", "s1.npy", "up.NPY"]
+    assert sorted(p.name for p in (root / "out").iterdir()) == [
+        "blank.npy",
+        "s0.npy",
+        "s1.npy",
+        "up.NPY",
+    ]
     assert np.load(root / "out/blank.npy").shape == (40, 36)
     with pytest.raises(data.InputError, match="--out: expected another folder than --translate"):
         reggan.translate_folder(dataclasses.replace(c, out=str(root / "val/A")))
