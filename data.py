@@ -357,6 +357,7 @@ class Timed:
 
     def __init__(self, batches, device, world=1):
         self.batches, self.device, self.world = iter(batches), device, world
+        forget_peak_memory(device)
         self.began, self.waited, self.images = time.time(), 0.0, 0
 
     def __next__(self):
@@ -416,6 +417,14 @@ class Saving:
         if wanted[0]:
             print(f"stopped after step {steps}: the same command with --resume goes on", flush=True)
             sys.exit(128 + int(wanted[0]))
+
+
+def forget_peak_memory(device):
+    """Lets `peak_memory_mib` begin anew, so that a run does not show an earlier run's peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mib(device):

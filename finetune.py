@@ -29,6 +29,7 @@ import hashlib
 import itertools
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -66,25 +67,36 @@ def weighted_auroc(scores, labels, weights):
         return won / (positive.sum(1) * negative.sum(1))
 
 
+def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
+    """AUROC of each class, and of each class in each of `resamples` draws of n from the n samples.
+
+    scores, labels (n, k). Returns (classes that have both labels, AUROC of each, array (classes,
+    resamples)). The draws depend on n, `resamples` and `seed` alone: two models that scored the
+    same list see the same draws, and the differences between them are paired.
+    """
+    n, k = scores.shape
+    defined = [c for c in range(k) if 0 < labels[:, c].sum() < n]
+    generator, draws = np.random.default_rng(seed), [np.zeros((len(defined), 0))]
+    parts = max(1, resamples * n // 4_000_000)  # bounds the memory
+    for rows in np.array_split(np.arange(resamples), parts):
+        # Drawing n samples with replacement is the same as weighting each by how often it comes
+        counts = generator.multinomial(n, np.full(n, 1 / n), size=len(rows)).astype(np.float32)
+        draws.append(np.array([weighted_auroc(scores[:, c], labels[:, c], counts)
+                               for c in defined]).reshape(len(defined), len(rows)))
+    points = [weighted_auroc(scores[:, c], labels[:, c], np.ones((1, n)))[0] for c in defined]
+    return defined, np.array(points), np.concatenate(draws, axis=1)
+
+
 def auroc(scores, labels, resamples=1000, seed=0):
     """Mean and per-class AUROC with 95 % percentile bootstrap intervals over samples.
 
     scores, labels (n, k). Returns (mean, (low, high), k entries (auroc, low, high)). A class with
     one label present has the entry None and no part in the mean. The mean of no class is NaN.
     """
-    n, k = scores.shape
-    defined = [c for c in range(k) if 0 < labels[:, c].sum() < n]
-    per_class = [None] * k
+    defined, points, draws = bootstrap_auroc(scores, labels, resamples, seed)
+    per_class = [None] * scores.shape[1]
     if not defined:
         return float("nan"), (float("nan"), float("nan")), per_class
-    generator, draws = np.random.default_rng(seed), []
-    parts = max(1, resamples * n // 4_000_000)  # bounds the memory
-    for rows in np.array_split(np.arange(resamples), parts):
-        # Drawing n samples with replacement is the same as weighting each by how often it comes
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=len(rows)).astype(np.float32)
-        draws.append([weighted_auroc(scores[:, c], labels[:, c], counts) for c in defined])
-    draws = np.concatenate(draws, axis=1)  # (defined, resamples)
-    points = [weighted_auroc(scores[:, c], labels[:, c], np.ones((1, n)))[0] for c in defined]
     draws = np.vstack([draws, draws.mean(0)])
     intervals = np.nanpercentile(draws, [2.5, 97.5], axis=1).T.tolist()
     for c, point, interval in zip(defined, points, intervals):
@@ -190,7 +202,14 @@ class FinetuneConfig(RunConfig):
     compare: bool = option(False, "run methods x inits x ratios x seeds, and stop", free=True)
     methods: str = option("full,lora,linear", "for --compare", free=True)
     ratios: str = option("1,10,100", "for --compare", free=True)
-    inits: str = option("mrm", "for --compare: of mrm, image-only, report-only, scratch", free=True)
+    inits: str = option("mrm", "for --compare: of mrm, image-only, report-only (the demo's), "
+                        "scratch, checkpoints and run folders", free=True)
+    sets: str = option("", "for --compare: NAME=DIR or NAME/SPLIT=DIR, ... in place of --data, "
+                       "--root and --split", free=True)
+    ranks: str = option("", "for --compare: ranks of LoRA, each a row (default: the recipe's)",
+                        free=True)
+    lrs: str = option("", "for --compare: learning rates; each row takes the one that is best on "
+                      "the validation list with the first seed (default: the recipe's)", free=True)
     seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and, on the demo, "
                         "of pretraining", within="[1, inf)", free=True)
 
@@ -256,6 +275,8 @@ def load_images(parts, config, kept):
 
 # --------------------------------------------------------------------------------------------------
 # Weights, model, optimiser
+
+DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
 
 
 def demo_folder(init="mrm", seed=0):
@@ -606,7 +627,7 @@ def write_predictions(out, names, classes, probabilities, labels=None):
     """Writes OUT/predictions.csv: on each line an image, the probability of each class, and the
     labels where they are known."""
     header = ["image", *classes]
-    rows = [[name, *(f"{p:.6f}" for p in row)] for name, row in zip(names, probabilities)]
+    rows = [[name, *(f"{p:.9g}" for p in row)] for name, row in zip(names, probabilities)]
     if labels is not None:
         header += [f"label {name}" for name in classes]
         rows = [row + [int(label) for label in known] for row, known in zip(rows, labels)]
@@ -666,57 +687,146 @@ def predict_folder(config):
     print(f"{len(paths)} images: {Path(config.out) / 'predictions.csv'}")
 
 
-def list_cells(config):
-    """The runs of a comparison: {(init, method, ratio): {name of a run: its configuration}}.
-    Raises InputError for a name that is not known, and for an option that the table decides."""
-    known = {"inits": ["mrm", "image-only", "report-only", "scratch"], "methods": list(SMALL),
-             "ratios": ["1", "10", "100"]}
-    for name, values in known.items():
+def parse_sets(config):
+    """The data sets of --sets as {name in the table: options}: "nih=DIR,covid/covid1=DIR"."""
+    if not config.sets:
+        return {config.split or config.data: {}}
+    if config.root or config.split:
+        raise InputError("--sets", "no --root and no --split beside it", "one of them")
+    sets = {}
+    for text in config.sets.split(","):
+        name, _, root = text.partition("=")
+        layout, _, split = name.partition("/")
+        if layout not in data.DATASETS or not root:
+            raise InputError("--sets", "NAME=DIR or NAME/SPLIT=DIR, NAME of "
+                             + ", ".join(data.DATASETS), repr(text))
+        sets[split or layout] = {"data": layout, "root": root, "split": split}
+    return sets
+
+
+def list_rows(config):
+    """The rows of a comparison: {(set, init, method, percent of labels): configuration}, the method
+    with its rank where --ranks names some. Raises InputError for a name that is not known, and for
+    an option that the table decides."""
+    for name, values in {"methods": list(SMALL), "ratios": ["1", "10", "100"]}.items():
         for value in getattr(config, name).split(","):
             if value not in values:
                 raise InputError(f"--{name}", f"some of {','.join(values)}", repr(value))
-    for name, table in (("lora", "methods"), ("method", "methods"), ("ratio", "ratios")):
-        if getattr(config, name):
+    for name, table in {"lora": "methods", "method": "methods", "ratio": "ratios",
+                        "weights": "inits", "rank": "ranks", "lr": "lrs"}.items():
+        if getattr(config, name) and getattr(config, table):
             raise InputError("--compare", f"--{table} instead of --{name}", f"--{name}")
+    inits = config.inits.split(",")
+    for init in inits:
+        if init not in DEMO_INITS and init != "scratch" and not Path(init).exists():
+            raise InputError("--inits", f"some of {','.join(DEMO_INITS)},scratch or files that are "
+                             "there", repr(init))
+    if len({Path(init).name for init in inits}) < len(inits):
+        raise InputError("--inits", "names that differ, since they name the rows", config.inits)
     rows = {}
-    for row in itertools.product(*(getattr(config, name).split(",") for name in known)):
-        init, method, ratio = row
-        rows[row] = {}
-        for seed in range(config.seed, config.seed + config.seeds):
-            weights = config.weights or demo_folder(init, seed)
-            rows[row]["-".join(row) + f"-{seed}"] = dataclasses.replace(
-                config, weights="scratch" if init == "scratch" else weights, method=method,
-                ratio=int(ratio), seed=seed, compare=False)
+    tables = (getattr(config, name).split(",") for name in ("inits", "methods", "ratios"))
+    for (name, options), init, method, ratio in itertools.product(
+            parse_sets(config).items(), *tables):
+        if int(ratio) not in data.DATASETS[options.get("data", config.data)]["train"]:
+            continue  # such as COVID-19's splits, which are not divided by labels
+        for rank in config.ranks.split(",") if method == "lora" else [""]:
+            rows[name, Path(init).name, f"{method} {rank}".strip(), ratio] = dataclasses.replace(
+                config, **options, weights=init, method=method, ratio=int(ratio), compare=False,
+                rank=int(rank) if rank else config.rank)
+    if not rows:
+        raise InputError("--ratios", "a training list of the data set", config.ratios)
     return rows
 
 
-def run_cell(config, init, kept, cell):
-    """One run of a comparison. First comes the pretraining that it starts from, where needed."""
-    if config.weights is None and init != "scratch":
-        pretrain_demo(config, init, cell.seed)
+def run_cell(kept, cell):
+    """One run of a comparison. First comes the demo's pretraining that it starts from."""
+    if cell.weights in DEMO_INITS:
+        cell = dataclasses.replace(cell, weights=pretrain_demo(cell, cell.weights, cell.seed))
     finetune(cell, kept)
 
 
-def compare(config):
-    """Runs every init x method x ratio over the seeds; writes OUT/compare.md and compare.csv.
+def run_row(config, name, row, kept):
+    """Runs one row of a comparison over its seeds. Returns ([result of each seed], draws (R,)): the
+    bootstrap of the mean over seeds and classes of the AUROC on the test list.
 
-    A finished run is kept in its folder and not repeated. The inits but scratch are pretrained on
-    the demo records, once for each seed, unless --weights is given.
+    With --lrs the first seed runs with each rate, and its best validation AUROC decides.
+    """
+    run, rates = functools.partial(run_cell, kept), config.lrs.split(",") if config.lrs else [None]
+
+    def cells(seeds, rate):
+        options = {"lr": float(rate)} if rate else {}
+        return {"-".join([*name, *([rate] if rate else []), str(seed)]).replace(" ", ""):
+                dataclasses.replace(row, seed=seed, **options) for seed in seeds}
+
+    first = {rate: next(data.run_cells(config.out, cells([config.seed], rate), run))[1]
+             for rate in rates}
+    best = max(rates, key=lambda rate: first[rate]["val_auroc"])
+    every = cells(range(config.seed, config.seed + config.seeds), best)
+    results, draws = [], []
+    for cell, result in data.run_cells(config.out, every, run):
+        results.append(result)
+        scores, labels = read_predictions(Path(config.out) / cell / "predictions.csv",
+                                          list(result["auroc_per_class"]))
+        draws.append(bootstrap_auroc(scores, labels)[2].mean(0))
+    return results, np.mean(draws, axis=0)
+
+
+def read_predictions(path, classes):
+    """Scores and labels (n, k) of a run's predictions.csv. Raises InputError."""
+    rows = data.read_csv(path, classes + [f"label {name}" for name in classes])
+    values = np.array([values for _, *values in rows], np.float64)
+    return values[:, :len(classes)], values[:, len(classes):]
+
+
+def compare_rows(rows):
+    """Lines of a table of paired differences, from {row: (results, draws)} as `run_row` has them.
+
+    Two rows are compared where they differ in the method alone or in the weights alone: the mean
+    difference of their test AUROCs, its 95 % interval over the same draws of test images, and the
+    number of seeds in which the first is ahead.
+    """
+    lines = []
+    for (a, (first, draws)), (b, (second, others)) in itertools.combinations(rows.items(), 2):
+        if (a[0], a[3]) != (b[0], b[3]) or sum(x != y for x, y in zip(a, b)) != 1:
+            continue
+        gains = [x["auroc"] - y["auroc"] for x, y in zip(first, second)]
+        low, high = np.nanpercentile(draws - others, [2.5, 97.5])
+        same = a[1] if a[1] == b[1] else a[2]
+        pair = (a[2], b[2]) if a[1] == b[1] else (a[1], b[1])
+        lines.append([a[0], a[3], same, *pair, f"{np.mean(gains):+.3f}",
+                      f"[{low:+.3f}, {high:+.3f}]", f"{sum(np.array(gains) > 0)} of {len(gains)}"])
+    return lines
+
+
+def compare(config):
+    """Runs every set x weights x method x ratio over the seeds; writes OUT/compare.md and .csv.
+
+    A finished run is kept in its folder and not repeated. The demo's weights are pretrained once
+    for each seed, on first use. Test images shared by two rows pair their bootstrap draws.
     """
     config = data.fill(config, {"out": "runs/compare"})
-    kept, table = {}, []
-    for (init, method, ratio), cells in list_cells(config).items():
-        run = functools.partial(run_cell, config, init, kept)
-        results = [result for _, result in data.run_cells(config.out, cells, run)]
+    kept, rows, table = {}, {}, []
+    for name, row in list_rows(config).items():
+        results, draws = rows[name] = run_row(config, name, row, kept)
         scores = np.array([result["auroc"] for result in results])
         deviation = scores.std(ddof=1) if len(scores) > 1 else 0
-        table.append([init, method, ratio, f"{scores.mean():.3f}", f"{deviation:.3f}",
-                      " ".join(f"{score:.3f}" for score in scores),
-                      results[0]["trainable_parameters"], results[0]["images"]["train"]])
-    header = ["pretraining", "method", "labels %", "test AUROC", "sd over seeds", "each seed",
-              "trained parameters", "training images"]
+        trained = 100 * results[0]["trainable_parameters"] / results[0]["total_parameters"]
+        seconds, memory = (np.mean([result[key] for result in results])
+                           for key in ("seconds", "peak_memory_mib"))
+        table.append([*name, f"{scores.mean():.3f}", f"{deviation:.3f}",
+                      " ".join(f"{score:.3f}" for score in scores), f"{results[0]['lr']:g}",
+                      f"{trained:.2f}", results[0]["images"]["train"], f"{seconds:.0f}",
+                      f"{memory:.0f}"])
+    header = ["data", "pretraining", "method", "labels %", "test AUROC", "sd over seeds",
+              "each seed", "lr", "trained %", "training images", "seconds", "peak MiB"]
+    pairs = compare_rows(rows)
+    paired = ["data", "labels %", "with", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
+    wins = Counter((a, b) for _, _, _, a, b, gain, *_ in pairs if float(gain) > 0)
+    of = Counter((a, b) for _, _, _, a, b, *_ in pairs)
+    text = data.markdown_table(header, table) + "\n" + data.markdown_table(paired, pairs) + "\n"
+    text += "".join(f"{a} is ahead of {b} in {wins[a, b]} of {of[a, b]} cells\n" for a, b in of)
     data.write_csv(Path(config.out) / "compare.csv", header, table)
-    text = data.markdown_table(header, table)
+    data.write_csv(Path(config.out) / "paired.csv", paired, pairs)
     data.atomic_write(Path(config.out) / "compare.md", lambda file: file.write(text.encode()))
     print(text)
 

@@ -514,6 +514,9 @@ MODELS = {
     "tiny": dict(img_size=48, patch_size=12, embed_dim=128, depth=1, num_heads=4, decoder_dim=32,
                  decoder_depth=1, decoder_heads=2, report_dim=64, report_depth=1, report_heads=2,
                  report_length=40, report_dropout=0.0),
+    "mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=4, num_heads=3, decoder_dim=96,
+                 decoder_depth=1, decoder_heads=3, report_dim=96, report_depth=1, report_heads=3,
+                 report_length=60, report_dropout=0.0),
     "small": BASE | dict(embed_dim=384, num_heads=6, decoder_dim=384, report_depth=4),
     "base": BASE,
 }
@@ -522,6 +525,8 @@ PAPER = dict(epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.
 PRESETS = {  # the values of the options that the user does not type
     "tiny": dict(steps=4800, warmup=0.02, batch_size=32, base_lr=1.6e-2, min_crop=0.85,
                  mask_ratio=0.125, word_ratio=0.9, mean=None, std=None, vocab_size=800),
+    "mini": dict(steps=6000, warmup=0.05, batch_size=64, base_lr=4e-3, min_crop=0.4,
+                 mask_ratio=0.75, word_ratio=0.5, mean=None, std=None, vocab_size=1500),
     "small": PAPER | dict(vocab_size=8000),
     "base": PAPER | dict(vocab_size=30000),
 }

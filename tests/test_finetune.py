@@ -548,22 +548,17 @@ def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "lora/adapter.pt")))
 
 
-def table(easy, out, **options):
-    return config(
-        easy,
-        out,
-        **dict(
-            weights=None, compare=True, methods="full,linear", ratios="10", inits="scratch", seeds=2
-        )
-        | options,
-    )
+def table(folder, out, **options):
+    defaults = dict(weights=None, compare=True, methods="full,linear", ratios="10", seeds=2)
+    return dataclasses.replace(config(folder, out, **defaults, inits="scratch"), **options)
 
 
 def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeypatch):
     finetune.compare(table(easy, tmp_path))
     first = (tmp_path / "compare.md").read_text()
-    assert first.count("\n") == 4 and "| scratch | full | 10 |" in first
-    ran = json.loads((tmp_path / "scratch-full-10-1/config.json").read_text())
+    assert first.count("| demo | scratch | full | 10 |") == 1
+    assert "| demo | 10 | scratch | full | linear |" in first and "of 1 cells" in first
+    ran = json.loads((tmp_path / "demo-scratch-full-10-1/config.json").read_text())
     assert (ran["steps"], ran["batch_size"], ran["seed"], ran["method"]) == (
         4,
         16,
@@ -578,6 +573,75 @@ def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeyp
     assert (tmp_path / "compare.md").read_text() == first
 
 
+def test_paired_differences_against_resampling_by_hand():
+    """Two models that err alike: their difference is far more certain than either score."""
+    scores, labels = scored(n=300, k=1)
+    better = scores + 0.3 * labels
+    rows = {
+        ("demo", "mrm", name, "10"): ([{"auroc": finetune.mean_auroc(s, labels)}], d.mean(0))
+        for name, s in (("lora", better), ("full", scores))
+        for d in [finetune.bootstrap_auroc(s, labels, resamples=4000)[2]]
+    }
+    [line] = finetune.compare_rows(rows)
+    assert line[:5] == ["demo", "10", "mrm", "lora", "full"] and line[-1] == "1 of 1"
+    rng, differences = np.random.default_rng(1), []
+    for _ in range(1000):
+        take = rng.integers(len(scores), size=len(scores))
+        differences.append(
+            roc_auc_score(labels[take, 0], better[take, 0])
+            - roc_auc_score(labels[take, 0], scores[take, 0])
+        )
+    low, high = (float(number) for number in line[6].strip("[]").split(","))
+    assert (low, high) == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=0.006)
+    assert float(line[5]) == pytest.approx(
+        roc_auc_score(labels[:, 0], better[:, 0]) - roc_auc_score(labels[:, 0], scores[:, 0]),
+        abs=6e-4,
+    )
+    spread = np.std(
+        [roc_auc_score(labels[t, 0], scores[t, 0]) for t in rng.integers(300, size=(300, 300))]
+    )
+    assert high - low < 2 * spread  # unpaired, it would be more than 5 times the spread
+
+
+def test_compare_chooses_the_rate_on_val_and_runs_sets_and_ranks(easy, tmp_path):
+    shutil.copytree(easy, tmp_path / "other")
+    options = dict(root="", methods="lora", ranks="1,2", lrs="1e-9,1e-2", seeds=2, steps=40)
+    sets = f"demo={easy},csv={tmp_path / 'other'}"
+    finetune.compare(table(easy, tmp_path / "table", sets=sets, **options))
+    rows = list(csv.DictReader((tmp_path / "table/compare.csv").open()))
+    assert [(row["data"], row["method"]) for row in rows] == [
+        (name, f"lora {rank}") for name in ("demo", "csv") for rank in (1, 2)
+    ]
+    for row in rows:
+        name = f"{row['data']}-scratch-{row['method'].replace(' ', '')}-10"
+        values = {
+            rate: json.loads((tmp_path / f"table/{name}-{rate}-0/result.json").read_text())
+            for rate in ("1e-9", "1e-2")
+        }
+        best = max(values, key=lambda rate: values[rate]["val_auroc"])
+        assert float(row["lr"]) == float(best)
+        ran = json.loads((tmp_path / f"table/{name}-{best}-1/config.json").read_text())
+        assert ran["rank"] == int(row["method"][-1]) and ran["data"] == row["data"]
+        assert row["each seed"].split()[0] == f"{values[best]['auroc']:.3f}"
+    pairs = list(csv.DictReader((tmp_path / "table/paired.csv").open()))
+    assert [(pair["data"], pair["a"], pair["b"]) for pair in pairs] == [
+        ("demo", "lora 1", "lora 2"),
+        ("csv", "lora 1", "lora 2"),
+    ]
+
+
+def test_peak_memory_is_that_of_the_run_itself():
+    import numpy
+
+    ballast = numpy.ones(300 * 2**20, dtype=numpy.uint8)
+    before = data.peak_memory_mib(torch.device("cpu"))
+    del ballast
+    data.Timed([], torch.device("cpu"))
+    after = data.peak_memory_mib(torch.device("cpu"))
+    if sys.platform == "linux":
+        assert after < before - 200
+
+
 @pytest.mark.parametrize(
     "other",
     [dict(steps=5), dict(lr=0.5), dict(min_crop=0.5), dict(flip=True)],
@@ -589,7 +653,8 @@ def test_compare_refuses_a_cell_of_other_options(easy, tmp_path, other):
     before = (tmp_path / "compare.md").read_text()
     flag = "--" + next(iter(other)).replace("_", "-")
     with pytest.raises(
-        data.InputError, match=rf"scratch-linear-10-0.*: expected {flag} .*found a run with {flag}"
+        data.InputError,
+        match=rf"demo-scratch-linear-10-0.*: expected {flag} .*found a run with {flag}",
     ):
         finetune.compare(table(easy, tmp_path, **options | other))
     assert (tmp_path / "compare.md").read_text() == before
@@ -618,8 +683,12 @@ def test_the_cells_of_a_comparison_share_val_and_test_images(easy, tmp_path, mon
         (dict(method="full"), "expected --methods instead of --method"),
         (dict(lora=True), "--methods instead of --lora"),
         (dict(ratio=1), "--ratios instead of --ratio"),
+        (dict(weights="runs/mrm"), "--inits instead of --weights"),
+        (dict(lr=0.1, lrs="0.1"), "--lrs instead of --lr"),
+        (dict(rank=2, ranks="1,2"), "--ranks instead of --rank"),
+        (dict(sets="csv=x"), "no --root and no --split beside it"),
     ],
-    ids=["method", "lora", "ratio"],
+    ids=["method", "lora", "ratio", "weights", "lr", "rank", "root"],
 )
 def test_compare_does_not_override_what_was_typed(easy, tmp_path, options, message):
     with pytest.raises(data.InputError, match=message):
@@ -752,13 +821,16 @@ def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, messa
         (dict(inits="imagenet"), "--inits: expected some of mrm,.* found 'imagenet'"),
         (dict(methods="full,lorra"), "found 'lorra'"),
         (dict(ratios="1,5"), "found '5'"),
+        (dict(sets="csv", root=""), "--sets: expected NAME=DIR .* found 'csv'"),
+        (dict(sets="mri=x", root=""), "--sets: expected NAME=DIR .* found 'mri=x'"),
+        (dict(inits="scratch,scratch"), "--inits: expected names that differ"),
         (dict(seeds=0), r"--seeds: expected a number in \[1, inf\), found 0"),
     ],
-    ids=["inits", "methods", "ratios", "seeds"],
+    ids=["inits", "methods", "ratios", "sets", "layout", "twice", "seeds"],
 )
 def test_compare_refuses_what_it_does_not_know_before_any_run(easy, tmp_path, options, message):
     with pytest.raises(data.InputError, match=message):
-        finetune.compare(config(easy, tmp_path / "table", **dict(inits="scratch") | options))
+        finetune.compare(table(easy, tmp_path / "table", **options))
     assert not (tmp_path / "table").exists()
 
 
