@@ -169,7 +169,7 @@ class FinetuneConfig(RunConfig):
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
     ratio: int = option(None, "percent of labels (default: demo 10, else 100)", within="[1, 100]")
     weights: str = option(None, "checkpoint, run folder (of --lora: its adapter is trained further)"
-                          " or 'scratch' (default: the demo MRM, pretrained on first use)")
+                          ", scratch or scratch-PRESET (default: the demo MRM, made on first use)")
     base: str = option("", "base weights of an adapter, where they moved", free=True)
     method: str = option(None, "what is trained: everything; LoRA + fc_norm + head; fc_norm + head "
                          "(default: full)", choices=["full", "lora", "linear"])
@@ -181,6 +181,9 @@ class FinetuneConfig(RunConfig):
     weight_decay: float = option(None, "weight decay of the optimiser", within="[0, inf)")
     layer_decay: float = option(None, "learning rate of a block / of the next", within="(0, 1]")
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
+    probe: float = option(None, "share of the steps, at the start, in which fc_norm and head alone "
+                          "learn (Kumar et al., 2022); the papers' is 0", within="[0, 1)")
+    probe_lr: float = option(1e-2, "peak learning rate of that share", within="(0, inf)")
     drop_path: float = option(None, "chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
@@ -277,6 +280,7 @@ def load_images(parts, config, kept):
 # Weights, model, optimiser
 
 DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
+SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
 
 
 def demo_folder(init="mrm", seed=0):
@@ -333,8 +337,9 @@ def fill_recipe(config, classes=None):
     if config.weights is None:
         config = dataclasses.replace(config, weights=pretrain_demo(config))
     found = {}
-    if config.weights == "scratch":
-        tensors, known = None, mrm.PRESETS["tiny"] | {"sizes": mrm.MODELS["tiny"]}
+    if config.weights in SCRATCH:
+        preset = config.weights.removeprefix("scratch").removeprefix("-") or "tiny"
+        tensors, known = None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}
     else:
         path = data.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
         tensors, known = mrm.read_weights(path)
@@ -354,7 +359,7 @@ def fill_recipe(config, classes=None):
     recipe = recipe_for(config.method, config.data, config.ratio, sizes["embed_dim"])
     pixels = mrm.pixel_statistics(config, known.get("mean", mrm.MEAN), known.get("std", mrm.STD))
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
-    config = data.fill(config, recipe | pixels | named | found)
+    config = data.fill(config, {"probe": 0.0} | recipe | pixels | named | found)
     if config.num_heads != sizes["num_heads"]:
         raise InputError(f"--num-heads of {config.weights}", sizes["num_heads"], config.num_heads)
     return config, sizes | {"img_size": config.img_size}, tensors, known
@@ -396,7 +401,8 @@ def make_optimizer(model, config):
             layer = depth + 1
         decay = config.weight_decay if mrm.decays(name, parameter) else 0.0
         scale = config.layer_decay ** (depth + 1 - layer)
-        group = {"params": [], "weight_decay": decay, "lr_scale": scale}
+        group = {"params": [], "weight_decay": decay, "lr_scale": scale,
+                 "is_head": layer == depth + 1}
         groups.setdefault((layer, decay), group)["params"].append(parameter)
     if config.optimizer == "sgd":
         return torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=0.9)
@@ -503,9 +509,18 @@ def trained_tensors(model):
 def set_rates(optimizer, config, step, steps):
     """Gives each group its learning rate of `step`.
 
-    The rate rises slowly at first: large steps for a head that knows nothing yet would spoil the
-    pretrained blocks.
+    A rate rises slowly at first: large steps for a head that knows nothing yet would spoil the
+    pretrained blocks. With `probe` the head learns alone first, for the same reason: on a few
+    dozen labels the blocks would otherwise follow the noise of a random head (Kumar et al., 2022,
+    linear probing, then fine-tuning).
     """
+    alone = round(config.probe * steps)
+    if step < alone:
+        lr = mrm.cosine_lr(step, alone, round(config.warmup * alone), config.probe_lr, floor=1e-6)
+        for group in optimizer.param_groups:
+            group["lr"] = lr if group["is_head"] else 0.0
+        return
+    step, steps = step - alone, steps - alone
     lr = mrm.cosine_lr(step, steps, round(config.warmup * steps), config.lr, floor=1e-6)
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr
@@ -718,9 +733,9 @@ def list_rows(config):
             raise InputError("--compare", f"--{table} instead of --{name}", f"--{name}")
     inits = config.inits.split(",")
     for init in inits:
-        if init not in DEMO_INITS and init != "scratch" and not Path(init).exists():
-            raise InputError("--inits", f"some of {','.join(DEMO_INITS)},scratch or files that are "
-                             "there", repr(init))
+        if init not in DEMO_INITS + SCRATCH and not Path(init).exists():
+            known = ",".join(DEMO_INITS + SCRATCH)
+            raise InputError("--inits", f"some of {known} or files that are there", repr(init))
     if len({Path(init).name for init in inits}) < len(inits):
         raise InputError("--inits", "names that differ, since they name the rows", config.inits)
     rows = {}

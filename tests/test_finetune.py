@@ -537,6 +537,70 @@ def test_a_merged_adapter_predicts_as_its_run_does(easy, tmp_path):
     )
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_probe_trains_the_head_alone_first(easy, tmp_path, method, monkeypatch):
+    moved, before = [], {}
+    check = mrm.check_finite
+
+    def look(step, *args, **values):
+        """Runs before the update of `step`: notes which parts the updates so far have changed."""
+        for name, tensor in finetune.trained_tensors(before["model"]).items():
+            before.setdefault(name, tensor)
+            if not torch.equal(tensor, before[name]):
+                moved.append((step, "head" if name.startswith(("head", "fc_norm")) else "blocks"))
+        return check(step, *args, **values)
+
+    build = finetune.build_model
+    monkeypatch.setattr(
+        finetune, "build_model", lambda *args: before.setdefault("model", build(*args))
+    )
+    monkeypatch.setattr(
+        mrm, "check_finite", lambda *a, **k: look(*a, **k) if k.get("loss") is not None else None
+    )
+    finetune.finetune(config(easy, tmp_path, method=method, steps=10, probe=0.5, warmup=0))
+    assert min(step for step, part in moved if part == "head") == 2
+    assert (
+        min(step for step, part in moved if part == "blocks") == 7
+    )  # updates 1 to 5 were the head's
+
+
+def test_rates_with_and_without_a_probe():
+    """Two cosines with a warm-up each, by the formula written out."""
+    settings = data.fill(
+        FinetuneConfig(lr=0.2, probe=0.5, probe_lr=0.1, steps=40, warmup=0.1, layer_decay=0.5),
+        {},
+    )
+    model = mrm.ViT(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    optimizer = finetune.make_optimizer(
+        model, dataclasses.replace(settings, optimizer="adamw", weight_decay=0.0)
+    )
+
+    def rates(step):
+        finetune.set_rates(optimizer, settings, step, 40)
+        return {
+            name: next(
+                group["lr"]
+                for group in optimizer.param_groups
+                if any(parameter is own for own in group["params"])
+            )
+            for name, parameter in model.named_parameters()
+        }
+
+    def cosine(place, peak):
+        return 1e-6 + (peak - 1e-6) * (1 + np.cos(np.pi * place)) / 2
+
+    for step, (head, block) in {
+        0: (0.05, 0.0),
+        1: (0.1, 0.0),
+        11: (cosine(9 / 18, 0.1), 0.0),
+        20: (0.1, 0.05),
+        31: (cosine(9 / 18, 0.2), 0.5 * cosine(9 / 18, 0.2)),
+    }.items():
+        found = rates(step)
+        assert found["head.weight"] == pytest.approx(head, rel=1e-6), step
+        assert found["blocks.0.mlp.fc1.weight"] == pytest.approx(block, rel=1e-6), step
+
+
 def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "full"))
     state = data.load_checkpoint(tmp_path / "full/best.pt")["model"]
