@@ -333,8 +333,10 @@ def read_lists(config):
             names, paths = [names[i] for i in keep], [paths[i] for i in keep]
             labels = labels[keep]
         if config.task == "segment":
-            # The demo has no files for the images that its labels call free of pneumothorax
-            free = (labels[:, 4] == 0).nonzero().flatten().tolist() if config.data == "demo" else []
+            free = []
+            if config.data == "demo":  # it draws no file where its labels say that there is none
+                known = data.class_names("demo", root, "", labels.shape[1])
+                free = (labels[:, known.index("Pneumothorax")] == 0).nonzero().flatten().tolist()
             masks = data.find_masks(config.masks or Path(root, "masks"),
                                     data.image_keys(root, names), paths, set(free))
             parts[part_name], classes = Part(names, paths, labels, masks=masks), ["mask"]
@@ -615,6 +617,8 @@ def hash_lists(parts, classes):
     digest = hashlib.sha256(repr(classes).encode())
     for part in parts.values():
         digest.update(repr(part.names).encode() + part.labels.numpy().tobytes())
+        if part.masks:
+            digest.update(repr(part.masks).encode())
     return digest.hexdigest()
 
 

@@ -233,7 +233,8 @@ def make_norm(kind, channels):
     """Batch norm, as published, or group norm, which does not depend on the size of a batch."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+    # A map of one cell needs several channels a group: one number less its mean is always 0
+    return nn.GroupNorm(math.gcd(8, channels) if channels > 8 else 1, channels)
 
 
 class ConvNorm(nn.Sequential):
