@@ -1881,7 +1881,7 @@ def test_masks_of_a_folder_and_what_is_wrong_with_them(tmp_path):
     for name, pixels in {
         "a": mask,
         "soft": np.maximum(mask, 7),
-        "three": np.maximum(mask, film + 7 * (np.arange(30) < 5)),
+        "three": np.maximum(mask, np.where(np.arange(30) < 5, np.uint8(7), film)),
         "small": mask[:, 1:],
         "full": mask | 255,
     }.items():
