@@ -267,9 +267,6 @@ class UPerHead(nn.Module):
         few = math.ceil(channels / 3)  # 256 of 768, as published
         self.auxiliary = nn.Sequential(ConvNorm(dim, few, 3, norm), nn.Dropout2d(0.1),
                                        nn.Conv2d(few, 1, 1))
-        # Few pixels lie in a mask: the focal loss's paper starts at a probability of 0.01
-        for layer in (self.classify[1], self.auxiliary[2]):
-            nn.init.constant_(layer.bias, -math.log(99))
 
     def forward(self, maps):
         """Four maps (B, D, n, n), shallow to deep -> logits (B, 1, 4n, 4n) and, in training, the
