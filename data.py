@@ -1134,6 +1134,11 @@ def find_masks(masks, keys, paths, empty=()):
     return [runs[key]._replace(absolute=bool(absolute)) for key in keys]
 
 
+def is_empty(source):
+    """Whether a mask, as `find_masks` gives it, is known to be empty before its file is read."""
+    return source is None or (isinstance(source, Runs) and "-1" in source.rows)
+
+
 def read_mask(source, shape, path):
     """The mask of the image `path`, which is `shape` (H, W) large: bool (H, W). See `find_masks`.
     Raises InputError for a file of another size or with more than 0 and one other value, and for

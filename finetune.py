@@ -193,6 +193,10 @@ def choose_threshold(logits, masks):
     return best
 
 
+# What the task decides
+SCORES = {"classify": "auroc", "segment": "dice"}
+LOSSES = {"classify": F.binary_cross_entropy_with_logits, "segment": segmentation_loss}
+
 # --------------------------------------------------------------------------------------------------
 # Recipes: the papers' by method, data set and percent of labels, and ours for small models
 
@@ -249,6 +253,8 @@ class FinetuneConfig(RunConfig):
                         "(default: ROOT/masks)")
     norm: str = option(None, "segment: norm of the head (default: batch, as published; group where "
                        "a process takes fewer than 16 images)", choices=["batch", "group"])
+    empties: float = option(1.0, "segment: training images known to have no mask for each that has "
+                            "one", within="[0, inf)")
     channels: int = option(None, "segment: width of the head", within="[4, inf)")
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
@@ -340,6 +346,8 @@ def read_lists(config):
             masks = data.find_masks(config.masks or Path(root, "masks"),
                                     data.image_keys(root, names), paths, set(free))
             parts[part_name], classes = Part(names, paths, labels, masks=masks), ["mask"]
+            if part_name == "train":
+                parts["train"] = leave_out_empty(parts["train"], config.empties)
             continue
         classes = classes or data.class_names(config.data, root, config.split, labels.shape[1])
         positive = labels.sum(0).tolist()
@@ -351,6 +359,22 @@ def read_lists(config):
                   "left out of the mean")
         parts[part_name] = Part(names, paths, labels)
     return parts, classes
+
+
+def leave_out_empty(part, share):
+    """A training list with at most `share` images that are known to have no mask for each other
+    one, taken evenly. Most films have no pneumothorax, and a net learns nothing new from them."""
+    empty = [i for i, mask in enumerate(part.masks) if data.is_empty(mask)]
+    few = round(share * (len(part.masks) - len(empty)))
+    if len(empty) <= few:
+        return part
+    left_out = set(empty) - {empty[k * len(empty) // few] for k in range(few)}
+    print(f"{len(left_out)} of {len(empty)} training images without a mask are left out; "
+          "--empties takes more")
+    rows = [i for i in range(len(part.masks)) if i not in left_out]
+    names, paths, masks = ([values[i] for i in rows]
+                           for values in (part.names, part.paths, part.masks))
+    return Part(names, paths, part.labels[rows], masks=masks)
 
 
 def load_images(parts, config, kept):
@@ -671,9 +695,7 @@ def split_batch(images, rows, labels):
 def train(config, model, parts, steps, saved, facts, log, device, world):
     """The training loop. Returns (best, history): the scores, step and trained tensors of the state
     that was best on the validation list, and a dict for each evaluation of that list."""
-    score, loss_function = "val_auroc", F.binary_cross_entropy_with_logits
-    if config.task == "segment":
-        score, loss_function = "val_dice", segmentation_loss
+    score, loss_function = f"val_{SCORES[config.task]}", LOSSES[config.task]
     labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
     optimizer = make_optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -930,9 +952,6 @@ def write_masks(out, names, paths, logits, settings):
         picture = Image.fromarray(found.byte().numpy() * 255)
         data.atomic_write(file, lambda stream: picture.save(stream, "PNG"))
     print(f"{len(files)} masks: {out}")
-
-
-SCORES = {"classify": "auroc", "segment": "dice"}  # what a comparison compares
 
 
 def parse_sets(config):

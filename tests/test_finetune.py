@@ -1580,8 +1580,21 @@ def test_the_demo_has_no_files_for_films_without_pneumothorax(tmp_path):
     part, where = parts["test"], data.read_lines(root / "classes.txt")
     column = [name for _, name in where].index("Pneumothorax")
     assert classes == ["mask"]
+    assert len(parts["train"].names) <= 2 * sum(map(bool, parts["train"].masks))
     assert [mask is not None for mask in part.masks] == (part.labels[:, column] == 1).tolist()
     name = next(name for name, mask in zip(part.names, part.masks) if mask)
     (root / "masks" / name).unlink()
     with pytest.raises(data.InputError, match=f"{name}: no such mask"):
         finetune.read_lists(finetune.fill_cell(FinetuneConfig(task="segment", root=str(root))))
+
+
+def test_training_leaves_out_what_is_known_to_be_empty_beyond_the_share(capsys):
+    masks = [str(i) if i % 5 == 0 else None for i in range(20)]
+    names = [f"n{i}" for i in range(20)]
+    part = finetune.Part(names, names, torch.arange(20)[:, None], masks=masks)
+    for share, expected in ((1.0, 8), (2.0, 12), (0.5, 6), (9.0, 20), (0.0, 4)):
+        left = finetune.leave_out_empty(part, share)
+        assert len(left.names) == expected and sum(map(bool, left.masks)) == 4
+        assert left.names == left.paths == [f"n{i}" for i in left.labels[:, 0].tolist()]
+        assert [masks[i] for i in left.labels[:, 0].tolist()] == left.masks
+    assert "12 of 16 training images without a mask are left out" in capsys.readouterr().out
