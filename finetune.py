@@ -144,14 +144,16 @@ def segmentation_loss(logits, masks):
     return loss
 
 
-def count_pixels(logits, masks, threshold, smallest=0):
-    """Pixels of each image that are (in both, predicted, true), int (3, n); logits and bool masks
-    (n, H, W). A pixel is predicted where its probability is above `threshold`, but none in an image
-    with fewer than `smallest` of them."""
+def find_pixels(logits, threshold, smallest=0):
+    """Bool masks (n, H, W): where the probability is above `threshold`. An image with fewer than
+    `smallest` such pixels gets an empty mask."""
     found = logits > math.log(threshold / (1 - threshold))
-    both, predicted, true = ((x.flatten(1)).sum(1) for x in (found & masks, found, masks))
-    kept = predicted >= smallest
-    return torch.stack([both * kept, predicted * kept, true]).numpy()
+    return found & (found.sum((1, 2), keepdim=True) >= smallest)
+
+
+def count_pixels(found, masks):
+    """Pixels of each image that are (in both, predicted, true): (3, n) of bool masks (n, H, W)."""
+    return torch.stack([x.sum((1, 2)) for x in (found & masks, found, masks)]).numpy()
 
 
 def dice_scores(counts, pixels, resamples=0, seed=0):
@@ -183,7 +185,7 @@ def choose_threshold(logits, masks):
     {"dice", "threshold", "smallest"}. Among equals the first is taken, from 0.5 outwards."""
     pixels, best = masks[0].numel(), {"dice": -1.0}
     for threshold in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9):
-        both, predicted, true = count_pixels(logits, masks, threshold)
+        both, predicted, true = count_pixels(find_pixels(logits, threshold), masks)
         for share in (0, 0.002, 0.005, 0.01, 0.02, 0.04):
             kept = predicted >= share * pixels
             counts = np.stack([both * kept, predicted * kept, true])
@@ -818,11 +820,13 @@ def write_segmentation(config, part, logits, facts, history, log):
     """Writes result.json, predictions.csv (pixels of each image), overlays.png and curves.png, and
     prints the Dices, from the logits (n, H, W) of the test list, at `config.img_size` pixels a
     side. Returns the content of result.json, whose areas count pixels of all images."""
-    counts = count_pixels(logits, part.truth, facts["threshold"], facts["smallest"])
-    result, (both, predicted, true) = {}, counts
+    found = find_pixels(logits, facts["threshold"], facts["smallest"])
+    counts = both, predicted, true = count_pixels(found, part.truth)
+    result, summary = {}, []
     for name, values in dice_scores(counts, config.img_size**2, 1000).items():
-        result[name] = float(values[0])
-        result[f"{name}_ci"] = np.nanpercentile(values[1:], [2.5, 97.5]).tolist()
+        interval = np.nanpercentile(values[1:], [2.5, 97.5]).tolist()
+        result |= {name: float(values[0]), f"{name}_ci": interval}
+        summary.append("%s %.3f [%.3f, %.3f]" % (name, values[0], *interval))
     varied = predicted.std() > 0 and true.std() > 0
     result |= {"area_error": float(np.abs(predicted - true).mean()),
                "area_correlation": float(np.corrcoef(predicted, true)[0, 1]) if varied else None,
@@ -831,25 +835,17 @@ def write_segmentation(config, part, logits, facts, history, log):
         return result
     data.write_csv(log.out / "predictions.csv", ["image", *COUNTS],
                    [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
-    dice = 2 * both / np.maximum(predicted + true, 1)
+    dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
     order = [i for i in dice.argsort() if true[i] > 0]
-    chosen = {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}
-    rows = []
-    for i in chosen.values():
-        found = logits[i] > math.log(facts["threshold"] / (1 - facts["threshold"]))
+    for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
         film = part.images[i][0][:1].expand(3, -1, -1)
-        rows.append([film, *(overlay(film, mask) for mask in (
-            part.truth[i], found & bool(predicted[i])))])
-    data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"),
-                   [f"{name}: Dice {dice[i]:.3f}" for name, i in chosen.items()], 2)
+        rows.append([film, overlay(film, part.truth[i]), overlay(film, found[i])])
+        captions.append(f"{name}: Dice {dice[i]:.3f}")
+    data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions, 2)
     steps, names = [line["step"] for line in history], ("loss", "val_loss", "val_dice")
     curves = {name: (steps, [line[name] for line in history]) for name in names}
     data.save_plot(log.out / "curves.png", curves, "segmentation", "step", "")
-    for name, text in {"dice": f"over the {result['images_with_mask']} images with a mask",
-                       "dice_all": f"over all {len(true)} images",
-                       "dice_official": "of all pixels, mean of background and mask"}.items():
-        print("  %s %.3f [%.3f, %.3f] %s" % (name, result[name], *result[f"{name}_ci"], text))
-    print(f"test Dice {result['dice']:.3f} at threshold {facts['threshold']} and an area of at "
+    print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
           f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
     log.json("result.json", result)
     return result
@@ -944,12 +940,11 @@ def write_masks(out, names, paths, logits, settings):
         twice = Counter(files).most_common(1)[0][0]
         raise InputError(out, "names that differ without their endings", f"two {twice.stem}")
     for path, file, logit in zip(paths, files, logits):
-        cut = math.log(settings["threshold"] / (1 - settings["threshold"]))
+        threshold, smallest = settings["threshold"], settings["smallest"]
         size = data.read_image(path).shape[1:]
-        found = F.interpolate(logit[None, None], size, mode="bilinear")[0, 0] > cut
-        if (logit > cut).sum() < settings["smallest"]:
-            found[:] = False
-        picture = Image.fromarray(found.byte().numpy() * 255)
+        full = F.interpolate(logit[None, None], size, mode="bilinear")[0]
+        kept = find_pixels(logit[None], threshold, smallest).any()  # `smallest` is of its size
+        picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
         data.atomic_write(file, lambda stream: picture.save(stream, "PNG"))
     print(f"{len(files)} masks: {out}")
 

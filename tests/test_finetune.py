@@ -1271,7 +1271,7 @@ def blobs(n=40, side=12, seed=0):
 
 def test_each_dice_against_a_plain_formula():
     logits, masks = blobs()
-    counts = finetune.count_pixels(logits, masks, 0.4, 5)
+    counts = finetune.count_pixels(finetune.find_pixels(logits, 0.4, 5), masks)
     found = torch.sigmoid(logits).numpy() > 0.4
     found[found.sum((1, 2)) < 5] = False
     truth = masks.numpy()
@@ -1312,12 +1312,16 @@ def test_threshold_and_smallest_area_are_the_best_of_all():
     logits, masks = blobs(seed=3)
     chosen = finetune.choose_threshold(logits, masks)
     best = max(
-        finetune.dice_scores(finetune.count_pixels(logits, masks, t / 10, area), 144)["dice_all"][0]
+        finetune.dice_scores(
+            finetune.count_pixels(finetune.find_pixels(logits, t / 10, area), masks), 144
+        )["dice_all"][0]
         for t in range(1, 10)
         for area in (0, 1, 2, 3, 6)
     )
     assert chosen["dice"] == pytest.approx(best)
-    counts = finetune.count_pixels(logits, masks, chosen["threshold"], chosen["smallest"])
+    counts = finetune.count_pixels(
+        finetune.find_pixels(logits, chosen["threshold"], chosen["smallest"]), masks
+    )
     assert finetune.dice_scores(counts, 144)["dice_all"][0] == pytest.approx(best)
     assert chosen["smallest"] > 0  # the noise in empty images makes it worth something
 
@@ -1449,7 +1453,7 @@ def test_upernet_overfits_one_image(holes, norm):
         optimizer.step()
     with torch.no_grad():
         logits = model.eval()(images)[:, 0]
-    counts = finetune.count_pixels(logits, pair[:, 1] > 0.5, 0.5)
+    counts = finetune.count_pixels(finetune.find_pixels(logits, 0.5), pair[:, 1] > 0.5)
     assert finetune.dice_scores(counts, 48**2)["dice"][0] > 0.99
 
 
