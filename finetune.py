@@ -234,7 +234,7 @@ SMALL = {
     "linear": ADAMW | dict(lr=5e-3),
 }
 SEGMENT = ADAMW | dict(layer_decay=0.65, min_crop=0.5)
-SMALL_SEGMENT = SEGMENT | dict(steps=300, lr=3e-3, channels=32, rank=4)
+SMALL_SEGMENT = SEGMENT | dict(steps=300, lr=1e-2, channels=32, rank=4)
 # MRM's for SIIM; the batch and the steps, which it does not say, are ours
 PAPER_SEGMENT = SEGMENT | dict(batch_size=16, steps=20000, lr=2e-5, channels=768, img_size=512,
                                drop_path=0.1, warmup=0.05, rank=16)
@@ -261,7 +261,8 @@ class FinetuneConfig(RunConfig):
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
-    ratio: int = option(None, "percent of labels (default: demo 10, else 100)", within="[1, 100]")
+    ratio: int = option(None, "percent of labels (default: 100, and 10 to classify the demo)",
+                        within="[1, 100]")
     weights: str = option(None, "checkpoint, run folder (of --lora: its adapter is trained further)"
                           " or 'scratch' (default: the demo MRM, pretrained on first use)")
     base: str = option("", "base weights of an adapter, where they moved", free=True)
@@ -451,7 +452,7 @@ def fill_cell(config):
     """`config` with the method, the percent of the labels and the folder of this run."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
-    ratio = 10 if config.data == "demo" else 100
+    ratio = 10 if config.data == "demo" and config.task == "classify" else 100
     method = "lora" if config.lora else "full"
     if config.task == "classify" and config.masks:
         raise InputError("--masks", "--task segment", "--task classify")
