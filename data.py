@@ -32,6 +32,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -316,7 +317,8 @@ def markdown_table(header, rows):
 
 
 RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken", "result.json",
-             "predictions.csv", "curves.png", "roc.png", "reconstruction.png", "translation.png")
+             "predictions.csv", "curves.png", "roc.png", "overlays.png", "reconstruction.png",
+             "translation.png")
 
 
 class RunLog:
@@ -1082,6 +1084,100 @@ def read_reports(path, root, allow_outside=False):
     return find_images("csv", root, names, path, allow_outside), reports
 
 
+class Runs(NamedTuple):
+    """The mask of an image in a CSV of run lengths: where it stands, whether its starts are
+    absolute, and the text of each of its rows."""
+
+    where: str
+    absolute: bool
+    rows: list
+
+
+def find_masks(masks, keys, paths, empty=()):
+    """The mask of each image, as `read_mask` takes it: a file, `Runs`, or None for an empty one.
+
+    masks: a folder with files KEY.png (`image_keys`), or SIIM's CSV (ImageId, EncodedPixels), in
+    which an image may have several rows, -1 stands for no mask, and starts are counted from the end
+    of the last run or, where they rise in every row, from the first pixel, which is 1. empty: the
+    indices of the images that may have no file. Raises InputError for an image without a mask.
+    """
+    masks = Path(masks)
+    if masks.is_dir():
+        found = [masks / f"{key}.png" for key in keys]
+        lost = [i for i, path in enumerate(found) if not path.is_file() and i not in empty]
+        if lost:
+            raise InputError(f"{found[lost[0]]}: no such mask, of the image {paths[lost[0]]} "
+                             f"({len(lost)} of {len(paths)} are missing)")
+        return [str(path) if path.is_file() else None for path in found]
+    if not masks.is_file():
+        raise InputError(f"--masks {masks}: no such folder or CSV")
+    runs, absolute = {}, None
+    for line, name, text in read_csv(masks, ("ImageId", "EncodedPixels")):
+        where = f"{masks}: line {line}: {name}"
+        if not re.fullmatch(r"-1|\d+ [1-9]\d*( \d+ [1-9]\d*)*", text):
+            raise InputError(where, "-1 or pairs `start length`", text[:40] or "nothing")
+        first = runs.setdefault(split_ending(os.path.basename(name))[0], Runs(where, False, []))
+        first.rows.append(text)
+        if "-1" in first.rows and set(first.rows) != {"-1"}:
+            raise InputError(where, "either -1 or runs in the rows of an image", "both")
+        numbers = list(map(int, text.split()))
+        if len(numbers) > 2:
+            ends = map(sum, zip(numbers[::2], numbers[1::2]))
+            rises = all(start >= end for start, end in zip(numbers[2::2], ends))
+            absolute = rises and absolute is not False
+    keys = [os.path.basename(key) for key in keys]
+    lost = [key for key in keys if key not in runs]
+    if lost:
+        raise InputError(f"{masks}: no row of the image {lost[0]} ({len(lost)} of {len(keys)} are "
+                         "missing)")
+    say_once(f"{masks}: the starts of runs are {'absolute' if absolute else 'relative'}")
+    return [runs[key]._replace(absolute=bool(absolute)) for key in keys]
+
+
+def is_empty(source):
+    """Whether a mask, as `find_masks` gives it, is known to be empty before its file is read."""
+    return source is None or (isinstance(source, Runs) and "-1" in source.rows)
+
+
+def read_mask(source, shape, path):
+    """The mask of the image `path`, which is `shape` (H, W) large: bool (H, W). See `find_masks`.
+    Raises InputError for a file of another size or with more than 0 and one other value, and for
+    runs that leave the image."""
+    mask = np.zeros(shape, bool)
+    if isinstance(source, Runs):
+        flat = np.zeros(mask.size, bool)
+        for row in source.rows:
+            numbers, end = [] if row == "-1" else list(map(int, row.split())), 0
+            for start, length in zip(numbers[::2], numbers[1::2]):
+                start = start - 1 if source.absolute else end + start
+                end = start + length
+                if start < 0 or end > mask.size:
+                    raise InputError(source.where, f"runs within the {mask.size} pixels of {path}",
+                                     f"pixels {start} to {end}")
+                flat[start:end] = True
+        return flat.reshape(shape[::-1]).T  # the runs go down the columns
+    if source is None:
+        return mask
+    pixels, _ = read_pixels(source, grey=True)
+    values = np.unique(pixels)
+    if pixels.shape != tuple(shape):
+        raise InputError(source, f"a mask of {shape[1]} x {shape[0]} pixels, as {path}",
+                         f"{pixels.shape[1]} x {pixels.shape[0]}" if pixels.ndim == 2 else "colour")
+    if values[0] != 0 or len(values) > 2:
+        raise InputError(source, "a mask of the values 0 and one other", f"{len(values)} values "
+                         f"from {values[0]} to {values[-1]}; save it as PNG, without smoothing")
+    return pixels > 0
+
+
+def read_pair(item, side, deep=None):
+    """An image and its mask, both squeezed into a square: uint8 (2, side, side), the mask 0 or 255.
+    item: (path, the mask as `find_masks` gives it)."""
+    image = read_image(item[0], deep=deep)
+    mask = torch.from_numpy(np.ascontiguousarray(read_mask(item[1], image.shape[1:], item[0])))
+    pair = resize_pair(torch.cat([image, mask[None].float()]), (side, side))
+    return (pair * 255).round_().byte().numpy()
+
+
 def image_keys(root, names):
     """What identifies the image of each name or path: its path below the root, without a leading
     images/ and without the ending."""
@@ -1308,11 +1404,20 @@ def resize(images, size):
     return batch if images.ndim == 4 else batch[0]
 
 
-def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
+def resize_pair(pair, size):
+    """`resize` of an image and its mask (2, H, W) to `size` (h, w): the mask takes the value of the
+    nearest pixel, so that it keeps two values."""
+    mask = F.interpolate(pair[None, 1:].float(), size, mode="nearest-exact")[0]
+    return torch.cat([resize(pair[:1], size), mask.to(pair.dtype)])
+
+
+def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
+                        resize=resize):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
-    crop of its own for each image. Sampled as torchvision's RandomResizedCrop does: of ten tries
-    the first that fits, else the central crop of the nearest aspect."""
+    crop of its own for each image, by `resize` or `resize_pair`. Sampled as torchvision's
+    RandomResizedCrop does: of ten tries the first that fits, else the central crop of the nearest
+    aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -1344,14 +1449,15 @@ class ImageSet(torch.utils.data.Dataset):
     resuming change it. Without `augment` it holds the centre crops. set[i] is (image, i).
     `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; for workers it must be
     one that can be pickled. `deep` is the number that stands for white in 16-bit files (default:
-    `full_scale` of the largest value in 32 of them)."""
+    `full_scale` of the largest value in 32 of them). `masks`, one an image as `find_masks` gives
+    them, make each item a whole image and its mask as two channels (2, size, size)."""
 
-    def __init__(self, paths, size, augment=None, seed=0, deep=None):
+    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
         some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
-        self.deep = deep or common_scale([self.path(i) for i in some])
+        self.deep, self.masks = deep or common_scale([self.path(i) for i in some]), masks
 
     @property
     def paths(self):
@@ -1367,13 +1473,21 @@ class ImageSet(torch.utils.data.Dataset):
         """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
         if self.cache is not None:
             return self.cache[index]
+        if self.masks is not None:
+            pair = self.path(index), self.masks[index]
+            return torch.from_numpy(read_pair(pair, self.size, self.deep))
         return torch.from_numpy(read_bytes(self.path(index), self.size, self.deep))
 
     def preload(self, limit=2 * 2**30):
         """Decodes all images into memory, if they take less than `limit` bytes; returns self."""
-        if self.cache is None and len(self) * self.size**2 * 1.25 < limit:
-            read = functools.partial(read_bytes, short_side=self.size, deep=self.deep)
-            images = [torch.from_numpy(image) for image in over_images(read, self.paths)]
+        channels = 1 if self.masks is None else 2
+        if self.cache is None and channels * len(self) * self.size**2 * 1.25 < limit:
+            read, items = functools.partial(read_bytes, short_side=self.size), self.paths
+            if self.masks is not None:
+                read, items = functools.partial(read_pair, side=self.size), list(
+                    zip(self.paths, self.masks))
+            read = functools.partial(read, deep=self.deep)
+            images = [torch.from_numpy(image) for image in over_images(read, items)]
             same = len({image.shape for image in images}) == 1
             self.cache = torch.stack(images) if same else images
         return self

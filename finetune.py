@@ -1,10 +1,11 @@
-"""Fine-tuning of a pretrained ViT to classify radiographs, on 1, 10 or 100 % of the labels.
+"""Fine-tuning of a pretrained ViT to classify or segment radiographs, on 1, 10 or 100 % of them.
 
     python finetune.py --lora        # from nothing: demo records, demo MRM, LoRA, test AUROC
     python finetune.py --data nih --root DIR --ratio 1 --weights MRM.pth --lora  # the paper's cell
     python finetune.py --data covid --root DIR --split covid1 --weights runs/mrm --lora --rank 4
     python finetune.py --compare     # methods x label ratios x seeds, as a table
     python finetune.py --compare --inits mrm,image-only,scratch --methods lora --ratios 10
+    python finetune.py --task segment  # the area of a pneumothorax (or any mask), by UPerNet
     python finetune.py --predict DIR --weights runs/finetune
 
 Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better",
@@ -21,12 +22,13 @@ Where this file departs from their official code, and why:
     holds everything.
  5. Gradients are clipped for LoRA and linear probes too, as MRM's full fine-tuning clips them.
 
-Shapes: B batch, n samples, k classes.
+Shapes: B batch, n samples, k classes, H and W pixels.
 """
 import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import os
 import time
 from collections import Counter
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -120,6 +123,83 @@ def roc_curve(scores, labels):
 
 
 # --------------------------------------------------------------------------------------------------
+# Segmentation: loss and metrics
+
+
+def segmentation_loss(logits, masks):
+    """2 focal + 1 Dice of the head, and 0.4 times the same of the auxiliary head (MRM's recipe).
+
+    With p = sigmoid(logit) of a pixel, y its mask and q = p where y is 1, else 1 - p:
+    focal = mean over pixels of 1/2 (1 - q)^2 (-log q) (Lin et al., 2017, gamma 2, alpha 1/2);
+    Dice = mean over images of 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1).
+    logits (B, 1 or 2, H, W), the second channel the auxiliary head's; masks (B, 1, H, W) of 0, 1.
+    """
+    loss = 0
+    for weight, x in zip((1.0, 0.4), logits.split(1, dim=1)):
+        p, minus_log_q = x.sigmoid(), F.binary_cross_entropy_with_logits(x, masks, reduction="none")
+        focal = 0.5 * ((p - masks).square() * minus_log_q).mean()  # |p - y| is 1 - q
+        both, of_p, of_y = ((a * b).sum((1, 2, 3)) for a, b in ((p, masks), (p, p), (masks, masks)))
+        dice = (1 - (2 * both + 1) / (of_p + of_y + 1)).mean()
+        loss = loss + weight * (2 * focal + dice)
+    return loss
+
+
+def find_pixels(logits, threshold, smallest=0):
+    """Bool masks (n, H, W): where the probability is above `threshold`. An image with fewer than
+    `smallest` such pixels gets an empty mask."""
+    found = logits > math.log(threshold / (1 - threshold))
+    return found & (found.sum((1, 2), keepdim=True) >= smallest)
+
+
+def count_pixels(found, masks):
+    """Pixels of each image that are (in both, predicted, true): (3, n) of bool masks (n, H, W)."""
+    return torch.stack([x.sum((1, 2)) for x in (found & masks, found, masks)]).numpy()
+
+
+def dice_scores(counts, pixels, resamples=0, seed=0):
+    """Three Dice coefficients of a list of images, {name: array (1 + resamples,)}.
+
+    An image's Dice is 2 |predicted and true| / (|predicted| + |true|).
+    dice: the mean over the images that have a mask. dice_all: the mean over all images, where an
+    empty mask predicted empty counts 1. dice_official: mmsegmentation's, 2 |both| / (|predicted| +
+    |true|) of the pixels of all images together, the mean of the background's and the mask's.
+    counts (3, n) by `count_pixels` of images of `pixels` pixels. The first number is that of the
+    list itself, the others those of bootstrap draws of n images. NaN: no image has a mask.
+    """
+    both, predicted, true = counts.astype(np.float64)
+    n = len(both)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    weights = np.concatenate([np.ones((1, n)), draws])  # (1 + resamples, n)
+    empty = predicted + true == 0
+    each = np.where(empty, 1.0, 2 * both / np.where(empty, 1, predicted + true))
+    background = np.stack([pixels - predicted - true + both, 2 * pixels - predicted - true])
+    with np.errstate(invalid="ignore"):
+        classes = [2 * (weights @ a) / (weights @ b)
+                   for a, b in ((both, predicted + true), background)]
+        return {"dice": weights @ (each * (true > 0)) / (weights @ (true > 0)),
+                "dice_all": weights @ each / n, "dice_official": np.mean(classes, axis=0)}
+
+
+def choose_threshold(logits, masks):
+    """The threshold and the smallest area, in pixels, with the best `dice_all` of a list, as
+    {"dice", "threshold", "smallest"}. Among equals the first is taken, from 0.5 outwards."""
+    pixels, best = masks[0].numel(), {"dice": -1.0}
+    for threshold in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9):
+        both, predicted, true = count_pixels(find_pixels(logits, threshold), masks)
+        for share in (0, 0.002, 0.005, 0.01, 0.02, 0.04):
+            kept = predicted >= share * pixels
+            counts = np.stack([both * kept, predicted * kept, true])
+            dice = float(dice_scores(counts, pixels)["dice_all"][0])
+            if dice > best["dice"]:
+                best = {"dice": dice, "threshold": threshold, "smallest": math.ceil(share * pixels)}
+    return best
+
+
+# What the task decides
+SCORES = {"classify": "auroc", "segment": "dice"}
+LOSSES = {"classify": F.binary_cross_entropy_with_logits, "segment": segmentation_loss}
+
+# --------------------------------------------------------------------------------------------------
 # Recipes: the papers' by method, data set and percent of labels, and ours for small models
 
 SGD = dict(optimizer="sgd", weight_decay=0.0, layer_decay=1.0, min_crop=0.08, drop_path=0.0)
@@ -153,6 +233,11 @@ SMALL = {
     "lora": ADAMW | dict(lr=1e-2, rank=4),
     "linear": ADAMW | dict(lr=5e-3),
 }
+SEGMENT = ADAMW | dict(layer_decay=0.65, min_crop=0.5)
+SMALL_SEGMENT = SEGMENT | dict(steps=300, lr=1e-2, channels=32, rank=4)
+# MRM's for SIIM; the batch and the steps, which it does not say, are ours
+PAPER_SEGMENT = SEGMENT | dict(batch_size=16, steps=20000, lr=2e-5, channels=768, img_size=512,
+                               drop_path=0.1, warmup=0.05, rank=16)
 
 
 def recipe_for(method, name, ratio, embed_dim):
@@ -164,10 +249,20 @@ def recipe_for(method, name, ratio, embed_dim):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
+    task: str = option("classify", "classify: labels; segment: the pixels of a mask",
+                       choices=["classify", "segment"])
+    masks: str = option("", "segment: folder of masks NAME.png, or SIIM's CSV of run lengths "
+                        "(default: ROOT/masks)")
+    norm: str = option(None, "segment: norm of the head (default: batch, as published; group where "
+                       "a process takes fewer than 16 images)", choices=["batch", "group"])
+    empties: float = option(1.0, "segment: training images known to have no mask for each that has "
+                            "one", within="[0, inf)")
+    channels: int = option(None, "segment: width of the head", within="[4, inf)")
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
-    ratio: int = option(None, "percent of labels (default: demo 10, else 100)", within="[1, 100]")
+    ratio: int = option(None, "percent of labels (default: 100, and 10 to classify the demo)",
+                        within="[1, 100]")
     weights: str = option(None, "checkpoint, run folder (of --lora: its adapter is trained further)"
                           ", scratch or scratch-PRESET (default: the demo MRM, made on first use)")
     base: str = option("", "base weights of an adapter, where they moved", free=True)
@@ -184,6 +279,9 @@ class FinetuneConfig(RunConfig):
     probe: float = option(None, "share of the steps, at the start, in which fc_norm and head alone "
                           "learn (Kumar et al., 2022); the papers' is 0", within="[0, 1)")
     probe_lr: float = option(1e-2, "peak learning rate of that share", within="(0, inf)")
+    pool: int = option(1, "the head sees the mean of each of pool x pool regions, instead of one "
+                       "mean of all patches, which knows no places (the papers' is 1)",
+                       within="[1, inf)")
     drop_path: float = option(None, "chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
@@ -223,12 +321,15 @@ class FinetuneConfig(RunConfig):
 
 @dataclasses.dataclass
 class Part:
-    """A training, validation or test list: image names, their paths, labels (n, k), images."""
+    """A training, validation or test list: image names, their paths, labels (n, k), images. Of
+    segmentation the sources of the masks, and of val and test bool `truth` (n, H, W)."""
 
     names: list
     paths: list
     labels: torch.Tensor
     images: data.ImageSet = None
+    masks: list = None
+    truth: torch.Tensor = None
 
 
 def read_lists(config):
@@ -246,6 +347,17 @@ def read_lists(config):
             keep = data.readable(paths)
             names, paths = [names[i] for i in keep], [paths[i] for i in keep]
             labels = labels[keep]
+        if config.task == "segment":
+            free = []
+            if config.data == "demo":  # it draws no file where its labels say that there is none
+                known = data.class_names("demo", root, "", labels.shape[1])
+                free = (labels[:, known.index("Pneumothorax")] == 0).nonzero().flatten().tolist()
+            masks = data.find_masks(config.masks or Path(root, "masks"),
+                                    data.image_keys(root, names), paths, set(free))
+            parts[part_name], classes = Part(names, paths, labels, masks=masks), ["mask"]
+            if part_name == "train":
+                parts["train"] = leave_out_empty(parts["train"], config.empties)
+            continue
         classes = classes or data.class_names(config.data, root, config.split, labels.shape[1])
         positive = labels.sum(0).tolist()
         undefined = [name for name, count in zip(classes, positive) if not 0 < count < len(names)]
@@ -258,22 +370,47 @@ def read_lists(config):
     return parts, classes
 
 
+def leave_out_empty(part, share):
+    """A training list with at most `share` images that are known to have no mask for each other
+    one, taken evenly. Most films have no pneumothorax, and a net learns nothing new from them."""
+    empty = [i for i, mask in enumerate(part.masks) if data.is_empty(mask)]
+    few = round(share * (len(part.masks) - len(empty)))
+    if len(empty) <= few:
+        return part
+    left_out = set(empty) - {empty[k * len(empty) // few] for k in range(few)}
+    print(f"{len(left_out)} of {len(empty)} training images without a mask are left out; "
+          "--empties takes more")
+    rows = [i for i in range(len(part.masks)) if i not in left_out]
+    names, paths, masks = ([values[i] for i in rows]
+                           for values in (part.names, part.paths, part.masks))
+    return Part(names, paths, part.labels[rows], masks=masks)
+
+
 def load_images(parts, config, kept):
     """Gives each part its images, decoded into memory where they fit.
 
     `kept` holds the validation and test images of the last run, and then those of this one: the
     runs of a comparison share images that are the same.
     """
-    side = config.img_size
-    augment = functools.partial(mrm.augment, side=side, min_crop=config.min_crop, flip=config.flip)
-    parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed)
+    side, segment = config.img_size, config.task == "segment"
+    augment = functools.partial(mrm.augment, side=side, min_crop=config.min_crop, flip=config.flip,
+                                resize=data.resize_pair if segment else data.resize)
+    parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed,
+                                          masks=parts["train"].masks)
     parts["train"].images.preload()
     for name in ("val", "test"):
         part = parts[name]
-        if name not in kept or (kept[name].paths, kept[name].size) != (part.paths, side):
-            kept[name] = data.ImageSet(part.paths, side)
+        same = name in kept and (kept[name].paths, kept[name].size, kept[name].masks) == (
+            part.paths, side, part.masks)
+        if not same:
+            kept[name] = data.ImageSet(part.paths, side, masks=part.masks)
             kept[name].preload()
         part.images = kept[name]
+        if segment:
+            part.truth = torch.cat([pairs[:, 1] > 0.5
+                                    for pairs, _ in data.eval_batches(part.images, 64)])
+            if not part.truth.any():
+                raise InputError(f"the {name} list", "a mask that is not empty", "none")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -322,9 +459,12 @@ def fill_cell(config):
     """`config` with the method, the percent of the labels and the folder of this run."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
-    ratio = 10 if config.data == "demo" else 100
+    ratio = 10 if config.data == "demo" and config.task == "classify" else 100
     method = "lora" if config.lora else "full"
-    return data.fill(config, {"out": "runs/finetune", "method": method, "ratio": ratio})
+    if config.task == "classify" and config.masks:
+        raise InputError("--masks", "--task segment", "--task classify")
+    out = "runs/finetune" if config.task == "classify" else "runs/segment"
+    return data.fill(config, {"out": out, "method": method, "ratio": ratio})
 
 
 def fill_recipe(config, classes=None):
@@ -359,7 +499,17 @@ def fill_recipe(config, classes=None):
     recipe = recipe_for(config.method, config.data, config.ratio, sizes["embed_dim"])
     pixels = mrm.pixel_statistics(config, known.get("mean", mrm.MEAN), known.get("std", mrm.STD))
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
-    config = data.fill(config, {"probe": 0.0} | recipe | pixels | named | found)
+    if config.task == "segment":
+        recipe = PAPER_SEGMENT if sizes["embed_dim"] == 768 else SMALL_SEGMENT
+        if "segment" in known:  # these weights have a head, and the size that it needs, already
+            found |= {name: known["segment"][name] for name in ("channels", "norm")}
+            found["img_size"] = sizes["img_size"]
+        named["img_size"] *= 2  # an outline needs more pixels than a finding
+    config = data.fill(config, {"probe": 0.0} | named | recipe | pixels | found)
+    if config.task == "segment":
+        config = data.fill(config, {"norm": "batch" if config.batch_size >= 16 else "group"})
+        if config.norm == "batch" and config.batch_size < 2:
+            raise InputError("--norm batch", "--batch-size 2 or more", config.batch_size)
     if config.num_heads != sizes["num_heads"]:
         raise InputError(f"--num-heads of {config.weights}", sizes["num_heads"], config.num_heads)
     return config, sizes | {"img_size": config.img_size}, tensors, known
@@ -369,10 +519,14 @@ def build_model(config, sizes, classes, tensors=None, known={}):
     """A ViT of the given weights with `classes` outputs, frozen as `config.method` says.
     tensors, known: see `fill_recipe`. Raises InputError for weights or sizes that do not fit."""
     try:
-        model = mrm.ViT(**sizes, num_classes=classes, drop_path=config.drop_path)
+        if config.task == "segment":
+            model = mrm.UPerNet(config.channels, config.norm, **sizes, drop_path=config.drop_path)
+        else:
+            model = mrm.ViT(**sizes, num_classes=classes, drop_path=config.drop_path,
+                            pool=config.pool)
+            nn.init.normal_(model.head.weight, std=2e-5)
     except ValueError as error:
         raise InputError(f"{config.weights}: {error}") from None
-    nn.init.normal_(model.head.weight, std=2e-5)
     if config.method == "lora":
         lora.add_lora(model, config.rank, config.alpha, config.dropout)
     elif config.method == "linear":
@@ -415,14 +569,20 @@ def make_optimizer(model, config):
 
 @torch.no_grad()
 def predict(model, images, config, device, rank=0, world=1):
-    """Logits (n, k) of an ImageSet in its order. Every process computes a share of them."""
-    autocast = mrm.autocast_for(config, model, device)
+    """Logits of an ImageSet in its order: (n, k), or (n, H, W) of a segmentation. Every process
+    computes a share of them."""
+    autocast, segment = mrm.autocast_for(config, model, device), images.masks is not None
     # They start with empty ones for a process that has no image
-    logits, rows = [torch.zeros(0, model.head.out_features)], [torch.zeros(0, dtype=torch.long)]
+    shape = (1, images.size, images.size) if segment else (model.head.out_features,)
+    logits, rows = [torch.zeros(0, *shape)], [torch.zeros(0, dtype=torch.long)]
+    if world > 1:  # a batch norm has seen other images in each process
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
     model.eval()
-    for batch, index in data.eval_batches(images, 64, rank, world, config.workers):
+    for batch, index in data.eval_batches(images, 16 if segment else 64, rank, world,
+                                          config.workers):
         with autocast():
-            batch = data.normalize(batch.to(device), config.mean, config.std)
+            batch = data.normalize(batch[:, :1].to(device), config.mean, config.std)
             logits.append(model(batch).float().cpu())
         rows.append(index)
     model.train()
@@ -431,15 +591,16 @@ def predict(model, images, config, device, rank=0, world=1):
         shares = [None] * world
         torch.distributed.all_gather_object(shares, (logits, rows))
         logits, rows = (torch.cat(part) for part in zip(*shares))
-    return logits[rows.argsort()]
+    logits = logits[rows.argsort()]
+    return logits[:, 0] if segment else logits
 
 
 def finetune(config, kept=None):
     """Trains, chooses on the validation list, tests once. Returns the content of result.json.
 
     Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
-    predictions.csv, roc.png and curves.png in `config.out`. `kept`: see `load_images`. Raises
-    InputError for anything the user gave that cannot be used.
+    predictions.csv, roc.png (or overlays.png of a segmentation) and curves.png in `config.out`.
+    `kept`: see `load_images`. Raises InputError for anything the user gave that cannot be used.
     """
     start = time.time()
     device, rank, world = data.join(config)
@@ -458,6 +619,7 @@ def finetune(config, kept=None):
     load_images(parts, config, {} if kept is None else kept)
     log = data.RunLog(config.out, config, rank, config.resume, start)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
+             "pool": config.pool,
              "method": config.method}
     base = known.get("base", config.weights)
     if config.method == "lora" and tensors is None:
@@ -471,6 +633,9 @@ def finetune(config, kept=None):
     best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
                           world)
     model.load_state_dict(best["trained"], strict=False)
+    if config.task == "segment":
+        about["segment"] = {"channels": config.channels, "norm": config.norm,
+                            "threshold": best["threshold"], "smallest": best["smallest"]}
     if rank == 0 and config.method == "lora":
         about |= {"weights": os.path.abspath(base), "base_fingerprint": lora.fingerprint(tensors),
                   "weights_from_here": os.path.relpath(base, log.out)}
@@ -478,8 +643,11 @@ def finetune(config, kept=None):
     elif rank == 0:
         about["weights"] = config.weights
         data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
-    scores = predict(model, parts["test"].images, config, device, rank, world).numpy()
-    return write_results(config, model, parts, classes, scores, best, history, log)
+    scores = predict(model, parts["test"].images, config, device, rank, world)
+    facts = run_facts(config, model, parts, best, history, log)
+    if config.task == "segment":
+        return write_segmentation(config, parts["test"], scores, facts, history, log)
+    return write_results(parts["test"], classes, scores.numpy(), facts, history, log)
 
 
 def hash_lists(parts, classes):
@@ -487,23 +655,32 @@ def hash_lists(parts, classes):
     digest = hashlib.sha256(repr(classes).encode())
     for part in parts.values():
         digest.update(repr(part.names).encode() + part.labels.numpy().tobytes())
+        if part.masks:
+            digest.update(repr(part.masks).encode())
     return digest.hexdigest()
 
 
 @torch.no_grad()
 def evaluate(model, part, config, step, device, rank, world):
-    """Mean AUROC and loss on the validation list after `step` steps."""
+    """Score and loss on the validation list after `step` steps. The score is the mean AUROC, or the
+    best `dice_all` of a segmentation, with the threshold and the smallest area that give it."""
     scores = predict(model, part.images, config, device, rank, world)
-    wrong = (~scores.isfinite()).any(1).nonzero().flatten().tolist()
+    wrong = (~scores.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     mrm.check_finite(step, part.paths, wrong, validation_score=scores)
+    if config.task == "segment":
+        chosen = choose_threshold(scores, part.truth)
+        loss = segmentation_loss(scores[:, None], part.truth[:, None].float()).item()
+        return {"val_dice": chosen.pop("dice"), "val_loss": loss, **chosen}
     return {"val_auroc": mean_auroc(scores.numpy(), part.labels.numpy()),
             "val_loss": F.binary_cross_entropy_with_logits(scores, part.labels).item()}
 
 
 def trained_tensors(model):
-    """Copies on the CPU of the parameters that are trained, by name."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()
-            if parameter.requires_grad}
+    """Copies on the CPU of what training changes, by name: the parameters that are trained, and
+    the statistics of batch norms."""
+    trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    return {name: tensor.detach().cpu().clone()
+            for name, tensor in [*trained, *model.named_buffers()]}
 
 
 def set_rates(optimizer, config, step, steps):
@@ -512,7 +689,8 @@ def set_rates(optimizer, config, step, steps):
     A rate rises slowly at first: large steps for a head that knows nothing yet would spoil the
     pretrained blocks. With `probe` the head learns alone first, for the same reason: on a few
     dozen labels the blocks would otherwise follow the noise of a random head (Kumar et al., 2022,
-    linear probing, then fine-tuning).
+    linear probing, then fine-tuning). Then the rate falls along a cosine, or along a line for a
+    segmentation (a polynomial of power 1).
     """
     alone = round(config.probe * steps)
     if step < alone:
@@ -521,18 +699,30 @@ def set_rates(optimizer, config, step, steps):
             group["lr"] = lr if group["is_head"] else 0.0
         return
     step, steps = step - alone, steps - alone
-    lr = mrm.cosine_lr(step, steps, round(config.warmup * steps), config.lr, floor=1e-6)
+    warmup = round(config.warmup * steps)
+    lr = mrm.cosine_lr(step, steps, warmup, config.lr, floor=1e-6)
+    if config.task == "segment" and step >= warmup:
+        lr = config.lr * (steps - step) / (steps - warmup)
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr
 
 
+def split_batch(images, rows, labels):
+    """A batch as (images (B, 1, H, W), targets): the labels (B, k), or the masks (B, 1, H, W) that
+    come as the second channel."""
+    if images.shape[1] == 2:
+        return images[:, :1], images[:, 1:]
+    return images, labels[rows.to(labels.device)]
+
+
 def train(config, model, parts, steps, saved, facts, log, device, world):
-    """The training loop. Returns (best, history): the AUROC, step and trained tensors of the state
+    """The training loop. Returns (best, history): the scores, step and trained tensors of the state
     that was best on the validation list, and a dict for each evaluation of that list."""
+    score, loss_function = f"val_{SCORES[config.task]}", LOSSES[config.task]
     labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
     optimizer = make_optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    step, history, losses, best = 0, [], [], {"auroc": -1.0, "step": 0, "trained": None}
+    step, history, losses, best = 0, [], [], {score: -1.0, "step": 0, "trained": None}
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     mrm.seed_rank(config.seed, log.rank)
     if saved:
@@ -557,12 +747,12 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
             loss_of_step, seen = torch.zeros((), device=device), []
             for _ in range(config.accumulate):
                 images, rows = next(batches)
+                images, targets = split_batch(images.to(device, non_blocking=True), rows, labels)
                 with autocast():
-                    images = images.to(device, non_blocking=True)
                     logits = parallel(data.normalize(images, config.mean, config.std))
                 # The loss is float32: its gradient, probability - label, is near 0 for most
                 # labels, and bfloat16 would round it to two or three digits
-                loss = F.binary_cross_entropy_with_logits(logits.float(), labels[rows.to(device)])
+                loss = loss_function(logits.float(), targets)
                 (loss / config.accumulate).backward()
                 loss_of_step += loss.detach() / config.accumulate
                 seen += rows.tolist()
@@ -580,9 +770,8 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                                 **batches.speed()})
                 log.line(**history[-1])
                 losses.clear()
-                if scores["val_auroc"] > best["auroc"]:
-                    best = {"auroc": scores["val_auroc"], "step": step + 1,
-                            "trained": trained_tensors(model)}
+                if scores[score] > best[score]:
+                    best = scores | {"step": step + 1, "trained": trained_tensors(model)}
                 save(step + 1)
             saving.after(step + 1)
     return best, history
@@ -596,20 +785,18 @@ def print_plan(config, model, images, steps, effective, device):
           f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % "
           f"of the backbone, fc_norm + head {count['head']:,}); {steps} steps of "
           f"{effective}, {device}")
+    if config.task == "segment":
+        print(f"UPerNet of {config.channels} channels with {config.norm} norm, {config.img_size} x "
+              f"{config.img_size} pixels; masks: {config.masks or 'those below the root'}")
 
 
-def write_results(config, model, parts, classes, scores, best, history, log):
-    """Writes result.json, predictions.csv, roc.png and curves.png, and prints the AUROCs, from the
-    logits (n, k) of the test list. Returns the content of result.json."""
-    part, last, count = parts["test"], history[-1], lora.count_parameters(model)
-    labels = part.labels.numpy()
-    mean, (low, high), per_class = auroc(scores, labels)
-    result = {
-        "auroc": mean, "auroc_ci": (low, high),
-        "auroc_per_class": {name: value and value[0] for name, value in zip(classes, per_class)},
-        "auroc_per_class_ci": {name: value and value[1:]
-                               for name, value in zip(classes, per_class)},
-        "val_auroc": best["auroc"], "best_step": best["step"],
+def run_facts(config, model, parts, best, history, log):
+    """What result.json holds of a run of either task, beside its test scores."""
+    last, count = history[-1], lora.count_parameters(model)
+    chosen = {name: best[name] for name in ("val_auroc", "val_dice", "threshold", "smallest")
+              if name in best}
+    return chosen | {
+        "best_step": best["step"], "task": config.task,
         "split": config.split or config.data, "ratio": config.ratio, "method": config.method,
         "weights": config.weights,
         "images": {name: len(listed.names) for name, listed in parts.items()},
@@ -619,6 +806,18 @@ def write_results(config, model, parts, classes, scores, best, history, log):
         "images_per_second": last["images_per_second"],
         "share_waiting_for_data": last["share_waiting_for_data"],
         "peak_memory_mib": last["peak_memory_mib"], "seconds": time.time() - log.start}
+
+
+def write_results(part, classes, scores, facts, history, log):
+    """Writes result.json, predictions.csv, roc.png and curves.png, and prints the AUROCs, from the
+    logits (n, k) of the test list. Returns the content of result.json."""
+    labels = part.labels.numpy()
+    mean, (low, high), per_class = auroc(scores, labels)
+    result = {
+        "auroc": mean, "auroc_ci": (low, high),
+        "auroc_per_class": {name: value and value[0] for name, value in zip(classes, per_class)},
+        "auroc_per_class_ci": {name: value and value[1:]
+                               for name, value in zip(classes, per_class)}, **facts}
     if log.rank > 0:
         return result
     write_predictions(log.out, part.names, classes, 1 / (1 + np.exp(-scores)), labels)
@@ -636,6 +835,50 @@ def write_results(config, model, parts, classes, scores, best, history, log):
           f"images/s, {result['seconds']:.0f} s in all; {log.out}")
     log.json("result.json", result)
     return result
+
+
+def write_segmentation(config, part, logits, facts, history, log):
+    """Writes result.json, predictions.csv (pixels of each image), overlays.png and curves.png, and
+    prints the Dices, from the logits (n, H, W) of the test list, at `config.img_size` pixels a
+    side. Returns the content of result.json, whose areas count pixels of all images."""
+    found = find_pixels(logits, facts["threshold"], facts["smallest"])
+    counts = both, predicted, true = count_pixels(found, part.truth)
+    result, summary = {}, []
+    for name, values in dice_scores(counts, config.img_size**2, 1000).items():
+        interval = np.nanpercentile(values[1:], [2.5, 97.5]).tolist()
+        result |= {name: float(values[0]), f"{name}_ci": interval}
+        summary.append("%s %.3f [%.3f, %.3f]" % (name, values[0], *interval))
+    varied = predicted.std() > 0 and true.std() > 0
+    result |= {"area_error": float(np.abs(predicted - true).mean()),
+               "area_correlation": float(np.corrcoef(predicted, true)[0, 1]) if varied else None,
+               "images_with_mask": int((true > 0).sum()), "pixels": config.img_size**2, **facts}
+    if log.rank > 0:
+        return result
+    data.write_csv(log.out / "predictions.csv", ["image", *COUNTS],
+                   [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
+    dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
+    order = [i for i in dice.argsort() if true[i] > 0]
+    for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
+        film = part.images[i][0][:1].expand(3, -1, -1)
+        rows.append([film, overlay(film, part.truth[i]), overlay(film, found[i])])
+        captions.append(f"{name}: Dice {dice[i]:.3f}")
+    data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions, 2)
+    steps, names = [line["step"] for line in history], ("loss", "val_loss", "val_dice")
+    curves = {name: (steps, [line[name] for line in history]) for name in names}
+    data.save_plot(log.out / "curves.png", curves, "segmentation", "step", "")
+    print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
+          f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
+    log.json("result.json", result)
+    return result
+
+
+COUNTS = ["both", "predicted", "true"]  # the columns of a segmentation's predictions.csv
+
+
+def overlay(film, mask):
+    """A film (3, H, W) in [0, 1] with the pixels of a bool mask (H, W) tinted red."""
+    red = torch.tensor([1.0, 0.15, 0.1])[:, None, None]
+    return torch.where(mask, 0.55 * film + 0.45 * red, film)
 
 
 def write_predictions(out, names, classes, probabilities, labels=None):
@@ -666,7 +909,10 @@ def load_run(run, base=""):
         raise InputError(path, "the adapter.pt or best.pt of a fine-tuning run",
                          f"entries {sorted(saved)[:6]}")
     sizes = mrm.encoder_sizes({}, saved, path)
-    model = mrm.ViT(**sizes, num_classes=len(saved["classes"]))
+    if "segment" in saved:
+        model = mrm.UPerNet(saved["segment"]["channels"], saved["segment"]["norm"], **sizes)
+    else:
+        model = mrm.ViT(**sizes, num_classes=len(saved["classes"]), pool=saved.get("pool", 1))
     if "adapter" in saved:
         base, tensors = lora.read_base(path, saved, base)
         mrm.load_encoder(model, tensors, base)
@@ -685,7 +931,8 @@ def load_run(run, base=""):
 
 
 def predict_folder(config):
-    """Writes OUT/predictions.csv for every image below the folder `config.predict`."""
+    """Writes OUT/predictions.csv, or OUT/masks, for every image below the folder
+    `config.predict`."""
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
     model, saved = load_run(config.weights, config.base)
@@ -695,11 +942,32 @@ def predict_folder(config):
     paths = data.list_images(config.predict)
     if config.skip_bad:
         paths = [paths[i] for i in data.readable(paths)]
-    images = data.ImageSet(paths, model.img_size)
+    masks = [None] * len(paths) if "segment" in saved else None
+    images = data.ImageSet(paths, model.img_size, masks=masks)
     scores = predict(model.to(device), images, config, device)
     names = [Path(path).relative_to(config.predict).as_posix() for path in paths]
+    if masks:
+        return write_masks(Path(config.out) / "masks", names, paths, scores, saved["segment"])
     write_predictions(config.out, names, saved["classes"], scores.sigmoid().tolist())
     print(f"{len(paths)} images: {Path(config.out) / 'predictions.csv'}")
+
+
+def write_masks(out, names, paths, logits, settings):
+    """Writes OUT/NAME.png, 0 or 255 in an image of the size of its film, from logits (n, H, W).
+    settings: the run's threshold and smallest area. Raises InputError for names that differ in the
+    ending alone."""
+    files = [out / (data.split_ending(name)[0] + ".png") for name in names]
+    if len(set(files)) < len(files):
+        twice = Counter(files).most_common(1)[0][0]
+        raise InputError(out, "names that differ without their endings", f"two {twice.stem}")
+    for path, file, logit in zip(paths, files, logits):
+        threshold, smallest = settings["threshold"], settings["smallest"]
+        size = data.read_image(path).shape[1:]
+        full = F.interpolate(logit[None, None], size, mode="bilinear")[0]
+        kept = find_pixels(logit[None], threshold, smallest).any()  # `smallest` is of its size
+        picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
+        data.atomic_write(file, lambda stream: picture.save(stream, "PNG"))
+    print(f"{len(files)} masks: {out}")
 
 
 def parse_sets(config):
@@ -775,13 +1043,18 @@ def run_row(config, name, row, kept):
 
     first = {rate: next(data.run_cells(config.out, cells([config.seed], rate), run))[1]
              for rate in rates}
-    best = max(rates, key=lambda rate: first[rate]["val_auroc"])
+    score = SCORES[config.task]
+    best = max(rates, key=lambda rate: first[rate][f"val_{score}"])
     every = cells(range(config.seed, config.seed + config.seeds), best)
     results, draws = [], []
     for cell, result in data.run_cells(config.out, every, run):
         results.append(result)
-        scores, labels = read_predictions(Path(config.out) / cell / "predictions.csv",
-                                          list(result["auroc_per_class"]))
+        path = Path(config.out) / cell / "predictions.csv"
+        if config.task == "segment":
+            counts = np.array([row for _, *row in data.read_csv(path, COUNTS)], np.float64).T
+            draws.append(dice_scores(counts, result["pixels"], 1000)["dice"][1:])
+            continue
+        scores, labels = read_predictions(path, list(result["auroc_per_class"]))
         draws.append(bootstrap_auroc(scores, labels)[2].mean(0))
     return results, np.mean(draws, axis=0)
 
@@ -804,7 +1077,8 @@ def compare_rows(rows):
     for (a, (first, draws)), (b, (second, others)) in itertools.combinations(rows.items(), 2):
         if (a[0], a[3]) != (b[0], b[3]) or sum(x != y for x, y in zip(a, b)) != 1:
             continue
-        gains = [x["auroc"] - y["auroc"] for x, y in zip(first, second)]
+        score = "auroc" if "auroc" in first[0] else "dice"
+        gains = [x[score] - y[score] for x, y in zip(first, second)]
         low, high = np.nanpercentile(draws - others, [2.5, 97.5])
         same = a[1] if a[1] == b[1] else a[2]
         pair = (a[2], b[2]) if a[1] == b[1] else (a[1], b[1])
@@ -823,7 +1097,7 @@ def compare(config):
     kept, rows, table = {}, {}, []
     for name, row in list_rows(config).items():
         results, draws = rows[name] = run_row(config, name, row, kept)
-        scores = np.array([result["auroc"] for result in results])
+        scores = np.array([result[SCORES[config.task]] for result in results])
         deviation = scores.std(ddof=1) if len(scores) > 1 else 0
         trained = 100 * results[0]["trainable_parameters"] / results[0]["total_parameters"]
         seconds, memory = (np.mean([result[key] for result in results])
@@ -832,8 +1106,9 @@ def compare(config):
                       " ".join(f"{score:.3f}" for score in scores), f"{results[0]['lr']:g}",
                       f"{trained:.2f}", results[0]["images"]["train"], f"{seconds:.0f}",
                       f"{memory:.0f}"])
-    header = ["data", "pretraining", "method", "labels %", "test AUROC", "sd over seeds",
-              "each seed", "lr", "trained %", "training images", "seconds", "peak MiB"]
+    score = "test AUROC" if config.task == "classify" else "test Dice"
+    header = ["data", "pretraining", "method", "labels %", score, "sd over seeds", "each seed",
+              "lr", "trained %", "training images", "seconds", "peak MiB"]
     pairs = compare_rows(rows)
     paired = ["data", "labels %", "with", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
     wins = Counter((a, b) for _, _, _, a, b, gain, *_ in pairs if float(gain) > 0)

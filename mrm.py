@@ -160,17 +160,21 @@ class ViT(nn.Module):
     """Vision transformer with timm's state-dict keys (Dosovitskiy et al., 2021).
 
     With `num_classes` > 0 it returns logits (B, num_classes): head(fc_norm(mean of patch tokens)).
-    Without classes it returns norm(tokens) (B, 1 + N, D). Images are squares of `img_size` pixels.
-    Raises ValueError for sizes that do not divide.
+    With `pool` > 1 the means of pool x pool regions stand side by side instead, so that the head
+    knows where something is. Without classes it returns norm(tokens) (B, 1 + N, D). Images are
+    squares of `img_size` pixels. Raises ValueError for sizes that do not divide.
     """
 
     def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12,
-                 num_heads=12, num_classes=0, drop_path=0.0):
+                 num_heads=12, num_classes=0, drop_path=0.0, pool=1):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
             raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
                              f"and embed_dim {embed_dim} of num_heads {num_heads}")
+        if img_size // patch_size % pool:
+            raise ValueError(f"pool {pool} must divide the {img_size // patch_size} patches a side")
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.pool = pool
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, img_size // patch_size))
@@ -178,7 +182,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
         if num_classes:
             self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)
-            self.head = nn.Linear(embed_dim, num_classes)
+            self.head = nn.Linear(pool**2 * embed_dim, num_classes)
         else:
             self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
@@ -192,22 +196,36 @@ class ViT(nn.Module):
                              f"{self.img_size}), found {tuple(images.shape)}")
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
-    def run_blocks(self, x):
-        """(B, n, D) -> (B, 1 + n, D): puts the class token first and runs every block."""
+    def run_blocks(self, x, chosen=()):
+        """(B, n, D) -> (B, 1 + n, D): puts the class token first and runs every block.
+
+        With `chosen`, numbers of blocks from 1 on in rising order, it returns a list instead: the
+        tokens after each of them, and the same tokens twice where a number comes twice.
+        """
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls, x], dim=1)
-        for block in self.blocks:
+        x, states = torch.cat([cls, x], dim=1), []
+        for number, block in enumerate(self.blocks, 1):
             x = block(x)
-        return x
+            states += [x] * chosen.count(number)
+        return states if chosen else x
 
     def tokens(self, images):
         """(B, C, H, W) -> (B, 1 + N, D) after all blocks, before the last norm."""
         return self.run_blocks(self.embed(images))
 
+    def pool_patches(self, x):
+        """Patch tokens (B, N, D) -> (B, pool * pool * D): the normalised mean of each region."""
+        if self.pool == 1:
+            return self.fc_norm(x.mean(1))
+        side = math.isqrt(x.shape[1])
+        grid = x.transpose(1, 2).unflatten(2, (side, side))  # (B, D, side, side)
+        regions = F.adaptive_avg_pool2d(grid, self.pool).flatten(2).transpose(1, 2)
+        return self.fc_norm(regions).flatten(1)
+
     def forward(self, images):
         tokens = self.tokens(images)
         if hasattr(self, "head"):
-            return self.head(self.fc_norm(tokens[:, 1:].mean(1)))
+            return self.head(self.pool_patches(tokens[:, 1:]))
         return self.norm(tokens)
 
 
@@ -216,6 +234,95 @@ def init_weights(module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+# --------------------------------------------------------------------------------------------------
+# Segmentation: UPerNet on the ViT
+
+POOLS = (1, 2, 3, 6)  # cells a side of the pyramid pooling
+
+
+def make_norm(kind, channels):
+    """Batch norm, as published, or group norm, which does not depend on the size of a batch."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    # A map of one cell needs several channels a group: one number less its mean is always 0
+    return nn.GroupNorm(math.gcd(8, channels) if channels > 8 else 1, channels)
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution that keeps the size of the map, then norm and ReLU."""
+
+    def __init__(self, inputs, outputs, kernel, norm):
+        super().__init__(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+                         make_norm(norm, outputs), nn.ReLU())
+
+
+class UPerHead(nn.Module):
+    """The decoder of UPerNet (Xiao et al., 2018), on four maps of one resolution.
+
+    The maps are rescaled x4, x2, x1 and x0.5. The coarsest one is pooled to 1, 2, 3 and 6 cells a
+    side, and from there the pyramid is added up to the finest map. All four are fused at last. The
+    auxiliary head, a plain convolution on the third map, acts in training alone.
+    """
+
+    def __init__(self, dim, channels, norm="batch"):
+        super().__init__()
+        self.up4 = nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, stride=2), make_norm(norm, dim),
+                                 nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, stride=2))
+        self.up2 = nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        self.pooled = nn.ModuleList(ConvNorm(dim, channels, 1, norm) for _ in POOLS)
+        self.top = ConvNorm(dim + len(POOLS) * channels, channels, 3, norm)
+        self.lateral = nn.ModuleList(ConvNorm(dim, channels, 1, norm) for _ in range(3))
+        self.smooth = nn.ModuleList(ConvNorm(channels, channels, 3, norm) for _ in range(3))
+        self.fuse = ConvNorm(4 * channels, channels, 3, norm)
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, 1, 1))
+        few = math.ceil(channels / 3)  # 256 of 768, as published
+        self.auxiliary = nn.Sequential(ConvNorm(dim, few, 3, norm), nn.Dropout2d(0.1),
+                                       nn.Conv2d(few, 1, 1))
+
+    def forward(self, maps):
+        """Four maps (B, D, n, n), shallow to deep -> logits (B, 1, 4n, 4n) and, in training, the
+        auxiliary ones (B, 1, n, n), as a list."""
+        def to(x, like):
+            return F.interpolate(x, size=like.shape[2:], mode="bilinear")
+
+        one, two, three, four = maps
+        one, two, four = self.up4(one), self.up2(two), F.max_pool2d(four, 2, ceil_mode=True)
+        pools = [to(conv(F.adaptive_avg_pool2d(four, cells)), four)
+                 for conv, cells in zip(self.pooled, POOLS)]
+        x = self.top(torch.cat([four, *pools], dim=1))
+        levels = [x]
+        for lateral, smooth, fine in zip(self.lateral, self.smooth, (three, two, one)):
+            fine = lateral(fine)
+            x = fine + to(x, fine)  # what is known of the coarser map comes down to this one
+            levels.append(smooth(x))
+        x = self.fuse(torch.cat([to(level, levels[-1]) for level in levels], dim=1))
+        return [self.classify(x)] + ([self.auxiliary(three)] if self.training else [])
+
+
+class UPerNet(ViT):
+    """ViT with UPerNet on the tokens after a third, a half, two thirds and all of its blocks.
+
+    Its parts beside the encoder are named `head.`, as the classifier's are. `channels` is the width
+    of the head (the paper: 768); norm: batch or group. The four blocks of a shallow ViT coincide.
+    """
+
+    def __init__(self, channels=768, norm="batch", **sizes):
+        super().__init__(**sizes)
+        del self.norm  # UPerNet takes the tokens as they leave the blocks
+        depth = len(self.blocks)
+        self.chosen = [math.ceil(depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+        self.head = UPerHead(self.cls_token.shape[2], channels, norm)
+
+    def forward(self, images):
+        """(B, C, H, W) -> logits (B, 1, H, W) of each pixel. In training a second channel holds
+        those of the auxiliary head."""
+        side = self.img_size // self.patch_size
+        maps = [tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+                for tokens in self.run_blocks(self.embed(images), self.chosen)]
+        return torch.cat([F.interpolate(logits, size=images.shape[2:], mode="bilinear")
+                          for logits in self.head(maps)], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,6 +560,8 @@ def load_encoder(model, tensors, source):
     own, tensors = model.state_dict(), dict(tensors)
     for name in own.keys() & tensors.keys():
         tensor = tensors[name]
+        if not own[name].is_floating_point():
+            continue  # the count of the batches that a batch norm has seen
         if tensor.layout != torch.strided or not tensor.is_floating_point():
             raise InputError(f"{source}: {name}", "floating-point numbers", tensor.dtype)
         if not torch.isfinite(tensor.float()).all():
@@ -687,10 +796,11 @@ def load_records(config, paths, reports, device):
     return Records(images, heldout, tokenizer, tokens, words)
 
 
-def augment(images, generator, side, min_crop, flip=False):
+def augment(images, generator, side, min_crop, flip=False, resize=data.resize):
     """Random crops (B, C, side, side) of at least the share `min_crop` of each image; `flip`
     mirrors half of them. It is no local function, because worker processes find it by its name."""
-    images = data.random_resized_crop(images, side, (min_crop, 1.0), generator=generator)
+    images = data.random_resized_crop(images, side, (min_crop, 1.0), generator=generator,
+                                      resize=resize)
     return data.random_flip(images, generator) if flip else images
 
 

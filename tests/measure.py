@@ -5,6 +5,8 @@ python tests/measure.py vit             # a LoRA step and an MRM step of the pap
 python tests/measure.py step            # an NC + R step, the official code against ours: operations, bytes, seconds
 python tests/measure.py motions RUN     # the share of shifts, zooms and rotations that the R of a run finds on val
 python tests/measure.py bound SEED      # NC at level 5 with the true flow in R's place, as a cell of reggan.py --compare
+python tests/measure.py lungs COVID DIR # writes DIR, the lists of the films of COVID that have lung masks, split by patient
+python tests/measure.py unet OUT OPTION ...  # a U-Net in UPerNet's place: finetune.py --task segment --weights scratch OPTION ...
 """
 
 import contextlib
@@ -284,7 +286,72 @@ def bound(seed):
     print(f"seed {seed}: PSNR {result['psnr']:.2f} dB, MAE {result['mae']:.4f}")
 
 
+def lungs(covid, folder, seed=0):
+    """Lists of the films in COVID/images that have a mask in COVID/lung_masks: a third of the patients for test_list, a tenth for
+    val_list, the others for train_list. A film without a known patient is a patient of its own."""
+    covid, folder = Path(covid).absolute(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "images").symlink_to(covid / "images")
+    stems = {path.stem for path in (covid / "lung_masks").iterdir()}
+    names = sorted(path.name for path in (covid / "images").iterdir() if path.stem in stems)
+    patients = [patient or name for patient, name in zip(data.patient_ids(covid, names), names)]
+    order = sorted(set(patients))
+    order = [order[i] for i in torch.randperm(len(order), generator=data.seeded(seed)).tolist()]
+    ends = [len(order) // 3, len(order) // 3 + len(order) // 10]
+    parts = {"test": order[: ends[0]], "val": order[ends[0] : ends[1]], "train": order[ends[1] :]}
+    for part, members in parts.items():
+        listed = [name for name, patient in zip(names, patients) if patient in members]
+        (folder / f"{part}_list.txt").write_text("\n".join(listed) + "\n")
+        print(f"{part}: {len(listed)} films of {len(members)} patients")
+
+
+class UNet(torch.nn.Module):
+    """U-Net (Ronneberger et al., 2015) of five levels, `width` channels in the first and twice as many in each next one: two 3 x 3
+    convolutions a level with norms, max pooling down, bilinear up."""
+
+    def __init__(self, img_size, norm, width=9):
+        super().__init__()
+        self.img_size, self.blocks = img_size, torch.nn.ModuleList()  # no blocks of a ViT
+        self.register_buffer("cls_token", torch.zeros(1, 1, 1), persistent=False)  # as narrow
+        widths = [width * 2**level for level in range(5)]
+
+        def two(inputs, outputs):
+            layers = (
+                mrm.ConvNorm(inputs, outputs, 3, norm),
+                mrm.ConvNorm(outputs, outputs, 3, norm),
+            )
+            return torch.nn.Sequential(*layers)
+
+        self.down = torch.nn.ModuleList(two(a, b) for a, b in zip([1, *widths], widths))
+        self.up = torch.nn.ModuleList(two(a + b, a) for a, b in zip(widths, widths[1:]))
+        self.last = torch.nn.Conv2d(width, 1, 1)
+
+    def forward(self, x):
+        levels = []
+        for layer in self.down:
+            x = layer(F.max_pool2d(x, 2) if levels else x)
+            levels.append(x)
+        for layer, skip in zip(reversed(self.up), reversed(levels[:-1])):
+            x = layer(torch.cat([skip, F.interpolate(x, scale_factor=2, mode="bilinear")], dim=1))
+        return self.last(x)
+
+
+def unet(out, *options):
+    """Trains and tests a U-Net exactly as finetune.py does UPerNet: lists, crops, losses, optimiser, rate, choice on val, metrics.
+    There is no auxiliary head, and all layers have the same rate."""
+    command = ["--task", "segment", "--weights", "scratch", "--layer-decay", "1", "--out", out]
+    config = data.parse_config(finetune.FinetuneConfig, [*command, *options])
+    finetune.build_model = lambda config, *_: UNet(config.img_size, config.norm)
+    finetune.finetune(config)
+
+
 if __name__ == "__main__":
-    {"pixels": pixels, "vit": vit, "step": step, "motions": motions, "bound": bound}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    {
+        "lungs": lungs,
+        "unet": unet,
+        "pixels": pixels,
+        "vit": vit,
+        "step": step,
+        "motions": motions,
+        "bound": bound,
+    }[sys.argv[1]](*sys.argv[2:])

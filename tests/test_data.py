@@ -3,6 +3,7 @@ pydicom, tiktoken's loader and a naive byte-pair encoding; every kind of bad inp
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import mrm
 from data import InputError
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
@@ -1591,6 +1593,7 @@ class Mac(types.ModuleType):
     def __getattr__(self, name):
         return "darwin" if name == "platform" else getattr(sys, name)
 import data
+import mrm
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn", force=True)
     import torch
@@ -1616,6 +1619,7 @@ import sys, types, multiprocessing
 sys.path.insert(0, {str(Path(data.__file__).parent)!r})
 multiprocessing.set_start_method("spawn", force=True)
 import data
+import mrm
 data.sys = types.SimpleNamespace(platform="darwin", stderr=sys.stderr, exit=sys.exit)
 data.run_script(lambda: data.over_images(data.pixel_hash, {paths!r} * 20))
 """
@@ -1760,6 +1764,7 @@ STOPPED = """
 import sys, time
 sys.path.insert(0, {repository!r})
 import data
+import mrm
 def save(steps):
     print("saved", steps, flush=True)
 with data.Saving(save, seconds=1e9) as saving:
@@ -1809,3 +1814,139 @@ def test_a_new_run_leaves_no_file_of_the_one_before_it(tmp_path):
         "log.jsonl",
         "notes.txt",
     ]
+
+
+def runs_of(mask, absolute=False):
+    """A mask as SIIM writes it, by its own loop over pixels, down the columns."""
+    words, last, position, length = [], 0, 0, 0
+    for place, value in enumerate(mask.T.ravel()):
+        if value and not length:
+            words.append(place + 1 if absolute else place - last)
+        length = length + 1 if value else 0
+        if value:
+            last, position = place + 1, position + 1
+            if place + 1 == mask.size or not mask.T.ravel()[place + 1]:
+                words.append(length)
+    return " ".join(map(str, words))
+
+
+def test_run_lengths_worked_on_paper():
+    mask = np.array([[0, 0, 1], [1, 0, 1]], bool)  # down the columns: 0 1, 0 0, 1 1
+    assert runs_of(mask) == "1 1 2 2" and runs_of(mask, absolute=True) == "2 1 5 2"
+    for text, absolute in (("1 1 2 2", False), ("2 1 5 2", True)):
+        found = data.read_mask(data.Runs("csv", absolute, [text]), (2, 3), "x.png")
+        assert (found == mask).all()
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_masks_of_run_lengths(tmp_path, absolute):
+    rng = np.random.default_rng(0)
+    masks = {
+        f"1.2.{i}": skimage.transform.resize(rng.random((4, 5)), (31, 40)) > 0.5 for i in range(4)
+    }
+    rows = ["ImageId, EncodedPixels", "1.2.9, -1"]
+    for name, mask in masks.items():  # some images have a row for each half
+        halves = [mask & (np.arange(40) < 20), mask & (np.arange(40) >= 20)]
+        for part in halves if name != "1.2.0" else [mask]:
+            rows.append(f"{name},{runs_of(part, absolute)}")
+    (tmp_path / "rle.csv").write_text("\n".join(rows) + "\n")
+    names = [*masks, "1.2.9"]
+    sources = data.find_masks(tmp_path / "rle.csv", ["a/" + name for name in names], names)
+    for source, expected in zip(sources, [*masks.values(), np.zeros((31, 40), bool)], strict=True):
+        assert (data.read_mask(source, (31, 40), "x") == expected).all()
+    with pytest.raises(InputError, match="line 3: 1.2.0: expected runs within the 100 pixels of x"):
+        data.read_mask(sources[0], (10, 10), "x")
+    with pytest.raises(InputError, match=r"no row of the image 1\.2\.7 \(1 of 2 are missing\)"):
+        data.find_masks(tmp_path / "rle.csv", ["1.2.7", "1.2.0"], ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("a,1 2 3", "line 2: a: expected -1 or pairs `start length`, found 1 2 3"),
+        ("a,1 0", "found 1 0"),
+        ("a,", "found nothing"),
+        ("a,1 2\na,-1", "line 3: a: expected either -1 or runs in the rows of an image"),
+    ],
+)
+def test_run_lengths_that_cannot_be_read(tmp_path, rows, message):
+    (tmp_path / "rle.csv").write_text("ImageId,EncodedPixels\n" + rows + "\n")
+    with pytest.raises(InputError, match=re.escape(message)):
+        data.find_masks(tmp_path / "rle.csv", ["a"], ["a"])
+
+
+def test_masks_of_a_folder_and_what_is_wrong_with_them(tmp_path):
+    film, mask = np.zeros((20, 30), np.uint8), np.zeros((20, 30), np.uint8)
+    mask[4:9, 20:28] = 255
+    for name, pixels in {
+        "a": mask,
+        "soft": np.maximum(mask, 7),
+        "three": np.maximum(mask, np.where(np.arange(30) < 5, np.uint8(7), film)),
+        "small": mask[:, 1:],
+        "full": mask | 255,
+    }.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    Image.fromarray(mask > 0).save(tmp_path / "bits.png")
+    Image.fromarray(mask // 255).save(tmp_path / "ones.png")
+    keys, paths = ["a", "bits", "ones"], ["a.dcm", "bits.jpg", "ones.png"]
+    for source in data.find_masks(tmp_path, keys, paths):
+        assert (data.read_mask(source, (20, 30), "film") == (mask > 0)).all()
+    for name, message in {
+        "soft": "soft.png: expected a mask of the values 0 and one other, found 2 values from 7",
+        "three": "three.png: expected a mask of the values 0 and one other, found 3 values",
+        "full": "full.png: expected a mask of the values 0 and one other",
+        "small": "small.png: expected a mask of 30 x 20 pixels, as film, found 29 x 20",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            data.read_mask(str(tmp_path / f"{name}.png"), (20, 30), "film")
+    with pytest.raises(InputError, match="gone.png: no such mask, of the image gone.dcm"):
+        data.find_masks(tmp_path, ["a", "gone"], ["a.png", "gone.dcm"])
+    assert data.find_masks(tmp_path, ["a", "gone"], ["a.png", "gone.dcm"], {1})[1] is None
+    with pytest.raises(InputError, match="no such folder or CSV"):
+        data.find_masks(tmp_path / "none", ["a"], ["a.png"])
+
+
+def test_a_dicom_and_its_run_lengths(tmp_path):
+    pytest.importorskip("pydicom")
+    raw = np.zeros((24, 32), np.uint16)
+    raw[6:18, 3:11] = 4000
+    write_dicom(tmp_path / "1.2.3.dcm", raw)
+    rows = f"ImageId,EncodedPixels\n1.2.3,{runs_of(raw > 0)}\n"
+    (tmp_path / "rle.csv").write_text(rows)
+    masks = data.find_masks(tmp_path / "rle.csv", ["1.2.3"], ["1.2.3.dcm"])
+    [(pair, _)] = data.ImageSet([tmp_path / "1.2.3.dcm"], 24, masks=masks)
+    assert pair.shape == (2, 24, 24) and pair[1].sum() == pytest.approx(12 * 6, abs=12)
+    assert ((pair[0] > 0.5) == (pair[1] > 0.5)).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_and_flips_move_image_and_mask_together(tmp_path, workers):
+    """The mask is where the film is bright: it stays so, and keeps two values, through it all."""
+    rng, paths, masks = np.random.default_rng(0), [], []
+    for i in range(6):
+        film = skimage.transform.resize(rng.random((5, 6)), (70 + i, 90)) > 0.55
+        paths.append(tmp_path / f"{i}.png")
+        masks.append(str(tmp_path / f"mask{i}.png"))
+        Image.fromarray((50 + 150 * film).astype(np.uint8)).save(paths[-1])
+        Image.fromarray(film).save(masks[-1])
+    augment = functools.partial(
+        mrm.augment, side=32, min_crop=0.3, flip=True, resize=data.resize_pair
+    )
+    whole = data.ImageSet(paths, 64, masks=masks)
+    crops = data.ImageSet(paths, 64, augment, masks=masks)
+    loaded = data.ImageSet(paths, 64, augment, masks=masks).preload()
+    batches = list(data.train_batches(crops, 6, 0, 4, seed=1, workers=workers))
+    for (pairs, rows), (again, _) in zip(batches, data.train_batches(loaded, 6, 0, 4, seed=1)):
+        assert pairs.shape == (6, 2, 32, 32) and torch.equal(pairs, again)
+        image, mask = pairs.unbind(1)
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
+        assert ((image > 0.49) == (mask > 0.5)).float().mean() > 0.97
+        assert not torch.equal(pairs[0], data.resize_pair(whole[rows[0].item()][0], (32, 32)))
+    assert whole[0][0].shape == (2, 64, 64)  # all of the film, and not its centre
+
+
+def test_a_resized_mask_takes_the_nearest_pixel():
+    pair = torch.rand(2, 12, 20).round()
+    found = data.resize_pair(pair, (7, 9))[1]
+    rows, columns = ((torch.arange(n) + 0.5) * side // n for n, side in ((7, 12), (9, 20)))
+    assert torch.equal(found, pair[1][rows.long()][:, columns.long()])

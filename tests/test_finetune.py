@@ -601,6 +601,27 @@ def test_rates_with_and_without_a_probe():
         assert found["blocks.0.mlp.fc1.weight"] == pytest.approx(block, rel=1e-6), step
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_pooled_run_predicts_what_it_scored(easy, tmp_path, method):
+    finetune.finetune(config(easy, tmp_path / "run", method=method, pool=4))
+    scored = list(csv.DictReader((tmp_path / "run/predictions.csv").open()))
+    if method == "lora":
+        lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt")))
+    for run in ["run", "run/merged.pt"][: 2 if method == "lora" else 1]:
+        finetune.predict_folder(
+            FinetuneConfig(
+                predict=str(easy / "images"), weights=str(tmp_path / run), out=str(tmp_path / "p")
+            )
+        )
+        found = {
+            row["image"]: row for row in csv.DictReader((tmp_path / "p/predictions.csv").open())
+        }
+        for row in scored:
+            assert float(found[row["image"]]["Square"]) == pytest.approx(
+                float(row["Square"]), abs=1e-4
+            )
+
+
 def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "full"))
     state = data.load_checkpoint(tmp_path / "full/best.pt")["model"]
@@ -1295,3 +1316,374 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(easy, tmp_pa
     finetune.predict_folder(dataclasses.replace(predict, skip_bad=True))
     count = len(list(images.iterdir())) - 1
     assert len((tmp_path / "p" / "predictions.csv").read_text().splitlines()) == 1 + count
+
+
+# Segmentation
+
+
+def test_segmentation_loss_against_its_equations():
+    rng = np.random.default_rng(0)
+    logits, masks = rng.normal(size=(3, 2, 5, 4)) * 2, (rng.random((3, 1, 5, 4)) < 0.3) * 1.0
+    masks[2] = 0
+    expected = 0
+    for weight, channel in ((1, 0), (0.4, 1)):
+        focal, dice = [], []
+        for x, y in zip(logits[:, channel], masks[:, 0]):
+            p = 1 / (1 + np.exp(-x))
+            for a, b in zip(p.ravel(), y.ravel()):
+                q = a if b else 1 - a
+                focal.append(-0.5 * (1 - q) ** 2 * np.log(q))
+            dice.append(1 - (2 * (p * y).sum() + 1) / ((p * p).sum() + y.sum() + 1))
+        expected += weight * (2 * np.mean(focal) + np.mean(dice))
+    logits, masks = torch.tensor(logits), torch.tensor(masks)
+    assert finetune.segmentation_loss(logits, masks).item() == pytest.approx(expected)
+    one = finetune.segmentation_loss(logits[:, :1], masks).item()
+    assert one == pytest.approx(
+        finetune.segmentation_loss(logits * torch.tensor([1, 0])[:, None, None], masks).item()
+        - 0.4 * finetune.segmentation_loss(0 * logits[:, :1], masks).item()
+    )
+
+
+def blobs(n=40, side=12, seed=0):
+    """Logits and masks of which some are empty, and which agree more or less."""
+    rng = np.random.default_rng(seed)
+    masks = np.kron(rng.random((n, 3, 3)) < 0.3, np.ones((side // 3, side // 3))) > 0
+    masks[::4] = False
+    logits = rng.normal(size=masks.shape) - 2 + 3 * masks * rng.random((n, 1, 1))
+    logits[::8] -= 4
+    return torch.tensor(logits).float(), torch.tensor(masks)
+
+
+def test_each_dice_against_a_plain_formula():
+    logits, masks = blobs()
+    counts = finetune.count_pixels(finetune.find_pixels(logits, 0.4, 5), masks)
+    found = torch.sigmoid(logits).numpy() > 0.4
+    found[found.sum((1, 2)) < 5] = False
+    truth = masks.numpy()
+    each = []
+    for a, b in zip(found, truth):
+        both = np.logical_and(a, b).sum()
+        each.append(1.0 if not a.any() and not b.any() else 2 * both / (a.sum() + b.sum()))
+    some = [dice for dice, b in zip(each, truth) if b.any()]
+    both, either = (found & truth).sum(), found.sum() + truth.sum()
+    off, either_off = (~found & ~truth).sum(), (~found).sum() + (~truth).sum()
+    scores = finetune.dice_scores(counts, 144, 2000)
+    assert len(some) < len(each) and any(dice == 1 for dice in each) and 0 in each
+    assert scores["dice"][0] == pytest.approx(np.mean(some))
+    assert scores["dice_all"][0] == pytest.approx(np.mean(each))
+    assert scores["dice_official"][0] == pytest.approx(
+        (2 * both / either + 2 * off / either_off) / 2
+    )
+    rng, draws = np.random.default_rng(5), []
+    for _ in range(2000):
+        rows = rng.integers(len(each), size=len(each))
+        draws.append(
+            [
+                np.mean([each[i] for i in rows if truth[i].any()]),
+                np.mean([each[i] for i in rows]),
+                ((found & truth)[rows].sum() / (found[rows].sum() + truth[rows].sum()))
+                + (~found & ~truth)[rows].sum() / ((~found[rows]).sum() + (~truth[rows]).sum()),
+            ]
+        )
+    for values, expected in zip(scores.values(), np.array(draws).T, strict=True):
+        ours, theirs = (np.percentile(x, [2.5, 97.5]) for x in (values[1:], expected))
+        assert ours == pytest.approx(theirs, abs=0.02)
+    empty = np.zeros((3, 4), int)
+    assert np.isnan(finetune.dice_scores(empty, 9)["dice"][0])
+    assert finetune.dice_scores(empty, 9)["dice_all"][0] == 1
+
+
+def test_threshold_and_smallest_area_are_the_best_of_all():
+    logits, masks = blobs(seed=3)
+    chosen = finetune.choose_threshold(logits, masks)
+    best = max(
+        finetune.dice_scores(
+            finetune.count_pixels(finetune.find_pixels(logits, t / 10, area), masks), 144
+        )["dice_all"][0]
+        for t in range(1, 10)
+        for area in (0, 1, 2, 3, 6)
+    )
+    assert chosen["dice"] == pytest.approx(best)
+    counts = finetune.count_pixels(
+        finetune.find_pixels(logits, chosen["threshold"], chosen["smallest"]), masks
+    )
+    assert finetune.dice_scores(counts, 144)["dice_all"][0] == pytest.approx(best)
+    assert chosen["smallest"] > 0  # the noise in empty images makes it worth something
+
+
+@pytest.fixture(scope="session")
+def holes(tmp_path_factory):
+    """Films of two shapes with a bright rectangle, or none, and its mask."""
+    root = tmp_path_factory.mktemp("holes")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    rng, count = np.random.default_rng(0), 0
+    for part, n in (("train_list", 24), ("val_list", 12), ("test_list", 12)):
+        lines = []
+        for i in range(n):
+            name, count = f"{count:04d}", count + 1
+            image = rng.integers(60, 110, (40, 40 + 20 * (i % 2))).astype(np.uint8)
+            mask = np.zeros(image.shape, bool)
+            if i % 3:
+                y, x = rng.integers(2, 18, 2)
+                mask[y : y + rng.integers(10, 20), x : x + rng.integers(10, 20)] = True
+            image[mask] += 110
+            Image.fromarray(image).save(root / "images" / f"{name}.bmp")
+            Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+            lines.append(f"{name}.bmp")
+        (root / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def segment(root, out, **kwargs):
+    options = dict(task="segment", data="csv", img_size=48, channels=8, min_crop=0.6)
+    return config(root, out, **options | kwargs)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "linear"])
+def test_a_segmentation_leaves_what_the_design_promises(holes, tmp_path, method, capsys):
+    out = tmp_path / "run"
+    result = finetune.finetune(segment(holes, out, method=method, lr=5e-3, steps=40))
+    saved = json.loads((out / "result.json").read_text())
+    assert saved == json.loads(json.dumps(result))
+    assert saved["task"] == "segment" and saved["images_with_mask"] == 8
+    assert f"with batch norm, 48 x 48 pixels" in capsys.readouterr().out
+    for name in ("dice", "dice_all", "dice_official"):
+        low, high = saved[f"{name}_ci"]
+        assert 0 <= low <= saved[name] <= high <= 1
+    assert saved["dice"] > 0.5  # nothing but a bright rectangle is to be found
+    model = "adapter.pt" if method == "lora" else "best.pt"
+    for name in (model, "predictions.csv", "overlays.png", "curves.png", "last.pt"):
+        assert (out / name).stat().st_size > 0, name
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda line: line["val_dice"])
+    for name in ("val_dice", "threshold", "smallest"):
+        assert saved[name] == best[name]
+    rows = [
+        [int(row[name]) for name in ("both", "predicted", "true")]
+        for row in csv.DictReader((out / "predictions.csv").open())
+    ]
+    found, true = np.array(rows)[:, 1:].T
+    assert saved["dice"] == pytest.approx(np.mean([2 * a / (b + c) for a, b, c in rows if c]))
+    assert saved["area_error"] == pytest.approx(np.abs(found - true).mean())
+    assert saved["area_correlation"] == pytest.approx(np.corrcoef(found, true)[0, 1])
+
+    finetune.predict_folder(
+        FinetuneConfig(
+            predict=str(holes / "images"), weights=str(out), out=str(tmp_path / "p"), device="cpu"
+        )
+    )
+    names, _ = data.read_list(holes / "test_list.txt")
+    dices = []
+    for name, (_, predicted, _) in zip(names, rows):
+        mask = np.asarray(Image.open(tmp_path / "p/masks" / name.replace(".bmp", ".png")))
+        truth = np.asarray(Image.open(holes / "masks" / name.replace(".bmp", ".png")))
+        assert mask.shape == truth.shape and set(np.unique(mask)) <= {0, 255}
+        assert bool(mask.any()) == (predicted > 0)
+        assert (mask > 0).mean() == pytest.approx(predicted / 48**2, abs=0.01)
+        if truth.any():
+            dices.append(2 * (truth & (mask > 0)).sum() / (truth.sum() + (mask > 0).sum()))
+    assert np.mean(dices) == pytest.approx(saved["dice"], abs=0.03)
+    if method == "lora":  # the head is in the adapter, and merging keeps it
+        lora.merge(lora.LoRAConfig(adapter=str(out / "adapter.pt")))
+        films = torch.randn(2, 1, 48, 48)
+        run, merged = (finetune.load_run(path)[0] for path in (out, out / "merged.pt"))
+        torch.testing.assert_close(run(films), merged(films), atol=1e-5, rtol=1e-5)
+        names = data.load_checkpoint(out / "adapter.pt")["adapter"]
+        assert "head.fuse.1.running_var" in names and not any("fc1" in name for name in names)
+
+
+@pytest.mark.parametrize("options", [{}, dict(lora=True, norm="group")], ids=["batch", "group"])
+def test_a_segmentation_resumes_bit_for_bit(holes, tmp_path, monkeypatch, options):
+    finetune.finetune(segment(holes, tmp_path / "whole", **options))
+    interrupted(monkeypatch, segment(holes, tmp_path / "part", **options))
+    assert data.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2
+    finetune.finetune(segment(holes, tmp_path / "part", resume=True, **options))
+    a, b = (data.load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "part"))
+    assert all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])
+    assert ("head.fuse.1.running_mean" in a["trained"]) == (not options)
+    assert (tmp_path / "whole/predictions.csv").read_bytes() == (
+        tmp_path / "part/predictions.csv"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_upernet_overfits_one_image(holes, norm):
+    """To a Dice of 0.99, by the loss, the optimiser and the rate of a run. A batch norm needs images
+    that differ: there it is mirrored too."""
+    torch.manual_seed(0)
+    masks = data.find_masks(holes / "masks", ["0001"], ["0001.bmp"])
+    films = data.ImageSet([str(holes / "images/0001.bmp")], 48, masks=masks)
+    pair = films[0][0][None]
+    if norm == "batch":
+        pair = torch.cat([pair, pair.flip(2), pair.flip(3), pair.flip(2, 3)])
+    settings = segment(
+        holes,
+        "",
+        optimizer="adamw",
+        lr=5e-3,
+        weight_decay=0.05,
+        layer_decay=0.65,
+        method="full",
+        norm=norm,
+        drop_path=0.0,
+    )
+    sizes = dict(img_size=48, patch_size=4, embed_dim=32, depth=3, num_heads=2)
+    model = finetune.build_model(settings, sizes, 1).train()
+    optimizer = finetune.make_optimizer(model, settings)
+    images = data.normalize(pair[:, :1])
+    for _ in range(150):
+        optimizer.zero_grad()
+        finetune.segmentation_loss(model(images), pair[:, 1:]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        logits = model.eval()(images)[:, 0]
+    counts = finetune.count_pixels(finetune.find_pixels(logits, 0.5), pair[:, 1] > 0.5)
+    assert finetune.dice_scores(counts, 48**2)["dice"][0] > 0.99
+
+
+def test_masks_of_any_batch_size_and_of_workers_are_equal(holes, tmp_path, monkeypatch):
+    finetune.finetune(segment(holes, tmp_path, steps=20, lr=5e-3))
+    model, saved = finetune.load_run(tmp_path)
+    names, _ = data.read_list(holes / "test_list.txt")
+    paths = [str(holes / "images" / name) for name in names]
+    films, batches, found = data.ImageSet(paths, 48, masks=[None] * 12), data.eval_batches, {}
+    for size, workers in ((16, 0), (1, 0), (5, 1)):
+        monkeypatch.setattr(
+            data, "eval_batches", lambda images, _, *rest, size=size: batches(images, size, *rest)
+        )
+        settings = segment(holes, tmp_path, workers=workers, mean=saved["mean"], std=saved["std"])
+        found[size] = finetune.predict(model, films, settings, torch.device("cpu"))
+    assert found[16].shape == (12, 48, 48) and found[16].std() > 0.1
+    torch.testing.assert_close(found[1], found[16], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[5], found[16], atol=1e-4, rtol=1e-4)
+
+
+def test_a_segmentation_is_trained_further_and_starts_from_a_classifier(holes, easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "labels", img_size=24))
+    first = finetune.finetune(
+        segment(holes, tmp_path / "a", weights=str(tmp_path / "labels"), img_size=None, lora=True)
+    )
+    ran = json.loads((tmp_path / "a/config.json").read_text())
+    assert ran["img_size"] == 48 and first["lora_parameters"] > 0  # twice the classifier's
+    finetune.finetune(
+        segment(
+            holes,
+            tmp_path / "b",
+            weights=str(tmp_path / "a"),
+            img_size=None,
+            channels=None,
+            lora=True,
+            lr=1e-9,
+        )
+    )
+    a, b = (finetune.load_run(tmp_path / run)[0].state_dict() for run in "ab")
+    assert torch.allclose(a["head.fuse.0.weight"], b["head.fuse.0.weight"], atol=1e-6)
+    ran = json.loads((tmp_path / "b/config.json").read_text())
+    assert (ran["img_size"], ran["channels"]) == (48, 8)
+
+
+def test_compare_takes_segmentation(holes, tmp_path):
+    rows = dict(weights=None, compare=True, methods="full,lora", ratios="100", seeds=2)
+    finetune.compare(
+        dataclasses.replace(segment(holes, tmp_path, steps=6), **rows, inits="scratch")
+    )
+    text = (tmp_path / "compare.md").read_text()
+    results = [
+        json.loads((tmp_path / f"csv-scratch-full-100-{seed}/result.json").read_text())
+        for seed in (0, 1)
+    ]
+    assert "| test Dice |" in text and f"{np.mean([r['dice'] for r in results]):.3f}" in text
+    assert "| csv | 100 | scratch | full | lora |" in text
+
+
+def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp_path):
+    base = {
+        "model": {},
+        "arguments": {name: mrm.BASE[name] for name in mrm.ENCODER_SIZES if name != "in_chans"},
+    }
+    data.save_checkpoint(tmp_path / "base.pt", base)
+    run = segment(
+        holes,
+        tmp_path,
+        weights=str(tmp_path / "base.pt"),
+        img_size=None,
+        channels=None,
+        batch_size=None,
+        min_crop=None,
+        steps=None,
+        method="full",
+        ratio=100,
+    )
+    filled = finetune.fill_recipe(run, ["mask"])[0]
+    assert (filled.img_size, filled.lr, filled.layer_decay, filled.channels, filled.optimizer) == (
+        512,
+        2e-5,
+        0.65,
+        768,
+        "adamw",
+    )
+    assert filled.norm == "batch"
+    few = dataclasses.replace(run, batch_size=8)
+    assert finetune.fill_recipe(few, ["mask"])[0].norm == "group"
+    with pytest.raises(data.InputError, match="--norm batch: expected --batch-size 2 or more"):
+        finetune.fill_recipe(dataclasses.replace(run, batch_size=1, norm="batch"), ["mask"])
+    optimizer = torch.optim.SGD([dict(params=[torch.zeros(1)], lr_scale=0.5)], lr=1)
+    rates = []
+    for step in range(10):
+        finetune.set_rates(optimizer, segment(holes, "", lr=1.0, warmup=0.2, probe=0.0), step, 10)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.25, 0.5] + [0.5 * (10 - s) / 8 for s in range(2, 10)])
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda root: (root / "masks/0026.png").unlink(), r"0026.png: no such mask, of the image"),
+        (lambda root: Image.new("L", (41, 40)).save(root / "masks/0002.png"),
+         r"0002.png: expected a mask of 40 x 40 pixels, as .*0002.bmp, found 41 x 40"),
+        (lambda root: Image.linear_gradient("L").resize((60, 40)).save(root / "masks/0001.png"),
+         r"0001.png: expected a mask of the values 0 and one other"),
+        (lambda root: [Image.new("1", Image.open(path).size).save(path)
+                       for path in sorted((root / "masks").iterdir())[36:]],
+         "the test list: expected a mask that is not empty, found none"),
+    ],
+)  # fmt: skip
+def test_bad_masks_are_one_line_with_their_name(holes, tmp_path, spoil, message):
+    shutil.copytree(holes, tmp_path / "data")
+    spoil(tmp_path / "data")
+    with pytest.raises(data.InputError, match=message):
+        finetune.finetune(segment(tmp_path / "data", tmp_path / "out"))
+    assert not (tmp_path / "out/result.json").exists()
+    with pytest.raises(data.InputError, match="--masks: expected --task segment"):
+        finetune.finetune(config(holes, tmp_path / "out", masks="masks"))
+
+
+def test_the_demo_has_no_files_for_films_without_pneumothorax(tmp_path):
+    import demo
+
+    root = demo.write_demo_records(tmp_path / "demo", patients=60, size=32)
+    parts, classes = finetune.read_lists(
+        finetune.fill_cell(FinetuneConfig(task="segment", root=str(root), ratio=100))
+    )
+    part, where = parts["test"], data.read_lines(root / "classes.txt")
+    column = [name for _, name in where].index("Pneumothorax")
+    assert classes == ["mask"]
+    assert len(parts["train"].names) <= 2 * sum(map(bool, parts["train"].masks))
+    assert [mask is not None for mask in part.masks] == (part.labels[:, column] == 1).tolist()
+    name = next(name for name, mask in zip(part.names, part.masks) if mask)
+    (root / "masks" / name).unlink()
+    with pytest.raises(data.InputError, match=f"{name}: no such mask"):
+        finetune.read_lists(finetune.fill_cell(FinetuneConfig(task="segment", root=str(root))))
+
+
+def test_training_leaves_out_what_is_known_to_be_empty_beyond_the_share(capsys):
+    masks = [str(i) if i % 5 == 0 else None for i in range(20)]
+    names = [f"n{i}" for i in range(20)]
+    part = finetune.Part(names, names, torch.arange(20)[:, None], masks=masks)
+    for share, expected in ((1.0, 8), (2.0, 12), (0.5, 6), (9.0, 20), (0.0, 4)):
+        left = finetune.leave_out_empty(part, share)
+        assert len(left.names) == expected and sum(map(bool, left.masks)) == 4
+        assert left.names == left.paths == [f"n{i}" for i in left.labels[:, 0].tolist()]
+        assert [masks[i] for i in left.labels[:, 0].tolist()] == left.masks
+    assert "12 of 16 training images without a mask are left out" in capsys.readouterr().out

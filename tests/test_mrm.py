@@ -68,6 +68,26 @@ def test_vit_keys_and_size_are_timms():
     )  # ViT-B/16 with 14 classes; timm counts the same
 
 
+@pytest.mark.parametrize("pool", [1, 2, 4])
+def test_pooled_head_against_means_by_hand(pool):
+    sizes = dict(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=3)
+    model = mrm.ViT(**sizes, pool=pool).eval()
+    torch.nn.init.normal_(model.fc_norm.weight)
+    images = torch.rand(2, 1, 32, 32)
+    grid = model.tokens(images)[:, 1:].view(2, 4, 4, 8)  # row, column
+    side, means = 4 // pool, []
+    for y in range(pool):
+        for x in range(pool):
+            region = grid[:, y * side : (y + 1) * side, x * side : (x + 1) * side]
+            means.append(model.fc_norm(region.mean((1, 2))))
+    torch.testing.assert_close(model(images), model.head(torch.cat(means, 1)))
+
+
+def test_pool_must_divide_the_grid():
+    with pytest.raises(ValueError, match="pool 3 must divide the 4 patches a side"):
+        mrm.ViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, pool=3)
+
+
 def test_paper_parameter_count():
     """'Less Could Be Better': rank 4 on q and v of a ViT-B with 14 classes trains 159,758 parameters."""
     import lora
@@ -1007,3 +1027,114 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(films, tmp_p
         record_run(root, tmp_path / "run", steps=1, skip_bad=True, allow_outside=True)
     )
     assert result["records"] == 40 - 8 - 1
+
+
+NET = dict(img_size=24, patch_size=4, embed_dim=24, depth=6, num_heads=3, channels=8)
+
+
+def upernet(**options):
+    """A UPerNet in eval mode, away from its initialisation, norms included."""
+    torch.manual_seed(0)
+    model = mrm.UPerNet(**NET | options).eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif tensor.is_floating_point():
+            tensor += 0.1 * torch.randn_like(tensor)
+    return model
+
+
+def test_upernet_taps_the_blocks_of_the_paper():
+    vit = dict(img_size=16, patch_size=8, embed_dim=8, num_heads=2)
+    chosen = {depth: mrm.UPerNet(4, depth=depth, **vit).chosen for depth in (12, 6, 4, 1)}
+    assert chosen == {12: [4, 6, 8, 12], 6: [2, 3, 4, 6], 4: [2, 2, 3, 4], 1: [1, 1, 1, 1]}
+    model = upernet()
+    x = model.embed(torch.randn(2, 1, 24, 24))
+    states = model.run_blocks(x, [2, 3, 3, 6])
+    tokens = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(2, -1, -1), x], dim=1)
+    after = []
+    for block in model.blocks:
+        tokens = block(tokens)
+        after.append(tokens)
+    for state, number in zip(states, (2, 3, 3, 6), strict=True):
+        assert torch.equal(state, after[number - 1])
+    assert torch.equal(model.run_blocks(x), after[-1])
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_upernet_against_its_equations(norm):
+    """Every path written out: a head in which one is left out or crossed gives another result."""
+    head, maps = upernet(norm=norm).head, torch.randn(4, 2, 24, 6, 6)
+    a, b, c, d = maps
+
+    def block(x, layer):
+        kernel = layer[0].weight
+        x, bn = F.conv2d(x, kernel, padding=kernel.shape[2] // 2), layer[1]
+        return F.relu(normed(x, bn))
+
+    def normed(x, layer):
+        if norm == "batch":
+            return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        return F.group_norm(x, layer.num_groups, layer.weight, layer.bias)
+
+    def up(x, side):
+        return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
+    def twice(x, layer):
+        return F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+
+    a = twice(F.gelu(normed(twice(a, head.up4[0]), head.up4[1])), head.up4[3])
+    b, d = twice(b, head.up2), F.max_pool2d(d, 2)
+    cells = {n: F.adaptive_avg_pool2d(d, n) for n in (1, 2, 3, 6)}
+    pooled = [up(block(cells[n], layer), 3) for n, layer in zip((1, 2, 3, 6), head.pooled)]
+    top = block(torch.cat([d, *pooled], 1), head.top)
+    c = block(c, head.lateral[0]) + up(top, 6)
+    b = block(b, head.lateral[1]) + up(c, 12)
+    a = block(a, head.lateral[2]) + up(b, 24)
+    levels = [up(top, 24), up(block(c, head.smooth[0]), 24), up(block(b, head.smooth[1]), 24)]
+    fused = block(torch.cat([*levels, block(a, head.smooth[2])], 1), head.fuse)
+    expected = F.conv2d(fused, head.classify[1].weight, head.classify[1].bias)
+    [logits] = head(list(maps))
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_path_of_upernet_is_used():
+    """Whatever is cut, a map, a pool or a level, the logits change; and all of it learns."""
+    model, images = upernet(), torch.randn(2, 1, 24, 24)
+    whole = model(images)
+    assert whole.shape == (2, 1, 24, 24)
+    head = model.head
+    paths = [head.up4, head.up2, head.top, *head.pooled, *head.lateral, *head.smooth]
+    for layer in paths:
+        cut = layer.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
+        assert (model(images) - whole).abs().max() > 1e-3
+        cut.remove()
+    model.train()
+    logits = model(images)
+    assert logits.shape == (2, 2, 24, 24)
+    logits.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_upernet_of_a_batch_is_that_of_each_image(norm):
+    model, images = upernet(norm=norm), torch.randn(5, 1, 24, 24)
+    together = model(images)
+    for parts in (1, 2, 3):
+        apart = torch.cat([model(batch) for batch in images.split(parts)])
+        torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
+    if norm == "group":  # even in training, but for dropout
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Dropout2d):
+                layer.p = 0.0
+        model.train()
+        apart = torch.cat([model(image[None]) for image in images])
+        torch.testing.assert_close(apart, model(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", [4, 12, 28])
+def test_upernet_of_any_size_that_the_patches_divide(side):
+    model = upernet(img_size=side, channels=6)
+    assert model(torch.randn(1, 1, side, side)).shape == (1, 1, side, side)
+    with pytest.raises(ValueError, match="multiple of patch_size"):
+        upernet(img_size=side + 1)
