@@ -1256,7 +1256,7 @@ def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(
         calls.append(1)
         return loss(logits, labels) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(finetune.F, "binary_cross_entropy_with_logits", second_is_nan)
+    monkeypatch.setitem(finetune.LOSSES, "classify", second_is_nan)
     with pytest.raises(
         data.InputError, match=r"step 4: the loss is not finite.*images/00\d\d\.png"
     ) as error:
