@@ -234,7 +234,7 @@ SMALL = {
     "linear": ADAMW | dict(lr=5e-3),
 }
 SEGMENT = ADAMW | dict(layer_decay=0.65, min_crop=0.5)
-SMALL_SEGMENT = SEGMENT | dict(steps=300, lr=1e-2, channels=32, rank=4)
+SMALL_SEGMENT = SEGMENT | dict(batch_size=16, steps=600, lr=5e-3, channels=32, rank=4)
 # MRM's for SIIM; the batch and the steps, which it does not say, are ours
 PAPER_SEGMENT = SEGMENT | dict(batch_size=16, steps=20000, lr=2e-5, channels=768, img_size=512,
                                drop_path=0.1, warmup=0.05, rank=16)
