@@ -1446,16 +1446,18 @@ class ImageSet(torch.utils.data.Dataset):
 
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
     `augment(images, generator=)`; (seed, draw) seed the generator, so that neither workers nor
-    resuming change it. Without `augment` it holds the centre crops. set[i] is (image, i).
+    resuming change it. Without `augment` it holds the centre crops of `crop` pixels a side
+    (default: `size`). set[i] is (image, i).
     `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; for workers it must be
     one that can be pickled. `deep` is the number that stands for white in 16-bit files (default:
     `full_scale` of the largest value in 32 of them). `masks`, one an image as `find_masks` gives
     them, make each item a whole image and its mask as two channels (2, size, size)."""
 
-    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None):
+    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
+        self.crop = crop or size
         some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
         self.deep, self.masks = deep or common_scale([self.path(i) for i in some]), masks
 
@@ -1507,9 +1509,9 @@ class ImageSet(torch.utils.data.Dataset):
         return torch.stack([self.centre(image) for image in images]), indices
 
     def centre(self, image):
-        """The (1, size, size) in the middle of an image (1, H, W)."""
-        top, left = ((side - self.size) // 2 for side in image.shape[1:])
-        return image[:, top:top + self.size, left:left + self.size]
+        """The (1, crop, crop) in the middle of an image (1, H, W)."""
+        top, left = ((side - self.crop) // 2 for side in image.shape[1:])
+        return image[:, top:top + self.crop, left:left + self.crop]
 
 
 def load_batches(dataset, keys, workers):

@@ -2,6 +2,7 @@
 
     python finetune.py --lora        # from nothing: demo records, demo MRM, LoRA, test AUROC
     python finetune.py --data nih --root DIR --ratio 1 --weights MRM.pth --lora  # the paper's cell
+    python finetune.py --data nih --ratio 1 --lora --recipe cxr-mae --dry-run    # its recipe
     python finetune.py --data covid --root DIR --split covid1 --weights runs/mrm --lora --rank 4
     python finetune.py --compare     # methods x label ratios x seeds, as a table
     python finetune.py --compare --inits mrm,image-only,scratch --methods lora --ratios 10
@@ -20,7 +21,11 @@ Where this file departs from their official code, and why:
  3. Parameters are counted after freezing, LoRA apart from the head.
  4. An adapter file holds LoRA + fc_norm + head and names its base weights. An official checkpoint
     holds everything.
- 5. Gradients are clipped for LoRA and linear probes too, as MRM's full fine-tuning clips them.
+ 5. Gradients are clipped for LoRA and linear probes too, as MRM's full fine-tuning clips them;
+    training images are not flipped, since labels may know sides; the validation list is evaluated
+    10 times, not after each epoch. `--official` has the papers' form of these three.
+ 6. Autocast is bfloat16 instead of float16, crops are bicubic in every recipe, and the last batch
+    of an epoch takes the first images of the next one instead of being dropped.
 
 Shapes: B batch, n samples, k classes, H and W pixels.
 """
@@ -30,6 +35,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,7 +44,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from tqdm import tqdm
 
 import data
@@ -200,32 +206,52 @@ SCORES = {"classify": "auroc", "segment": "dice"}
 LOSSES = {"classify": F.binary_cross_entropy_with_logits, "segment": segmentation_loss}
 
 # --------------------------------------------------------------------------------------------------
-# Recipes: the papers' by method, data set and percent of labels, and ours for small models
+# Recipes: the papers', by family of weights, method, data set and percent of labels, and ours
 
-SGD = dict(optimizer="sgd", weight_decay=0.0, layer_decay=1.0, min_crop=0.08, drop_path=0.0)
-LORA = SGD | dict(batch_size=64, epochs=100, warmup=0.05)  # "Less Could Be Better", section 3
-FULL = SGD | dict(batch_size=96, drop_path=0.1)  # MRM, appendix; its warm-ups are in steps
+FIRST_5_EPOCHS = {epochs: 5 / epochs for epochs in (100, 200, 400)}  # the share of the warm-up
+CROP = dict(min_crop=0.08, drop_path=0.1)
+SGD = CROP | dict(optimizer="sgd", weight_decay=0.0, layer_decay=1.0)
+# "Less Could Be Better" on MRM's weights and on CXR-MAE's
+MEDPEFT = SGD | dict(batch_size=64, epochs=100, warmup=0.05)
+CXR_MAE = CROP | dict(optimizer="adamw", weight_decay=0.05, layer_decay=0.65, batch_size=64,
+                      mean=0.4785, std=0.2834, randaugment=True, erasing=0.25, test_side=256)
+MRM_FULL = SGD | dict(batch_size=96)  # MRM's appendix, in steps
+LORA_ON_MRM = {  # data set: learning rate and rank with 1, 10 and 100 % of the labels
+    "nih": [(0.05, 4), (0.05, 8), (0.2, 32)],
+    "chexpert": [(0.02, 4), (0.05, 16), (0.01, 32)],
+    "rsna": [(0.01, 4), (0.01, 32), (0.01, 32)]}
+LORA_ON_CXR_MAE = {  # epochs, learning rate at a batch of 256, rank
+    "nih": [(400, 3e-3, 4), (200, 1e-3, 8), (100, 3e-3, 32)],
+    "chexpert": [(400, 3e-3, 4), (100, 5e-3, 8), (100, 3e-3, 32)],
+    "rsna": [(100, 3e-3, 4), (100, 5e-3, 8), (100, 5e-3, 32)]}
+FULL_ON_MRM = {  # steps, steps of warm-up, learning rate
+    "nih": [(3000, 50, 3e-2), (30000, 500, 3e-3), (200000, 5000, 3e-3)],
+    "chexpert": [(2000, 150, 3e-3), (60000, 1500, 5e-4), (200000, 15000, 5e-4)],
+    "rsna": [(2000, 50, 3e-3), (10000, 200, 5e-4), (50000, 2000, 5e-4)]}
 RECIPES = {
-    ("lora", "nih", 1): LORA | dict(lr=0.05, rank=4),
-    ("lora", "nih", 10): LORA | dict(lr=0.05, rank=8),
-    ("lora", "nih", 100): LORA | dict(lr=0.2, rank=32),
-    ("lora", "chexpert", 1): LORA | dict(lr=0.02, rank=4),
-    ("lora", "chexpert", 10): LORA | dict(lr=0.05, rank=16),
-    ("lora", "chexpert", 100): LORA | dict(lr=0.01, rank=32),
-    ("lora", "rsna", 1): LORA | dict(lr=0.01, rank=4),
-    ("lora", "rsna", 10): LORA | dict(lr=0.01, rank=32),
-    ("lora", "rsna", 100): LORA | dict(lr=0.01, rank=32),
-    ("full", "nih", 1): FULL | dict(steps=3000, warmup=50 / 3000, lr=3e-2),
-    ("full", "nih", 10): FULL | dict(steps=30000, warmup=500 / 30000, lr=3e-3),
-    ("full", "nih", 100): FULL | dict(steps=200000, warmup=5000 / 200000, lr=3e-3),
-    ("full", "rsna", 1): FULL | dict(steps=2000, warmup=50 / 2000, lr=3e-3),
-    ("full", "rsna", 10): FULL | dict(steps=10000, warmup=200 / 10000, lr=5e-4),
-    ("full", "rsna", 100): FULL | dict(steps=50000, warmup=2000 / 50000, lr=5e-4),
-    ("full", "chexpert", 1): FULL | dict(steps=2000, warmup=150 / 2000, lr=3e-3),
-    ("full", "chexpert", 10): FULL | dict(steps=60000, warmup=1500 / 60000, lr=5e-4),
-    ("full", "chexpert", 100): FULL | dict(steps=200000, warmup=15000 / 200000, lr=5e-4),
-    ("full", "covid", 100): FULL | dict(steps=1000, warmup=50 / 1000, lr=3e-2),
-}
+    ("mrm", "full", "covid", 100): MRM_FULL | dict(steps=1000, warmup=50 / 1000, lr=3e-2),
+    # Of the LoRA paper's full fine-tuning this cell alone is published
+    ("medpeft", "full", "nih", 1): MEDPEFT | dict(epochs=200, warmup=FIRST_5_EPOCHS[200], lr=1e-2),
+    ("cxr-mae", "full", "nih", 1): CXR_MAE | dict(epochs=400, warmup=FIRST_5_EPOCHS[400],
+                                                  base_lr=5e-4)}
+for name in LORA_ON_MRM:
+    for place, percent in enumerate((1, 10, 100)):
+        lr, rank = LORA_ON_MRM[name][place]
+        for family in ("mrm", "medpeft"):
+            RECIPES[family, "lora", name, percent] = MEDPEFT | dict(lr=lr, rank=rank)
+        epochs, lr, rank = LORA_ON_CXR_MAE[name][place]
+        RECIPES["cxr-mae", "lora", name, percent] = CXR_MAE | dict(
+            epochs=epochs, warmup=FIRST_5_EPOCHS[epochs], base_lr=lr, rank=rank)
+        steps, warmup, lr = FULL_ON_MRM[name][place]
+        RECIPES["mrm", "full", name, percent] = MRM_FULL | dict(
+            steps=steps, warmup=warmup / steps, lr=lr)
+# What we do otherwise on purpose, and the papers' form of it (--official): their images are flipped
+# although labels and reports may know sides, the LoRA paper's gradients are not clipped, and the
+# validation list is looked at after each epoch
+OURS = dict(flip=False, clip=1.0, evaluations=10)
+OFFICIAL = dict(flip=True, clip=0.0)
+PAPER_SETS = ("nih", "chexpert", "rsna", "covid")
+FAMILIES = ("mrm", "medpeft", "cxr-mae", "small")
 ADAMW = dict(optimizer="adamw", weight_decay=0.05, layer_decay=1.0, min_crop=0.6, drop_path=0.0,
              batch_size=32, steps=800, warmup=0.1)
 SMALL = {
@@ -240,11 +266,19 @@ PAPER_SEGMENT = SEGMENT | dict(batch_size=16, steps=20000, lr=2e-5, channels=768
                                drop_path=0.1, warmup=0.05, rank=16)
 
 
-def recipe_for(method, name, ratio, embed_dim):
-    """The paper's recipe for a ViT-B where the paper has this cell, else that of small models."""
-    if embed_dim == 768 and (method, name, ratio) in RECIPES:
-        return RECIPES[method, name, ratio]
-    return SMALL[method]
+def recipe_for(family, method, name, percent):
+    """(recipe, note): the cell's own, or the nearest that is published, and in words which it is.
+    The family "small" has ours. Raises InputError for a family that knows no such data."""
+    if family == "small" or method == "linear":
+        return SMALL[method], f"{method}, small models"
+    cell = (family, method, name, percent)
+    if cell in RECIPES:
+        return RECIPES[cell], " ".join(map(str, cell)) + " %"
+    if name not in PAPER_SETS:
+        raise InputError(f"--recipe {family}", f"--data {' or '.join(PAPER_SETS)}, or --recipe "
+                         "small", f"--data {name}")
+    near = (family, method, "nih", 1)  # the neighbour: the same weights and method on few labels
+    return RECIPES[near], f"{' '.join(map(str, near))} %, since {name} {percent} % is not published"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,6 +300,12 @@ class FinetuneConfig(RunConfig):
     weights: str = option(None, "checkpoint, run folder (of --lora: its adapter is trained further)"
                           ", scratch or scratch-PRESET (default: the demo MRM, made on first use)")
     base: str = option("", "base weights of an adapter, where they moved", free=True)
+    recipe: str = option(None, "whose values the options take: mrm (its own full fine-tuning, and "
+                         "the LoRA paper's LoRA), medpeft or cxr-mae (the LoRA paper's on MRM's or "
+                         "CXR-MAE's weights), small (default: by the weights)", choices=FAMILIES)
+    official: bool = option(False, "the papers' form where we depart: flips, no clipping but MRM's,"
+                            " validation after each epoch")
+    dry_run: bool = option(False, "print the recipe and stop", free=True)
     method: str = option(None, "what is trained: everything; LoRA + fc_norm + head; fc_norm + head "
                          "(default: full)", choices=["full", "lora", "linear"])
     lora: bool = option(False, "short for --method lora", free=True)
@@ -285,8 +325,17 @@ class FinetuneConfig(RunConfig):
     drop_path: float = option(None, "chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
-    flip: bool = option(False, "flip training images left-right at random (not where labels or "
-                        "reports name sides)")
+    flip: bool = option(None, "flip training images left-right at random (default: no, since "
+                        "labels and reports may name sides)")
+    randaugment: bool = option(None, "RandAugment on training images (CXR-MAE's recipe)")
+    erasing: float = option(None, "chance to fill a box of a training image with noise "
+                            "(CXR-MAE's recipe)", within="[0, 1]")
+    test_side: int = option(None, "pixels of the shorter side before the central crop of a test "
+                            "image (default: img_size)", within="[1, inf)")
+    base_lr: float = option(None, "peak learning rate at an effective batch of 256, where --lr is "
+                            "not given", within="(0, inf)")
+    clip: float = option(None, "largest norm of the gradients; 0: any (default: 1)",
+                         within="[0, inf)")
     mean: float = option(None, "mean of the pixels in [0, 1] (default: the weights', else 0.4978)",
                          within="(-inf, inf)")
     std: float = option(None, "deviation of the pixels (default: the weights', else 0.2449; for "
@@ -294,8 +343,8 @@ class FinetuneConfig(RunConfig):
     img_size: int = option(None, "pixels a side (default: the weights')", within="[1, inf)")
     num_heads: int = option(None, "attention heads, for weights that do not say (default: that of "
                             "a well-known width)", within="[1, inf)")
-    evaluations: int = option(10, "times the validation list is evaluated; the best state is kept",
-                              within="[1, inf)")
+    evaluations: int = option(None, "times the validation list is evaluated; the best state is "
+                              "kept (default: 10)", within="[1, inf)")
     skip_bad_lines: bool = option(False, "leave out lines that cannot be read instead of stopping")
     skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
     allow_outside: bool = option(False, "read images that a list names outside of --root")
@@ -395,15 +444,19 @@ def load_images(parts, config, kept):
     side, segment = config.img_size, config.task == "segment"
     augment = functools.partial(mrm.augment, side=side, min_crop=config.min_crop, flip=config.flip,
                                 resize=data.resize_pair if segment else data.resize)
+    if config.randaugment or config.erasing:
+        augment = functools.partial(strong_augment, augment, config.randaugment, config.erasing,
+                                    config.mean, config.std)
     parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed,
                                           masks=parts["train"].masks)
     parts["train"].images.preload()
     for name in ("val", "test"):
         part = parts[name]
-        same = name in kept and (kept[name].paths, kept[name].size, kept[name].masks) == (
-            part.paths, side, part.masks)
+        size = side if segment else config.test_side
+        same = name in kept and (kept[name].paths, kept[name].size, kept[name].crop,
+                                 kept[name].masks) == (part.paths, size, side, part.masks)
         if not same:
-            kept[name] = data.ImageSet(part.paths, side, masks=part.masks)
+            kept[name] = data.ImageSet(part.paths, size, masks=part.masks, crop=side)
             kept[name].preload()
         part.images = kept[name]
         if segment:
@@ -413,9 +466,64 @@ def load_images(parts, config, kept):
                 raise InputError(f"the {name} list", "a mask that is not empty", "none")
 
 
+def rand_augment(image, rng, magnitude=9, deviation=0.5):
+    """Two random operations on a PIL image in grey, each done with a chance of 1/2: RandAugment
+    (Cubuk et al., 2020) as CXR-MAE's recipe names it, m9-mstd0.5-inc1, whose strengths all rise
+    with the magnitude. Of its fifteen operations colour does nothing to grey and is left out."""
+    side, grey = image.width, 128
+    for _ in range(2):
+        operation, skip = rng.integers(14), rng.random() < 0.5
+        strength = np.clip(rng.normal(magnitude, deviation), 0, 10) / 10
+        signed = strength * rng.choice([-1, 1])
+        if skip:
+            continue
+        if operation < 4:  # without a strength, or with a whole number of grey levels
+            image = [ImageOps.autocontrast, ImageOps.equalize, ImageOps.invert,
+                     functools.partial(ImageOps.posterize, bits=4 - int(strength * 4) or 1)][
+                         operation](image)
+        elif operation == 4:
+            image = ImageOps.solarize(image, 256 - int(strength * 256))
+        elif operation == 5:
+            image = image.point([min(255, v + int(strength * 110)) if v < 128 else v
+                                 for v in range(256)])
+        elif operation < 9:
+            enhance = (ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)
+            image = enhance[operation - 6](image).enhance(max(0.1, 1 + 0.9 * signed))
+        elif operation == 9:
+            image = image.rotate(30 * signed, Image.BICUBIC, fillcolor=grey)
+        else:
+            place = operation - 10  # shear along x or y, then shift along x or y
+            matrix = [1, 0, 0, 0, 1, 0]
+            matrix[(1, 3, 2, 5)[place]] = (0.3 if place < 2 else 0.45 * side) * signed
+            image = image.transform(image.size, Image.AFFINE, matrix, Image.BICUBIC, fillcolor=grey)
+    return image
+
+
+def strong_augment(augment, randaugment, erasing, mean, std, images, generator):
+    """`augment`, then RandAugment and random erasing (Zhong et al., 2020) as CXR-MAE's recipe has
+    them: with a chance of `erasing`, a box of 2 to 33 % of an image becomes noise of the pixels'
+    mean and deviation. Returns (B, 1, side, side)."""
+    images = augment(images, generator=generator)
+    rng = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    side = images.shape[-1]
+    for i in range(len(images)):
+        if randaugment:
+            pixels = (images[i, 0] * 255).round().byte().numpy()
+            changed = rand_augment(Image.fromarray(pixels), rng)
+            images[i, 0] = torch.from_numpy(np.array(changed)).float() / 255
+        if rng.random() < erasing:
+            area, aspect = rng.uniform(0.02, 1 / 3) * side**2, np.exp(rng.uniform(-1, 1) * 1.2)
+            h, w = (min(side - 1, round(math.sqrt(x))) for x in (area * aspect, area / aspect))
+            top, left = rng.integers(side - h), rng.integers(side - w)
+            noise = rng.normal(0.5 if mean is None else mean, std or 0.25, (h, w))
+            images[i, 0, top:top + h, left:left + w] = torch.from_numpy(noise).float()
+    return images
+
+
 # --------------------------------------------------------------------------------------------------
 # Weights, model, optimiser
 
+PLAIN = dict(probe=0.0, randaugment=False, erasing=0.0)
 DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
 SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
 
@@ -496,16 +604,27 @@ def fill_recipe(config, classes=None):
         elif known.get("classes") != classes:
             tensors = {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}
     sizes = mrm.encoder_sizes(tensors, known, config.weights, config.num_heads)
-    recipe = recipe_for(config.method, config.data, config.ratio, sizes["embed_dim"])
-    pixels = mrm.pixel_statistics(config, known.get("mean", mrm.MEAN), known.get("std", mrm.STD))
+    family = config.recipe or family_of(tensors, known, config, sizes["embed_dim"])
+    recipe, note = recipe_for(family, config.method, config.data, config.ratio)
+    stated = {"mean": mrm.MEAN, "std": mrm.STD} | recipe  # what the weights' own record overrides
+    stated = stated if config.weights in SCRATCH and "mean" in recipe else stated | known
+    pixels = mrm.pixel_statistics(config, stated["mean"], stated["std"])
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
     if config.task == "segment":
-        recipe = PAPER_SEGMENT if sizes["embed_dim"] == 768 else SMALL_SEGMENT
+        recipe, note = PAPER_SEGMENT if sizes["embed_dim"] == 768 else SMALL_SEGMENT, "segmentation"
         if "segment" in known:  # these weights have a head, and the size that it needs, already
             found |= {name: known["segment"][name] for name in ("channels", "norm")}
             found["img_size"] = sizes["img_size"]
         named["img_size"] *= 2  # an outline needs more pixels than a finding
-    config = data.fill(config, {"probe": 0.0} | named | recipe | pixels | found)
+    departures = OURS
+    if config.official:  # MRM clips its full fine-tuning, which is given in steps
+        departures = OFFICIAL | {"evaluations": round(recipe.get("epochs", 10)),
+                                 "clip": 1.0 if "steps" in recipe else 0.0}
+    typed, preset = config, PLAIN | departures | named | recipe | pixels | found
+    preset["test_side"] = recipe.get("test_side", config.img_size or preset["img_size"])
+    config = scale_rate(data.fill(config, {"recipe": family} | preset))
+    if config.dry_run or family != "small":
+        print_recipe(typed, config, note, recipe, pixels | named | found)
     if config.task == "segment":
         config = data.fill(config, {"norm": "batch" if config.batch_size >= 16 else "group"})
         if config.norm == "batch" and config.batch_size < 2:
@@ -513,6 +632,43 @@ def fill_recipe(config, classes=None):
     if config.num_heads != sizes["num_heads"]:
         raise InputError(f"--num-heads of {config.weights}", sizes["num_heads"], config.num_heads)
     return config, sizes | {"img_size": config.img_size}, tensors, known
+
+
+def family_of(tensors, known, config, width):
+    """The family of recipes that weights belong to, by what the file holds and never by its name:
+    "mrm" where it has a report decoder, "small" below a ViT-B's width and on data of one's own.
+    Raises InputError for other weights of a ViT-B on a set of the papers."""
+    if width != 768 or config.data not in PAPER_SETS or config.task == "segment":
+        return "small"
+    if "arguments" in known or re.search("bert|report_decoder", " ".join(tensors or {})):
+        return "mrm"
+    raise InputError(config.weights, f"--recipe {', '.join(FAMILIES)}: the file does not say which "
+                     "weights it holds, and each has other values", "none")
+
+
+def scale_rate(config):
+    """`config` with the learning rate that follows from `base_lr`, by the linear scaling rule
+    (Goyal et al., 2017), where --lr is not typed."""
+    if config.lr is None:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        effective = config.batch_size * config.accumulate * world
+        return dataclasses.replace(config, lr=config.base_lr * effective / 256)
+    return dataclasses.replace(config, base_lr=None)
+
+
+def print_recipe(typed, config, note, recipe, weights):
+    """Prints what a run takes from where: each option of a recipe, its value and its source."""
+    print(f"recipe: {note}{', in the official form' if config.official else ''}")
+    for name in sorted({*recipe, *OURS, "img_size", "mean", "std", "lr"}):
+        source = "the recipe" if name in recipe else "ours" if name in OURS else "the weights"
+        if name in OURS and config.official:
+            source = "the official form"
+        if name in ("mean", "std") and weights[name] == recipe.get(name):
+            source = "the recipe"
+        if getattr(typed, name) is not None:
+            source = "typed"
+        value = getattr(config, name)
+        print(f"  {name:14s} {'' if value is None else value!s:22s} {source}")
 
 
 def build_model(config, sizes, classes, tensors=None, known={}):
@@ -596,7 +752,8 @@ def predict(model, images, config, device, rank=0, world=1):
 
 
 def finetune(config, kept=None):
-    """Trains, chooses on the validation list, tests once. Returns the content of result.json.
+    """Trains, chooses on the validation list, tests once. Returns the content of result.json, or
+    with `dry_run` the filled configuration.
 
     Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
     predictions.csv, roc.png (or overlays.png of a segmentation) and curves.png in `config.out`.
@@ -607,6 +764,11 @@ def finetune(config, kept=None):
     config = fill_cell(config)
     if rank == 0:
         data.check_writable(config.out)
+    if config.dry_run:
+        if config.weights is None:  # no file is needed to read a recipe
+            paper = config.recipe not in (None, "small")
+            config = dataclasses.replace(config, weights="scratch-base" if paper else "scratch")
+        return fill_recipe(config)[0]
     parts, classes = read_lists(config)
     config, sizes, tensors, known = fill_recipe(config, classes)
     effective = config.batch_size * config.accumulate * world
@@ -619,7 +781,7 @@ def finetune(config, kept=None):
     load_images(parts, config, {} if kept is None else kept)
     log = data.RunLog(config.out, config, rank, config.resume, start)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
-             "pool": config.pool,
+             "pool": config.pool, "test_side": config.test_side,
              "method": config.method}
     base = known.get("base", config.weights)
     if config.method == "lora" and tensors is None:
@@ -757,7 +919,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                 loss_of_step += loss.detach() / config.accumulate
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
-            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
             mrm.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -943,7 +1105,8 @@ def predict_folder(config):
     if config.skip_bad:
         paths = [paths[i] for i in data.readable(paths)]
     masks = [None] * len(paths) if "segment" in saved else None
-    images = data.ImageSet(paths, model.img_size, masks=masks)
+    images = data.ImageSet(paths, saved.get("test_side", model.img_size), masks=masks,
+                           crop=model.img_size)
     scores = predict(model.to(device), images, config, device)
     names = [Path(path).relative_to(config.predict).as_posix() for path in paths]
     if masks:

@@ -317,8 +317,8 @@ def merge(config):
     adapter = saved["adapter"]
     merged |= {name: adapter[name] for name in adapter if part_of(name) == "head"}
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
-    about = {name: saved[name] for name in ("sizes", "classes", "mean", "std", "pool", "segment")
-             if name in saved}
+    kept = ("sizes", "classes", "mean", "std", "pool", "test_side", "segment")
+    about = {name: saved[name] for name in kept if name in saved}
     data.save_checkpoint(out, {"model": merged, **about})
     print(f"{out}: {len(merged)} tensors, a plain ViT")
 

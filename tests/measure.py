@@ -73,7 +73,7 @@ def vit(rounds=3):
     """Seconds a step of ViT-B/16: LoRA of rank 4 on 8 images of 224 x 224, and MRM on 4 records of 448 x 448 with 100 tokens,
     in float32 and in bfloat16 autocast, in turn in one process."""
     torch.manual_seed(0)
-    config = data.fill(finetune.FinetuneConfig(method="lora"), finetune.RECIPES["lora", "nih", 1])
+    config = data.fill(finetune.FinetuneConfig(method="lora"), finetune.RECIPES["mrm", "lora", "nih", 1])
     sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER_SIZES}
     classifier = finetune.build_model(config, sizes, 14).train()
     record = mrm.MRM(**mrm.BASE, vocab_size=30000).train()
