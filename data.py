@@ -846,7 +846,7 @@ LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
 DATASETS = {
     "demo": {"images": "images", "classes": None, **LISTS},
     "csv": {"images": "images", "classes": None, **LISTS},
-    "nih": {"images": "images", "classes": NIH_CLASSES, **LISTS},
+    "nih": {"images": "images", "or": "all_classes", "classes": NIH_CLASSES, **LISTS},
     "rsna": {"images": "", "classes": ["Pneumonia"], **LISTS},
     "chexpert": {"images": "", "classes": CHEXPERT_CLASSES, **LISTS},
     "covid": {"images": "images", "classes": ["COVID-19"],
@@ -949,7 +949,8 @@ def split_files(data, root, split="", ratio=100):
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder")
     if "{split}" in layout["val"]:
-        splits = sorted(path.parent.name for path in root.glob("splits/*/train.txt"))
+        splits = sorted(path.parent.name for path in
+                        [*root.glob("splits/*/train.txt"), *root.glob("*/is*_train.txt")])
         if split not in splits:
             there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
             raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
@@ -960,6 +961,9 @@ def split_files(data, root, split="", ratio=100):
         raise InputError(f"--data {data}", f"--ratio {ratios}", ratio)
     names = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
     files = {part: root / name.format(split=split) for part, name in names.items()}
+    if split and not (root / "splits").is_dir():  # the official code's names
+        files = {part: next(root.glob(f"{split}/is*_{part}.txt"), path)
+                 for part, path in files.items()}
     for path in files.values():
         if not path.is_file():
             there = sorted(os.listdir(root))[:12]
@@ -985,12 +989,116 @@ def class_names(data, root, split, count):
     return classes
 
 
+# The tables that data sets are published with, or that people write; lists go before them
+TABLES = {"csv": "labels.csv", "nih": "Data_Entry_2017.csv", "chexpert": "train.csv",
+          "rsna": "stage_2_train_labels.csv"}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def find_table(data, root):
+    """The table of a data set at `root` that has no lists, else None."""
+    path = Path(root or ".") / TABLES.get(data, "")
+    return path if path.is_file() and not (path.parent / "val_list.txt").exists() else None
+
+
+def table_columns(data, path):
+    """The column of the images of a table, and its classes. Raises InputError for neither."""
+    if data == "nih":
+        return "Image Index", NIH_CLASSES
+    if data == "chexpert":
+        return "Path", CHEXPERT_CLASSES
+    if data == "rsna":
+        return "patientId", ["Pneumonia"]
+    lines = read_lines(path)
+    header = [name.strip() for name in next(csv.reader([lines[0][1]]))] if lines else []
+    classes = [name for name in header[1:] if name not in ("patient", "split")]
+    if header[:1] != ["image"] or not classes:
+        raise InputError(f"{path}: line 1", "a header `image,finding,...`, perhaps with patient "
+                         "and split", ",".join(header) or "an empty file")
+    return "image", classes
+
+
+def table_rows(data, path, uncertain):
+    """The rows of a table: (line, name, labels, patient or "", part or ""). Raises InputError with
+    the line for a label that is not 0, 1 or blank (0), or CheXpert's -1, which is `uncertain`."""
+    values = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+    if data == "chexpert":
+        unsure = {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}[uncertain]
+        values |= {"-1": unsure, "-1.0": unsure}
+    column, classes = table_columns(data, path)
+    findings = {"nih": ["Finding Labels"], "rsna": ["Target"]}.get(data, classes)
+    extra = {"nih": ["Patient ID"], "csv": ["patient", "split"]}.get(data, [])
+    extra = [name for name in extra if name in read_lines(path)[0][1]]
+    for line, name, *cells in read_csv(path, [column, *findings, *extra]):
+        cells, others = cells[:len(findings)], dict(zip(extra, cells[len(findings):]))
+        if data == "nih":
+            found = set(cells[0].split("|")) - {"No Finding"}
+            cells = [str(int(name in found)) for name in classes] + sorted(found - set(classes))
+        if not name or not set(cells) <= values.keys():
+            wrong = next((cell for cell in cells if cell not in values), "no image")
+            raise InputError(f"{path}: line {line}", "an image and labels that are 0, 1 or blank"
+                             + " (or -1)" * (data == "chexpert"), repr(wrong))
+        part = others.get("split", "").lower()
+        if part not in ("", *SPLITS):
+            raise InputError(f"{path}: line {line}: split", "train, val or test", repr(part))
+        if data == "rsna":
+            name = f"stage_2_train_images/{name}.dcm"
+        name = plain_name(name).removeprefix("CheXpert-v1.0-small/")
+        patient = others.get("patient", others.get("Patient ID", ""))
+        yield line, name, [values[cell] for cell in cells], patient, SPLITS.get(part, "")
+
+
+def read_table(data, root, ratio=100, uncertain="ones"):
+    """The table of a data set as {part: (names, labels float32 (n, k), NaN where unknown)}.
+
+    The parts are those that the set publishes or the column `split` names; what they leave open is
+    split by patient, by a hash of the patient alone: 70 % train, 10 % val, 20 % test, the same in
+    every run. `ratio`: the percent of the training patients that are taken, by another hash.
+    Raises InputError for a table that cannot be used, an image listed twice and an empty part."""
+    path, root = find_table(data, root), Path(root or ".")
+    rows, first = {}, {}
+    for line, name, labels, patient, part in table_rows(data, path, uncertain):
+        if name in rows and data != "rsna":
+            raise InputError(f"{path}: line {line}: {name!r} is listed before, in line "
+                             f"{first[name]}")
+        if name in rows:  # RSNA has a row for each box
+            labels = list(map(max, labels, rows[name][0]))
+        first.setdefault(name, line)
+        rows[name] = labels, patient, part
+    if data == "chexpert" and (root / "valid.csv").is_file():
+        for _, name, labels, patient, _ in table_rows(data, root / "valid.csv", uncertain):
+            rows[name] = labels, patient, "test"
+        print(f"{root / 'valid.csv'}: CheXpert's 234 validation images are the test part, as MRM "
+              "has it; MED-PEFT tests on the 668 of CheXpert's own test set")
+    given = {}
+    if data == "nih" and (root / "test_list.txt").is_file():
+        given = {plain_name(line): "test" for _, line in read_lines(root / "test_list.txt")}
+    parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
+    for known, (name, (labels, patient, part)) in zip(patient_ids(root, rows), rows.items()):
+        digest = hashlib.sha256((patient or known or name).encode()).digest()
+        chance, other = (int.from_bytes(digest[i:i + 8], "big") / 2**64 for i in (0, 8))
+        part = part or given.get(name, "")
+        if not part:
+            chance = chance * 0.8 if given or data == "chexpert" else chance  # test is given
+            part = "train" if chance < 0.7 else "val" if chance < 0.8 else "test"
+        if part != "train" or other < ratio / 100:
+            parts[part][0].append(name)
+            parts[part][1].append(labels)
+    for part, (names, _) in parts.items():
+        if not names:
+            raise InputError(path, f"images of the part {part}", f"none among {len(rows)}; a "
+                             "column `split` names the parts")
+    return {part: (names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
+
+
 def locate(data, root, names, allow_outside=False):
     """The path of each image, named relative to the layout's image folder or to the root.
     The ending may be left out, or its case may differ. None stands for a name that is not there, ""
     for one that leads out of the root, unless `allow_outside`."""
     root = str(root or ".")
-    folders = dict.fromkeys([os.path.join(root, DATASETS[data]["images"]), os.path.join(root, "")])
+    layout = DATASETS[data]
+    folders = dict.fromkeys(os.path.join(root, folder) for folder in
+                            (layout["images"], layout.get("or", ""), ""))
     inside = os.path.join(os.path.abspath(root), "")
 
     @functools.cache
@@ -1412,12 +1520,12 @@ def resize_pair(pair, size):
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
-                        resize=resize):
+                        pair=False):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
-    crop of its own for each image, by `resize` or `resize_pair`. Sampled as torchvision's
-    RandomResizedCrop does: of ten tries the first that fits, else the central crop of the nearest
-    aspect."""
+    crop of its own for each image. `pair`: the channels are an image and its mask. Sampled as
+    torchvision's RandomResizedCrop does: of ten tries the first that fits, else the central crop of
+    the nearest aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -1430,7 +1538,8 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     top = torch.where(fits, draw[2, :, 0] * (h - height + 1), (h - height) / 2)
     left = torch.where(fits, draw[3, :, 0] * (w - width + 1), (w - width) / 2)
     boxes = torch.stack([top, left, height, width]).T.int().tolist()
-    return torch.stack([resize(image[:, y:y + height, x:x + width], (size, size))
+    scaled = resize_pair if pair else resize
+    return torch.stack([scaled(image[:, y:y + height, x:x + width], (size, size))
                         for image, (y, x, height, width) in zip(images, boxes)])
 
 

@@ -60,12 +60,14 @@ def weighted_auroc(scores, labels, weights):
     """Area under the ROC curve of one class for R weightings of the samples.
 
     AUROC = P(score of a positive > score of a negative) + P(equal) / 2, the Mann-Whitney statistic.
-    scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only. Raises
+    scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only. A
+    sample whose label is NaN, which is unknown, does not count. Raises
     InputError for scores that are not finite, which have no order.
     """
     if not np.isfinite(scores).all():
         raise InputError("AUROC", "finite scores", f"{np.sum(~np.isfinite(scores))} that are not")
     order = np.argsort(scores, kind="stable")
+    order = order[~np.isnan(labels[order])]
     scores, labels, weights = scores[order], labels[order], weights[:, order]
     groups = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # where a new score begins
     positive = np.add.reduceat(weights * labels, groups, axis=1)  # (R, groups): ties count together
@@ -84,7 +86,7 @@ def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
     same list see the same draws, and the differences between them are paired.
     """
     n, k = scores.shape
-    defined = [c for c in range(k) if 0 < labels[:, c].sum() < n]
+    defined = [c for c in range(k) if {0.0, 1.0} <= set(labels[:, c].tolist())]
     generator, draws = np.random.default_rng(seed), [np.zeros((len(defined), 0))]
     parts = max(1, resamples * n // 4_000_000)  # bounds the memory
     for rows in np.array_split(np.arange(resamples), parts):
@@ -123,7 +125,8 @@ def mean_auroc(scores, labels):
 def roc_curve(scores, labels):
     """False and true positive rates of one class at every threshold, from (0, 0) to (1, 1)."""
     order = np.argsort(-scores, kind="stable")
-    last = np.r_[np.flatnonzero(np.diff(scores[order])), len(scores) - 1]  # ties move together
+    order = order[~np.isnan(labels[order])]
+    last = np.r_[np.flatnonzero(np.diff(scores[order])), len(order) - 1]  # ties move together
     true, false = np.cumsum(labels[order])[last], np.cumsum(1 - labels[order])[last]
     return np.r_[0, false / max(1, false[-1])], np.r_[0, true / max(1, true[-1])]
 
@@ -201,9 +204,16 @@ def choose_threshold(logits, masks):
     return best
 
 
+def label_loss(logits, labels):
+    """Binary cross-entropy, the mean over the labels (B, k) that are known (not NaN)."""
+    known = ~labels.isnan()
+    loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    return (loss * known).sum() / known.sum().clamp(min=1)
+
+
 # What the task decides
 SCORES = {"classify": "auroc", "segment": "dice"}
-LOSSES = {"classify": F.binary_cross_entropy_with_logits, "segment": segmentation_loss}
+LOSSES = {"classify": label_loss, "segment": segmentation_loss}
 
 # --------------------------------------------------------------------------------------------------
 # Recipes: the papers', by family of weights, method, data set and percent of labels, and ours
@@ -345,6 +355,8 @@ class FinetuneConfig(RunConfig):
                             "a well-known width)", within="[1, inf)")
     evaluations: int = option(None, "times the validation list is evaluated; the best state is "
                               "kept (default: 10)", within="[1, inf)")
+    uncertain: str = option("ones", "what a CheXpert label of -1 is; ignore: no part in loss and "
+                            "AUROC", choices=["ones", "zeros", "ignore"])
     skip_bad_lines: bool = option(False, "leave out lines that cannot be read instead of stopping")
     skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
     allow_outside: bool = option(False, "read images that a list names outside of --root")
@@ -388,9 +400,16 @@ def read_lists(config):
     has both labels.
     """
     root = str(data.demo_root(config.root)) if config.data == "demo" else config.root
-    parts, classes = {}, None
-    for part_name, path in data.split_files(config.data, root, config.split, config.ratio).items():
-        names, labels = data.read_list(path, skip_bad=config.skip_bad_lines)
+    parts, classes, table = {}, None, data.find_table(config.data, root)
+    if table:
+        classes = data.table_columns(config.data, table)[1]
+        listed = {name: (table, *part) for name, part in data.read_table(
+            config.data, root, config.ratio, config.uncertain).items()}
+    else:
+        files = data.split_files(config.data, root, config.split, config.ratio)
+        listed = {name: (path, *data.read_list(path, skip_bad=config.skip_bad_lines))
+                  for name, path in files.items()}
+    for part_name, (path, names, labels) in listed.items():
         paths = data.find_images(config.data, root, names, path, config.allow_outside)
         if config.skip_bad:
             keep = data.readable(paths)
@@ -408,8 +427,8 @@ def read_lists(config):
                 parts["train"] = leave_out_empty(parts["train"], config.empties)
             continue
         classes = classes or data.class_names(config.data, root, config.split, labels.shape[1])
-        positive = labels.sum(0).tolist()
-        undefined = [name for name, count in zip(classes, positive) if not 0 < count < len(names)]
+        both = ((labels == 0).any(0) & (labels == 1).any(0)).tolist()
+        undefined = [name for name, defined in zip(classes, both) if not defined]
         if len(undefined) == len(classes):
             raise InputError(path, "both labels of at least one class", "one label only in each")
         if undefined and part_name != "train":
@@ -443,7 +462,7 @@ def load_images(parts, config, kept):
     """
     side, segment = config.img_size, config.task == "segment"
     augment = functools.partial(mrm.augment, side=side, min_crop=config.min_crop, flip=config.flip,
-                                resize=data.resize_pair if segment else data.resize)
+                                pair=segment)
     if config.randaugment or config.erasing:
         augment = functools.partial(strong_augment, augment, config.randaugment, config.erasing,
                                     config.mean, config.std)
@@ -661,6 +680,8 @@ def print_recipe(typed, config, note, recipe, weights):
     print(f"recipe: {note}{', in the official form' if config.official else ''}")
     for name in sorted({*recipe, *OURS, "img_size", "mean", "std", "lr"}):
         source = "the recipe" if name in recipe else "ours" if name in OURS else "the weights"
+        if name == "lr" and config.base_lr is not None:
+            source = "base_lr x effective batch / 256"
         if name in OURS and config.official:
             source = "the official form"
         if name in ("mean", "std") and weights[name] == recipe.get(name):
@@ -790,6 +811,9 @@ def finetune(config, kept=None):
         tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
         if rank == 0:
             data.save_checkpoint(base, {"model": tensors, "arguments": sizes})
+    if rank == 0 and data.find_table(config.data, config.root):
+        data.write_csv(log.out / "split.csv", ["image", "split"], [
+            [name, part] for part, listed in parts.items() for name in listed.names])
     if rank == 0:
         print_plan(config, model, len(parts["train"].names), steps, effective, device)
     best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
@@ -834,7 +858,7 @@ def evaluate(model, part, config, step, device, rank, world):
         loss = segmentation_loss(scores[:, None], part.truth[:, None].float()).item()
         return {"val_dice": chosen.pop("dice"), "val_loss": loss, **chosen}
     return {"val_auroc": mean_auroc(scores.numpy(), part.labels.numpy()),
-            "val_loss": F.binary_cross_entropy_with_logits(scores, part.labels).item()}
+            "val_loss": label_loss(scores, part.labels).item()}
 
 
 def trained_tensors(model):
@@ -1050,7 +1074,8 @@ def write_predictions(out, names, classes, probabilities, labels=None):
     rows = [[name, *(f"{p:.9g}" for p in row)] for name, row in zip(names, probabilities)]
     if labels is not None:
         header += [f"label {name}" for name in classes]
-        rows = [row + [int(label) for label in known] for row, known in zip(rows, labels)]
+        rows = [row + ["" if np.isnan(label) else int(label) for label in known]
+                for row, known in zip(rows, labels)]
     data.write_csv(Path(out) / "predictions.csv", header, rows)
 
 
@@ -1225,7 +1250,7 @@ def run_row(config, name, row, kept):
 def read_predictions(path, classes):
     """Scores and labels (n, k) of a run's predictions.csv. Raises InputError."""
     rows = data.read_csv(path, classes + [f"label {name}" for name in classes])
-    values = np.array([values for _, *values in rows], np.float64)
+    values = np.array([[value or "nan" for value in values] for _, *values in rows], np.float64)
     return values[:, :len(classes)], values[:, len(classes):]
 
 

@@ -1929,9 +1929,7 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path, workers):
         masks.append(str(tmp_path / f"mask{i}.png"))
         Image.fromarray((50 + 150 * film).astype(np.uint8)).save(paths[-1])
         Image.fromarray(film).save(masks[-1])
-    augment = functools.partial(
-        mrm.augment, side=32, min_crop=0.3, flip=True, resize=data.resize_pair
-    )
+    augment = functools.partial(mrm.augment, side=32, min_crop=0.3, flip=True, pair=True)
     whole = data.ImageSet(paths, 64, masks=masks)
     crops = data.ImageSet(paths, 64, augment, masks=masks)
     loaded = data.ImageSet(paths, 64, augment, masks=masks).preload()
@@ -1950,3 +1948,137 @@ def test_a_resized_mask_takes_the_nearest_pixel():
     found = data.resize_pair(pair, (7, 9))[1]
     rows, columns = ((torch.arange(n) + 0.5) * side // n for n, side in ((7, 12), (9, 20)))
     assert torch.equal(found, pair[1][rows.long()][:, columns.long()])
+
+
+def write_table(root, name, lines):
+    root.mkdir(exist_ok=True)
+    (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_a_table_of_ones_own_splits_by_patient(tmp_path):
+    lines = ["image,Edema,Mass,patient"]
+    lines += [f"{i}.png,{i % 2},{['', '1.0', '0.0'][i % 3]},p{i // 4}" for i in range(400)]
+    root = write_table(tmp_path, "labels.csv", lines)
+    parts = data.read_table("csv", root)
+    sizes = {part: len(names) for part, (names, _) in parts.items()}
+    assert sum(sizes.values()) == 400
+    assert sizes["train"] > 220 and sizes["val"] > 16 and sizes["test"] > 40
+    people = {part: {int(n[:-4]) // 4 for n in names} for part, (names, _) in parts.items()}
+    assert not people["train"] & people["test"] and not people["train"] & people["val"]
+    names, labels = parts["train"]
+    expected = [[int(n[:-4]) % 2, int(n[:-4]) % 3 == 1] for n in names]
+    assert torch.equal(labels, torch.tensor(expected).float())
+    few = data.read_table("csv", root, ratio=10)
+    assert few["test"][0] == parts["test"][0] and set(few["train"][0]) < set(names)
+    assert 4 <= len(few["train"][0]) < 80
+    # More records do not move a patient to another part
+    more = write_table(tmp_path, "labels.csv", [*lines, "new.png,1,0,p999"])
+    again = data.read_table("csv", more)
+    assert [n for n in again["test"][0] if n != "new.png"] == parts["test"][0]
+
+
+def test_the_column_split_decides(tmp_path):
+    rows = ["image,Edema,split", "a.png,1,train", "b.png,0,valid", "c.png,1,test"]
+    parts = data.read_table("csv", write_table(tmp_path, "labels.csv", rows))
+    assert {part: names for part, (names, _) in parts.items()} == {
+        "train": ["a.png"],
+        "val": ["b.png"],
+        "test": ["c.png"],
+    }
+
+
+def test_nihs_own_table(tmp_path):
+    rows = ["Image Index,Finding Labels,Follow-up #,Patient ID"]
+    rows += [f"{i // 3:08d}_{i % 3:03d}.png,No Finding,0,{i // 3}" for i in range(300)]
+    rows[5] = "00000001_001.png,Effusion|Hernia,1,1"
+    write_table(tmp_path, "Data_Entry_2017.csv", rows)
+    write_table(
+        tmp_path, "test_list.txt", [f"{i:08d}_{k:03d}.png" for i in (7, 9) for k in range(3)]
+    )
+    parts = data.read_table("nih", tmp_path)
+    assert len(parts["test"][0]) == 6 and {n[:8] for n in parts["test"][0]} == {
+        "00000007",
+        "00000009",
+    }
+    names = {part: names for part, (names, _) in parts.items()}
+    assert len(names["train"]) > 5 * len(names["val"]) > 0
+    for part, (listed, labels) in parts.items():
+        if "00000001_001.png" in listed:
+            row = labels[listed.index("00000001_001.png")]
+            assert row.sum() == 2 and row[data.NIH_CLASSES.index("Hernia")] == 1
+    (tmp_path / "all_classes").mkdir()
+    (tmp_path / "all_classes/x.png").touch()
+    assert data.locate("nih", tmp_path, ["x.png"]) == [str(tmp_path / "all_classes/x.png")]
+
+
+@pytest.mark.parametrize("policy, expected", [("ones", 1.0), ("zeros", 0.0), ("ignore", None)])
+def test_chexperts_table(tmp_path, policy, expected, capsys):
+    header = "Path,Sex,Cardiomegaly,Atelectasis,Consolidation,Edema,Pleural Effusion,Fracture"
+    name = "CheXpert-v1.0-small/train/patient{:05d}/study1/view1_frontal.jpg"
+    rows = [header, *(name.format(i) + ",Male,1.0,,0.0,-1.0,1.0,-1" for i in range(60))]
+    write_table(tmp_path, "train.csv", rows)
+    test = name.replace("train", "valid").format(64) + ",Male,1.0,0.0,0.0,0.0,1.0,"
+    write_table(tmp_path, "valid.csv", [header, test])
+    parts = data.read_table("chexpert", tmp_path, uncertain=policy)
+    assert "234" in capsys.readouterr().out
+    names, labels = parts["train"]
+    assert names[0].startswith("train/patient000") and len(parts["test"][0]) == 1
+    found = dict(zip(data.CHEXPERT_CLASSES, labels[0].tolist()))
+    edema = found.pop("Edema")
+    assert edema == expected if expected is not None else np.isnan(edema)
+    assert found == {
+        "Atelectasis": 0,
+        "Cardiomegaly": 1,
+        "Consolidation": 0,
+        "Pleural Effusion": 1,
+    }
+
+
+def test_rsnas_boxes_are_one_label_a_patient(tmp_path):
+    rows = ["patientId,x,y,width,height,Target"]
+    rows += [f"p{i},,,,,0" for i in range(40)] + ["q,1,2,3,4,1", "q,5,6,7,8,1"]
+    parts = data.read_table("rsna", write_table(tmp_path, "stage_2_train_labels.csv", rows))
+    every = {n: float(y) for names, labels in parts.values() for n, y in zip(names, labels)}
+    assert len(every) == 41 and every.pop("stage_2_train_images/q.dcm") == 1
+    assert set(every.values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    "layout, name, lines, message",
+    [
+        ("csv", "labels.csv", ["name,Edema", "a.png,1"], "line 1: expected a header `image,f"),
+        ("csv", "labels.csv", ["image", "a.png"], "line 1: expected a header"),
+        ("csv", "labels.csv", ["image,Edema", "a.png,2"], "line 2: expected an image .*found '2'"),
+        ("csv", "labels.csv", ["image,Edema", "a.png,yes"], "line 2: .* found 'yes'"),
+        ("csv", "labels.csv", ["image,Edema", "a.png,-1"], "line 2: .* found '-1'"),
+        ("csv", "labels.csv", ["image,Edema", ",1"], "line 2: .* found 'no image'"),
+        ("csv", "labels.csv", ["image,Edema", "a.png,1", "./a.png,0"], "line 3: 'a.png' is listed"),
+        (
+            "csv",
+            "labels.csv",
+            ["image,Edema,split", "a.png,1,dev"],
+            "line 2: split: .* found 'dev'",
+        ),
+        ("csv", "labels.csv", ["image,Edema,split", "a.png,1,train"], "images of the part val"),
+        ("csv", "labels.csv", ["image,Edema", "a.png,1,0"], "line 2: expected 2 fields, found 3"),
+        ("nih", "Data_Entry_2017.csv", ["Image Index,Finding Labels", "a.png,Flu"], "found 'Flu'"),
+        ("rsna", "stage_2_train_labels.csv", ["patientId,x", "a,1"], "the columns patientId, Tar"),
+        ("chexpert", "train.csv", ["Path,Edema", "a.jpg,1"], "line 1: expected the columns Path"),
+    ],
+)
+def test_bad_tables_are_one_line(tmp_path, layout, name, lines, message):
+    root = write_table(tmp_path, name, lines)
+    with pytest.raises(data.InputError, match=message) as error:
+        data.read_table(layout, root)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_covids_official_list_names(tmp_path):
+    (tmp_path / "covid1").mkdir()
+    for part in ("train", "val", "test"):
+        (tmp_path / f"covid1/iscovid_{part}.txt").write_text("a.jpg 1\n")
+    files = data.split_files("covid", tmp_path, "covid1")
+    assert files["val"].name == "iscovid_val.txt"
+    with pytest.raises(data.InputError, match="expected --split covid1, found viral1"):
+        data.split_files("covid", tmp_path, "viral1")

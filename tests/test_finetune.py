@@ -758,6 +758,43 @@ def test_a_pooled_run_predicts_what_it_scored(easy, tmp_path, method):
             )
 
 
+def test_a_table_trains_and_its_split_is_written_down(easy, tmp_path):
+    root = tmp_path / "mine"
+    shutil.copytree(easy / "images", root / "films")
+    names, labels = data.read_list(easy / "train_list.txt")
+    rows = [f"films/{n},{int(y[0])},{int(y[1])}" for n, y in zip(names, labels)]
+    (root / "labels.csv").write_text("\n".join(["image,Square,Third", *rows]) + "\n")
+    run = FinetuneConfig(
+        data="csv", root=str(root), weights="scratch", lora=True, steps=4, out=str(tmp_path / "o")
+    )
+    result = finetune.finetune(run)
+    assert sum(result["images"].values()) == len(names) and "Square" in result["auroc_per_class"]
+    written = list(csv.DictReader((tmp_path / "o/split.csv").open()))
+    counts = {part: sum(row["split"] == part for row in written) for part in result["images"]}
+    assert counts == result["images"]
+    finetune.finetune(dataclasses.replace(run, resume=True, steps=6))
+
+
+def test_unknown_labels_have_no_part_in_loss_and_auroc():
+    scores, labels = scored(n=80, k=2)
+    unknown = np.random.default_rng(5).random(labels.shape) < 0.3
+    holes = np.where(unknown, np.nan, labels)
+    mean, _, per_class = finetune.auroc(scores, holes)
+    for c in range(2):
+        keep = ~unknown[:, c]
+        expected = roc_auc_score(labels[keep, c], scores[keep, c])
+        assert per_class[c][0] == pytest.approx(expected, abs=1e-12)
+        ours = finetune.roc_curve(scores[:, c], holes[:, c])
+        theirs = sklearn_roc_curve(labels[keep, c], scores[keep, c], drop_intermediate=False)
+        np.testing.assert_allclose(ours[0], theirs[0])
+    assert mean == pytest.approx(finetune.mean_auroc(scores, holes))
+    logits, y = torch.from_numpy(scores), torch.from_numpy(holes)
+    known = torch.from_numpy(~unknown)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits[known], y[known])
+    torch.testing.assert_close(finetune.label_loss(logits, y), expected)
+    assert not finetune.label_loss(logits, torch.full_like(y, float("nan"))).isnan()
+
+
 def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "full"))
     state = data.load_checkpoint(tmp_path / "full/best.pt")["model"]
