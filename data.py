@@ -247,10 +247,49 @@ def save_checkpoint(path, state):
     atomic_write(path, lambda file: torch.save(state, file))
 
 
+SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file by name: 8 bytes with the length of a header in JSON,
+    {name: {dtype, shape, data_offsets}}, then the numbers. Raises InputError where a header does
+    not fit the bytes that follow it."""
+    try:
+        content = Path(path).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header, body = json.loads(content[8:8 + length]), bytearray(content[8 + length:])
+        header.pop("__metadata__", None)
+        places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+        end = 0
+        for start, stop, name in places:
+            entry = header[name]
+            size = math.prod(entry["shape"]) * SAFE_TYPES[entry["dtype"]].itemsize
+            if start != end or stop - start != size or min(entry["shape"], default=0) < 0:
+                raise ValueError(f"{name} does not lie where it says")
+            end = stop
+        if end != len(body):
+            raise ValueError("its numbers do not end where the file does")
+        tensors = {}
+        for start, stop, name in places:
+            kind, shape = SAFE_TYPES[header[name]["dtype"]], header[name]["shape"]
+            numbers = torch.frombuffer(body, dtype=torch.uint8)[start:stop].clone()
+            tensors[name] = numbers.view(kind).reshape(shape)
+        return tensors
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # a damaged header raises one of a dozen types
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{path}: not readable as safetensors ({reason})") from None
+
+
 def load_checkpoint(path):
     """Reads a checkpoint onto the CPU: tensors and plain values, no pickled code.
+    A .safetensors file becomes {"model": its tensors}.
     The one class allowed is argparse.Namespace, which holds the options in old checkpoints. Raises
     InputError for a missing or unreadable file and for one that is no dict."""
+    if str(path).lower().endswith(".safetensors"):
+        return {"model": read_safetensors(path)}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)

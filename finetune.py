@@ -262,6 +262,7 @@ OURS = dict(flip=False, clip=1.0, evaluations=10)
 OFFICIAL = dict(flip=True, clip=0.0)
 PAPER_SETS = ("nih", "chexpert", "rsna", "covid")
 FAMILIES = ("mrm", "medpeft", "cxr-mae", "small")
+TARGETS = tuple(lora.TARGETS)  # of LoRA
 ADAMW = dict(optimizer="adamw", weight_decay=0.05, layer_decay=1.0, min_crop=0.6, drop_path=0.0,
              batch_size=32, steps=800, warmup=0.1)
 SMALL = {
@@ -321,6 +322,9 @@ class FinetuneConfig(RunConfig):
     lora: bool = option(False, "short for --method lora", free=True)
     rank: int = option(None, "rank of LoRA", within="[1, inf)")
     alpha: float = option(32.0, "LoRA is scaled by alpha / rank", within="(0, inf)")
+    targets: str = option("qv", "what LoRA adapts: q and v, as the paper; q, k and v; or every "
+                          "linear layer of the blocks", choices=TARGETS)
+    rslora: bool = option(False, "LoRA is scaled by alpha / sqrt(rank)")
     dropout: float = option(0.1, "dropout on the input of LoRA's A", within="[0, 1)")
     optimizer: str = option(None, "sgd (momentum 0.9) or adamw", choices=["sgd", "adamw"])
     weight_decay: float = option(None, "weight decay of the optimiser", within="[0, inf)")
@@ -704,8 +708,12 @@ def build_model(config, sizes, classes, tensors=None, known={}):
             nn.init.normal_(model.head.weight, std=2e-5)
     except ValueError as error:
         raise InputError(f"{config.weights}: {error}") from None
-    if config.method == "lora":
-        lora.add_lora(model, config.rank, config.alpha, config.dropout)
+    if config.method == "lora" and "adapter" in known:
+        settings = {"rank": config.rank, "dropout": config.dropout}
+        lora.add_lora(model, **known["lora"] | settings)  # `load_adapter` refuses another rank
+    elif config.method == "lora":
+        alpha = config.alpha * (math.sqrt(config.rank) if config.rslora else 1)
+        lora.add_lora(model, config.rank, alpha, config.dropout, lora.TARGETS[config.targets])
     elif config.method == "linear":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(lora.part_of(name) == "head")

@@ -20,6 +20,10 @@ over r directions. The factor alpha / r keeps its size, so that one alpha serves
 
     python lora.py merge --adapter runs/finetune/adapter.pt    # base + adapter -> one plain ViT
     python lora.py export-peft --adapter runs/finetune/adapter.pt --out DIR    # Hugging Face's peft
+    python lora.py import-peft --peft DIR --weights BASE --out adapter.pt      # and back
+
+Beyond the paper: `finetune.py --targets qkv|all` adapts more layers, and `--rslora` scales by
+alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023), so that a larger rank learns faster.
 
 Paper: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography: "Less Could Be Better:
 Parameter-efficient Fine-tuning Advances Medical Vision Foundation Models", 2024 (MED-PEFT): q and v
@@ -101,7 +105,13 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}, parts={self.parts}"
 
 
-def add_lora(model, rank=4, alpha=32, dropout=0.1, targets={"qkv": (True, False, True)},
+# Which layers of a ViT are adapted: the paper's q and v, and beyond the paper q, k and v, or every
+# linear layer of the blocks. A layer's own name stands before its parts.
+TARGETS = {"qv": {"qkv": (True, False, True)}, "qkv": {"qkv": (True, True, True)},
+           "all": {"qkv": (True, True, True), "proj": (True,), "fc1": (True,), "fc2": (True,)}}
+
+
+def add_lora(model, rank=4, alpha=32, dropout=0.1, targets=TARGETS["qv"],
              train=("fc_norm", "head")):
     """Puts LoRA on the linear layers whose last name is in `targets` (name -> parts) and freezes
     everything but LoRA and the modules `train`.
@@ -280,8 +290,9 @@ def load_adapter(model, path):
 class LoRAConfig:
     adapter: str = option("runs/finetune/adapter.pt", "adapter file of a fine-tuning run")
     weights: str = option("", "base checkpoint (default: the one the adapter names)")
-    out: str = option("", "file (merge) or folder (export-peft) to write (default: merged.pt or "
-                      "peft beside the adapter)")
+    out: str = option("", "file (merge, import-peft) or folder (export-peft) to write (default: "
+                      "merged.pt or peft beside the adapter; imported.pt in --peft)")
+    peft: str = option("", "folder of an adapter that peft has saved, for import-peft")
 
 
 def read_adapter(config):
@@ -354,8 +365,51 @@ def export_peft(config):
     print(f"{out}: {len(tensors)} tensors of rank {shown} for peft")
 
 
+def import_peft(config):
+    """Writes an adapter file from an adapter that Hugging Face's peft has saved for a ViT.
+
+    One A (r, in) and B (out, r) a layer, as peft has them, adapt the layer whole. The file holds no
+    head, so that `merge` makes a plain encoder of it. Raises InputError for what such a file cannot
+    hold: other methods than LoRA, DoRA, trained biases or modules, ranks that differ.
+    """
+    folder, base = Path(config.peft), Path(config.weights)
+    if not config.peft or not config.weights:
+        raise InputError("import-peft", "--peft DIR and --weights BASE", "one of them at most")
+    settings = data.read_json(folder / "adapter_config.json")
+    plain_lora = {"peft_type": "LORA", "use_dora": False, "bias": "none", "rank_pattern": {},
+                  "alpha_pattern": {}, "modules_to_save": None, "fan_in_fan_out": False}
+    for name, plain in plain_lora.items():
+        same = isinstance(plain, dict) and len(set(settings.get(name, {}).values())) < 2
+        if settings.get(name) not in (plain, None, []) and not same:
+            raise InputError(folder / "adapter_config.json", f"{name} {plain}", settings[name])
+    files = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
+    path = next((file for file in files if file.exists()), files[0])
+    tensors, adapter = data.load_checkpoint(path), {}
+    tensors = tensors.get("model", tensors)
+    for name, tensor in tensors.items():
+        short = name.removeprefix("base_model.model.").removesuffix(".weight")
+        if not short.endswith((".lora_A", ".lora_B")) or not short.startswith("blocks."):
+            raise InputError(path, "lora_A and lora_B of a ViT's blocks under timm's names", name)
+        adapter[short] = tensor.float().contiguous()
+    ranks = {len(tensor) for name, tensor in adapter.items() if name.endswith("lora_A")}
+    if len(ranks) != 1:
+        raise InputError(path, "one rank", f"ranks {sorted(ranks)}")
+    rank = ranks.pop()
+    alpha = next(iter(settings.get("alpha_pattern", {}).values()), settings.get("lora_alpha", rank))
+    if settings.get("use_rslora"):
+        alpha *= math.sqrt(rank)
+    targets = {name.split(".")[-2]: (True,) for name in adapter}
+    out = Path(config.out or folder / "imported.pt")
+    data.save_checkpoint(out, {
+        "adapter": adapter, "weights": str(base.absolute()),
+        "base_fingerprint": fingerprint(mrm.read_weights(base)[0]),
+        "lora": {"rank": rank, "alpha": alpha, "dropout": settings.get("lora_dropout", 0.0),
+                 "targets": targets}})
+    print(f"{out}: {len(adapter)} tensors of rank {rank}, without a head")
+
+
 def main():
-    commands = {"merge": merge, "export-peft": export_peft}
+    commands = {"merge": merge, "export-peft": export_peft, "import-peft": import_peft}
     usage = f"usage: python lora.py {' | '.join(commands)} [--help]"
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(f"{__doc__}\n{usage}")

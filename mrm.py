@@ -487,11 +487,46 @@ HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: tiny 
 FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|norm_pre|ln_pre|rel_pos|relative|rope")
 
 
+# Hugging Face's names of a ViT and of DINOv2, and ours
+RENAMED = (("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+           ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
+           ("encoder.layer.", "blocks."), ("attention.attention.", "attn."),
+           ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"),
+           ("output.dense", "mlp.fc2"), ("layernorm_before", "norm1"),
+           ("layernorm_after", "norm2"), ("layer_scale1.lambda1", "ls1.gamma"),
+           ("layer_scale2.lambda1", "ls2.gamma"), ("layernorm", "norm"), ("embeddings.", ""))
+
+
+def as_timm(tensors):
+    """The tensors of a ViT under timm's names, as this file's ViT computes with them.
+
+    Hugging Face's names are replaced; separate q, k and v become one `qkv`; LayerScale, which
+    multiplies what a branch adds by gamma (D,), goes into the linear layer before it, exactly.
+    """
+    if any("embeddings.patch_embeddings.projection" in name for name in tensors):
+        for theirs, ours in RENAMED:
+            tensors = {name.replace(theirs, ours): tensors[name] for name in tensors}
+    tensors = dict(tensors)
+    for name in [name for name in tensors if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
+        parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        if all(part in tensors for part in parts):
+            joined = torch.cat([tensors.pop(part) for part in parts])
+            tensors[name.replace(".query.", ".qkv.")] = joined
+    for number, layer in (("1", "attn.proj"), ("2", "mlp.fc2")):
+        for name in [name for name in tensors if name.endswith(f".ls{number}.gamma")]:
+            gamma, start = tensors.pop(name).float(), name.removesuffix(f"ls{number}.gamma") + layer
+            for end, factor in ((".weight", gamma[:, None]), (".bias", gamma)):
+                if start + end in tensors:
+                    tensors[start + end] = tensors[start + end].float() * factor
+    return tensors
+
+
 def read_weights(path):
     """Reads a checkpoint (a file or a run's folder): (its tensors by name, all that it holds).
 
-    Takes the tensors out of an entry such as `state_dict`, and a prefix such as `module.` off their
-    names. Tensors without the encoder's prefix are left out.
+    Takes the tensors out of an entry such as `state_dict`, and a prefix such as `module.` or
+    `visual.trunk.` off their names, and reads other layouts by `as_timm`. Tensors without the
+    encoder's prefix are left out.
     """
     path = data.checkpoint_file(path, "best.pt", "last.pt")
     saved = tensors = data.load_checkpoint(path)
@@ -499,6 +534,7 @@ def read_weights(path):
         if isinstance(tensors.get(name), dict):
             tensors = tensors[name]
     tensors = {str(name): tensor for name, tensor in tensors.items() if torch.is_tensor(tensor)}
+    tensors = as_timm(tensors)
     first = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(first) for name in tensors if ("." + name).endswith("." + first)]
     if len(prefixes) > 1:

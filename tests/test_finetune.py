@@ -795,6 +795,19 @@ def test_unknown_labels_have_no_part_in_loss_and_auroc():
     assert not finetune.label_loss(logits, torch.full_like(y, float("nan"))).isnan()
 
 
+def test_targets_and_rslora_reach_the_layers_and_the_adapter(easy, tmp_path):
+    options = dict(method="lora", rank=4, alpha=8.0, targets="all", rslora=True)
+    finetune.finetune(config(easy, tmp_path / "run", **options))
+    saved = data.load_checkpoint(tmp_path / "run/adapter.pt")
+    assert set(saved["lora"]["targets"]) == {"qkv", "proj", "fc1", "fc2"}
+    assert saved["lora"]["alpha"] / saved["lora"]["rank"] == pytest.approx(8 / 4**0.5)
+    # Trained further, the adapter keeps its scale and its layers
+    finetune.finetune(
+        config(easy, tmp_path / "on", method="lora", weights=str(tmp_path / "run"), rslora=True)
+    )
+    assert data.load_checkpoint(tmp_path / "on/adapter.pt")["lora"] == saved["lora"]
+
+
 def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "full"))
     state = data.load_checkpoint(tmp_path / "full/best.pt")["model"]

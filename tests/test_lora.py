@@ -260,6 +260,81 @@ def test_export_is_read_by_peft(tmp_path):
     torch.testing.assert_close(theirs(images), model(images), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("targets", [["qkv"], ["qkv", "proj", "fc1", "fc2"]], ids=len)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_import_of_what_peft_has_saved(tmp_path, targets, rslora):
+    peft = pytest.importorskip("peft")
+    base, images = vit(), torch.randn(2, 1, 16, 16)
+    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    settings = peft.LoraConfig(
+        r=3,
+        lora_alpha=7,
+        target_modules=[
+            f"blocks.{i}.{part}.{t}"
+            for i in range(2)
+            for t in targets
+            for part in ["mlp" if t[:2] == "fc" else "attn"]
+        ],
+        use_rslora=rslora,
+    )
+    theirs = peft.get_peft_model(vit(), settings).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "peft")
+    command = dict(peft=str(tmp_path / "peft"), weights=str(tmp_path / "base.pt"))
+    lora.import_peft(lora.LoRAConfig(**command, out=str(tmp_path / "in.pt")))
+    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "in.pt"), out=str(tmp_path / "merged.pt")))
+    merged = vit(seed=0)
+    before = merged(images)
+    merged.load_state_dict(data.load_checkpoint(tmp_path / "merged.pt")["model"], strict=False)
+    torch.testing.assert_close(merged(images), theirs(images), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(merged(images), before, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(use_dora=True), "use_dora False, found True"),
+        (dict(bias="all"), "bias none, found all"),
+        (dict(peft_type="LOHA"), "peft_type LORA, found LOHA"),
+        (dict(rank_pattern={"a": 1, "b": 2}), "rank_pattern"),
+        (dict(modules_to_save=["head"]), "modules_to_save None, found"),
+    ],
+)
+def test_import_refuses_what_it_cannot_hold(tmp_path, change, message):
+    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    settings = {"peft_type": "LORA", "bias": "none", "r": 2, "lora_alpha": 4} | change
+    data.write_json(tmp_path / "adapter_config.json", settings)
+    config = lora.LoRAConfig(peft=str(tmp_path), weights=str(tmp_path / "base.pt"))
+    with pytest.raises(data.InputError, match=message):
+        lora.import_peft(config)
+    data.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "bias": "none"})
+    with pytest.raises(data.InputError, match="no such checkpoint"):
+        lora.import_peft(config)
+    data.save_checkpoint(tmp_path / "adapter_model.bin", {"x.lora_E": torch.ones(2)})
+    with pytest.raises(data.InputError, match="lora_A and lora_B of a ViT's blocks"):
+        lora.import_peft(config)
+
+
+@pytest.mark.parametrize("targets", ["qv", "qkv", "all"])
+def test_targets_export_to_peft_and_count(tmp_path, targets):
+    peft = pytest.importorskip("peft")
+    base, images = vit(), torch.randn(2, 1, 16, 16)
+    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    model = trained(lora.add_lora(base, rank=2, targets=lora.TARGETS[targets])).eval()
+    assert len(lora.lora_layers(model)) == {"qv": 2, "qkv": 2, "all": 8}[targets]
+    lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"))
+    again = vit()
+    lora.load_adapter(again, tmp_path / "adapter.pt")
+    torch.testing.assert_close(again.eval()(images), model(images))
+    lora.export_peft(
+        lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt"), out=str(tmp_path / "peft"))
+    )
+    theirs = peft.PeftModel.from_pretrained(vit(), str(tmp_path / "peft")).eval()
+    torch.testing.assert_close(theirs(images), model(images), atol=5e-6, rtol=1e-5)
+
+
 def damaged(saved, entry):
     adapter, B = dict(saved["adapter"]), "blocks.0.attn.qkv.lora_B"
     if entry == "no base":

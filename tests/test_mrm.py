@@ -1138,3 +1138,161 @@ def test_upernet_of_any_size_that_the_patches_divide(side):
     assert model(torch.randn(1, 1, side, side)).shape == (1, 1, side, side)
     with pytest.raises(ValueError, match="multiple of patch_size"):
         upernet(img_size=side + 1)
+
+
+def hugging_face(dinov2):
+    """Random tensors of a ViT of width 12 with 2 blocks under Hugging Face's names, DINOv2's with
+    LayerScale, and the tokens (B, 1 + N, D) that they give, written out with separate q, k, v."""
+    generator = torch.Generator().manual_seed(3)
+
+    def new(*shape):
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    D, p, n = 12, 4, 3
+    t = {
+        "embeddings.cls_token": new(1, 1, D),
+        "embeddings.position_embeddings": new(1, 1 + n * n, D),
+        "embeddings.patch_embeddings.projection.weight": new(D, 3, p, p),
+        "embeddings.patch_embeddings.projection.bias": new(D),
+        "layernorm.weight": new(D),
+        "layernorm.bias": new(D),
+    }
+    norms = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
+    mlp = ("mlp.fc1", "mlp.fc2") if dinov2 else ("intermediate.dense", "output.dense")
+    for i in range(2):
+        at = f"encoder.layer.{i}."
+        for part in ("query", "key", "value"):
+            t[at + f"attention.attention.{part}.weight"] = new(D, D)
+            t[at + f"attention.attention.{part}.bias"] = new(D)
+        for name, shape in (
+            ("attention.output.dense", (D, D)),
+            (mlp[0], (4 * D, D)),
+            (mlp[1], (D, 4 * D)),
+        ):
+            t[at + name + ".weight"], t[at + name + ".bias"] = new(*shape), new(shape[0])
+        for name in norms:
+            t[at + name + ".weight"], t[at + name + ".bias"] = new(D) + 1, new(D)
+        if dinov2:
+            t[at + "layer_scale1.lambda1"], t[at + "layer_scale2.lambda1"] = new(D), new(D)
+
+    def tokens(images, heads=3):
+        linear = torch.nn.functional.linear
+
+        def layer(x, name):
+            return linear(x, t[name + ".weight"], t[name + ".bias"])
+
+        def norm(x, name):
+            mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+            return (x - mean) / (var + 1e-6).sqrt() * t[name + ".weight"] + t[name + ".bias"]
+
+        x = torch.nn.functional.conv2d(
+            images.expand(-1, 3, -1, -1),
+            t["embeddings.patch_embeddings.projection.weight"],
+            t["embeddings.patch_embeddings.projection.bias"],
+            stride=p,
+        )
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([t["embeddings.cls_token"].expand(len(x), -1, -1), x], 1)
+        x = x + t["embeddings.position_embeddings"]
+        for i in range(2):
+            at, y = f"encoder.layer.{i}.", norm(x, f"encoder.layer.{i}.{norms[0]}")
+            q, k, v = (
+                layer(y, at + f"attention.attention.{part}")
+                .unflatten(2, (heads, -1))
+                .transpose(1, 2)
+                for part in ("query", "key", "value")
+            )
+            weights = (q @ k.transpose(2, 3) / (D / heads) ** 0.5).softmax(-1)
+            y = layer((weights @ v).transpose(1, 2).flatten(2), at + "attention.output.dense")
+            x = x + y * t.get(at + "layer_scale1.lambda1", 1)
+            y = torch.nn.functional.gelu(layer(norm(x, at + norms[1]), at + mlp[0]))
+            x = x + layer(y, at + mlp[1]) * t.get(at + "layer_scale2.lambda1", 1)
+        return x
+
+    return t, tokens
+
+
+@pytest.mark.parametrize("dinov2", [False, True], ids=["vit", "dinov2"])
+@pytest.mark.parametrize("wrapping", ["", "vit.", "safetensors", "timm", "visual.trunk."])
+def test_other_layouts_compute_what_they_say(tmp_path, dinov2, wrapping):
+    tensors, tokens = hugging_face(dinov2)
+    path = tmp_path / "weights.pt"
+    if wrapping in ("timm", "visual.trunk."):  # timm's names keep LayerScale apart
+        tensors = {
+            name: tensor
+            for name, tensor in mrm.as_timm(
+                {n: x for n, x in tensors.items() if "layer_scale" not in n}
+            ).items()
+        } | {
+            f"blocks.{i}.ls{k}.gamma": tensors[f"encoder.layer.{i}.layer_scale{k}.lambda1"]
+            for i in range(2)
+            for k in (1, 2)
+            if dinov2
+        }
+    if wrapping == "safetensors":
+        safetensors = pytest.importorskip("safetensors.torch")
+        path = tmp_path / "weights.safetensors"
+        safetensors.save_file(tensors, path)
+    else:
+        start = wrapping if wrapping.endswith(".") else ""
+        data.save_checkpoint(path, {start + name: tensor for name, tensor in tensors.items()})
+    read, saved = mrm.read_weights(path)
+    sizes = mrm.encoder_sizes(read, saved, path, num_heads=3)
+    assert sizes["img_size"] == 12 and sizes["depth"] == 2
+    model = mrm.ViT(**sizes, num_classes=2).eval()
+    mrm.load_encoder(model, read, path)
+    images = torch.randn(2, 1, 12, 12)
+    torch.testing.assert_close(model.tokens(images), tokens(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ("embeddings.register_tokens", "no place for .*register_tokens"),
+        ("encoder.layer.0.mlp.weights_in.weight", "no place for blocks.0.mlp.weights_in.weight"),
+        ("embeddings.dist_token", "no place for .*dist_token"),
+    ],
+)
+def test_encoders_that_compute_otherwise_are_refused_by_name(tmp_path, extra, message):
+    tensors, _ = hugging_face(True)
+    data.save_checkpoint(tmp_path / "w.pt", tensors | {extra: torch.ones(1, 4, 12)})
+    read, saved = mrm.read_weights(tmp_path / "w.pt")
+    model = mrm.ViT(**mrm.encoder_sizes(read, saved, "w.pt", num_heads=3))
+    with pytest.raises(data.InputError, match=message):
+        mrm.load_encoder(model, read, "w.pt")
+
+
+def test_safetensors_of_every_type_against_the_library(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
+    tensors = {f"t{i}": torch.arange(6).reshape(2, 3).to(kind) for i, kind in enumerate(types)}
+    tensors["empty"], tensors["one"] = torch.zeros(0, 3), torch.tensor(4.0)
+    safetensors.save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    found = data.load_checkpoint(tmp_path / "a.safetensors")["model"]
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
+        b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"Q4","shape":[2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b"[1, 2]",
+        b"nonsense",
+    ],
+)
+def test_damaged_safetensors_are_one_line(tmp_path, header):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(data.InputError, match="a.safetensors: not readable as safetensors"):
+        data.load_checkpoint(path)
+    path.write_bytes((2**60).to_bytes(8, "little") + header)
+    with pytest.raises(data.InputError, match="not readable as safetensors"):
+        data.load_checkpoint(path)
