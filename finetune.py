@@ -195,9 +195,14 @@ def choose_threshold(logits, masks):
     return best
 
 
+def classification_loss(logits, labels):
+    """Binary cross-entropy, the mean over images and classes; both (B, k)."""
+    return F.binary_cross_entropy_with_logits(logits, labels)
+
+
 # What the task decides
 SCORES = {"classify": "auroc", "segment": "dice"}
-LOSSES = {"classify": F.binary_cross_entropy_with_logits, "segment": segmentation_loss}
+LOSSES = {"classify": classification_loss, "segment": segmentation_loss}
 
 # --------------------------------------------------------------------------------------------------
 # Recipes: the papers' by method, data set and percent of labels, and ours for small models
