@@ -21,6 +21,8 @@ Where this file departs from their official code, and why:
  4. An adapter file holds LoRA + fc_norm + head and names its base weights. An official checkpoint
     holds everything.
  5. Gradients are clipped for LoRA and linear probes too, as MRM's full fine-tuning clips them.
+ 6. Segmentation squeezes whole films into squares, trains on few of the films that have no mask,
+    and chooses the threshold and the smallest area on the validation list.
 
 Shapes: B batch, n samples, k classes, H and W pixels.
 """
