@@ -1562,6 +1562,9 @@ def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp
         (lambda root: [Image.new("1", Image.open(path).size).save(path)
                        for path in sorted((root / "masks").iterdir())[36:]],
          "the test list: expected a mask that is not empty, found none"),
+        (lambda root: [Image.new("1", Image.open(path).size).save(path)
+                       for path in sorted((root / "masks").iterdir())[:24]],
+         "the train list: expected a mask that is not empty, found none"),
     ],
 )  # fmt: skip
 def test_bad_masks_are_one_line_with_their_name(holes, tmp_path, spoil, message):
@@ -1602,6 +1605,8 @@ def test_training_leaves_out_what_is_known_to_be_empty_beyond_the_share(capsys):
         assert left.names == left.paths == [f"n{i}" for i in left.labels[:, 0].tolist()]
         assert [masks[i] for i in left.labels[:, 0].tolist()] == left.masks
     assert "12 of 16 training images without a mask are left out" in capsys.readouterr().out
+    with pytest.raises(data.InputError, match="the train list: expected a mask that is not empty"):
+        finetune.leave_out_empty(dataclasses.replace(part, masks=[None] * 20), 1.0)
 
 
 def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_path):
