@@ -1412,10 +1412,10 @@ def resize_pair(pair, size):
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
-                        resize=resize):
+                        to_size=None):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
-    crop of its own for each image, by `resize` or `resize_pair`. Sampled as torchvision's
+    crop of its own for each image, by `to_size` (default: `resize`). Sampled as torchvision's
     RandomResizedCrop does: of ten tries the first that fits, else the central crop of the nearest
     aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
@@ -1430,7 +1430,8 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     top = torch.where(fits, draw[2, :, 0] * (h - height + 1), (h - height) / 2)
     left = torch.where(fits, draw[3, :, 0] * (w - width + 1), (w - width) / 2)
     boxes = torch.stack([top, left, height, width]).T.int().tolist()
-    return torch.stack([resize(image[:, y:y + height, x:x + width], (size, size))
+    to_size = to_size or resize
+    return torch.stack([to_size(image[:, y:y + height, x:x + width], (size, size))
                         for image, (y, x, height, width) in zip(images, boxes)])
 
 

@@ -405,7 +405,7 @@ def load_images(parts, config, kept):
     """
     side, segment = config.img_size, config.task == "segment"
     augment = functools.partial(mrm.augment, side=side, min_crop=config.min_crop, flip=config.flip,
-                                resize=data.resize_pair if segment else data.resize)
+                                to_size=data.resize_pair if segment else None)
     parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed,
                                           masks=parts["train"].masks)
     cache = parts["train"].images.preload().cache

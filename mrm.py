@@ -783,11 +783,11 @@ def load_records(config, paths, reports, device):
     return Records(images, heldout, tokenizer, tokens, words)
 
 
-def augment(images, generator, side, min_crop, flip=False, resize=data.resize):
+def augment(images, generator, side, min_crop, flip=False, to_size=None):
     """Random crops (B, C, side, side) of at least the share `min_crop` of each image; `flip`
     mirrors half of them. It is no local function, because worker processes find it by its name."""
     images = data.random_resized_crop(images, side, (min_crop, 1.0), generator=generator,
-                                      resize=resize)
+                                      to_size=to_size)
     return data.random_flip(images, generator) if flip else images
 
 

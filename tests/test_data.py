@@ -1930,7 +1930,7 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path, workers):
         Image.fromarray((50 + 150 * film).astype(np.uint8)).save(paths[-1])
         Image.fromarray(film).save(masks[-1])
     augment = functools.partial(
-        mrm.augment, side=32, min_crop=0.3, flip=True, resize=data.resize_pair
+        mrm.augment, side=32, min_crop=0.3, flip=True, to_size=data.resize_pair
     )
     whole = data.ImageSet(paths, 64, masks=masks)
     crops = data.ImageSet(paths, 64, augment, masks=masks)
