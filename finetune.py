@@ -861,7 +861,8 @@ def write_segmentation(config, part, logits, facts, history, log):
         film = part.images[i][0][:1].expand(3, -1, -1)
         rows.append([film, overlay(film, part.truth[i]), overlay(film, found[i])])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
-    data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions, 2)
+    data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
+                   max(1, 256 // config.img_size))
     steps, names = [line["step"] for line in history], ("loss", "val_loss", "val_dice")
     curves = {name: (steps, [line[name] for line in history]) for name in names}
     data.save_plot(log.out / "curves.png", curves, "segmentation", "step", "")
