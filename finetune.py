@@ -26,6 +26,8 @@ Where this file departs from their official code, and why:
     10 times, not after each epoch. `--official` has the papers' form of these three.
  6. Autocast is bfloat16 instead of float16, crops are bicubic in every recipe, and the last batch
     of an epoch takes the first images of the next one instead of being dropped.
+ 7. Segmentation squeezes whole films into squares, trains on few of the films that have no mask,
+    and chooses the threshold and the smallest area on the validation list.
 
 Shapes: B batch, n samples, k classes, H and W pixels.
 """
@@ -397,6 +399,19 @@ class Part:
     truth: torch.Tensor = None
 
 
+def masks_of(part, config, root):
+    """The masks of a part as `data.find_masks` gives them. The demo has no file where its labels
+    say that there is no pneumothorax."""
+    free = set()
+    if config.data == "demo":
+        known = data.class_names("demo", root, "", part.labels.shape[1])
+        for name, column in zip(known, part.labels.T):
+            if name == "Pneumothorax":
+                free = set((column == 0).nonzero().flatten().tolist())
+    return data.find_masks(config.masks or Path(root, "masks"),
+                           data.image_keys(root, part.names), part.paths, free)
+
+
 def read_lists(config):
     """Returns ({"train", "val", "test": Part without images}, class names).
 
@@ -420,13 +435,8 @@ def read_lists(config):
             names, paths = [names[i] for i in keep], [paths[i] for i in keep]
             labels = labels[keep]
         if config.task == "segment":
-            free = []
-            if config.data == "demo":  # it draws no file where its labels say that there is none
-                known = data.class_names("demo", root, "", labels.shape[1])
-                free = (labels[:, known.index("Pneumothorax")] == 0).nonzero().flatten().tolist()
-            masks = data.find_masks(config.masks or Path(root, "masks"),
-                                    data.image_keys(root, names), paths, set(free))
-            parts[part_name], classes = Part(names, paths, labels, masks=masks), ["mask"]
+            part, classes = Part(names, paths, labels), ["mask"]
+            parts[part_name] = dataclasses.replace(part, masks=masks_of(part, config, root))
             if part_name == "train":
                 parts["train"] = leave_out_empty(parts["train"], config.empties)
             continue
@@ -446,6 +456,8 @@ def leave_out_empty(part, share):
     """A training list with at most `share` images that are known to have no mask for each other
     one, taken evenly. Most films have no pneumothorax, and a net learns nothing new from them."""
     empty = [i for i, mask in enumerate(part.masks) if data.is_empty(mask)]
+    if len(empty) == len(part.masks):
+        raise InputError("the train list", "a mask that is not empty", "none")
     few = round(share * (len(part.masks) - len(empty)))
     if len(empty) <= few:
         return part
@@ -472,7 +484,9 @@ def load_images(parts, config, kept):
                                     config.mean, config.std)
     parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed,
                                           masks=parts["train"].masks)
-    parts["train"].images.preload()
+    cache = parts["train"].images.preload().cache
+    if segment and torch.is_tensor(cache) and not cache[:, 1].any():
+        raise InputError("the train list", "a mask that is not empty", "none")
     for name in ("val", "test"):
         part = parts[name]
         size = side if segment else config.test_side
@@ -1056,7 +1070,8 @@ def write_segmentation(config, part, logits, facts, history, log):
         film = part.images[i][0][:1].expand(3, -1, -1)
         rows.append([film, overlay(film, part.truth[i]), overlay(film, found[i])])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
-    data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions, 2)
+    data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
+                   max(1, 256 // config.img_size))
     steps, names = [line["step"] for line in history], ("loss", "val_loss", "val_dice")
     curves = {name: (steps, [line[name] for line in history]) for name in names}
     data.save_plot(log.out / "curves.png", curves, "segmentation", "step", "")

@@ -1833,6 +1833,9 @@ def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp
         (lambda root: [Image.new("1", Image.open(path).size).save(path)
                        for path in sorted((root / "masks").iterdir())[36:]],
          "the test list: expected a mask that is not empty, found none"),
+        (lambda root: [Image.new("1", Image.open(path).size).save(path)
+                       for path in sorted((root / "masks").iterdir())[:24]],
+         "the train list: expected a mask that is not empty, found none"),
     ],
 )  # fmt: skip
 def test_bad_masks_are_one_line_with_their_name(holes, tmp_path, spoil, message):
@@ -1873,3 +1876,34 @@ def test_training_leaves_out_what_is_known_to_be_empty_beyond_the_share(capsys):
         assert left.names == left.paths == [f"n{i}" for i in left.labels[:, 0].tolist()]
         assert [masks[i] for i in left.labels[:, 0].tolist()] == left.masks
     assert "12 of 16 training images without a mask are left out" in capsys.readouterr().out
+    with pytest.raises(data.InputError, match="the train list: expected a mask that is not empty"):
+        finetune.leave_out_empty(dataclasses.replace(part, masks=[None] * 20), 1.0)
+
+
+def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_path):
+    """A batch norm sees other images in each process; what both predict is what the saved model says."""
+    options = (
+        "--task segment --data csv --img-size 48 --channels 8 --norm batch --steps 6 --lr 5e-3"
+    )
+    options += " --evaluations 2 --batch-size 4 --device cpu --weights scratch"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(REPOSITORY / "finetune.py"), "--root", str(holes), "--out", str(tmp_path)]
+    done = subprocess.run(
+        command + options.split(),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    model, saved = finetune.load_run(tmp_path)
+    names, _ = data.read_list(holes / "test_list.txt")
+    masks = data.find_masks(holes / "masks", [name[:4] for name in names], names)
+    films = data.ImageSet([str(holes / "images" / name) for name in names], 48, masks=masks)
+    settings = segment(holes, tmp_path, mean=saved["mean"], std=saved["std"])
+    logits = finetune.predict(model, films, settings, torch.device("cpu"))
+    truth = torch.stack([pair[1] > 0.5 for pair, _ in films])
+    chosen = saved["segment"]["threshold"], saved["segment"]["smallest"]
+    counts = finetune.count_pixels(finetune.find_pixels(logits, *chosen), truth)
+    rows = list(csv.reader((tmp_path / "predictions.csv").open()))[1:]
+    assert [row[0] for row in rows] == names
+    np.testing.assert_allclose(np.array([row[1:] for row in rows], int).T, counts, atol=3)
