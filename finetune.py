@@ -327,6 +327,7 @@ class FinetuneConfig(RunConfig):
     targets: str = option("qv", "what LoRA adapts: q and v, as the paper; q, k and v; or every "
                           "linear layer of the blocks", choices=TARGETS)
     rslora: bool = option(False, "LoRA is scaled by alpha / sqrt(rank)")
+    dora: bool = option(False, "LoRA turns the rows of a weight, whose lengths are learned apart")
     dropout: float = option(0.1, "dropout on the input of LoRA's A", within="[0, 1)")
     optimizer: str = option(None, "sgd (momentum 0.9) or adamw", choices=["sgd", "adamw"])
     weight_decay: float = option(None, "weight decay of the optimiser", within="[0, inf)")
@@ -634,7 +635,7 @@ def fill_recipe(config, classes=None):
                                  "merge makes a plain ViT of it)", f"--method {config.method}")
             known = lora.read_adapter_file(path) | {"path": path}
             known["base"], tensors = lora.read_base(path, known, config.base)
-            config = dataclasses.replace(config, alpha=known["lora"]["alpha"])
+            config = adapters_options(config, known["lora"], path)
             found = {"rank": known["lora"]["rank"]}  # `load_adapter` refuses another
             if known.get("classes") != classes:
                 raise InputError(path, f"the classes of the data, {classes}", known.get("classes"))
@@ -669,6 +670,19 @@ def fill_recipe(config, classes=None):
     if config.num_heads != sizes["num_heads"]:
         raise InputError(f"--num-heads of {config.weights}", sizes["num_heads"], config.num_heads)
     return config, sizes | {"img_size": config.img_size}, tensors, known
+
+
+def adapters_options(config, settings, path):
+    """`config` with what the adapter `path` says of its LoRA, which trains further as it is.
+    Raises InputError for layers or DoRA that are asked for and that it has not."""
+    names = {name for name, parts in lora.TARGETS.items()
+             if {last: tuple(on) for last, on in settings["targets"].items()} == parts}
+    dora = bool(settings.get("dora"))
+    if config.dora and not dora or config.targets != "qv" and config.targets not in names:
+        raise InputError(path, f"an adapter for --targets {config.targets}"
+                         f"{' --dora' if config.dora else ''}", f"one with {settings}")
+    return dataclasses.replace(config, alpha=settings["alpha"], rslora=False, dora=dora,
+                               targets=next(iter(names), config.targets))
 
 
 def family_of(tensors, known, config, width):
@@ -722,17 +736,18 @@ def build_model(config, sizes, classes, tensors=None, known={}):
             nn.init.normal_(model.head.weight, std=2e-5)
     except ValueError as error:
         raise InputError(f"{config.weights}: {error}") from None
+    if tensors is not None:  # before LoRA, because DoRA starts from the lengths of these weights
+        mrm.load_encoder(model, tensors, known.get("base", config.weights))
     if config.method == "lora" and "adapter" in known:
         settings = {"rank": config.rank, "dropout": config.dropout}
         lora.add_lora(model, **known["lora"] | settings)  # `load_adapter` refuses another rank
     elif config.method == "lora":
         alpha = config.alpha * (math.sqrt(config.rank) if config.rslora else 1)
-        lora.add_lora(model, config.rank, alpha, config.dropout, lora.TARGETS[config.targets])
+        lora.add_lora(model, config.rank, alpha, config.dropout, lora.TARGETS[config.targets],
+                      dora=config.dora)
     elif config.method == "linear":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(lora.part_of(name) == "head")
-    if tensors is not None:
-        mrm.load_encoder(model, tensors, known.get("base", config.weights))
     if "adapter" in known:
         lora.load_adapter(model, known["path"])
     return model

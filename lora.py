@@ -21,9 +21,15 @@ over r directions. The factor alpha / r keeps its size, so that one alpha serves
     python lora.py merge --adapter runs/finetune/adapter.pt    # base + adapter -> one plain ViT
     python lora.py export-peft --adapter runs/finetune/adapter.pt --out DIR    # Hugging Face's peft
     python lora.py import-peft --peft DIR --weights BASE --out adapter.pt      # and back
+    python lora.py export-medpeft --adapter runs/finetune/adapter.pt    # MED-PEFT's own checkpoint
+    python lora.py import-medpeft --peft CHECKPOINT --out adapter.pt           # and back
 
-Beyond the paper: `finetune.py --targets qkv|all` adapts more layers, and `--rslora` scales by
+Beyond the paper: `finetune.py --targets qkv|all` adapts more layers. `--rslora` scales by
 alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023), so that a larger rank learns faster.
+`--dora` (Liu et al., "DoRA", ICML 2024) lets LoRA set the direction of each row of the weight
+alone, and learns the row's length m, which starts as that of W:
+
+    W' = m * (W + (alpha / r) B A) / ||W + (alpha / r) B A||_row
 
 Paper: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography: "Less Could Be Better:
 Parameter-efficient Fine-tuning Advances Medical Vision Foundation Models", 2024 (MED-PEFT): q and v
@@ -42,6 +48,7 @@ Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, 
 import dataclasses
 import hashlib
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -90,19 +97,72 @@ class LoRALinear(nn.Linear):
                                    self.parts, dropout)
 
     @torch.no_grad()
-    def delta(self):
-        """What merging adds to `weight`, (out, in) in float64: scale * B_g A_g on the adapted
-        parts, 0 on the others."""
-        delta = torch.zeros_like(self.weight, dtype=torch.float64)
+    def delta(self, dtype=torch.float64):
+        """What merging adds to `weight`, (out, in): scale * B_g A_g on the adapted parts, 0 on the
+        others."""
+        delta = torch.zeros_like(self.weight, dtype=dtype)
         views = delta.chunk(len(self.parts))  # each (out/P, in)
         adapted = [view for view, on in zip(views, self.parts) if on]
-        A, B = (matrix.double().chunk(len(adapted)) for matrix in (self.lora_A, self.lora_B))
+        A, B = (matrix.to(dtype).chunk(len(adapted)) for matrix in (self.lora_A, self.lora_B))
         for view, A_g, B_g in zip(adapted, A, B):
             view.copy_(self.scale * B_g @ A_g)
         return delta
 
+    def effective_weight(self):
+        """The weight that the layer computes with, which merging writes: (out, in) in float64."""
+        return self.weight.detach().double() + self.delta()
+
     def extra_repr(self):
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}, parts={self.parts}"
+
+
+# --------------------------------------------------------------------------------------------------
+# Beyond the paper: DoRA, and other layers than q and v
+
+
+class DoRALinear(LoRALinear):
+    """DoRA: LoRA sets the directions of the adapted rows alone, and their lengths are learned.
+
+    Another parameter, `lora_magnitude` (G*out/P,), holds the lengths. They start as those of
+    `weight`, so that the layer starts as the plain one.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.start_magnitude()
+
+    def start_magnitude(self):
+        """Takes the lengths of `weight` as it is now."""
+        rows = self.weight.detach()[self.adapted_rows()]
+        self.lora_magnitude = nn.Parameter(rows.norm(dim=1))
+
+    def adapted_rows(self):
+        """The rows of `weight` that LoRA adds to, (out,) of bools."""
+        parts = torch.tensor(self.parts, device=self.weight.device)
+        return parts.repeat_interleave(self.out_features // len(self.parts))
+
+    def row_factors(self):
+        """What the rows of W + delta are multiplied by, (out,): m / ||W + delta||_row, and 1 where
+        LoRA adds nothing. The norm counts as a constant in the gradient (DoRA, section 4.3)."""
+        rows, dtype = self.adapted_rows(), self.weight.dtype
+        with torch.autocast(self.weight.device.type, enabled=False):
+            norms = (self.weight.detach() + self.delta(dtype))[rows].norm(dim=1)
+        factors = self.lora_magnitude.new_ones(self.out_features)
+        return factors.masked_scatter(rows, self.lora_magnitude / norms)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        if self.merged:
+            return super().forward(x)
+        dropout = self.dropout if self.training else 0.0
+        y = kernels.lora_linear(x, self.weight, None, self.lora_A, self.lora_B, self.scale,
+                                self.parts, dropout)
+        y = y * self.row_factors().to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def effective_weight(self):
+        """See `LoRALinear`."""
+        return super().effective_weight() * self.row_factors().detach().double()[:, None]
 
 
 # Which layers of a ViT are adapted: the paper's q and v, and beyond the paper q, k and v, or every
@@ -112,9 +172,10 @@ TARGETS = {"qv": {"qkv": (True, False, True)}, "qkv": {"qkv": (True, True, True)
 
 
 def add_lora(model, rank=4, alpha=32, dropout=0.1, targets=TARGETS["qv"],
-             train=("fc_norm", "head")):
+             train=("fc_norm", "head"), dora=False):
     """Puts LoRA on the linear layers whose last name is in `targets` (name -> parts) and freezes
-    everything but LoRA and the modules `train`.
+    everything but LoRA and the modules `train`. DoRA takes the lengths of the weights that the
+    model has now, so that they must be loaded before.
 
     The layers keep their weights and their state-dict keys. Returns the model, changed in place.
     Raises ValueError if no layer has such a name or the model holds LoRA already.
@@ -127,10 +188,12 @@ def add_lora(model, rank=4, alpha=32, dropout=0.1, targets=TARGETS["qv"],
         if isinstance(layer, LoRALinear):
             raise ValueError(f"{name} is a LoRA layer already")
         parent, _, child = name.rpartition(".")
-        new = LoRALinear(layer.in_features, layer.out_features, rank, alpha, dropout,
-                         targets[child], layer.bias is not None,
-                         device=layer.weight.device, dtype=layer.weight.dtype)
+        kind = DoRALinear if dora else LoRALinear
+        new = kind(layer.in_features, layer.out_features, rank, alpha, dropout, targets[child],
+                   layer.bias is not None, device=layer.weight.device, dtype=layer.weight.dtype)
         new.weight, new.bias = layer.weight, layer.bias
+        if dora:
+            new.start_magnitude()
         new.train(layer.training)
         setattr(model.get_submodule(parent), child, new)
     for name, parameter in model.named_parameters():
@@ -149,16 +212,19 @@ def merge_lora(model):
     nothing extra. A merged layer is left as it is. Returns the model, changed in place."""
     for layer in lora_layers(model):
         if not layer.merged:
-            layer.weight.copy_(layer.weight.double() + layer.delta())
+            layer.weight.copy_(layer.effective_weight())
             layer.merged = True
     return model
 
 
 @torch.no_grad()
 def unmerge_lora(model):
-    """The inverse of `merge_lora`, exact to one rounding of the weights."""
+    """The inverse of `merge_lora`, exact to one rounding of the weights. Raises ValueError for
+    DoRA, where the length of W is lost in merging."""
     for layer in lora_layers(model):
         if layer.merged:
+            if isinstance(layer, DoRALinear):
+                raise ValueError("a merged DoRA cannot be taken out: load the base weights again")
             layer.weight.copy_(layer.weight.double() - layer.delta())
             layer.merged = False
     return model
@@ -231,6 +297,8 @@ def read_base(path, saved, given=""):
                          "with --weights (finetune.py: --base)")
     tensors, _ = mrm.read_weights(base)
     check_base(path, base, saved.get("base_fingerprint"), tensors)
+    if saved.get("base_fingerprint"):  # MED-PEFT's checkpoint is the base of the adapter in it
+        tensors = {name: tensors[name] for name in tensors if "lora_" not in name}
     return base, tensors
 
 
@@ -240,7 +308,7 @@ def save_adapter(path, model, **extra):
                if isinstance(layer, LoRALinear)}
     first = lora_layers(model)[0]  # all of them have the same rank, scale and dropout
     settings = {"rank": first.rank, "alpha": first.scale * first.rank, "dropout": first.dropout,
-                "targets": targets}
+                "targets": targets, "dora": isinstance(first, DoRALinear)}
     adapter = {name: tensor.cpu().contiguous() for name, tensor in lora_state_dict(model).items()}
     data.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
 
@@ -254,7 +322,8 @@ def read_adapter_file(path):
     if not isinstance(adapter, dict) or not any(name.endswith(".lora_A") for name in adapter):
         raise InputError(path, "tensors of LoRA in 'adapter'", "none")
     needed = {"rank", "alpha", "dropout", "targets"}
-    if not isinstance(settings, dict) or not needed <= settings.keys():
+    if (not isinstance(settings, dict) or not needed <= settings.keys()
+            or not isinstance(settings["targets"], dict)):
         raise InputError(path, "rank, alpha, dropout and targets in 'lora'", settings)
     return saved
 
@@ -290,9 +359,10 @@ def load_adapter(model, path):
 class LoRAConfig:
     adapter: str = option("runs/finetune/adapter.pt", "adapter file of a fine-tuning run")
     weights: str = option("", "base checkpoint (default: the one the adapter names)")
-    out: str = option("", "file (merge, import-peft) or folder (export-peft) to write (default: "
-                      "merged.pt or peft beside the adapter; imported.pt in --peft)")
-    peft: str = option("", "folder of an adapter that peft has saved, for import-peft")
+    out: str = option("", "what to write: a folder for export-peft, a file for merge and the rest "
+                      "(default: a name that says what it is, beside what is read)")
+    peft: str = option("", "what to import: the folder of an adapter that peft has saved, or a "
+                       "checkpoint of MED-PEFT")
 
 
 def read_adapter(config):
@@ -300,33 +370,54 @@ def read_adapter(config):
     adapted layers by name). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
     source, base = read_base(config.adapter, saved, config.weights)
+    return base, saved, adapted_layers(config.adapter, saved, source, base)
+
+
+def adapted_layers(path, saved, source, base):
+    """The LoRA layers by name that the adapter `path`, which holds `saved`, makes of the tensors
+    `base` of the file `source`. Raises InputError where they do not fit each other."""
     adapter, settings, layers = saved["adapter"], saved["lora"], {}
     for key in [key for key in adapter if key.endswith(".lora_A")]:
         name = key.removesuffix(".lora_A")
-        weight, A, B = base.get(name + ".weight"), adapter[key], adapter.get(name + ".lora_B")
-        if weight is None or weight.shape[1] != A.shape[1]:
-            raise InputError(f"{source}: {name}.weight does not fit {config.adapter}: other "
-                             "weights than it was trained on")
-        parts = settings["targets"][name.rpartition(".")[2]]
-        layer = LoRALinear(weight.shape[1], len(weight), settings["rank"], settings["alpha"],
-                           parts=parts, bias=False)
-        if B is None or A.shape != layer.lora_A.shape or B.shape != layer.lora_B.shape:
-            found = "no such tensor" if B is None else tuple(B.shape)
-            raise InputError(f"{config.adapter}: {name}.lora_B does not fit {name}.lora_A and the "
-                             f"weights ({found})")
-        layer.load_state_dict({"weight": weight, "lora_A": A, "lora_B": B})
+        weight, A = base.get(name + ".weight"), adapter[key]
+        if weight is None or weight.ndim != 2 or weight.shape[1:] != A.shape[1:]:
+            raise InputError(f"{source}: {name}.weight does not fit {path}: other weights than it "
+                             "was trained on")
+        try:
+            parts = settings["targets"][name.rpartition(".")[2]]
+            kind = DoRALinear if settings.get("dora") else LoRALinear
+            layer = kind(weight.shape[1], len(weight), settings["rank"], settings["alpha"],
+                         settings["dropout"], parts, bias=False)
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{path}: {name} does not fit {source}: {error}") from None
+        state = {"weight": weight}
+        for end, own in list(layer.state_dict().items())[1:]:
+            state[end] = adapter.get(f"{name}.{end}")
+            if state[end] is None or state[end].shape != own.shape:
+                found = "no such tensor" if state[end] is None else tuple(state[end].shape)
+                raise InputError(f"{path}: {name}.{end} does not fit rank {layer.rank} and the "
+                                 f"weights ({found})")
+        layer.load_state_dict(state)
         layers[name] = layer
-    return base, saved, layers
+    placed = {f"{name}.{end}" for name, layer in layers.items() for end in layer.state_dict()}
+    for key in adapter:
+        if part_of(key) == "lora" and key not in placed:
+            raise InputError(f"{path}: {key} has no place in the LoRA that the file describes")
+    return layers
+
+
+def encoder_and_head(base, adapter):
+    """A plain ViT's tensors: the encoder's out of `base`, fc_norm and head out of `adapter`."""
+    tensors = {name: base[name] for name in base if name.split(".")[0] in mrm.ENCODER_PARTS}
+    return tensors | {name: adapter[name] for name in adapter if part_of(name) == "head"}
 
 
 def merge(config):
     """Writes a plain ViT: the base encoder with every delta added, and the adapter's head."""
     base, saved, layers = read_adapter(config)
-    merged = {name: base[name] for name in base if name.split(".")[0] in mrm.ENCODER_PARTS}
+    merged = encoder_and_head(base, saved["adapter"])
     for name, layer in layers.items():
         merged[name + ".weight"] = merge_lora(layer).weight.detach()
-    adapter = saved["adapter"]
-    merged |= {name: adapter[name] for name in adapter if part_of(name) == "head"}
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
     kept = ("sizes", "classes", "mean", "std", "pool", "test_side", "segment")
     about = {name: saved[name] for name in kept if name in saved}
@@ -340,7 +431,8 @@ def export_peft(config):
     The G adapted parts of rank r become one adapter of rank G*r. A stays (G*r, in). B (out, G*r) is
     block-diagonal: B_g fills the rows of its part and the columns of its rank. peft scales by
     lora_alpha / (G*r), so that lora_alpha = scale * G*r. Layers with different G have different
-    ranks, which peft reads by name. fc_norm and head stay in the adapter file.
+    ranks, which peft reads by name. DoRA has a length for every row there, and those of the parts
+    that are not adapted are W's own. fc_norm and head stay in the adapter file.
     """
     _, saved, layers = read_adapter(config)
     out = Path(config.out or Path(config.adapter).with_name("peft"))
@@ -355,14 +447,40 @@ def export_peft(config):
             rows[adapted[g]][:, g * layer.rank : (g + 1) * layer.rank] = B_g
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
+        if isinstance(layer, DoRALinear):
+            lengths = layer.weight.detach().norm(dim=1)
+            lengths[layer.adapted_rows()] = layer.lora_magnitude.detach()
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = lengths
     description = {"peft_type": "LORA", "r": max(ranks.values()), "rank_pattern": ranks,
                    "lora_alpha": max(alphas.values()), "alpha_pattern": alphas,
                    "lora_dropout": saved["lora"]["dropout"], "target_modules": list(layers),
-                   "bias": "none"}
+                   "bias": "none", "use_dora": bool(saved["lora"].get("dora", False))}
     data.save_checkpoint(out / "adapter_model.bin", tensors)
     data.write_json(out / "adapter_config.json", description)
     shown = ", ".join(map(str, sorted(set(ranks.values()))))
     print(f"{out}: {len(tensors)} tensors of rank {shown} for peft")
+
+
+def write_imported(config, adapter, rank, alpha, dropout, targets, dora=False):
+    """Checks an adapter that comes from elsewhere against the base weights, and writes its file."""
+    base = config.weights or config.peft
+    tensors = mrm.read_weights(base)[0]
+    out = Path(config.out or Path(config.peft).absolute().with_name("imported.pt"))
+    settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "dora": dora}
+    saved = {"adapter": adapter, "lora": settings, "weights": os.path.abspath(base),
+             "weights_from_here": os.path.relpath(base, out.parent),
+             "base_fingerprint": fingerprint(tensors)}
+    adapted_layers(config.peft, saved, base, tensors)
+    data.save_checkpoint(out, saved)
+    print(f"{out}: {len(adapter)} tensors, LoRA of rank {rank} for {base}")
+
+
+PEFT_PLAIN = {  # what import-peft takes: the first value is that of a setting which is not written
+    "peft_type": ("LORA",), "bias": ("none",), "modules_to_save": (None, []),
+    "fan_in_fan_out": (False,), "lora_bias": (False,), "layer_replication": (None,),
+    "target_parameters": (None, []), "alora_invocation_tokens": (None,), "use_qalora": (False,),
+    # Other initialisations, such as PiSSA, change the base weights too
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
 
 def import_peft(config):
@@ -370,46 +488,109 @@ def import_peft(config):
 
     One A (r, in) and B (out, r) a layer, as peft has them, adapt the layer whole. The file holds no
     head, so that `merge` makes a plain encoder of it. Raises InputError for what such a file cannot
-    hold: other methods than LoRA, DoRA, trained biases or modules, ranks that differ.
+    hold: other methods than LoRA and DoRA, trained biases or modules, ranks or scales that differ.
     """
-    folder, base = Path(config.peft), Path(config.weights)
     if not config.peft or not config.weights:
         raise InputError("import-peft", "--peft DIR and --weights BASE", "one of them at most")
-    settings = data.read_json(folder / "adapter_config.json")
-    plain_lora = {"peft_type": "LORA", "use_dora": False, "bias": "none", "rank_pattern": {},
-                  "alpha_pattern": {}, "modules_to_save": None, "fan_in_fan_out": False}
-    for name, plain in plain_lora.items():
-        same = isinstance(plain, dict) and len(set(settings.get(name, {}).values())) < 2
-        if settings.get(name) not in (plain, None, []) and not same:
-            raise InputError(folder / "adapter_config.json", f"{name} {plain}", settings[name])
-    files = [folder / "adapter_model.safetensors", folder / "adapter_model.bin"]
+    described = Path(config.peft) / "adapter_config.json"
+    settings = data.read_json(described)
+    if not isinstance(settings, dict):
+        raise InputError(described, "the settings of an adapter", type(settings).__name__)
+    for name, values in PEFT_PLAIN.items():
+        if settings.get(name, values[0]) not in values:
+            raise InputError(described, f"{name} {values[0]}", settings[name])
+    files = [described.with_name(f"adapter_model.{kind}") for kind in ("safetensors", "bin")]
     path = next((file for file in files if file.exists()), files[0])
     tensors, adapter = data.load_checkpoint(path), {}
-    tensors = tensors.get("model", tensors)
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.get("model", tensors).items():
         short = name.removeprefix("base_model.model.").removesuffix(".weight")
-        if not short.endswith((".lora_A", ".lora_B")) or not short.startswith("blocks."):
+        short = short.replace("lora_magnitude_vector", "lora_magnitude")
+        layer, _, end = short.rpartition(".")
+        fits = torch.is_tensor(tensor) and tensor.ndim > 0 and layer.startswith("blocks.")
+        if not fits or end not in ("lora_A", "lora_B", "lora_magnitude"):
             raise InputError(path, "lora_A and lora_B of a ViT's blocks under timm's names", name)
         adapter[short] = tensor.float().contiguous()
-    ranks = {len(tensor) for name, tensor in adapter.items() if name.endswith("lora_A")}
-    if len(ranks) != 1:
-        raise InputError(path, "one rank", f"ranks {sorted(ranks)}")
-    rank = ranks.pop()
-    alpha = next(iter(settings.get("alpha_pattern", {}).values()), settings.get("lora_alpha", rank))
+    layers = sorted({name.rpartition(".")[0] for name in adapter})
+    # Both may be given by layer: the ranks are those of the tensors
+    ranks = {len(adapter[name]) for name in adapter if name.endswith("lora_A")}
+    patterns, alphas = settings.get("alpha_pattern") or {}, []
+    if not isinstance(patterns, dict):
+        raise InputError(described, "alpha_pattern, a table by layer", patterns)
+    for layer in layers:
+        own = [key for key in patterns if f".{layer}".endswith(f".{key}")]
+        alphas.append(patterns[own[0]] if own else settings.get("lora_alpha"))
+        if not isinstance(alphas[-1], (int, float)) or not 0 < alphas[-1] < math.inf:
+            raise InputError(described, "lora_alpha, a number above 0", alphas[-1])
+    for key in patterns:
+        if not any(f".{layer}".endswith(f".{key}") for layer in layers):
+            raise InputError(described, "the names of layers in alpha_pattern", key)
+    if len(ranks) != 1 or len(set(alphas)) != 1:
+        raise InputError(path, "one rank and one lora_alpha for all layers",
+                         f"ranks {sorted(ranks)}, lora_alpha {sorted(set(alphas))}")
+    rank, alpha = ranks.pop(), alphas[0]
     if settings.get("use_rslora"):
         alpha *= math.sqrt(rank)
-    targets = {name.split(".")[-2]: (True,) for name in adapter}
-    out = Path(config.out or folder / "imported.pt")
-    data.save_checkpoint(out, {
-        "adapter": adapter, "weights": str(base.absolute()),
-        "base_fingerprint": fingerprint(mrm.read_weights(base)[0]),
-        "lora": {"rank": rank, "alpha": alpha, "dropout": settings.get("lora_dropout", 0.0),
-                 "targets": targets}})
-    print(f"{out}: {len(adapter)} tensors of rank {rank}, without a head")
+    write_imported(config, adapter, rank, alpha, settings.get("lora_dropout", 0.0),
+                   {layer.rpartition(".")[2]: (True,) for layer in layers},
+                   bool(settings.get("use_dora")))
+
+
+MEDPEFT = {"alpha": 32.0, "dropout": 0.1, "targets": TARGETS["qv"]}  # they are fixed in its code
+
+
+def export_medpeft(config):
+    """Writes a checkpoint of MED-PEFT: base, LoRA and head under the same names, not merged.
+
+    Its code scales by 32 / r, so that B takes what differs from that. A grey patch embedding is
+    shared out over its three channels. Raises InputError for more than LoRA on q and v.
+    """
+    base, saved, layers = read_adapter(config)
+    targets = {name: tuple(parts) for name, parts in saved["lora"]["targets"].items()}
+    if targets != TARGETS["qv"] or saved["lora"].get("dora") or saved.get("pool", 1) != 1:
+        raise InputError(config.adapter, "what MED-PEFT's code computes: LoRA on q and v, no DoRA "
+                         "and the mean of all tokens", f"{saved['lora']}, pool {saved.get('pool')}")
+    tensors = encoder_and_head(base, saved["adapter"])
+    kernel = tensors["patch_embed.proj.weight"]
+    if kernel.shape[1] == 1:
+        tensors["patch_embed.proj.weight"] = kernel.expand(-1, 3, -1, -1) / 3
+    for name, layer in layers.items():
+        tensors[name + ".lora_A"] = layer.lora_A.detach()
+        tensors[name + ".lora_B"] = layer.lora_B.detach() * (layer.scale * layer.rank / 32)
+    out = Path(config.out or Path(config.adapter).with_name("medpeft.pth"))
+    data.save_checkpoint(out, {"model": tensors})
+    print(f"{out}: {len(tensors)} tensors, a checkpoint of MED-PEFT")
+
+
+def import_medpeft(config):
+    """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT.
+
+    The checkpoint itself is the base, because its frozen weights have drifted a little; `--weights`
+    names another, as MRM.pth, from which it may differ by rounding alone. MED-PEFT's code saves its
+    weights without LoRA's part in them; where somebody has saved them merged, only the comparison
+    with `--weights` can tell. Raises InputError for other checkpoints.
+    """
+    if not config.peft:
+        raise InputError("import-medpeft", "--peft CHECKPOINT", "none")
+    tensors, _ = mrm.read_weights(config.peft)
+    adapter = {name: tensor.float() for name, tensor in tensors.items()
+               if part_of(name) != "backbone"}
+    ranks = {tensor.shape[-1] for name, tensor in adapter.items() if name.endswith("lora_B")}
+    if len(ranks) != 1:
+        raise InputError(config.peft, "a checkpoint of MED-PEFT: lora_A and lora_B of one rank "
+                         "beside qkv", f"ranks {sorted(ranks)}")
+    if config.weights:
+        for name, frozen in encoder_and_head(mrm.read_weights(config.weights)[0], {}).items():
+            found = tensors.get(name)
+            near = 1e-3 * frozen.float().abs().max()
+            if found is None or found.shape != frozen.shape or (found - frozen).abs().max() > near:
+                raise InputError(f"{config.peft}: {name}", f"that of {config.weights}, which was "
+                                 "frozen", "another: other weights, or merged ones")
+    write_imported(config, adapter, ranks.pop(), **MEDPEFT)
 
 
 def main():
-    commands = {"merge": merge, "export-peft": export_peft, "import-peft": import_peft}
+    commands = {"merge": merge, "export-peft": export_peft, "import-peft": import_peft,
+                "export-medpeft": export_medpeft, "import-medpeft": import_medpeft}
     usage = f"usage: python lora.py {' | '.join(commands)} [--help]"
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(f"{__doc__}\n{usage}")

@@ -619,9 +619,10 @@ def load_encoder(model, tensors, source):
     for name in sorted(left):
         if name.split(".")[0] in ENCODER_PARTS or FOREIGN.match(name):
             depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+            advice = "; see python lora.py import-medpeft" if "lora_" in name else ""
             raise InputError(f"{source}: the encoder does not fit: the model has no place for "
                              f"{name}, which changes its result ({len(model.blocks)} blocks in "
-                             f"the model, {depth} in the file)")
+                             f"the model, {depth} in the file){advice}")
     model.load_state_dict(fits, strict=False)
     print(f"{source}: {len(fits)} tensors loaded, {len(new)} new{list_parts(new)}, "
           f"{len(left)} left{list_parts(left)}")

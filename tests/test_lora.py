@@ -295,10 +295,11 @@ def test_import_of_what_peft_has_saved(tmp_path, targets, rslora):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(use_dora=True), "use_dora False, found True"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights True, found pissa"),
+        (dict(lora_bias=True), "lora_bias False, found True"),
+        (dict(alora_invocation_tokens=[1]), "alora_invocation_tokens None"),
         (dict(bias="all"), "bias none, found all"),
         (dict(peft_type="LOHA"), "peft_type LORA, found LOHA"),
-        (dict(rank_pattern={"a": 1, "b": 2}), "rank_pattern"),
         (dict(modules_to_save=["head"]), "modules_to_save None, found"),
     ],
 )
@@ -309,12 +310,259 @@ def test_import_refuses_what_it_cannot_hold(tmp_path, change, message):
     config = lora.LoRAConfig(peft=str(tmp_path), weights=str(tmp_path / "base.pt"))
     with pytest.raises(data.InputError, match=message):
         lora.import_peft(config)
+    data.write_json(tmp_path / "adapter_config.json", ["LORA"])
+    with pytest.raises(data.InputError, match="expected the settings of an adapter, found list"):
+        lora.import_peft(config)
     data.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "bias": "none"})
     with pytest.raises(data.InputError, match="no such checkpoint"):
         lora.import_peft(config)
     data.save_checkpoint(tmp_path / "adapter_model.bin", {"x.lora_E": torch.ones(2)})
     with pytest.raises(data.InputError, match="lora_A and lora_B of a ViT's blocks"):
         lora.import_peft(config)
+
+
+def test_import_takes_one_scale_and_shapes_that_fit(tmp_path):
+    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    start, adapter = "base_model.model.blocks.", {}
+    for i in range(2):
+        adapter[f"{start}{i}.attn.qkv.lora_A.weight"] = torch.randn(2, 24)
+        adapter[f"{start}{i}.attn.qkv.lora_B.weight"] = torch.randn(72, 2)
+    config = lora.LoRAConfig(
+        peft=str(tmp_path), weights=str(tmp_path / "base.pt"), out=str(tmp_path / "in.pt")
+    )
+
+    def run(tensors=adapter, **settings):
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | settings
+        data.write_json(tmp_path / "adapter_config.json", settings)
+        data.save_checkpoint(tmp_path / "adapter_model.bin", tensors)
+        lora.import_peft(config)
+        return data.load_checkpoint(tmp_path / "in.pt")["lora"]["alpha"]
+
+    assert run() == 4 and run(use_rslora=True) == pytest.approx(4 * 2**0.5)
+    assert run(alpha_pattern={"attn.qkv": 6}) == 6
+    for change, message in (
+        (dict(alpha_pattern={"blocks.0.attn.qkv": 6}), "one lora_alpha for all layers"),
+        (dict(alpha_pattern={".*qkv": 6}), r"found \.\*qkv"),
+        (dict(alpha_pattern=[3]), "alpha_pattern, a table by layer"),
+        (dict(lora_alpha=None), "lora_alpha, a number above 0"),
+        (dict(lora_alpha=float("nan")), "lora_alpha, a number above 0"),
+        (
+            dict(tensors=adapter | {f"{start}1.attn.qkv.lora_A.weight": torch.ones(3, 24)}),
+            "one rank",
+        ),
+        (dict(tensors=adapter | {f"{start}1.attn.qkv.lora_B.weight": torch.ones(70, 2)}), "lora_B"),
+        (
+            dict(tensors=adapter | {f"{start}1.attn.qkv.lora_A.weight": torch.ones(2, 20)}),
+            "qkv.weight",
+        ),
+        (
+            dict(tensors=adapter | {f"{start}7.attn.qkv.lora_A.weight": torch.ones(2, 24)}),
+            "qkv.weight",
+        ),
+        (dict(use_dora=True), r"lora_magnitude does not fit .*no such tensor"),
+        (
+            dict(tensors=adapter | {f"{start}1.attn.qkv.lora_magnitude_vector": torch.ones(72)}),
+            "lora_magnitude has no place",
+        ),
+    ):
+        with pytest.raises(data.InputError, match=message):
+            run(**change)
+
+
+def dora_layer():
+    """A DoRA layer of 2 inputs and 2 outputs, the second adapted: W = ((1, 2), (3, 4)), scale 1."""
+    layer = lora.DoRALinear(2, 2, 1, alpha=1, dropout=0.0, parts=(False, True))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        layer.bias.copy_(torch.tensor([0.0, 7.0]))
+        layer.lora_A.copy_(torch.tensor([[0.0, 2.0]]))
+        layer.lora_B.fill_(-2)
+    layer.start_magnitude()
+    return layer
+
+
+def test_dora_worked_on_paper():
+    """W + B A has the second row (3, 0) of length 3. The length learned is W's, 5: the row is
+    (5, 0), and (10, 0) when it is doubled."""
+    layer, x = dora_layer(), torch.tensor([[1.0, 10.0]])
+    torch.testing.assert_close(layer(x), torch.tensor([[21.0, 12.0]]))
+    with torch.no_grad():
+        layer.lora_magnitude.mul_(2)
+    torch.testing.assert_close(layer(x), torch.tensor([[21.0, 17.0]]))
+    lora.merge_lora(layer)
+    torch.testing.assert_close(layer.weight.detach(), torch.tensor([[1.0, 2.0], [10.0, 0.0]]))
+    torch.testing.assert_close(layer(x), torch.tensor([[21.0, 17.0]]))
+    with pytest.raises(ValueError, match="DoRA cannot be taken out"):
+        lora.unmerge_lora(layer)
+
+
+def test_a_fresh_dora_is_the_plain_model():
+    model, images = vit(), torch.randn(4, 1, 16, 16)
+    with torch.no_grad():
+        before = model(images)
+        torch.testing.assert_close(lora.add_lora(model, 2, dropout=0.0, dora=True)(images), before)
+    counted = lora.count_parameters(model)["lora"]
+    assert counted == 2 * (2 * 2 * 24 + 48 * 2 + 48)  # A, B and the lengths of q and v
+
+
+def dora_beside_peft(tmp_path, **settings):
+    """The same random DoRA in peft and here: their models."""
+    peft = pytest.importorskip("peft")
+    names = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.qkv", "mlp.fc1")]
+    settings = peft.LoraConfig(r=3, lora_alpha=7, target_modules=names, use_dora=True, **settings)
+    theirs = peft.get_peft_model(vit(), settings)
+    torch.manual_seed(5)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            with torch.no_grad():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "peft")
+    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    lora.import_peft(
+        lora.LoRAConfig(
+            peft=str(tmp_path / "peft"),
+            weights=str(tmp_path / "base.pt"),
+            out=str(tmp_path / "in.pt"),
+        )
+    )
+    saved, ours = data.load_checkpoint(tmp_path / "in.pt"), vit()
+    lora.add_lora(ours, **saved["lora"])
+    assert not ours.load_state_dict(saved["adapter"], strict=False).unexpected_keys
+    return theirs, ours
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dora_computes_and_learns_as_in_peft(tmp_path, rslora):
+    theirs, ours = dora_beside_peft(tmp_path, use_rslora=rslora)
+    images = torch.randn(4, 1, 16, 16)
+    torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(ours(images), vit()(images), atol=1e-2)
+    ours(images).square().sum().backward()
+    theirs(images).square().sum().backward()
+    gradients = {
+        name.replace(".default", "").removesuffix(".weight").replace("_vector", ""): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if "lora_" in name
+    }
+    own = {name: p.grad for name, p in ours.named_parameters() if "lora_" in name}
+    assert len(own) == len(gradients) == 2 * 2 * 3
+    for name, gradient in own.items():
+        expected = gradients["base_model.model." + name]
+        torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
+        assert gradient.any(), name
+
+
+@pytest.mark.parametrize("targets", ["qv", "all"])
+def test_dora_through_adapter_merge_and_export(tmp_path, targets):
+    peft = pytest.importorskip("peft")
+    base, images = vit(), torch.randn(2, 1, 16, 16)
+    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    model = trained(lora.add_lora(base, rank=2, targets=lora.TARGETS[targets], dora=True)).eval()
+    with torch.no_grad():
+        for layer in lora.lora_layers(model):
+            layer.lora_magnitude.mul_(torch.rand_like(layer.lora_magnitude) + 0.5)
+    path = tmp_path / "adapter.pt"
+    lora.save_adapter(path, model, weights=str(tmp_path / "base.pt"))
+    again = vit()
+    lora.load_adapter(again, path)
+    torch.testing.assert_close(again.eval()(images), model(images))
+    lora.export_peft(lora.LoRAConfig(adapter=str(path), out=str(tmp_path / "peft")))
+    theirs = peft.PeftModel.from_pretrained(vit(), str(tmp_path / "peft")).eval()
+    torch.testing.assert_close(theirs(images), model(images), atol=1e-5, rtol=1e-5)
+    lora.merge(lora.LoRAConfig(adapter=str(path)))
+    merged = vit(seed=3)
+    merged.load_state_dict(data.load_checkpoint(tmp_path / "merged.pt")["model"])
+    torch.testing.assert_close(merged(images), model(images), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(model(images), vit()(images), atol=1e-2)
+
+
+def test_adapters_of_before_dora_load(tmp_path):
+    model, images = trained(lora.add_lora(vit(), rank=2)).eval(), torch.randn(2, 1, 16, 16)
+    lora.save_adapter(tmp_path / "a.pt", model)
+    saved = data.load_checkpoint(tmp_path / "a.pt")
+    del saved["lora"]["dora"]
+    data.save_checkpoint(tmp_path / "a.pt", saved)
+    again = vit()
+    lora.load_adapter(again, tmp_path / "a.pt")
+    torch.testing.assert_close(again.eval()(images), model(images))
+
+
+def medpeft_checkpoint(rank=2):
+    """A checkpoint as MED-PEFT's code saves it, and its logits by the formula: q and v of the fused
+    qkv get 32 / r B_g A_g, one convolution of two groups there."""
+    state, generator = vit(seed=4).state_dict(), torch.Generator().manual_seed(6)
+    plain = {name: tensor.clone() for name, tensor in state.items()}
+    for i in range(2):
+        A = torch.randn(2 * rank, 24, generator=generator) * 0.2
+        B = torch.randn(48, rank, generator=generator) * 0.1
+        delta = nn.functional.conv1d(A[None], B[..., None], groups=2)[0] * 32 / rank
+        plain[f"blocks.{i}.attn.qkv.weight"][:24] += delta[:24]
+        plain[f"blocks.{i}.attn.qkv.weight"][48:] += delta[24:]
+        state[f"blocks.{i}.attn.qkv.lora_A"], state[f"blocks.{i}.attn.qkv.lora_B"] = A, B
+    return state, plain
+
+
+@pytest.mark.parametrize("base", ["", "base.pt"])
+def test_import_of_med_pefts_checkpoints(tmp_path, base):
+    state, plain = medpeft_checkpoint()
+    data.save_checkpoint(tmp_path / "checkpoint-best_auroc.pth", {"model": state, "epoch": 3})
+    encoder = {n: t for n, t in state.items() if "lora_" not in n and "head" not in n}
+    data.save_checkpoint(tmp_path / "base.pt", {"model": encoder})
+    weights = str(tmp_path / base) if base else ""
+    lora.import_medpeft(
+        lora.LoRAConfig(
+            peft=str(tmp_path / "checkpoint-best_auroc.pth"),
+            weights=weights,
+            out=str(tmp_path / "a.pt"),
+        )
+    )
+    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "a.pt")))
+    merged = data.load_checkpoint(tmp_path / "merged.pt")["model"]
+    assert merged.keys() == plain.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(merged[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_med_pefts_checkpoints_that_cannot_be_imported(tmp_path):
+    state, plain = medpeft_checkpoint()
+    data.save_checkpoint(tmp_path / "base.pt", {"model": plain})
+    path = tmp_path / "c.pth"
+    config = lora.LoRAConfig(peft=str(path), weights=str(tmp_path / "base.pt"))
+    data.save_checkpoint(path, {"model": state})  # its weights are those without LoRA's part
+    with pytest.raises(data.InputError, match="qkv.weight: expected that of .* or merged ones"):
+        lora.import_medpeft(config)
+    data.save_checkpoint(path, {"model": plain})
+    with pytest.raises(data.InputError, match="expected a checkpoint of MED-PEFT"):
+        lora.import_medpeft(config)
+    with pytest.raises(data.InputError, match="--peft CHECKPOINT"):
+        lora.import_medpeft(lora.LoRAConfig())
+    # Read as weights, LoRA is not left out without a word
+    data.save_checkpoint(path, {"model": state})
+    with pytest.raises(data.InputError, match="no place for .*lora_A.*import-medpeft"):
+        mrm.load_encoder(vit(), mrm.read_weights(path)[0], path)
+
+
+def test_export_to_med_peft_and_back(tmp_path):
+    base, images = vit(), torch.randn(2, 1, 16, 16)
+    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    model = trained(lora.add_lora(base, rank=2, alpha=5)).eval()
+    path = tmp_path / "adapter.pt"
+    lora.save_adapter(path, model, weights=str(tmp_path / "base.pt"))
+    lora.export_medpeft(lora.LoRAConfig(adapter=str(path)))
+    exported = tmp_path / "medpeft.pth"
+    state = data.load_checkpoint(exported)["model"]
+    assert state["patch_embed.proj.weight"].shape == (24, 3, 4, 4)
+    assert state.keys() == model.state_dict().keys()
+    lora.import_medpeft(lora.LoRAConfig(peft=str(exported), out=str(tmp_path / "back.pt")))
+    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "back.pt")))
+    tensors, _ = mrm.read_weights(tmp_path / "merged.pt")
+    again = vit(seed=3)
+    mrm.load_encoder(again, tensors, "merged.pt")
+    torch.testing.assert_close(again(images), model(images), atol=1e-5, rtol=1e-5)
+    for other in (dict(targets=lora.TARGETS["qkv"]), dict(dora=True)):
+        lora.save_adapter(path, lora.add_lora(vit(), 2, **other), weights=str(tmp_path / "base.pt"))
+        with pytest.raises(data.InputError, match="what MED-PEFT's code computes"):
+            lora.export_medpeft(lora.LoRAConfig(adapter=str(path)))
 
 
 @pytest.mark.parametrize("targets", ["qv", "qkv", "all"])
