@@ -483,41 +483,51 @@ ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "nu
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its tensors' names begin
 HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: tiny here, timm, MAE
 # Parts of other ViTs that change the encoder's result: register and distillation tokens, a norm
-# before the blocks, relative and rotary positions. Decoders and old heads may be left out
-FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|norm_pre|ln_pre|rel_pos|relative|rope")
-
-
-# Hugging Face's names of a ViT and of DINOv2, and ours
+# before the blocks, relative and rotary positions, SwiGLU. Decoders and old heads may be left out
+FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|distil|norm_pre|ln_pre|rel_pos|relative"
+                     r"|rope|blocks\.\d+\.mlp\.(w12|weights_in|gate_proj|fc1_g)\.")
+# Hugging Face's names of a ViT and of DINOv2, those of transformers 5 too, and ours
 RENAMED = (("embeddings.patch_embeddings.projection", "patch_embed.proj"),
            ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
-           ("encoder.layer.", "blocks."), ("attention.attention.", "attn."),
-           ("attention.output.dense", "attn.proj"), ("intermediate.dense", "mlp.fc1"),
-           ("output.dense", "mlp.fc2"), ("layernorm_before", "norm1"),
-           ("layernorm_after", "norm2"), ("layer_scale1.lambda1", "ls1.gamma"),
-           ("layer_scale2.lambda1", "ls2.gamma"), ("layernorm", "norm"), ("embeddings.", ""))
+           ("encoder.layer.", "blocks."), ("layers.", "blocks."),
+           ("attention.attention.", "attn."), ("attention.q_proj", "attn.query"),
+           ("attention.k_proj", "attn.key"), ("attention.v_proj", "attn.value"),
+           ("attention.o_proj", "attn.proj"), ("attention.output.dense", "attn.proj"),
+           ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
+           ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+           ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
+           ("layernorm", "norm"), ("embeddings.", ""))
 
 
-def as_timm(tensors):
+def as_timm(tensors, source="weights"):
     """The tensors of a ViT under timm's names, as this file's ViT computes with them.
 
     Hugging Face's names are replaced; separate q, k and v become one `qkv`; LayerScale, which
-    multiplies what a branch adds by gamma (D,), goes into the linear layer before it, exactly.
+    multiplies what a branch adds by gamma (D,), goes into the linear layer before it, exactly. What
+    does not fit stays as it is, and `load_encoder` refuses it by name. No file names the epsilon of
+    LayerNorm, which is 1e-6 here and 1e-12 in Hugging Face's ViT. Raises InputError, naming
+    `source`, for a file with two layouts.
     """
-    if any("embeddings.patch_embeddings.projection" in name for name in tensors):
-        for theirs, ours in RENAMED:
-            tensors = {name.replace(theirs, ours): tensors[name] for name in tensors}
     tensors = dict(tensors)
+    if any("embeddings.patch_embeddings.projection" in name for name in tensors):
+        for name in list(tensors):
+            new = functools.reduce(lambda text, pair: text.replace(*pair), RENAMED, name)
+            if new != name and new in tensors:
+                raise InputError(source, "one layout of a ViT", f"both {name} and {new}")
+            tensors[new] = tensors.pop(name)
     for name in [name for name in tensors if re.search(r"\.attn\.query\.(weight|bias)$", name)]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(part in tensors for part in parts):
+        shapes = {tuple(tensors[part].shape) if part in tensors else () for part in parts}
+        if len(shapes) == 1 and shapes != {()}:
             joined = torch.cat([tensors.pop(part) for part in parts])
             tensors[name.replace(".query.", ".qkv.")] = joined
-    for number, layer in (("1", "attn.proj"), ("2", "mlp.fc2")):
-        for name in [name for name in tensors if name.endswith(f".ls{number}.gamma")]:
-            gamma, start = tensors.pop(name).float(), name.removesuffix(f"ls{number}.gamma") + layer
-            for end, factor in ((".weight", gamma[:, None]), (".bias", gamma)):
-                if start + end in tensors:
-                    tensors[start + end] = tensors[start + end].float() * factor
+    for name in [name for name in tensors if re.search(r"\.ls[12]\.gamma$", name)]:
+        start = name.replace("ls1.gamma", "attn.proj.").replace("ls2.gamma", "mlp.fc2.")
+        layer, gamma = [start + "weight", start + "bias"], tensors[name]
+        if all(part in tensors and tensors[part].shape[:1] == gamma.shape for part in layer):
+            gamma = tensors.pop(name).float()
+            for part, factor in zip(layer, (gamma[:, None], gamma)):
+                tensors[part] = tensors[part].float() * factor
     return tensors
 
 
@@ -534,7 +544,7 @@ def read_weights(path):
         if isinstance(tensors.get(name), dict):
             tensors = tensors[name]
     tensors = {str(name): tensor for name, tensor in tensors.items() if torch.is_tensor(tensor)}
-    tensors = as_timm(tensors)
+    tensors = as_timm(tensors, path)
     first = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(first) for name in tensors if ("." + name).endswith("." + first)]
     if len(prefixes) > 1:
@@ -549,8 +559,12 @@ def encoder_sizes(tensors, saved, source, num_heads=None):
     """The arguments of a ViT for a checkpoint: those it names, else what its tensors' shapes say.
 
     The number of heads is in no shape: it is `num_heads`, or that of a well-known width. Raises
-    InputError, naming `source`, where the tensors are not a ViT's.
+    InputError, naming `source`, where the tensors are not those of a ViT as this one.
     """
+    for name in sorted(tensors or ()):
+        if FOREIGN.match(name):
+            raise InputError(f"{source}: the encoder does not fit: the model has no place for "
+                             f"{name}, which changes its result")
     known = saved.get("sizes", saved.get("arguments"))
     if isinstance(known, dict):
         sizes = {name: known[name] for name in known if name in ENCODER_SIZES}
@@ -589,9 +603,10 @@ def load_encoder(model, tensors, source):
     """Loads the tensors that fit into `model` (ViT or MRM), and prints how many did.
 
     A patch embedding of three channels is summed to one, which is exact for grey repeated three
-    times. `pos_embed` is resized where the grid differs. Raises InputError, naming `source` and the
-    tensor, for an encoder of another width, depth or patch size, for one that computes with more
-    tensors, and for numbers that are not finite.
+    times. `pos_embed` is resized where the grid differs. A ViT leaves the norm behind the blocks
+    (`norm`), because it has a new `fc_norm` behind the mean of its tokens. Raises InputError,
+    naming `source` and the tensor, for an encoder of another width, depth or patch size, for one
+    that computes with more tensors, and for numbers that are not finite.
     """
     own, tensors = model.state_dict(), dict(tensors)
     for name in own.keys() & tensors.keys():
@@ -689,7 +704,8 @@ class MRMConfig(RunConfig):
     skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
     allow_outside: bool = option(False, "read images that the table names outside of --root")
     preset: str = option("tiny", "model and recipe; base is the paper's", choices=list(MODELS))
-    weights: str = option("", "start from this checkpoint's encoder (the paper starts from MAE's)")
+    weights: str = option("", "start from this checkpoint's encoder (the paper starts from MAE's); "
+                          "from a run of this script also from its decoders and its vocabulary")
     image_only: bool = option(False, "ablation: restore images only")
     report_only: bool = option(False, "ablation: restore reports only")
     mask_ratio: float = option(None, "share of image patches hidden", within="(0, 1)")
@@ -813,15 +829,40 @@ class Records:
         return [part.to(self.heldout.device) for part in report]
 
 
-def load_records(config, paths, reports, device):
-    """Decodes images into memory where they fit, learns the tokenizer (a resumed run reads its own)
-    and encodes the reports. Returns `Records`."""
+def read_start(config, vocab_size):
+    """What --weights starts a run from: (tensors, tokenizer or None to learn a new one).
+
+    A report decoder knows words by the numbers that its run's tokenizer gives them. It is therefore
+    taken over together with the tokenizer.tiktoken beside it, or not at all. Raises InputError
+    where a `vocab_size` is typed too.
+    """
+    tensors, _ = read_weights(config.weights)
+    words = [name for name in tensors if name.startswith("report_decoder.")]
+    if not words or config.image_only:
+        return tensors, None
+    path = Path(config.weights)
+    path = (path if path.is_dir() else path.parent) / "tokenizer.tiktoken"
+    if not path.exists():
+        print(f"{config.weights}: its report decoder is left, because {path}, which says what its "
+              "tokens mean, is not there")
+        return {name: tensors[name] for name in tensors if name not in words}, None
+    if vocab_size is not None:
+        raise InputError(f"--vocab-size with --weights {config.weights}", "none, because the "
+                         f"vocabulary of {path} is taken over", vocab_size)
+    tokenizer = data.load_tokenizer(path)
+    print(f"{path}: the vocabulary of {tokenizer.n_vocab} tokens is taken over")
+    return tensors, tokenizer
+
+
+def load_records(config, paths, reports, device, tokenizer=None):
+    """Decodes images into memory where they fit, learns the tokenizer where none is given (a
+    resumed run reads its own) and encodes the reports. Returns `Records`."""
     sizes, count = MODELS[config.preset], len(paths) - config.holdout
-    tokenizer = tokens = words = None
+    tokens = words = None
     if not config.image_only:
         if config.resume:
             tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
-        else:
+        elif tokenizer is None:
             tokenizer = data.train_tokenizer(reports[:count], config.vocab_size)
         tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
     side = 2 * sizes["img_size"]
@@ -902,7 +943,7 @@ def pretrain(config):
     """
     start = time.time()
     device, rank, world = data.join(config)
-    config = fill_options(config, world)
+    vocab_size, config = config.vocab_size, fill_options(config, world)
     if rank == 0:
         data.check_writable(config.out)
     paths, reports = read_records(config)
@@ -911,13 +952,16 @@ def pretrain(config):
     facts = {"records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
              "number_of_processes": world}  # a resumed run must have the same
     saved = last_state(config, steps, **facts)
-    records = load_records(config, paths, reports, device)
+    tensors = tokenizer = None
+    if config.weights and not saved:
+        tensors, tokenizer = read_start(config, vocab_size)
+    records = load_records(config, paths, reports, device, tokenizer)
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
     arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
     data.seed(config.seed)
     model = MRM(**arguments).to(device)
-    if config.weights and not saved:
-        load_encoder(model, read_weights(config.weights)[0], config.weights)
+    if tensors is not None:
+        load_encoder(model, tensors, config.weights)
     optimizer = make_optimizer(model, config, device)
     log = data.RunLog(config.out, config, rank, config.resume, start)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -848,6 +848,54 @@ def test_a_run_goes_on_for_more_steps_and_never_for_fewer(films, tmp_path, capsy
     assert lines[3]["lr_of_step"] == pytest.approx(mrm.cosine_lr(3, 4, 0, result["lr"]))
 
 
+def other_words(films, root):
+    """The films again, with other words in their reports."""
+    (root / "images").symlink_to(films / "images")
+    text = (films / "training.csv").read_text()
+    (root / "training.csv").write_text(text.replace("heart is normal", "aorta looks widened"))
+    return root
+
+
+def test_a_run_starts_from_another_with_its_decoders_and_vocabulary(films, tmp_path, capsys):
+    """The words of the new reports get the numbers of the old run's tokenizer."""
+    options = dict(vocab_size=290, steps=2)
+    mrm.pretrain(record_run(films, tmp_path / "first", **options))
+    (tmp_path / "root").mkdir()
+    root = other_words(films, tmp_path / "root")
+    mrm.pretrain(record_run(root, tmp_path / "alone", **options))
+    on = dict(weights=str(tmp_path / "first"), steps=1, lr=1e-12, weight_decay=0.0)
+    capsys.readouterr()
+    mrm.pretrain(record_run(root, tmp_path / "on", **on, allow_outside=True))
+    assert "the vocabulary of" in capsys.readouterr().out
+    vocabulary = {
+        name: (tmp_path / name / "tokenizer.tiktoken").read_bytes()
+        for name in ("first", "alone", "on")
+    }
+    assert vocabulary["on"] == vocabulary["first"] != vocabulary["alone"]
+    state = {
+        name: data.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("first", "on")
+    }
+    for name, tensor in state["first"].items():  # at a rate of 1e-12 nothing moves
+        torch.testing.assert_close(state["on"][name], tensor, atol=1e-6, rtol=0)
+    with pytest.raises(data.InputError, match="--vocab-size with --weights .*: expected none"):
+        mrm.pretrain(record_run(root, tmp_path / "typed", vocab_size=300, **on))
+
+
+def test_a_report_decoder_without_its_tokenizer_is_left(films, tmp_path, capsys):
+    mrm.pretrain(record_run(films, tmp_path / "first", vocab_size=290, steps=2))
+    (tmp_path / "first/tokenizer.tiktoken").unlink()
+    on = dict(weights=str(tmp_path / "first"), steps=1, lr=1e-12, weight_decay=0.0, seed=5)
+    mrm.pretrain(record_run(films, tmp_path / "on", vocab_size=290, **on))
+    assert "its report decoder is left, because" in capsys.readouterr().out
+    first, on = (
+        data.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("first", "on")
+    )
+    name = "report_decoder.token_embed.weight"
+    assert first[name].shape == on[name].shape  # it would fit
+    assert (first[name] - on[name]).abs().max() > 1e-2
+    torch.testing.assert_close(first["decoder_pred.weight"], on["decoder_pred.weight"])
+
+
 def test_resuming_on_other_records_is_refused(films, tmp_path):
     import shutil
 
@@ -1250,16 +1298,72 @@ def test_other_layouts_compute_what_they_say(tmp_path, dinov2, wrapping):
     [
         ("embeddings.register_tokens", "no place for .*register_tokens"),
         ("encoder.layer.0.mlp.weights_in.weight", "no place for blocks.0.mlp.weights_in.weight"),
-        ("embeddings.dist_token", "no place for .*dist_token"),
+        ("encoder.layer.0.mlp.gate_proj.weight", "no place for blocks.0.mlp.gate_proj.weight"),
+        ("embeddings.distillation_token", "no place for distillation_token"),
+        ("encoder.layer.0.attention.attention.q_norm.weight", "no place for blocks.0.attn.q_norm"),
     ],
 )
 def test_encoders_that_compute_otherwise_are_refused_by_name(tmp_path, extra, message):
     tensors, _ = hugging_face(True)
     data.save_checkpoint(tmp_path / "w.pt", tensors | {extra: torch.ones(1, 4, 12)})
     read, saved = mrm.read_weights(tmp_path / "w.pt")
-    model = mrm.ViT(**mrm.encoder_sizes(read, saved, "w.pt", num_heads=3))
     with pytest.raises(data.InputError, match=message):
-        mrm.load_encoder(model, read, "w.pt")
+        mrm.load_encoder(mrm.ViT(12, 4, 1, 12, 2, 3), read, "w.pt")
+    if "q_norm" not in extra:  # refused before the sizes are read, which register tokens disturb
+        with pytest.raises(data.InputError, match=message):
+            mrm.encoder_sizes(read, saved, "w.pt", num_heads=3)
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("encoder.layer.0.layer_scale1.lambda1", (5,)),
+        ("encoder.layer.1.layer_scale2.lambda1", ()),
+        ("encoder.layer.0.attention.attention.key.weight", (12, 11)),
+        ("encoder.layer.0.attention.attention.value.bias", ()),
+        ("encoder.layer.0.attention.attention.value.bias", None),
+        ("encoder.layer.1.mlp.fc2.bias", None),
+        ("encoder.layer.0.attention.output.dense.weight", (7, 12)),
+    ],
+)
+def test_layouts_with_parts_that_do_not_fit_are_refused(tmp_path, name, shape):
+    tensors, _ = hugging_face(True)
+    del tensors[name]
+    if shape is not None:
+        tensors[name] = torch.ones(shape)
+    data.save_checkpoint(tmp_path / "w.pt", tensors)
+    read, _ = mrm.read_weights(tmp_path / "w.pt")
+    with pytest.raises(data.InputError, match=r"w.pt: the encoder does not fit: .*blocks\.[01]\."):
+        mrm.load_encoder(mrm.ViT(12, 4, 1, 12, 2, 3), read, "w.pt")
+
+
+def test_two_layouts_in_one_file_are_refused(tmp_path):
+    tensors, _ = hugging_face(False)
+    data.save_checkpoint(tmp_path / "w.pt", tensors | {"cls_token": torch.ones(1, 1, 12)})
+    with pytest.raises(data.InputError, match="both embeddings.cls_token and cls_token"):
+        mrm.read_weights(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+def test_encoders_of_transformers_compute_the_same(tmp_path, kind, file):
+    """transformers writes other names into its files than version 5 has in memory: both are read."""
+    transformers = pytest.importorskip("transformers")
+    mlp = {"intermediate_size": 96} if kind == "ViT" else {}
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, **mlp)
+    settings = getattr(transformers, kind + "Config")(image_size=12, patch_size=4, **sizes)
+    theirs, generator = getattr(transformers, kind + "Model")(settings).eval(), torch.Generator()
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator.manual_seed(7)) * 0.3
+    theirs.save_pretrained(tmp_path)
+    data.save_checkpoint(tmp_path / "state.pt", theirs.state_dict())
+    tensors, saved = mrm.read_weights(tmp_path / file)
+    model = mrm.ViT(**mrm.encoder_sizes(tensors, saved, file, num_heads=3), num_classes=2).eval()
+    mrm.load_encoder(model, tensors, file)
+    images = torch.randn(2, 1, 12, 12)
+    with torch.no_grad():
+        expected = theirs(images.expand(-1, 3, -1, -1), output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(model.tokens(images), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_safetensors_of_every_type_against_the_library(tmp_path):
