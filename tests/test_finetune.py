@@ -808,6 +808,53 @@ def test_targets_and_rslora_reach_the_layers_and_the_adapter(easy, tmp_path):
     assert data.load_checkpoint(tmp_path / "on/adapter.pt")["lora"] == saved["lora"]
 
 
+def test_dora_starts_from_the_lengths_of_the_weights_it_is_given(easy, tmp_path):
+    """The weights are loaded before DoRA takes their lengths: a start from the lengths of random
+    weights would change the model without a word."""
+    finetune.finetune(config(easy, tmp_path / "full", method="full", steps=6, lr=0.1))
+    weights = str(tmp_path / "full")
+    filled, sizes, tensors, known = finetune.fill_recipe(
+        config(easy, tmp_path, method="lora", dora=True, weights=weights), ["Square", "Third"]
+    )
+    model = finetune.build_model(filled, sizes, 2, tensors, known).eval()
+    plain, _ = finetune.load_run(weights)
+    images = torch.randn(3, 1, sizes["img_size"], sizes["img_size"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=1e-4)
+    rows = plain.state_dict()["blocks.0.attn.qkv.weight"].norm(dim=1)
+    other = mrm.ViT(**sizes).state_dict()["blocks.0.attn.qkv.weight"].norm(dim=1)
+    assert not torch.allclose(rows, other, rtol=1e-3)  # so that the above can fail
+
+
+def test_dora_is_trained_saved_predicted_and_trained_further(easy, tmp_path):
+    options = dict(method="lora", rank=2, dora=True, lr=0.05)
+    finetune.finetune(config(easy, tmp_path / "run", **options))
+    saved = data.load_checkpoint(tmp_path / "run/adapter.pt")
+    assert saved["lora"]["dora"] is True
+    lengths = saved["adapter"]["blocks.0.attn.qkv.lora_magnitude"]
+    base = data.load_checkpoint(tmp_path / "run/base.pt")["model"]["blocks.0.attn.qkv.weight"]
+    q, _, v = base.chunk(3)
+    assert lengths.shape == (len(q) + len(v),)
+    assert not torch.equal(lengths, torch.cat([q, v]).norm(dim=1))  # they are trained
+    model, _ = finetune.load_run(tmp_path / "run")
+    merged = model.state_dict()["blocks.0.attn.qkv.weight"].chunk(3)
+    torch.testing.assert_close(torch.cat([merged[0], merged[2]]).norm(dim=1), lengths.abs())
+    on = dict(method="lora", weights=str(tmp_path / "run"))
+    finetune.finetune(config(easy, tmp_path / "on", **on))
+    assert data.load_checkpoint(tmp_path / "on/adapter.pt")["lora"] == saved["lora"]
+    assert json.loads((tmp_path / "on/config.json").read_text())["dora"] is True
+    with pytest.raises(data.InputError, match="expected an adapter for --targets all"):
+        finetune.finetune(config(easy, tmp_path / "other", targets="all", **on))
+
+
+def test_an_adapter_without_dora_is_not_trained_further_as_dora(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "run", method="lora"))
+    with pytest.raises(data.InputError, match="adapter for --targets qv --dora"):
+        finetune.finetune(
+            config(easy, tmp_path / "on", method="lora", weights=str(tmp_path / "run"), dora=True)
+        )
+
+
 def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "full"))
     state = data.load_checkpoint(tmp_path / "full/best.pt")["model"]

@@ -1368,7 +1368,8 @@ def test_encoders_of_transformers_compute_the_same(tmp_path, kind, file):
 
 def test_safetensors_of_every_type_against_the_library(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    types = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8)
+    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
+    types += [torch.int32, torch.int16, torch.int8, torch.bool]
     tensors = {f"t{i}": torch.arange(6).reshape(2, 3).to(kind) for i, kind in enumerate(types)}
     tensors["empty"], tensors["one"] = torch.zeros(0, 3), torch.tensor(4.0)
     safetensors.save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
