@@ -1352,9 +1352,10 @@ def test_encoders_of_transformers_compute_the_same(tmp_path, kind, file):
     mlp = {"intermediate_size": 96} if kind == "ViT" else {}
     sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, **mlp)
     settings = getattr(transformers, kind + "Config")(image_size=12, patch_size=4, **sizes)
-    theirs, generator = getattr(transformers, kind + "Model")(settings).eval(), torch.Generator()
+    theirs = getattr(transformers, kind + "Model")(settings).eval()
+    generator = torch.Generator().manual_seed(7)
     for parameter in theirs.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator.manual_seed(7)) * 0.3
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     theirs.save_pretrained(tmp_path)
     data.save_checkpoint(tmp_path / "state.pt", theirs.state_dict())
     tensors, saved = mrm.read_weights(tmp_path / file)
