@@ -581,6 +581,8 @@ def import_medpeft(config):
     if config.weights:
         for name, frozen in encoder_and_head(mrm.read_weights(config.weights)[0], {}).items():
             found = tensors.get(name)
+            if name == "patch_embed.proj.weight" and found is not None:  # of one channel or three
+                found, frozen = found.sum(1), frozen.sum(1)
             near = 1e-3 * frozen.float().abs().max()
             if found is None or found.shape != frozen.shape or (found - frozen).abs().max() > near:
                 raise InputError(f"{config.peft}: {name}", f"that of {config.weights}, which was "

@@ -553,6 +553,8 @@ def test_export_to_med_peft_and_back(tmp_path):
     state = data.load_checkpoint(exported)["model"]
     assert state["patch_embed.proj.weight"].shape == (24, 3, 4, 4)
     assert state.keys() == model.state_dict().keys()
+    named = dict(weights=str(tmp_path / "base.pt"), out=str(tmp_path / "named.pt"))
+    lora.import_medpeft(lora.LoRAConfig(peft=str(exported), **named))  # it has one channel
     lora.import_medpeft(lora.LoRAConfig(peft=str(exported), out=str(tmp_path / "back.pt")))
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "back.pt")))
     tensors, _ = mrm.read_weights(tmp_path / "merged.pt")
