@@ -75,7 +75,8 @@ class RunConfig:
     steps: int = option(None, "optimiser steps, instead of the preset's epochs", within="[1, inf)")
     epochs: float = option(None, "passes over the data, instead of the preset's steps",
                            within="(0, inf)")
-    batch_size: int = option(None, "samples that one process takes at once", within="[1, inf)")
+    batch_size: int = option(None, "samples of a step, of all processes and passes together",
+                             within="[1, inf)")
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
     dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
@@ -139,6 +140,16 @@ def fill(config, preset):
 def number_of_steps(config, samples, per_step):
     """The optimiser steps of a filled configuration: `steps`, or `epochs` over `samples`."""
     return config.steps or max(1, round(config.epochs * samples / per_step))
+
+
+def share_of_batch(config, world):
+    """The samples that each of `world` processes takes in one of the `accumulate` passes of a step.
+    Raises InputError where the batch cannot be divided evenly."""
+    parts = world * config.accumulate
+    if config.batch_size % parts:
+        raise InputError("--batch-size", f"a multiple of {parts} ({world} processes x --accumulate "
+                         f"{config.accumulate})", config.batch_size)
+    return config.batch_size // parts
 
 
 def check_same(saved, config, path):

@@ -348,7 +348,7 @@ class FinetuneConfig(RunConfig):
                             "(CXR-MAE's recipe)", within="[0, 1]")
     test_side: int = option(None, "pixels of the shorter side before the central crop of a test "
                             "image (default: img_size)", within="[1, inf)")
-    base_lr: float = option(None, "peak learning rate at an effective batch of 256, where --lr is "
+    base_lr: float = option(None, "peak learning rate at a batch of 256, where --lr is "
                             "not given", within="(0, inf)")
     clip: float = option(None, "largest norm of the gradients; 0: any (default: 1)",
                          within="[0, inf)")
@@ -662,10 +662,12 @@ def fill_recipe(config, classes=None):
     config = scale_rate(data.fill(config, {"recipe": family} | preset))
     if config.dry_run or family != "small":
         print_recipe(typed, config, note, recipe, pixels | named | found)
+    share = data.share_of_batch(config, int(os.environ.get("WORLD_SIZE", 1)))
     if config.task == "segment":
-        config = data.fill(config, {"norm": "batch" if config.batch_size >= 16 else "group"})
-        if config.norm == "batch" and config.batch_size < 2:
-            raise InputError("--norm batch", "--batch-size 2 or more", config.batch_size)
+        config = data.fill(config, {"norm": "batch" if share >= 16 else "group"})
+        if config.norm == "batch" and share < 2:
+            raise InputError("--norm batch", "--batch-size 2 or more for each process and pass",
+                             share)
     if config.num_heads != sizes["num_heads"]:
         raise InputError(f"--num-heads of {config.weights}", sizes["num_heads"], config.num_heads)
     return config, sizes | {"img_size": config.img_size}, tensors, known
@@ -687,9 +689,7 @@ def scale_rate(config):
     """`config` with the learning rate that follows from `base_lr`, by the linear scaling rule
     (Goyal et al., 2017), where --lr is not typed."""
     if config.lr is None:
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        effective = config.batch_size * config.accumulate * world
-        return dataclasses.replace(config, lr=config.base_lr * effective / 256)
+        return dataclasses.replace(config, lr=config.base_lr * config.batch_size / 256)
     return dataclasses.replace(config, base_lr=None)
 
 
@@ -699,7 +699,7 @@ def print_recipe(typed, config, note, recipe, weights):
     for name in sorted({*recipe, *OURS, "img_size", "mean", "std", "lr"}):
         source = "the recipe" if name in recipe else "ours" if name in OURS else "the weights"
         if name == "lr" and config.base_lr is not None:
-            source = "base_lr x effective batch / 256"
+            source = "base_lr x batch_size / 256"
         if name in OURS and config.official:
             source = "the official form"
         if name in ("mean", "std") and weights[name] == recipe.get(name):
@@ -814,8 +814,7 @@ def finetune(config, kept=None):
         return fill_recipe(config)[0]
     parts, classes = read_lists(config)
     config, sizes, tensors, known = fill_recipe(config, classes)
-    effective = config.batch_size * config.accumulate * world
-    steps = data.number_of_steps(config, len(parts["train"].names), effective)
+    steps = data.number_of_steps(config, len(parts["train"].names), config.batch_size)
     data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors, known).to(device)
     facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
@@ -837,7 +836,7 @@ def finetune(config, kept=None):
         data.write_csv(log.out / "split.csv", ["image", "split"], [
             [name, part] for part, listed in parts.items() for name in listed.names])
     if rank == 0:
-        print_plan(config, model, len(parts["train"].names), steps, effective, device)
+        print_plan(config, model, len(parts["train"].names), steps, device)
     best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
                           world)
     model.load_state_dict(best["trained"], strict=False)
@@ -938,7 +937,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
         step, history = mrm.restore_state(saved, optimizer, log)
         best, losses = saved["best"], saved["losses"]
     batches = data.Timed(data.train_batches(
-        parts["train"].images, config.batch_size, step * config.accumulate,
+        parts["train"].images, data.share_of_batch(config, world), step * config.accumulate,
         steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
     every = max(1, steps // config.evaluations)
 
@@ -985,14 +984,14 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
     return best, history
 
 
-def print_plan(config, model, images, steps, effective, device):
+def print_plan(config, model, images, steps, device):
     """Prints in one line what is about to be trained, and how much of the model that is."""
     count = lora.count_parameters(model)
     share = 100 * count["lora"] / (count["total"] - count["head"])
     print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
           f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % "
           f"of the backbone, fc_norm + head {count['head']:,}); {steps} steps of "
-          f"{effective}, {device}")
+          f"{config.batch_size}, {device}")
     if config.task == "segment":
         print(f"UPerNet of {config.channels} channels with {config.norm} norm, {config.img_size} x "
               f"{config.img_size} pixels; masks: {config.masks or 'those below the root'}")

@@ -698,7 +698,7 @@ class MRMConfig(RunConfig):
     mean: float = option(None, "mean of the pixels in [0, 1] (tiny: each image's own)",
                          within="(-inf, inf)")
     std: float = option(None, "deviation of the pixels (tiny: each's own)", within="(0, inf)")
-    base_lr: float = option(None, "peak learning rate at an effective batch of 256, where --lr is "
+    base_lr: float = option(None, "peak learning rate at a batch of 256, where --lr is "
                             "not given", within="(0, inf)")
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     weight_decay: float = option(0.05, "weight decay of AdamW", within="[0, inf)")
@@ -715,10 +715,10 @@ def fill_options(config, world):
     pixels = pixel_statistics(config, preset["mean"], preset["std"])
     config = data.fill(config, RECORDS | {"out": "runs/mrm"} | preset | pixels)
     if config.lr is None:  # the linear scaling rule (Goyal et al., 2017)
-        effective = config.batch_size * config.accumulate * world
-        config = dataclasses.replace(config, lr=config.base_lr * effective / 256)
+        config = dataclasses.replace(config, lr=config.base_lr * config.batch_size / 256)
     else:
         config = dataclasses.replace(config, base_lr=None)
+    data.share_of_batch(config, world)
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
     sizes = MODELS[config.preset]
@@ -905,8 +905,7 @@ def pretrain(config):
     if rank == 0:
         data.check_writable(config.out)
     paths, reports = read_records(config)
-    effective = config.batch_size * config.accumulate * world
-    steps = data.number_of_steps(config, len(paths) - config.holdout, effective)
+    steps = data.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
     facts = {"records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
              "number_of_processes": world}  # a resumed run must have the same
     saved = last_state(config, steps, **facts)
@@ -922,7 +921,7 @@ def pretrain(config):
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
         print(f"MRM {config.preset}: {parameters / 1e6:.1f} M parameters, {len(records.images)} "
-              f"records, {steps} steps of {effective}, {device}")
+              f"records, {steps} steps of {config.batch_size}, {device}")
         if records.tokenizer:
             data.save_tokenizer(records.tokenizer, Path(config.out) / "tokenizer.tiktoken")
     facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
@@ -950,8 +949,8 @@ def train(config, model, optimizer, records, steps, saved, facts, log, world):
         model.load_state_dict(saved["model"])
         step, history = restore_state(saved, optimizer, log)
     batches = data.Timed(data.train_batches(
-        records.images, config.batch_size, step * config.accumulate, steps * config.accumulate,
-        config.seed, log.rank, world, config.workers), device, world)
+        records.images, data.share_of_batch(config, world), step * config.accumulate,
+        steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
     every = max(1, steps // 20)
 
     def save(step):

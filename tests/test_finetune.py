@@ -1250,7 +1250,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(easy, tmp_path):
                 method="full",
                 steps=3,
                 evaluations=3,
-                batch_size=size,
+                batch_size=16,
                 accumulate=16 // size,
                 min_crop=1.0,
                 dtype="fp32",
@@ -1812,6 +1812,8 @@ def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp
     assert filled.norm == "batch"
     few = dataclasses.replace(run, batch_size=8)
     assert finetune.fill_recipe(few, ["mask"])[0].norm == "group"
+    passes = dataclasses.replace(run, batch_size=16, accumulate=2)  # 8 images at once
+    assert finetune.fill_recipe(passes, ["mask"])[0].norm == "group"
     with pytest.raises(data.InputError, match="--norm batch: expected --batch-size 2 or more"):
         finetune.fill_recipe(dataclasses.replace(run, batch_size=1, norm="batch"), ["mask"])
     optimizer = torch.optim.SGD([dict(params=[torch.zeros(1)], lr_scale=0.5)], lr=1)

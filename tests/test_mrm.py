@@ -473,10 +473,15 @@ def test_typed_options_win_over_the_preset():
     filled = mrm.fill_options(mrm.MRMConfig(preset="base", epochs=3, **typed), world=2)
     assert {name: getattr(filled, name) for name in typed} == typed
     assert (filled.steps, filled.epochs) == (None, 3) and filled.lr == pytest.approx(
-        1.5e-4 * 32 / 256
+        1.5e-4 * 16 / 256
     )
-    filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=4), world=1)
-    assert filled.lr == pytest.approx(1e-3 * 128 / 256)
+    # The batch is that of a step: neither processes nor passes change it or the rate
+    for passes, world in ((4, 1), (1, 4), (2, 8)):
+        filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=passes), world=world)
+        assert filled.lr == pytest.approx(1e-3 * 32 / 256) and filled.batch_size == 32
+        assert data.share_of_batch(filled, world) == 32 // passes // world
+    with pytest.raises(data.InputError, match="--batch-size: expected a multiple of 12 .*found 32"):
+        mrm.fill_options(mrm.MRMConfig(accumulate=3), world=4)
     filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, lr=0.5), world=1)
     assert filled.lr == 0.5  # the typed peak wins
     assert mrm.fill_options(mrm.MRMConfig(mean=0.0), world=1).mean == 0.0  # and 0 means 0
@@ -930,7 +935,7 @@ def hide(enc, tokens, words, ratio, generator=None):
     hidden[:, 1:9:2] = True
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 data.hide_words = hide
-options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4, lr=1e-3,
+options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4, {rate},
                batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
 if sys.argv[1] == "mrm":
     mrm.pretrain(mrm.MRMConfig(holdout=8, **options))
@@ -950,12 +955,16 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, 
     for part, lines in (("train", rows[:24]), ("val", rows[24:33]), ("test", rows[33:])):
         (root / f"{part}_list.txt").write_text("".join(lines))
     (tmp_path / "driver.py").write_text(
-        DRIVER.format(repository=str(Path(mrm.__file__).parent), root=str(root))
+        DRIVER.format(
+            repository=str(Path(mrm.__file__).parent),
+            root=str(root),
+            rate="base_lr=0.032" if script == "mrm" else "lr=1e-3",
+        )
     )
     runs = {
         "one": ([], 8, 1),
-        "two": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 4, 1),
-        "passes": ([], 4, 2),
+        "two": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 8, 1),
+        "passes": ([], 8, 2),
     }
     lines = {}
     for name, (head, size, passes) in runs.items():
@@ -985,6 +994,8 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, 
             assert [ours[key] for key in losses] == pytest.approx(
                 [theirs[key] for key in losses], rel=1e-4
             ), other
+        config = json.loads((tmp_path / other / "config.json").read_text())
+        assert config["lr"] == pytest.approx(1e-3) and config["batch_size"] == 8
 
 
 def test_ranks_draw_their_own_numbers():
