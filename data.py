@@ -756,11 +756,11 @@ def full_scale(highest):
     return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
 
 
-def read_image(path, short_side=None, deep=None):
+def read_image(path, short_side=None, deep=None, enlarge=True):
     """Reads an image file as grey: float32 (1, H, W) in [0, 1]. `read_pixels` lists the formats.
 
-    short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size).
-    Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale, which for 16 bits
+    short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size),
+    which leaves smaller images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale, which for 16 bits
     is `deep` (None: `full_scale` of this file's largest value). Other numbers are stretched from
     minimum to maximum where they leave [0, 1]. Colour becomes grey by ITU-R 601.
     Raises InputError, also for a 16-bit value above `deep`."""
@@ -780,7 +780,8 @@ def read_image(path, short_side=None, deep=None):
         pixels = (pixels / np.float32(white or 1)).astype(np.float32)
     image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-    if short_side and short_side != min(image.shape[1:]):
+    smaller = min(image.shape[1:]) < (short_side or 0)
+    if short_side and short_side != min(image.shape[1:]) and (enlarge or not smaller):
         image = resize(image, short_side)
     if image.dtype == torch.uint8:
         image = image.float() / 255
@@ -823,9 +824,9 @@ def over_images(function, paths):
                          "without `if __name__ == '__main__':` around its calls") from None
 
 
-def read_bytes(path, short_side, deep=None):
+def read_bytes(path, short_side, deep=None, enlarge=True):
     """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
-    return (read_image(path, short_side, deep) * 255).round_().byte().numpy()
+    return (read_image(path, short_side, deep, enlarge) * 255).round_().byte().numpy()
 
 
 def pixel_hash(path):
@@ -1610,13 +1611,15 @@ class ImageSet(torch.utils.data.Dataset):
     `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; for workers it must be
     one that can be pickled. `deep` is the number that stands for white in 16-bit files (default:
     `full_scale` of the largest value in 32 of them). `masks`, one an image as `find_masks` gives
-    them, make each item a whole image and its mask as two channels (2, size, size)."""
+    them, make each item a whole image and its mask as two channels (2, size, size). Without
+    `enlarge`, for an `augment` that takes crops, images below `size` stay as they are."""
 
-    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None):
+    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
+                 enlarge=True):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
-        self.crop = crop or size
+        self.crop, self.enlarge = crop or size, enlarge
         some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
         self.deep, self.masks = deep or common_scale([self.path(i) for i in some]), masks
 
@@ -1637,13 +1640,14 @@ class ImageSet(torch.utils.data.Dataset):
         if self.masks is not None:
             pair = self.path(index), self.masks[index]
             return torch.from_numpy(read_pair(pair, self.size, self.deep))
-        return torch.from_numpy(read_bytes(self.path(index), self.size, self.deep))
+        return torch.from_numpy(read_bytes(self.path(index), self.size, self.deep, self.enlarge))
 
     def preload(self, limit=2 * 2**30):
         """Decodes all images into memory, if they take less than `limit` bytes; returns self."""
         channels = 1 if self.masks is None else 2
         if self.cache is None and channels * len(self) * self.size**2 * 1.25 < limit:
-            read, items = functools.partial(read_bytes, short_side=self.size), self.paths
+            read, items = functools.partial(read_bytes, short_side=self.size,
+                                            enlarge=self.enlarge), self.paths
             if self.masks is not None:
                 read, items = functools.partial(read_pair, side=self.size), list(
                     zip(self.paths, self.masks))

@@ -825,11 +825,23 @@ def load_records(config, paths, reports, device):
         tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
     side = 2 * sizes["img_size"]
     crop = functools.partial(augment, side=side, min_crop=config.min_crop)
-    images = data.ImageSet(paths[:count], side, crop, config.seed)
+    images = data.ImageSet(paths[:count], kept_side(config, side), crop, config.seed, enlarge=False)
     images.preload()
     heldout = torch.stack([image for image, _ in data.ImageSet(paths[count:], side)]).to(device)
     heldout = data.normalize(heldout, config.mean, config.std)
     return Records(images, heldout, tokenizer, tokens, words)
+
+
+def kept_side(config, side):
+    """The shorter side at which films are kept for crops that become `side` pixels a side.
+
+    The paper's crops come from the full film. Here a film keeps as many pixels as its smallest crop
+    needs, of area `min_crop` and aspect 3/4, to have `side` of its own across: 1,157 for 448. tiny
+    and mini keep `side`, because they are meant for small films and short runs.
+    """
+    if config.preset in ("tiny", "mini"):
+        return side
+    return math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
 
 
 def augment(images, generator, side, min_crop, flip=False, pair=False):

@@ -1307,3 +1307,27 @@ def test_damaged_safetensors_are_one_line(tmp_path, header):
     path.write_bytes((2**60).to_bytes(8, "little") + header)
     with pytest.raises(data.InputError, match="not readable as safetensors"):
         data.load_checkpoint(path)
+
+
+def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
+    """Every crop of a large film has at least the pixels that it becomes; a small film is kept."""
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png", "large.png", "small.png")]
+    for path, shape in zip(paths, ((96, 96), (96, 96), (1500, 1300), (300, 400))):
+        Image.fromarray(
+            np.arange(np.prod(shape), dtype=np.uint32).astype(np.uint8).reshape(shape)
+        ).save(path)
+    paths = paths[2:] + paths[:2]
+    config = dict(preset="small", holdout=2, image_only=True, device="cpu")
+    config = mrm.fill_options(mrm.MRMConfig(**config), world=1)
+    images = mrm.load_records(config, paths, [""] * 4, torch.device("cpu")).images
+    shapes = [tuple(images.read(i).shape) for i in (0, 1)]
+    assert shapes == [(1, 1335, 1157), (1, 300, 400)]
+    seen, resize = [], data.resize
+    monkeypatch.setattr(data, "resize", lambda x, size: seen.append(x.shape[1:]) or resize(x, size))
+    for draw in range(3):
+        batch, _ = images[[0] * 20, draw]
+        assert batch.shape == (20, 1, 448, 448)
+    narrow = [min(shape) for shape in seen]
+    assert len(seen) == 60 and min(narrow) >= 448 and min(narrow) < 700
+    tiny = mrm.fill_options(mrm.MRMConfig(holdout=2, image_only=True), world=1)
+    assert mrm.load_records(tiny, paths, [""] * 4, torch.device("cpu")).images.size == 96
