@@ -1230,12 +1230,12 @@ def read_csv(path, columns):
 
 def read_reports(path, root, allow_outside=False):
     """The records of a training.csv (image_path, report_content): (image paths, reports).
-    Raises InputError, with the line, for missing columns, images or reports, and for no record."""
+    A report may be empty. Raises InputError, with the line, for missing columns and images, and for
+    no record."""
     names, reports = [], []
     for line, name, report in read_csv(path, ("image_path", "report_content")):
-        if not name or not report:
-            empty = "report_content" if name else "image_path"
-            raise InputError(f"{path}: line {line}", "an image and its report", f"no {empty}")
+        if not name:
+            raise InputError(f"{path}: line {line}", "an image and its report", "no image_path")
         names.append(plain_name(name))
         reports.append(report)
     if not reports:

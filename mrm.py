@@ -469,11 +469,22 @@ class MRM(ViT):
         if image:
             image_loss = self.image_loss(images, self.decode_image(latent, ids_restore), mask)
         if report is not None:
-            tokens, inputs, hidden, padding = report
-            logits = self.report_decoder(latent[:, 1:], inputs, hidden, padding)
-            # Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
-            report_loss = F.cross_entropy(logits.float(), tokens[hidden])
+            report_loss = self.report_loss(latent, *report)
         return image_loss, report_loss
+
+    def report_loss(self, latent, tokens, inputs, hidden, padding):
+        """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches).
+
+        latent (B, 1 + V, D), the others (B, L) as in `forward`. A record without a report, which is
+        padding alone, has no part in it. A batch without any report has the loss 0.
+        """
+        rows = ~padding.all(1)  # (B,)
+        if not rows.any():  # several processes wait until each parameter has a gradient: here 0
+            rows[0], padding = True, torch.zeros_like(padding)
+        logits = self.report_decoder(latent[rows, 1:], inputs[rows], hidden[rows], padding[rows])
+        if len(logits) == 0:
+            return logits.float().sum()
+        return F.cross_entropy(logits.float(), tokens[hidden])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -770,7 +781,8 @@ def read_records(config):
     """The records of `config.root`/training.csv without the excluded: (image paths, reports).
 
     With --image-only the reports are empty, and the file needs no column of them. Raises InputError
-    for records that cannot be used, and for too few.
+    for records that cannot be used, for too few, and for no report in the training part or in the
+    held-out one.
     """
     root = data.demo_root(config.root) if config.data == "demo" else Path(config.root)
     listed = root / "training.csv"
@@ -790,6 +802,15 @@ def read_records(config):
     if len(paths) < 2 * config.holdout:
         raise InputError(listed, f"at least {2 * config.holdout} records for --holdout "
                          f"{config.holdout}", len(paths))
+    empty = reports.count("")
+    if empty and not config.image_only:
+        for part, some in (("before the held-out ones", reports[:-config.holdout]),
+                           ("held out", reports[-config.holdout:])):
+            if not any(some):
+                raise InputError(listed, f"a report among the records {part} (or --image-only)",
+                                 "none")
+        print(f"{listed}: {empty} of {len(reports)} records have no report, and count for the "
+              "image loss alone")
     return paths, reports
 
 
@@ -854,7 +875,7 @@ def augment(images, generator, side, min_crop, flip=False, pair=False):
 def mask_report(tokenizer, tokens, words, ratio, generator=None):
     """Draws the hidden words of a batch and cuts it to its longest report.
     Returns [tokens, inputs, hidden, padding], as `MRM.forward` takes them."""
-    length = int((words >= 0).sum(1).max())
+    length = max(1, int((words >= 0).sum(1).max()))
     tokens, words = tokens[:, :length], words[:, :length]
     inputs, hidden = data.hide_words(tokenizer, tokens, words, ratio, generator)
     return [tokens, inputs, hidden, words < 0]
@@ -1125,8 +1146,9 @@ def reconstruct(config, count=6):
                                       padding.to(device))
         guesses = tokens.clone()
         guesses[hidden] = logits.argmax(-1).cpu()
-        right = (guesses == tokens)[hidden].float().mean().item()
-        print(f"{100 * right:.1f} % of the hidden tokens are guessed right")
+        right = (guesses == tokens)[hidden].float()
+        if len(right):
+            print(f"{100 * right.mean():.1f} % of the hidden tokens are guessed right")
         captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, padding)]
     out = Path(config.out) / "reconstruction.png"
     data.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)

@@ -563,13 +563,14 @@ def test_read_reports(folder):
         "": ["line 1", "image_path, report_content", "an empty file"],
         "image,report\n": ["line 1", "found image, report"],
         head: ["found none"],
-        head + "a0.png,Edema.\nb0.png,\n": ["line 3", "report_content"],
         head + ",Edema.\n": ["line 2", "image_path"],
         head + "a0.png,Edema.\nb0.png\n": ["line 3", "expected 2 fields, found 1"],
         head + "a0.png,x\nz.png,y\n": ["line 3", "'z.png'"],
     }.items():
         fails(lambda: data.read_reports(write(path, text), folder), path, *parts)
     fails(lambda: data.read_reports(folder / "none.csv", folder), "none.csv: no such file")
+    blank = write(path, head + "a0.png,Edema.\nb0.png, \n")
+    assert data.read_reports(blank, folder)[1] == ["Edema.", ""]
 
 
 def test_patients_and_exclusion(folder):

@@ -285,6 +285,30 @@ def test_report_loss_counts_hidden_tokens_and_ignores_padding():
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
+def test_a_record_without_a_report_counts_for_the_image_loss_alone():
+    images, (tokens, inputs, hidden, padding) = batch()
+    padding[2], hidden[2], tokens[2], inputs[2] = True, False, 0, 0
+    torch.manual_seed(0)
+    model = randomised(mrm.MRM(**TINY, vocab_size=30)).eval()
+    noise = torch.rand(3, 16)
+    image_loss, loss = model(images, (tokens, inputs, hidden, padding), noise=noise)
+    both = [part[:2] for part in (tokens, inputs, hidden, padding)]
+    assert loss.item() == pytest.approx(
+        model(images[:2], both, noise=noise[:2])[1].item(), rel=1e-6
+    )
+    assert image_loss.item() == model(images, noise=noise)[0].item()
+    # No report at all: the loss is 0, and every parameter gets the gradient 0 that processes share
+    nothing = [torch.zeros_like(tokens[:, :1])] * 2
+    nothing += [torch.zeros(3, 1, dtype=torch.bool), torch.ones(3, 1, dtype=torch.bool)]
+    image_loss, loss = model(images, nothing, noise=noise)
+    assert loss.item() == 0
+    (image_loss + loss).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            here = parameter.grad.abs().sum() > 0
+            assert here != name.startswith("report_decoder."), name
+
+
 def test_the_report_sees_the_image():
     images, report = batch()
     torch.manual_seed(0)
@@ -891,6 +915,28 @@ def test_a_run_moves_every_network_that_it_trains(films, tmp_path, options, stil
     for name, fresh in mrm.MRM(**saved["arguments"]).named_parameters():
         moved = not torch.equal(fresh, saved["model"][name])
         assert moved == (fresh.requires_grad and not name.startswith(still)), name
+
+
+def test_a_run_says_how_many_records_have_no_report(films, tmp_path, capsys):
+    import shutil
+
+    root = shutil.copytree(films, tmp_path / "films")
+    table = root / "training.csv"
+    head, *rows = table.read_text().splitlines()
+    blank = [f"{i}.png," for i in range(40)]
+    table.write_text("\n".join([head, *blank[:31], *rows[31:35], *blank[35:]]) + "\n")
+    result = mrm.pretrain(record_run(root, tmp_path / "run", steps=8, batch_size=2))
+    assert f"{table}: 36 of 40 records have no report" in capsys.readouterr().out
+    log = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [line["report_loss"] for line in log]
+    assert 0 in losses and max(losses) > 3 and result["heldout_report_loss"] > 3
+    mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
+    for kept, part in ((slice(0, 20), "held out"), (slice(35, 40), "before the held-out ones")):
+        lines = list(blank)
+        lines[kept] = rows[kept]
+        table.write_text("\n".join([head, *lines]) + "\n")
+        with pytest.raises(data.InputError, match=f"a report among the records {part}"):
+            mrm.pretrain(record_run(root, tmp_path / "other", steps=1))
 
 
 def test_a_run_knows_its_records(films, tmp_path, capsys):
