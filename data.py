@@ -1345,6 +1345,10 @@ def image_keys(root, names):
     return [split_ending(name.removeprefix("images/"))[0] for name in names]
 
 
+# The patient in a name of NIH's or CheXpert's
+WRITTEN_PATIENT = re.compile(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)")
+
+
 def patient_ids(root, names):
     """The patient of each name, None where unknown.
     They come from patients.csv or records.csv (columns image_path, patient_id) at the root, else
@@ -1356,7 +1360,7 @@ def patient_ids(root, names):
                      [patient for _, _, patient in rows]))
 
     def patient(key):
-        written = re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)", key)
+        written = WRITTEN_PATIENT.search(key)
         return known.get(key) or (written and written[0].strip("/"))
 
     return list(map(patient, image_keys(root, names)))
@@ -1377,6 +1381,74 @@ def not_excluded(paths, exclude, root):
     their_keys, their_patients = set(listed), set(theirs) - {None}
     return [i for i, (key, patient) in enumerate(zip(keys, ours))
             if key not in their_keys and patient not in their_patients]
+
+
+def film_hashes(root, names):
+    """Hashes of the image of each name and of its patient, where the name tells one, else None:
+    two lists of the first 8 bytes of a sha256 as signed integers.
+
+    Folders before the patient's part of a name do not count, so that copies of a data set that lie
+    otherwise on disk agree. Drawn films are called like NIH's, and have hashes of their own."""
+    drawn = "demo " if (Path(root or ".") / "demo.json").is_file() else ""
+
+    def number(text):
+        digest = hashlib.sha256((drawn + text).encode()).digest()
+        return int.from_bytes(digest[:8], "big", signed=True)
+
+    films, patients = [], []
+    for key in image_keys(root, names):
+        written = WRITTEN_PATIENT.search(key)
+        films.append(number("film " + (key[written.start():].strip("/") if written else key)))
+        patients.append(number("patient " + written[0].strip("/")) if written else None)
+    return films, patients
+
+
+def hash_films(root, names, *others):
+    """What a checkpoint keeps of the films that it was trained on: their hashes and those of their
+    patients, sorted, as one int64 tensor. `others`: such tensors of earlier training, or None."""
+    films, patients = film_hashes(root, names)
+    hashes = {*films, *patients} - {None}
+    return torch.tensor(sorted(hashes.union(*(x.tolist() for x in others if x is not None))),
+                        dtype=torch.int64)
+
+
+def trained_on(root, names, hashes):
+    """Which films were trained on, by `hashes` of `hash_films`: (those films, those of a patient
+    with a film that was), two lists of bools. Patients are found by their name's part, and by the
+    table of patients at `root` where a trained film stands in it."""
+    hashes = set(hashes.tolist())
+    films, written = film_hashes(root, names)
+    listed = [name for table in map(Path(root or ".").joinpath, ("patients.csv", "records.csv"))
+              if table.is_file() for _, name in read_csv(table, ("image_path",))]
+    known = {patient for film, patient in zip(film_hashes(root, listed)[0],
+                                              patient_ids(root, listed)) if film in hashes}
+    return [film in hashes for film in films], [
+        patient in hashes or own in known - {None}
+        for patient, own in zip(written, patient_ids(root, names))]
+
+
+def read_pretraining(path, root):
+    """The hashes (`hash_films`) of the films in a list file or a CSV with a column image_path,
+    image, Path or Image Index, or those that a checkpoint holds. Raises InputError for others."""
+    if Path(path).is_dir() or Path(path).suffix in (".pt", ".pth"):
+        path = checkpoint_file(path, "adapter.pt", "best.pt", "last.pt")
+        hashes = load_checkpoint(path).get("trained_on")
+        if not torch.is_tensor(hashes) or hashes.dtype != torch.int64:
+            raise InputError(path, "a checkpoint that names its training films", "one that does not"
+                             "; give the list that it was trained on")
+        return hashes
+    lines = read_lines(path)
+    if not lines:
+        raise InputError(path, "a list of images", "an empty file")
+    if Path(path).suffix.lower() != ".csv":
+        return hash_films(root, [split_line(line)[0] for _, line in lines])
+    header = [name.strip() for name in next(csv.reader([lines[0][1]]))]
+    columns = ("image_path", "image", "Path", "Image Index")
+    column = next((name for name in columns if name in header), None)
+    if column is None:
+        raise InputError(f"{path}: line 1", f"a column {' or '.join(columns)}", ", ".join(header))
+    return hash_films(root, [name.removeprefix("CheXpert-v1.0-small/")
+                             for _, name in read_csv(path, (column,))])
 
 
 def demo_root(root="", pairs=False):
@@ -1982,12 +2054,15 @@ class AuditConfig:
     data: str = option("", "default: covid with ROOT/splits, else demo", choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
     allow_outside: bool = option(False, "also images that the lists name outside ROOT")
+    pretraining: str = option("", "list, CSV or checkpoint of ours with the images that a model was "
+                              "trained on before: which test images and patients are in it")
 
 
 def audit(config):
     """Prints images, patients and positives of every list, then what is wrong: a patient or the
-    same pixels in two parts, files that are missing or unreadable, bad lines. Returns 1 where
-    anything is wrong, else 0. Raises InputError where there are no lists."""
+    same pixels in two parts, test images that were pretrained on, files that are missing or
+    unreadable, bad lines. Returns 1 where anything is wrong, else 0. Raises InputError where there
+    are no lists."""
     if not config.root:
         raise InputError("audit", "--root DIR", "none")
     root = Path(config.root)
@@ -2024,9 +2099,28 @@ def audit(config):
         if same:
             problems.append(f"{both}: {len(same)} images with the same pixels in both: "
                             f"{', '.join(same[:5])}")
+    if config.pretraining:
+        problems += audit_pretraining(config.pretraining, root, lists)
     print("\n".join(problems)
           or "nothing wrong: no patient and no image in two parts, every file readable")
     return int(bool(problems))
+
+
+def audit_pretraining(path, root, lists):
+    """What is wrong with the test lists for a model that was trained on the films of `path`."""
+    hashes, problems = read_pretraining(path, root), []
+    for (split, part), (names, _) in lists.items():
+        films, patients = trained_on(root, names, hashes)
+        more = sum(patient and not film for film, patient in zip(films, patients))
+        where = f"{split} {part}".strip()
+        said = (f"{where}: {sum(films)} of {len(names)} images are in {path}, and {more} more are "
+                "of a patient in it")
+        if part.startswith("test") and (sum(films) or more):
+            name = next(name for name, *found in zip(names, films, patients) if any(found))
+            problems.append(f"{said}, the first: {name}")
+        else:
+            print(said)
+    return problems
 
 
 def read_every_list(data, root, split):

@@ -835,6 +835,14 @@ def finetune(config, kept=None):
     if rank == 0 and data.find_table(config.data, config.root):
         data.write_csv(log.out / "split.csv", ["image", "split"], [
             [name, part] for part, listed in parts.items() for name in listed.names])
+    root = data.demo_root(config.root) if config.data == "demo" else config.root
+    before = [known.get("trained_on")]
+    if "adapter" in known:
+        before.append(mrm.read_weights(known["base"])[1].get("trained_on"))
+    seen = warn_of_trained(root, parts["test"], before, config.weights)
+    if config.method == "lora":  # the base weights of an adapter name their films themselves
+        before = before[:1] if "adapter" in known else []
+    about["trained_on"] = data.hash_films(root, parts["train"].names, *before)
     if rank == 0:
         print_plan(config, model, len(parts["train"].names), steps, device)
     best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
@@ -852,9 +860,30 @@ def finetune(config, kept=None):
         data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
     scores = predict(model, parts["test"].images, config, device, rank, world)
     facts = run_facts(config, model, parts, best, history, log)
+    facts |= {} if seen is None else {"test_trained_on": seen}
     if config.task == "segment":
         return write_segmentation(config, parts["test"], scores, facts, history, log)
     return write_results(parts["test"], classes, scores.numpy(), facts, history, log)
+
+
+def warn_of_trained(root, part, before, source):
+    """How many test films the weights `source` were trained on before, as {"images", "patients"},
+    with a warning where there are any. None where the weights do not say what they were trained on.
+    before: tensors of `data.hash_films`, or None; patients: the other films of patients with such a
+    film."""
+    before = [hashes for hashes in before if torch.is_tensor(hashes)]
+    if not before:
+        return None
+    try:
+        films, patients = data.trained_on(root, part.names, torch.cat(before))
+    except InputError as error:  # the table of patients, which a run does not need otherwise
+        print(f"WARNING: test images are not compared with those of {source}: {error}")
+        return None
+    more = sum(patient and not film for film, patient in zip(films, patients))
+    if sum(films) or more:
+        print(f"WARNING: {source}: {sum(films)} of {len(films)} test images were trained on before, "
+              f"and {more} more are of a patient who was; test scores of other films may be lower")
+    return {"images": sum(films), "patients": more}
 
 
 def hash_lists(parts, classes):

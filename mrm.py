@@ -946,9 +946,12 @@ def pretrain(config):
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
     arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
     data.seed(config.seed)
-    model = MRM(**arguments).to(device)
+    model, before = MRM(**arguments).to(device), saved
     if config.weights and not saved:
-        load_encoder(model, read_weights(config.weights)[0], config.weights)
+        tensors, before = read_weights(config.weights)
+        load_encoder(model, tensors, config.weights)
+    root = data.demo_root(config.root) if config.data == "demo" else config.root
+    trained_on = data.hash_films(root, records.images.paths, (before or {}).get("trained_on"))
     optimizer = make_optimizer(model, config, device)
     log = data.RunLog(config.out, config, rank, config.resume, start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -958,7 +961,8 @@ def pretrain(config):
         if records.tokenizer:
             data.save_tokenizer(records.tokenizer, Path(config.out) / "tokenizer.tiktoken")
     facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
-              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}
+              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std,
+              "trained_on": trained_on}  # by which fine-tuning knows its test films again
     history = train(config, model, optimizer, records, steps, saved, facts, log, world)
     result = {"preset": config.preset, "records": len(records.images), "parameters": parameters,
               "steps": steps, "batch_size": config.batch_size, **history[-1], "lr": config.lr,

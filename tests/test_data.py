@@ -1018,6 +1018,67 @@ def test_audit_command_line(folder, tmp_path):
     assert status == 2 and "--root" in error
 
 
+def hashed(text):
+    """The first 8 bytes of the sha256 of a text, as a signed integer."""
+    import hashlib
+
+    value = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+    return value - 2**64 if value >= 2**63 else value
+
+
+def test_films_are_known_again_wherever_they_lie(folder, tmp_path):
+    names = ["a/b/00000013_005.png", "x/patient00007/study1/view1.jpg", "images/a0.png"]
+    hashes = data.hash_films(tmp_path, names, None, torch.tensor([5, 5]))
+    texts = ["film 00000013_005", "patient 00000013", "film patient00007/study1/view1"]
+    texts += ["patient patient00007", "film a0"]
+    assert hashes.dtype == torch.int64 and hashes.tolist() == sorted({5, *map(hashed, texts)})
+    # A copy of the set in other folders; patients whose names tell them; one of patients.csv
+    again = [
+        "00000013_005.png",
+        "00000013_000.png",
+        "00000014_005.png",
+        "CheXpert/patient00007/y.jpg",
+    ]
+    again += ["patient00070/study1/view1.jpg", "a0.png", "a1.png", "b0.png", "none.png"]
+    films, patients = data.trained_on(folder, again, hashes)
+    assert films == [1, 0, 0, 0, 0, 1, 0, 0, 0] and patients == [1, 1, 0, 1, 0, 1, 1, 0, 0]
+    write(tmp_path / "demo/demo.json", "{}")  # drawn films are no other films of the same name
+    assert not any(sum(data.trained_on(tmp_path / "demo", again[:2], hashes), []))
+    assert sum(sum(data.trained_on(tmp_path, [], hashes), [])) == 0
+
+
+def test_audit_of_what_was_pretrained_on(folder, tmp_path, capsys):
+    write(
+        folder / "patients.csv",
+        "image_path,patient_id\na0.png,1\na1.png,1\nb0.png,2\nc0.png,3\nc1.png,3\n",
+    )
+    lists = {
+        "l.txt": "c0.png 1 0\nz.png 0 0\n",
+        "t.csv": "n,image_path\n1,c0.png\n",
+        "n.csv": "Image Index,x\nimages/c0.png,1\n",
+    }
+    for name, text in lists.items():
+        path = write(tmp_path / name, text)
+        status, text = audit(folder, capsys, pretraining=str(path))
+        assert status == 1 and "nothing wrong" not in text
+        said = f"1 of 2 images are in {path}, and 1 more are of a patient in it"
+        assert f"test_list: {said}, the first: c0.png" in text
+        assert f"val_list: 0 of 1 images are in {path}, and 0 more" in text
+    path = tmp_path / "run/last.pt"
+    for names, expected in ((["a0.png", "b0"], 0), (["images/c1.png"], 1)):
+        data.save_checkpoint(path, {"model": {}, "trained_on": data.hash_films(folder, names)})
+        assert audit(folder, capsys, pretraining=str(path))[0] == expected
+        assert audit(folder, capsys, pretraining=str(path.parent))[0] == expected
+    data.save_checkpoint(path, {"model": {}})
+    bad = {path: "expected a checkpoint that names its training films"}
+    bad[write(tmp_path / "e.txt", "")] = "found an empty file"
+    bad[write(tmp_path / "e.csv", "")] = "found an empty file"
+    bad[write(tmp_path / "o.csv", "file,x\na.png,1\n")] = "line 1: expected a column image_path"
+    bad[tmp_path / "none.txt"] = "none.txt: no such file"
+    for path, said in bad.items():
+        fails(lambda: audit(folder, capsys, pretraining=str(path)), path, said)
+
+
 # ---- Silent faults: each kind with further members of it
 
 

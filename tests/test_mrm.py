@@ -939,6 +939,26 @@ def test_a_run_says_how_many_records_have_no_report(films, tmp_path, capsys):
             mrm.pretrain(record_run(root, tmp_path / "other", steps=1))
 
 
+def test_a_checkpoint_names_the_films_that_it_was_trained_on(films, tmp_path):
+    (tmp_path / "exclude.txt").write_text("3.png\n")
+    run = record_run(films, tmp_path / "run", steps=2, exclude=str(tmp_path / "exclude.txt"))
+    mrm.pretrain(run)
+    names = [f"{i}.png" for i in range(40)]
+    expected = [i < 32 and i != 3 for i in range(40)]  # 8 of the others are held out
+
+    def trained(out):
+        hashes = data.load_checkpoint(tmp_path / out / "last.pt")["trained_on"]
+        return data.trained_on(films, names, hashes)[0]
+
+    assert trained("run") == expected
+    more = dict(steps=1, weights=str(tmp_path / "run"), holdout=12)
+    mrm.pretrain(record_run(films, tmp_path / "more", **more))
+    expected[3] = True  # of the second run alone; those from 28 on are of the first
+    assert trained("more") == expected
+    mrm.pretrain(record_run(films, tmp_path / "more", **more | dict(steps=3, resume=True)))
+    assert trained("more") == expected
+
+
 def test_a_run_knows_its_records(films, tmp_path, capsys):
     mrm.pretrain(record_run(films, tmp_path / "run", steps=1))
     mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
