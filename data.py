@@ -760,9 +760,10 @@ def read_image(path, short_side=None, deep=None, enlarge=True):
     """Reads an image file as grey: float32 (1, H, W) in [0, 1]. `read_pixels` lists the formats.
 
     short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size),
-    which leaves smaller images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale, which for 16 bits
-    is `deep` (None: `full_scale` of this file's largest value). Other numbers are stretched from
-    minimum to maximum where they leave [0, 1]. Colour becomes grey by ITU-R 601.
+    which leaves smaller images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or
+    16 bits, are divided by their full scale, which for 16 bits is `deep` (None: `full_scale` of
+    this file's largest value). Other numbers are stretched from minimum to maximum where they leave
+    [0, 1]. Colour becomes grey by ITU-R 601.
     Raises InputError, also for a 16-bit value above `deep`."""
     pixels, white = read_pixels(path, short_side, grey=True)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
@@ -1052,6 +1053,12 @@ def find_table(data, root):
     return path if path.is_file() and not (path.parent / "val_list.txt").exists() else None
 
 
+def table_header(path):
+    """The names of the columns of a table; none of an empty file."""
+    lines = read_lines(path)
+    return [name.strip() for name in next(csv.reader([lines[0][1]]))] if lines else []
+
+
 def table_columns(data, path):
     """The column of the images of a table, and its classes. Raises InputError for neither."""
     if data == "nih":
@@ -1060,8 +1067,10 @@ def table_columns(data, path):
         return "Path", CHEXPERT_CLASSES
     if data == "rsna":
         return "patientId", ["Pneumonia"]
-    lines = read_lines(path)
-    header = [name.strip() for name in next(csv.reader([lines[0][1]]))] if lines else []
+    header = table_header(path)
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: line 1", "names that differ", f"{twice[0]!r} twice")
     classes = [name for name in header[1:] if name not in ("patient", "split")]
     if header[:1] != ["image"] or not classes:
         raise InputError(f"{path}: line 1", "a header `image,finding,...`, perhaps with patient "
@@ -1079,7 +1088,8 @@ def table_rows(data, path, uncertain):
     column, classes = table_columns(data, path)
     findings = {"nih": ["Finding Labels"], "rsna": ["Target"]}.get(data, classes)
     extra = {"nih": ["Patient ID"], "csv": ["patient", "split"]}.get(data, [])
-    extra = [name for name in extra if name in read_lines(path)[0][1]]
+    header = table_header(path)
+    extra = [name for name in extra if name in header]
     for line, name, *cells in read_csv(path, [column, *findings, *extra]):
         cells, others = cells[:len(findings)], dict(zip(extra, cells[len(findings):]))
         if data == "nih":
@@ -1097,6 +1107,40 @@ def table_rows(data, path, uncertain):
         name = plain_name(name).removeprefix("CheXpert-v1.0-small/")
         patient = others.get("patient", others.get("Patient ID", ""))
         yield line, name, [values[cell] for cell in cells], patient, SPLITS.get(part, "")
+
+
+def nih_parts(root):
+    """What NIH's own lists say of its images: {name: "test", or "" for train or val}. Raises
+    InputError for an image in both lists."""
+    given = {}
+    for part, list_name in (("", "train_val_list.txt"), ("test", "test_list.txt")):
+        path = root / list_name
+        for line, text in read_lines(path) if path.is_file() else []:
+            name = plain_name(text)
+            if given.setdefault(name, part) != part:
+                raise InputError(f"{path}: line {line}: {name!r} is in train_val_list.txt as well")
+    return given
+
+
+def fixed_parts(path, patients, parts):
+    """The part that each known patient has where a table gives one, {patient: part}. The images of
+    the same patient that it leaves open go there too, so that no patient is trained and tested on.
+    Warns of patients whose images are given to several parts."""
+    fixed, several = {}, set()
+    for patient, part in zip(patients, parts):
+        if patient and part and fixed.setdefault(patient, part) != part:
+            several.add(patient)
+    if several:
+        print(f"WARNING: {path}: {len(several)} patients have images in several parts, one is "
+              f"{min(several)}: their test scores are too good")
+    return fixed
+
+
+def name_chexpert_test(count):
+    """Says in one line which of CheXpert's published lists a test part of `count` images is."""
+    return {234: "CheXpert's 234 validation images, on which MRM tests",
+            668: "CheXpert's own 668 test images, on which MED-PEFT tests"}.get(
+                count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
 
 
 def read_table(data, root, ratio=100, uncertain="ones"):
@@ -1119,16 +1163,20 @@ def read_table(data, root, ratio=100, uncertain="ones"):
     if data == "chexpert" and (root / "valid.csv").is_file():
         for _, name, labels, patient, _ in table_rows(data, root / "valid.csv", uncertain):
             rows[name] = labels, patient, "test"
-        print(f"{root / 'valid.csv'}: CheXpert's 234 validation images are the test part, as MRM "
-              "has it; MED-PEFT tests on the 668 of CheXpert's own test set")
-    given = {}
-    if data == "nih" and (root / "test_list.txt").is_file():
-        given = {plain_name(line): "test" for _, line in read_lines(root / "test_list.txt")}
+    given = nih_parts(root) if data == "nih" else {}
+    if "" in given.values():  # train_val_list.txt is there, and its images alone are trained on
+        lost = [name for name in rows if name not in given]
+        if lost:
+            print(f"WARNING: {path}: {len(lost)} of {len(rows)} images are in neither "
+                  f"train_val_list.txt nor test_list.txt and are left out, the first: {lost[0]}")
+        rows = {name: row for name, row in rows.items() if name in given}
+    keys = [row[1] or known for known, row in zip(patient_ids(root, rows), rows.values())]
+    fixed = fixed_parts(path, keys, [row[2] or given.get(name, "") for name, row in rows.items()])
     parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
-    for known, (name, (labels, patient, part)) in zip(patient_ids(root, rows), rows.items()):
-        digest = hashlib.sha256((patient or known or name).encode()).digest()
+    for patient, (name, (labels, _, part)) in zip(keys, rows.items()):
+        digest = hashlib.sha256((patient or name).encode()).digest()
         chance, other = (int.from_bytes(digest[i:i + 8], "big") / 2**64 for i in (0, 8))
-        part = part or given.get(name, "")
+        part = part or given.get(name) or fixed.get(patient)
         if not part:
             chance = chance * 0.8 if given or data == "chexpert" else chance  # test is given
             part = "train" if chance < 0.7 else "val" if chance < 0.8 else "test"

@@ -449,6 +449,8 @@ def read_lists(config):
             print(f"WARNING: {path}: one label only of {', '.join(undefined)}: AUROC undefined, "
                   "left out of the mean")
         parts[part_name] = Part(names, paths, labels)
+    if config.data == "chexpert":
+        print(f"the test part is {data.name_chexpert_test(len(parts['test'].names))}")
     return parts, classes
 
 
@@ -655,7 +657,8 @@ def fill_recipe(config, classes=None):
         named["img_size"] *= 2  # an outline needs more pixels than a finding
     departures = OURS
     if config.official:  # MRM clips its full fine-tuning, which is given in steps
-        departures = OFFICIAL | {"evaluations": round(recipe.get("epochs", 10)),
+        epochs = 10 if config.steps else config.epochs or recipe.get("epochs", 10)
+        departures = OFFICIAL | {"evaluations": max(1, round(epochs)),
                                  "clip": 1.0 if "steps" in recipe else 0.0}
     typed, preset = config, PLAIN | departures | named | recipe | pixels | found
     preset["test_side"] = recipe.get("test_side", config.img_size or preset["img_size"])

@@ -2050,6 +2050,51 @@ def test_the_column_split_decides(tmp_path):
     }
 
 
+def test_no_patient_falls_into_two_parts_beside_a_given_split(tmp_path, capsys):
+    """Images without a part follow their patient; a name that only begins with one is a class."""
+    lines = ["image,patient_age,patient,split"]
+    lines += [
+        f"{i}.png,{i % 3 % 2},p{i // 2},{'' if i % 2 else 'test' if i < 20 else ''}"
+        for i in range(200)
+    ]
+    root = write_table(tmp_path, "labels.csv", lines)
+    assert data.table_columns("csv", root / "labels.csv")[1] == ["patient_age"]
+    parts = {
+        part: {int(name[:-4]) for name in names}
+        for part, (names, _) in data.read_table("csv", root).items()
+    }
+    assert set(range(20)) <= parts["test"] and all(parts.values())
+    people = [{i // 2 for i in part} for part in parts.values()]
+    assert len(set.union(*people)) == sum(map(len, people)) == 100
+    assert "WARNING" not in capsys.readouterr().out
+    rows = ["image,F,patient,split", "a,1,p,train", "b,0,p,test", "c,0,q,val", "d,0,q,val"]
+    data.read_table("csv", write_table(tmp_path, "labels.csv", rows))
+    assert "1 patients have images in several parts, one is p" in capsys.readouterr().out
+
+
+def test_nihs_two_lists_decide(tmp_path, capsys):
+    names = [f"{i:08d}_000.png" for i in range(90)]
+    rows = ["Image Index,Finding Labels,Patient ID"]
+    write_table(
+        tmp_path,
+        "Data_Entry_2017.csv",
+        rows + [f"{name},No Finding,{i}" for i, name in enumerate(names)],
+    )
+    write_table(tmp_path, "train_val_list.txt", names[:60])
+    write_table(tmp_path, "test_list.txt", names[60:80])
+    parts = {part: listed for part, (listed, _) in data.read_table("nih", tmp_path).items()}
+    assert sorted(parts["train"] + parts["val"]) == names[:60] and parts["test"] == names[60:80]
+    assert "10 of 90 images are in neither" in capsys.readouterr().out
+    write_table(tmp_path, "train_val_list.txt", names[:61])
+    fails(lambda: data.read_table("nih", tmp_path), "test_list.txt: line 1", names[60])
+
+
+def test_the_published_test_lists_of_chexpert_are_named():
+    said = {count: data.name_chexpert_test(count) for count in (234, 668, 9)}
+    assert "on which MRM tests" in said[234] and "on which MED-PEFT tests" in said[668]
+    assert said[9].startswith("9 images, neither")
+
+
 def test_nihs_own_table(tmp_path):
     rows = ["Image Index,Finding Labels,Follow-up #,Patient ID"]
     rows += [f"{i // 3:08d}_{i % 3:03d}.png,No Finding,0,{i // 3}" for i in range(300)]
@@ -2075,7 +2120,7 @@ def test_nihs_own_table(tmp_path):
 
 
 @pytest.mark.parametrize("policy, expected", [("ones", 1.0), ("zeros", 0.0), ("ignore", None)])
-def test_chexperts_table(tmp_path, policy, expected, capsys):
+def test_chexperts_table(tmp_path, policy, expected):
     header = "Path,Sex,Cardiomegaly,Atelectasis,Consolidation,Edema,Pleural Effusion,Fracture"
     name = "CheXpert-v1.0-small/train/patient{:05d}/study1/view1_frontal.jpg"
     rows = [header, *(name.format(i) + ",Male,1.0,,0.0,-1.0,1.0,-1" for i in range(60))]
@@ -2083,7 +2128,6 @@ def test_chexperts_table(tmp_path, policy, expected, capsys):
     test = name.replace("train", "valid").format(64) + ",Male,1.0,0.0,0.0,0.0,1.0,"
     write_table(tmp_path, "valid.csv", [header, test])
     parts = data.read_table("chexpert", tmp_path, uncertain=policy)
-    assert "234" in capsys.readouterr().out
     names, labels = parts["train"]
     assert names[0].startswith("train/patient000") and len(parts["test"][0]) == 1
     found = dict(zip(data.CHEXPERT_CLASSES, labels[0].tolist()))
@@ -2111,6 +2155,7 @@ def test_rsnas_boxes_are_one_label_a_patient(tmp_path):
     [
         ("csv", "labels.csv", ["name,Edema", "a.png,1"], "line 1: expected a header `image,f"),
         ("csv", "labels.csv", ["image", "a.png"], "line 1: expected a header"),
+        ("csv", "labels.csv", ["image,F,F", "a.png,1,0"], "line 1: .* differ, found 'F' twice"),
         ("csv", "labels.csv", ["image,Edema", "a.png,2"], "line 2: expected an image .*found '2'"),
         ("csv", "labels.csv", ["image,Edema", "a.png,yes"], "line 2: .* found 'yes'"),
         ("csv", "labels.csv", ["image,Edema", "a.png,-1"], "line 2: .* found '-1'"),

@@ -177,6 +177,8 @@ def test_the_official_form_and_what_each_value_comes_from(capsys):
         "img_size 224 the weights",
     ):
         assert line in lines, line
+    few = dry_run("medpeft", "nih", 1, "lora", official=True, epochs=20)
+    has(few, epochs=20, evaluations=20)  # still after each epoch
     has(dry_run("mrm", "nih", 1, "full", official=True), flip=True, clip=1)
     has(dry_run("medpeft", "nih", 1, "full", official=True), clip=0, evaluations=200)
 
