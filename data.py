@@ -1,6 +1,7 @@
 """Real data and the files of a run: images, lists, reports, pairs, batches, checkpoints, options.
 
     python data.py audit --root DIR      # split leakage, class counts, unreadable files
+    python data.py audit --root DIR --pretraining LIST    # test images that were pretrained on
 
 Nothing here knows a model or a loss.
 
@@ -2102,8 +2103,8 @@ class AuditConfig:
     data: str = option("", "default: covid with ROOT/splits, else demo", choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
     allow_outside: bool = option(False, "also images that the lists name outside ROOT")
-    pretraining: str = option("", "list, CSV or checkpoint of ours with the images that a model was "
-                              "trained on before: which test images and patients are in it")
+    pretraining: str = option("", "list, CSV or checkpoint of ours with the images that a model was"
+                              " trained on before: which test images and patients are in it")
 
 
 def audit(config):
