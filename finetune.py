@@ -884,8 +884,8 @@ def warn_of_trained(root, part, before, source):
         return None
     more = sum(patient and not film for film, patient in zip(films, patients))
     if sum(films) or more:
-        print(f"WARNING: {source}: {sum(films)} of {len(films)} test images were trained on before, "
-              f"and {more} more are of a patient who was; test scores of other films may be lower")
+        print(f"WARNING: {source}: {sum(films)} of {len(films)} test images were trained on before,"
+              f" and {more} more are of a patient who was; test scores of other films may be lower")
     return {"images": sum(films), "patients": more}
 
 
