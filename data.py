@@ -1,6 +1,7 @@
 """Real data and the files of a run: images, lists, reports, pairs, batches, checkpoints, options.
 
     python data.py audit --root DIR      # split leakage, class counts, unreadable files
+    python data.py audit --root DIR --pretraining LIST    # test images that were pretrained on
 
 Nothing here knows a model or a loss.
 
@@ -75,7 +76,8 @@ class RunConfig:
     steps: int = option(None, "optimiser steps, instead of the preset's epochs", within="[1, inf)")
     epochs: float = option(None, "passes over the data, instead of the preset's steps",
                            within="(0, inf)")
-    batch_size: int = option(None, "samples that one process takes at once", within="[1, inf)")
+    batch_size: int = option(None, "samples of a step, of all processes and passes together",
+                             within="[1, inf)")
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
     dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
@@ -139,6 +141,16 @@ def fill(config, preset):
 def number_of_steps(config, samples, per_step):
     """The optimiser steps of a filled configuration: `steps`, or `epochs` over `samples`."""
     return config.steps or max(1, round(config.epochs * samples / per_step))
+
+
+def share_of_batch(config, world):
+    """The samples that each of `world` processes takes in one of the `accumulate` passes of a step.
+    Raises InputError where the batch cannot be divided evenly."""
+    parts = world * config.accumulate
+    if config.batch_size % parts:
+        raise InputError("--batch-size", f"a multiple of {parts} ({world} processes x --accumulate "
+                         f"{config.accumulate})", config.batch_size)
+    return config.batch_size // parts
 
 
 def check_same(saved, config, path):
@@ -746,13 +758,14 @@ def full_scale(highest):
     return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
 
 
-def read_image(path, short_side=None, deep=None):
+def read_image(path, short_side=None, deep=None, enlarge=True):
     """Reads an image file as grey: float32 (1, H, W) in [0, 1]. `read_pixels` lists the formats.
 
-    short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size).
-    Pictures, and unsigned .npy of 8 or 16 bits, are divided by their full scale, which for 16 bits
-    is `deep` (None: `full_scale` of this file's largest value). Other numbers are stretched from
-    minimum to maximum where they leave [0, 1]. Colour becomes grey by ITU-R 601.
+    short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size),
+    which leaves smaller images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or
+    16 bits, are divided by their full scale, which for 16 bits is `deep` (None: `full_scale` of
+    this file's largest value). Other numbers are stretched from minimum to maximum where they leave
+    [0, 1]. Colour becomes grey by ITU-R 601.
     Raises InputError, also for a 16-bit value above `deep`."""
     pixels, white = read_pixels(path, short_side, grey=True)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
@@ -770,7 +783,8 @@ def read_image(path, short_side=None, deep=None):
         pixels = (pixels / np.float32(white or 1)).astype(np.float32)
     image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-    if short_side and short_side != min(image.shape[1:]):
+    smaller = min(image.shape[1:]) < (short_side or 0)
+    if short_side and short_side != min(image.shape[1:]) and (enlarge or not smaller):
         image = resize(image, short_side)
     if image.dtype == torch.uint8:
         image = image.float() / 255
@@ -813,9 +827,9 @@ def over_images(function, paths):
                          "without `if __name__ == '__main__':` around its calls") from None
 
 
-def read_bytes(path, short_side, deep=None):
+def read_bytes(path, short_side, deep=None, enlarge=True):
     """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
-    return (read_image(path, short_side, deep) * 255).round_().byte().numpy()
+    return (read_image(path, short_side, deep, enlarge) * 255).round_().byte().numpy()
 
 
 def pixel_hash(path):
@@ -1041,6 +1055,12 @@ def find_table(data, root):
     return path if path.is_file() and not (path.parent / "val_list.txt").exists() else None
 
 
+def table_header(path):
+    """The names of the columns of a table; none of an empty file."""
+    lines = read_lines(path)
+    return [name.strip() for name in next(csv.reader([lines[0][1]]))] if lines else []
+
+
 def table_columns(data, path):
     """The column of the images of a table, and its classes. Raises InputError for neither."""
     if data == "nih":
@@ -1049,8 +1069,10 @@ def table_columns(data, path):
         return "Path", CHEXPERT_CLASSES
     if data == "rsna":
         return "patientId", ["Pneumonia"]
-    lines = read_lines(path)
-    header = [name.strip() for name in next(csv.reader([lines[0][1]]))] if lines else []
+    header = table_header(path)
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: line 1", "names that differ", f"{twice[0]!r} twice")
     classes = [name for name in header[1:] if name not in ("patient", "split")]
     if header[:1] != ["image"] or not classes:
         raise InputError(f"{path}: line 1", "a header `image,finding,...`, perhaps with patient "
@@ -1068,7 +1090,8 @@ def table_rows(data, path, uncertain):
     column, classes = table_columns(data, path)
     findings = {"nih": ["Finding Labels"], "rsna": ["Target"]}.get(data, classes)
     extra = {"nih": ["Patient ID"], "csv": ["patient", "split"]}.get(data, [])
-    extra = [name for name in extra if name in read_lines(path)[0][1]]
+    header = table_header(path)
+    extra = [name for name in extra if name in header]
     for line, name, *cells in read_csv(path, [column, *findings, *extra]):
         cells, others = cells[:len(findings)], dict(zip(extra, cells[len(findings):]))
         if data == "nih":
@@ -1086,6 +1109,40 @@ def table_rows(data, path, uncertain):
         name = plain_name(name).removeprefix("CheXpert-v1.0-small/")
         patient = others.get("patient", others.get("Patient ID", ""))
         yield line, name, [values[cell] for cell in cells], patient, SPLITS.get(part, "")
+
+
+def nih_parts(root):
+    """What NIH's own lists say of its images: {name: "test", or "" for train or val}. Raises
+    InputError for an image in both lists."""
+    given = {}
+    for part, list_name in (("", "train_val_list.txt"), ("test", "test_list.txt")):
+        path = root / list_name
+        for line, text in read_lines(path) if path.is_file() else []:
+            name = plain_name(text)
+            if given.setdefault(name, part) != part:
+                raise InputError(f"{path}: line {line}: {name!r} is in train_val_list.txt as well")
+    return given
+
+
+def fixed_parts(path, patients, parts):
+    """The part that each known patient has where a table gives one, {patient: part}. The images of
+    the same patient that it leaves open go there too, so that no patient is trained and tested on.
+    Warns of patients whose images are given to several parts."""
+    fixed, several = {}, set()
+    for patient, part in zip(patients, parts):
+        if patient and part and fixed.setdefault(patient, part) != part:
+            several.add(patient)
+    if several:
+        print(f"WARNING: {path}: {len(several)} patients have images in several parts, one is "
+              f"{min(several)}: their test scores are too good")
+    return fixed
+
+
+def name_chexpert_test(count):
+    """Says in one line which of CheXpert's published lists a test part of `count` images is."""
+    return {234: "CheXpert's 234 validation images, on which MRM tests",
+            668: "CheXpert's own 668 test images, on which MED-PEFT tests"}.get(
+                count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
 
 
 def read_table(data, root, ratio=100, uncertain="ones"):
@@ -1108,16 +1165,20 @@ def read_table(data, root, ratio=100, uncertain="ones"):
     if data == "chexpert" and (root / "valid.csv").is_file():
         for _, name, labels, patient, _ in table_rows(data, root / "valid.csv", uncertain):
             rows[name] = labels, patient, "test"
-        print(f"{root / 'valid.csv'}: CheXpert's 234 validation images are the test part, as MRM "
-              "has it; MED-PEFT tests on the 668 of CheXpert's own test set")
-    given = {}
-    if data == "nih" and (root / "test_list.txt").is_file():
-        given = {plain_name(line): "test" for _, line in read_lines(root / "test_list.txt")}
+    given = nih_parts(root) if data == "nih" else {}
+    if "" in given.values():  # train_val_list.txt is there, and its images alone are trained on
+        lost = [name for name in rows if name not in given]
+        if lost:
+            print(f"WARNING: {path}: {len(lost)} of {len(rows)} images are in neither "
+                  f"train_val_list.txt nor test_list.txt and are left out, the first: {lost[0]}")
+        rows = {name: row for name, row in rows.items() if name in given}
+    keys = [row[1] or known for known, row in zip(patient_ids(root, rows), rows.values())]
+    fixed = fixed_parts(path, keys, [row[2] or given.get(name, "") for name, row in rows.items()])
     parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
-    for known, (name, (labels, patient, part)) in zip(patient_ids(root, rows), rows.items()):
-        digest = hashlib.sha256((patient or known or name).encode()).digest()
+    for patient, (name, (labels, _, part)) in zip(keys, rows.items()):
+        digest = hashlib.sha256((patient or name).encode()).digest()
         chance, other = (int.from_bytes(digest[i:i + 8], "big") / 2**64 for i in (0, 8))
-        part = part or given.get(name, "")
+        part = part or given.get(name) or fixed.get(patient)
         if not part:
             chance = chance * 0.8 if given or data == "chexpert" else chance  # test is given
             part = "train" if chance < 0.7 else "val" if chance < 0.8 else "test"
@@ -1219,12 +1280,12 @@ def read_csv(path, columns):
 
 def read_reports(path, root, allow_outside=False):
     """The records of a training.csv (image_path, report_content): (image paths, reports).
-    Raises InputError, with the line, for missing columns, images or reports, and for no record."""
+    A report may be empty. Raises InputError, with the line, for missing columns and images, and for
+    no record."""
     names, reports = [], []
     for line, name, report in read_csv(path, ("image_path", "report_content")):
-        if not name or not report:
-            empty = "report_content" if name else "image_path"
-            raise InputError(f"{path}: line {line}", "an image and its report", f"no {empty}")
+        if not name:
+            raise InputError(f"{path}: line {line}", "an image and its report", "no image_path")
         names.append(plain_name(name))
         reports.append(report)
     if not reports:
@@ -1334,6 +1395,10 @@ def image_keys(root, names):
     return [split_ending(name.removeprefix("images/"))[0] for name in names]
 
 
+# The patient in a name of NIH's or CheXpert's
+WRITTEN_PATIENT = re.compile(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)")
+
+
 def patient_ids(root, names):
     """The patient of each name, None where unknown.
     They come from patients.csv or records.csv (columns image_path, patient_id) at the root, else
@@ -1345,7 +1410,7 @@ def patient_ids(root, names):
                      [patient for _, _, patient in rows]))
 
     def patient(key):
-        written = re.search(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)", key)
+        written = WRITTEN_PATIENT.search(key)
         return known.get(key) or (written and written[0].strip("/"))
 
     return list(map(patient, image_keys(root, names)))
@@ -1366,6 +1431,74 @@ def not_excluded(paths, exclude, root):
     their_keys, their_patients = set(listed), set(theirs) - {None}
     return [i for i, (key, patient) in enumerate(zip(keys, ours))
             if key not in their_keys and patient not in their_patients]
+
+
+def film_hashes(root, names):
+    """Hashes of the image of each name and of its patient, where the name tells one, else None:
+    two lists of the first 8 bytes of a sha256 as signed integers.
+
+    Folders before the patient's part of a name do not count, so that copies of a data set that lie
+    otherwise on disk agree. Drawn films are called like NIH's, and have hashes of their own."""
+    drawn = "demo " if (Path(root or ".") / "demo.json").is_file() else ""
+
+    def number(text):
+        digest = hashlib.sha256((drawn + text).encode()).digest()
+        return int.from_bytes(digest[:8], "big", signed=True)
+
+    films, patients = [], []
+    for key in image_keys(root, names):
+        written = WRITTEN_PATIENT.search(key)
+        films.append(number("film " + (key[written.start():].strip("/") if written else key)))
+        patients.append(number("patient " + written[0].strip("/")) if written else None)
+    return films, patients
+
+
+def hash_films(root, names, *others):
+    """What a checkpoint keeps of the films that it was trained on: their hashes and those of their
+    patients, sorted, as one int64 tensor. `others`: such tensors of earlier training, or None."""
+    films, patients = film_hashes(root, names)
+    hashes = {*films, *patients} - {None}
+    return torch.tensor(sorted(hashes.union(*(x.tolist() for x in others if x is not None))),
+                        dtype=torch.int64)
+
+
+def trained_on(root, names, hashes):
+    """Which films were trained on, by `hashes` of `hash_films`: (those films, those of a patient
+    with a film that was), two lists of bools. Patients are found by their name's part, and by the
+    table of patients at `root` where a trained film stands in it."""
+    hashes = set(hashes.tolist())
+    films, written = film_hashes(root, names)
+    listed = [name for table in map(Path(root or ".").joinpath, ("patients.csv", "records.csv"))
+              if table.is_file() for _, name in read_csv(table, ("image_path",))]
+    known = {patient for film, patient in zip(film_hashes(root, listed)[0],
+                                              patient_ids(root, listed)) if film in hashes}
+    return [film in hashes for film in films], [
+        patient in hashes or own in known - {None}
+        for patient, own in zip(written, patient_ids(root, names))]
+
+
+def read_pretraining(path, root):
+    """The hashes (`hash_films`) of the films in a list file or a CSV with a column image_path,
+    image, Path or Image Index, or those that a checkpoint holds. Raises InputError for others."""
+    if Path(path).is_dir() or Path(path).suffix in (".pt", ".pth"):
+        path = checkpoint_file(path, "adapter.pt", "best.pt", "last.pt")
+        hashes = load_checkpoint(path).get("trained_on")
+        if not torch.is_tensor(hashes) or hashes.dtype != torch.int64:
+            raise InputError(path, "a checkpoint that names its training films", "one that does not"
+                             "; give the list that it was trained on")
+        return hashes
+    lines = read_lines(path)
+    if not lines:
+        raise InputError(path, "a list of images", "an empty file")
+    if Path(path).suffix.lower() != ".csv":
+        return hash_films(root, [split_line(line)[0] for _, line in lines])
+    header = [name.strip() for name in next(csv.reader([lines[0][1]]))]
+    columns = ("image_path", "image", "Path", "Image Index")
+    column = next((name for name in columns if name in header), None)
+    if column is None:
+        raise InputError(f"{path}: line 1", f"a column {' or '.join(columns)}", ", ".join(header))
+    return hash_films(root, [name.removeprefix("CheXpert-v1.0-small/")
+                             for _, name in read_csv(path, (column,))])
 
 
 def demo_root(root="", pairs=False):
@@ -1600,13 +1733,15 @@ class ImageSet(torch.utils.data.Dataset):
     `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; for workers it must be
     one that can be pickled. `deep` is the number that stands for white in 16-bit files (default:
     `full_scale` of the largest value in 32 of them). `masks`, one an image as `find_masks` gives
-    them, make each item a whole image and its mask as two channels (2, size, size)."""
+    them, make each item a whole image and its mask as two channels (2, size, size). Without
+    `enlarge`, for an `augment` that takes crops, images below `size` stay as they are."""
 
-    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None):
+    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
+                 enlarge=True):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
-        self.crop = crop or size
+        self.crop, self.enlarge = crop or size, enlarge
         some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
         self.deep, self.masks = deep or common_scale([self.path(i) for i in some]), masks
 
@@ -1627,13 +1762,14 @@ class ImageSet(torch.utils.data.Dataset):
         if self.masks is not None:
             pair = self.path(index), self.masks[index]
             return torch.from_numpy(read_pair(pair, self.size, self.deep))
-        return torch.from_numpy(read_bytes(self.path(index), self.size, self.deep))
+        return torch.from_numpy(read_bytes(self.path(index), self.size, self.deep, self.enlarge))
 
     def preload(self, limit=2 * 2**30):
         """Decodes all images into memory, if they take less than `limit` bytes; returns self."""
         channels = 1 if self.masks is None else 2
         if self.cache is None and channels * len(self) * self.size**2 * 1.25 < limit:
-            read, items = functools.partial(read_bytes, short_side=self.size), self.paths
+            read, items = functools.partial(read_bytes, short_side=self.size,
+                                            enlarge=self.enlarge), self.paths
             if self.masks is not None:
                 read, items = functools.partial(read_pair, side=self.size), list(
                     zip(self.paths, self.masks))
@@ -1968,12 +2104,15 @@ class AuditConfig:
     data: str = option("", "default: covid with ROOT/splits, else demo", choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
     allow_outside: bool = option(False, "also images that the lists name outside ROOT")
+    pretraining: str = option("", "list, CSV or checkpoint of ours with the images that a model was"
+                              " trained on before: which test images and patients are in it")
 
 
 def audit(config):
     """Prints images, patients and positives of every list, then what is wrong: a patient or the
-    same pixels in two parts, files that are missing or unreadable, bad lines. Returns 1 where
-    anything is wrong, else 0. Raises InputError where there are no lists."""
+    same pixels in two parts, test images that were pretrained on, files that are missing or
+    unreadable, bad lines. Returns 1 where anything is wrong, else 0. Raises InputError where there
+    are no lists."""
     if not config.root:
         raise InputError("audit", "--root DIR", "none")
     root = Path(config.root)
@@ -2010,9 +2149,28 @@ def audit(config):
         if same:
             problems.append(f"{both}: {len(same)} images with the same pixels in both: "
                             f"{', '.join(same[:5])}")
+    if config.pretraining:
+        problems += audit_pretraining(config.pretraining, root, lists)
     print("\n".join(problems)
           or "nothing wrong: no patient and no image in two parts, every file readable")
     return int(bool(problems))
+
+
+def audit_pretraining(path, root, lists):
+    """What is wrong with the test lists for a model that was trained on the films of `path`."""
+    hashes, problems = read_pretraining(path, root), []
+    for (split, part), (names, _) in lists.items():
+        films, patients = trained_on(root, names, hashes)
+        more = sum(patient and not film for film, patient in zip(films, patients))
+        where = f"{split} {part}".strip()
+        said = (f"{where}: {sum(films)} of {len(names)} images are in {path}, and {more} more are "
+                "of a patient in it")
+        if part.startswith("test") and (sum(films) or more):
+            name = next(name for name, *found in zip(names, films, patients) if any(found))
+            problems.append(f"{said}, the first: {name}")
+        else:
+            print(said)
+    return problems
 
 
 def read_every_list(data, root, split):

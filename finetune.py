@@ -349,7 +349,7 @@ class FinetuneConfig(RunConfig):
                             "(CXR-MAE's recipe)", within="[0, 1]")
     test_side: int = option(None, "pixels of the shorter side before the central crop of a test "
                             "image (default: img_size)", within="[1, inf)")
-    base_lr: float = option(None, "peak learning rate at an effective batch of 256, where --lr is "
+    base_lr: float = option(None, "peak learning rate at a batch of 256, where --lr is "
                             "not given", within="(0, inf)")
     clip: float = option(None, "largest norm of the gradients; 0: any (default: 1)",
                          within="[0, inf)")
@@ -450,6 +450,8 @@ def read_lists(config):
             print(f"WARNING: {path}: one label only of {', '.join(undefined)}: AUROC undefined, "
                   "left out of the mean")
         parts[part_name] = Part(names, paths, labels)
+    if config.data == "chexpert":
+        print(f"the test part is {data.name_chexpert_test(len(parts['test'].names))}")
     return parts, classes
 
 
@@ -656,17 +658,20 @@ def fill_recipe(config, classes=None):
         named["img_size"] *= 2  # an outline needs more pixels than a finding
     departures = OURS
     if config.official:  # MRM clips its full fine-tuning, which is given in steps
-        departures = OFFICIAL | {"evaluations": round(recipe.get("epochs", 10)),
+        epochs = 10 if config.steps else config.epochs or recipe.get("epochs", 10)
+        departures = OFFICIAL | {"evaluations": max(1, round(epochs)),
                                  "clip": 1.0 if "steps" in recipe else 0.0}
     typed, preset = config, PLAIN | departures | named | recipe | pixels | found
     preset["test_side"] = recipe.get("test_side", config.img_size or preset["img_size"])
     config = scale_rate(data.fill(config, {"recipe": family} | preset))
     if config.dry_run or family != "small":
         print_recipe(typed, config, note, recipe, pixels | named | found)
+    share = data.share_of_batch(config, int(os.environ.get("WORLD_SIZE", 1)))
     if config.task == "segment":
-        config = data.fill(config, {"norm": "batch" if config.batch_size >= 16 else "group"})
-        if config.norm == "batch" and config.batch_size < 2:
-            raise InputError("--norm batch", "--batch-size 2 or more", config.batch_size)
+        config = data.fill(config, {"norm": "batch" if share >= 16 else "group"})
+        if config.norm == "batch" and share < 2:
+            raise InputError("--norm batch", "--batch-size 2 or more for each process and pass",
+                             share)
     if config.num_heads != sizes["num_heads"]:
         raise InputError(f"--num-heads of {config.weights}", sizes["num_heads"], config.num_heads)
     return config, sizes | {"img_size": config.img_size}, tensors, known
@@ -701,9 +706,7 @@ def scale_rate(config):
     """`config` with the learning rate that follows from `base_lr`, by the linear scaling rule
     (Goyal et al., 2017), where --lr is not typed."""
     if config.lr is None:
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        effective = config.batch_size * config.accumulate * world
-        return dataclasses.replace(config, lr=config.base_lr * effective / 256)
+        return dataclasses.replace(config, lr=config.base_lr * config.batch_size / 256)
     return dataclasses.replace(config, base_lr=None)
 
 
@@ -713,7 +716,7 @@ def print_recipe(typed, config, note, recipe, weights):
     for name in sorted({*recipe, *OURS, "img_size", "mean", "std", "lr"}):
         source = "the recipe" if name in recipe else "ours" if name in OURS else "the weights"
         if name == "lr" and config.base_lr is not None:
-            source = "base_lr x effective batch / 256"
+            source = "base_lr x batch_size / 256"
         if name in OURS and config.official:
             source = "the official form"
         if name in ("mean", "std") and weights[name] == recipe.get(name):
@@ -829,8 +832,7 @@ def finetune(config, kept=None):
         return fill_recipe(config)[0]
     parts, classes = read_lists(config)
     config, sizes, tensors, known = fill_recipe(config, classes)
-    effective = config.batch_size * config.accumulate * world
-    steps = data.number_of_steps(config, len(parts["train"].names), effective)
+    steps = data.number_of_steps(config, len(parts["train"].names), config.batch_size)
     data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors, known).to(device)
     facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
@@ -851,8 +853,16 @@ def finetune(config, kept=None):
     if rank == 0 and data.find_table(config.data, config.root):
         data.write_csv(log.out / "split.csv", ["image", "split"], [
             [name, part] for part, listed in parts.items() for name in listed.names])
+    root = data.demo_root(config.root) if config.data == "demo" else config.root
+    before = [known.get("trained_on")]
+    if "adapter" in known:
+        before.append(mrm.read_weights(known["base"])[1].get("trained_on"))
+    seen = warn_of_trained(root, parts["test"], before, config.weights)
+    if config.method == "lora":  # the base weights of an adapter name their films themselves
+        before = before[:1] if "adapter" in known else []
+    about["trained_on"] = data.hash_films(root, parts["train"].names, *before)
     if rank == 0:
-        print_plan(config, model, len(parts["train"].names), steps, effective, device)
+        print_plan(config, model, len(parts["train"].names), steps, device)
     best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
                           world)
     model.load_state_dict(best["trained"], strict=False)
@@ -868,9 +878,30 @@ def finetune(config, kept=None):
         data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
     scores = predict(model, parts["test"].images, config, device, rank, world)
     facts = run_facts(config, model, parts, best, history, log)
+    facts |= {} if seen is None else {"test_trained_on": seen}
     if config.task == "segment":
         return write_segmentation(config, parts["test"], scores, facts, history, log)
     return write_results(parts["test"], classes, scores.numpy(), facts, history, log)
+
+
+def warn_of_trained(root, part, before, source):
+    """How many test films the weights `source` were trained on before, as {"images", "patients"},
+    with a warning where there are any. None where the weights do not say what they were trained on.
+    before: tensors of `data.hash_films`, or None; patients: the other films of patients with such a
+    film."""
+    before = [hashes for hashes in before if torch.is_tensor(hashes)]
+    if not before:
+        return None
+    try:
+        films, patients = data.trained_on(root, part.names, torch.cat(before))
+    except InputError as error:  # the table of patients, which a run does not need otherwise
+        print(f"WARNING: test images are not compared with those of {source}: {error}")
+        return None
+    more = sum(patient and not film for film, patient in zip(films, patients))
+    if sum(films) or more:
+        print(f"WARNING: {source}: {sum(films)} of {len(films)} test images were trained on before,"
+              f" and {more} more are of a patient who was; test scores of other films may be lower")
+    return {"images": sum(films), "patients": more}
 
 
 def hash_lists(parts, classes):
@@ -953,7 +984,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
         step, history = mrm.restore_state(saved, optimizer, log)
         best, losses = saved["best"], saved["losses"]
     batches = data.Timed(data.train_batches(
-        parts["train"].images, config.batch_size, step * config.accumulate,
+        parts["train"].images, data.share_of_batch(config, world), step * config.accumulate,
         steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
     every = max(1, steps // config.evaluations)
 
@@ -1000,14 +1031,14 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
     return best, history
 
 
-def print_plan(config, model, images, steps, effective, device):
+def print_plan(config, model, images, steps, device):
     """Prints in one line what is about to be trained, and how much of the model that is."""
     count = lora.count_parameters(model)
     share = 100 * count["lora"] / (count["total"] - count["head"])
     print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
           f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % "
           f"of the backbone, fc_norm + head {count['head']:,}); {steps} steps of "
-          f"{effective}, {device}")
+          f"{config.batch_size}, {device}")
     if config.task == "segment":
         print(f"UPerNet of {config.channels} channels with {config.norm} norm, {config.img_size} x "
               f"{config.img_size} pixels; masks: {config.masks or 'those below the root'}")

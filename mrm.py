@@ -469,11 +469,22 @@ class MRM(ViT):
         if image:
             image_loss = self.image_loss(images, self.decode_image(latent, ids_restore), mask)
         if report is not None:
-            tokens, inputs, hidden, padding = report
-            logits = self.report_decoder(latent[:, 1:], inputs, hidden, padding)
-            # Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
-            report_loss = F.cross_entropy(logits.float(), tokens[hidden])
+            report_loss = self.report_loss(latent, *report)
         return image_loss, report_loss
+
+    def report_loss(self, latent, tokens, inputs, hidden, padding):
+        """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches).
+
+        latent (B, 1 + V, D), the others (B, L) as in `forward`. A record without a report, which is
+        padding alone, has no part in it. A batch without any report has the loss 0.
+        """
+        rows = ~padding.all(1)  # (B,)
+        if not rows.any():  # several processes wait until each parameter has a gradient: here 0
+            rows[0], padding = True, torch.zeros_like(padding)
+        logits = self.report_decoder(latent[rows, 1:], inputs[rows], hidden[rows], padding[rows])
+        if len(logits) == 0:
+            return logits.float().sum()
+        return F.cross_entropy(logits.float(), tokens[hidden])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -715,7 +726,7 @@ class MRMConfig(RunConfig):
     mean: float = option(None, "mean of the pixels in [0, 1] (tiny: each image's own)",
                          within="(-inf, inf)")
     std: float = option(None, "deviation of the pixels (tiny: each's own)", within="(0, inf)")
-    base_lr: float = option(None, "peak learning rate at an effective batch of 256, where --lr is "
+    base_lr: float = option(None, "peak learning rate at a batch of 256, where --lr is "
                             "not given", within="(0, inf)")
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     weight_decay: float = option(0.05, "weight decay of AdamW", within="[0, inf)")
@@ -732,10 +743,10 @@ def fill_options(config, world):
     pixels = pixel_statistics(config, preset["mean"], preset["std"])
     config = data.fill(config, RECORDS | {"out": "runs/mrm"} | preset | pixels)
     if config.lr is None:  # the linear scaling rule (Goyal et al., 2017)
-        effective = config.batch_size * config.accumulate * world
-        config = dataclasses.replace(config, lr=config.base_lr * effective / 256)
+        config = dataclasses.replace(config, lr=config.base_lr * config.batch_size / 256)
     else:
         config = dataclasses.replace(config, base_lr=None)
+    data.share_of_batch(config, world)
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
     sizes = MODELS[config.preset]
@@ -787,7 +798,8 @@ def read_records(config):
     """The records of `config.root`/training.csv without the excluded: (image paths, reports).
 
     With --image-only the reports are empty, and the file needs no column of them. Raises InputError
-    for records that cannot be used, and for too few.
+    for records that cannot be used, for too few, and for no report in the training part or in the
+    held-out one.
     """
     root = data.demo_root(config.root) if config.data == "demo" else Path(config.root)
     listed = root / "training.csv"
@@ -807,6 +819,15 @@ def read_records(config):
     if len(paths) < 2 * config.holdout:
         raise InputError(listed, f"at least {2 * config.holdout} records for --holdout "
                          f"{config.holdout}", len(paths))
+    empty = reports.count("")
+    if empty and not config.image_only:
+        for part, some in (("before the held-out ones", reports[:-config.holdout]),
+                           ("held out", reports[-config.holdout:])):
+            if not any(some):
+                raise InputError(listed, f"a report among the records {part} (or --image-only)",
+                                 "none")
+        print(f"{listed}: {empty} of {len(reports)} records have no report, and count for the "
+              "image loss alone")
     return paths, reports
 
 
@@ -830,28 +851,29 @@ class Records:
 
 
 def read_start(config, vocab_size):
-    """What --weights starts a run from: (tensors, tokenizer or None to learn a new one).
+    """What --weights starts a run from: (tensors, tokenizer or None to learn a new one, all that
+    the file holds).
 
     A report decoder knows words by the numbers that its run's tokenizer gives them. It is therefore
     taken over together with the tokenizer.tiktoken beside it, or not at all. Raises InputError
     where a `vocab_size` is typed too.
     """
-    tensors, _ = read_weights(config.weights)
+    tensors, saved = read_weights(config.weights)
     words = [name for name in tensors if name.startswith("report_decoder.")]
     if not words or config.image_only:
-        return tensors, None
+        return tensors, None, saved
     path = Path(config.weights)
     path = (path if path.is_dir() else path.parent) / "tokenizer.tiktoken"
     if not path.exists():
         print(f"{config.weights}: its report decoder is left, because {path}, which says what its "
               "tokens mean, is not there")
-        return {name: tensors[name] for name in tensors if name not in words}, None
+        return {name: tensors[name] for name in tensors if name not in words}, None, saved
     if vocab_size is not None:
         raise InputError(f"--vocab-size with --weights {config.weights}", "none, because the "
                          f"vocabulary of {path} is taken over", vocab_size)
     tokenizer = data.load_tokenizer(path)
     print(f"{path}: the vocabulary of {tokenizer.n_vocab} tokens is taken over")
-    return tensors, tokenizer
+    return tensors, tokenizer, saved
 
 
 def load_records(config, paths, reports, device, tokenizer=None):
@@ -867,11 +889,23 @@ def load_records(config, paths, reports, device, tokenizer=None):
         tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
     side = 2 * sizes["img_size"]
     crop = functools.partial(augment, side=side, min_crop=config.min_crop)
-    images = data.ImageSet(paths[:count], side, crop, config.seed)
+    images = data.ImageSet(paths[:count], kept_side(config, side), crop, config.seed, enlarge=False)
     images.preload()
     heldout = torch.stack([image for image, _ in data.ImageSet(paths[count:], side)]).to(device)
     heldout = data.normalize(heldout, config.mean, config.std)
     return Records(images, heldout, tokenizer, tokens, words)
+
+
+def kept_side(config, side):
+    """The shorter side at which films are kept for crops that become `side` pixels a side.
+
+    The paper's crops come from the full film. Here a film keeps as many pixels as its smallest crop
+    needs, of area `min_crop` and aspect 3/4, to have `side` of its own across: 1,157 for 448. tiny
+    and mini keep `side`, because they are meant for small films and short runs.
+    """
+    if config.preset in ("tiny", "mini"):
+        return side
+    return math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
 
 
 def augment(images, generator, side, min_crop, flip=False, pair=False):
@@ -884,7 +918,7 @@ def augment(images, generator, side, min_crop, flip=False, pair=False):
 def mask_report(tokenizer, tokens, words, ratio, generator=None):
     """Draws the hidden words of a batch and cuts it to its longest report.
     Returns [tokens, inputs, hidden, padding], as `MRM.forward` takes them."""
-    length = int((words >= 0).sum(1).max())
+    length = max(1, int((words >= 0).sum(1).max()))
     tokens, words = tokens[:, :length], words[:, :length]
     inputs, hidden = data.hide_words(tokenizer, tokens, words, ratio, generator)
     return [tokens, inputs, hidden, words < 0]
@@ -947,14 +981,13 @@ def pretrain(config):
     if rank == 0:
         data.check_writable(config.out)
     paths, reports = read_records(config)
-    effective = config.batch_size * config.accumulate * world
-    steps = data.number_of_steps(config, len(paths) - config.holdout, effective)
+    steps = data.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
     facts = {"records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
              "number_of_processes": world}  # a resumed run must have the same
     saved = last_state(config, steps, **facts)
-    tensors = tokenizer = None
+    tensors, tokenizer, before = None, None, saved or {}
     if config.weights and not saved:
-        tensors, tokenizer = read_start(config, vocab_size)
+        tensors, tokenizer, before = read_start(config, vocab_size)
     records = load_records(config, paths, reports, device, tokenizer)
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
     arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
@@ -962,16 +995,19 @@ def pretrain(config):
     model = MRM(**arguments).to(device)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
+    root = data.demo_root(config.root) if config.data == "demo" else config.root
+    trained_on = data.hash_films(root, records.images.paths, before.get("trained_on"))
     optimizer = make_optimizer(model, config, device)
     log = data.RunLog(config.out, config, rank, config.resume, start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
         print(f"MRM {config.preset}: {parameters / 1e6:.1f} M parameters, {len(records.images)} "
-              f"records, {steps} steps of {effective}, {device}")
+              f"records, {steps} steps of {config.batch_size}, {device}")
         if records.tokenizer:
             data.save_tokenizer(records.tokenizer, Path(config.out) / "tokenizer.tiktoken")
     facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
-              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}
+              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std,
+              "trained_on": trained_on}  # by which fine-tuning knows its test films again
     history = train(config, model, optimizer, records, steps, saved, facts, log, world)
     result = {"preset": config.preset, "records": len(records.images), "parameters": parameters,
               "steps": steps, "batch_size": config.batch_size, **history[-1], "lr": config.lr,
@@ -995,8 +1031,8 @@ def train(config, model, optimizer, records, steps, saved, facts, log, world):
         model.load_state_dict(saved["model"])
         step, history = restore_state(saved, optimizer, log)
     batches = data.Timed(data.train_batches(
-        records.images, config.batch_size, step * config.accumulate, steps * config.accumulate,
-        config.seed, log.rank, world, config.workers), device, world)
+        records.images, data.share_of_batch(config, world), step * config.accumulate,
+        steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
     every = max(1, steps // 20)
 
     def save(step):
@@ -1159,8 +1195,9 @@ def reconstruct(config, count=6):
                                       padding.to(device))
         guesses = tokens.clone()
         guesses[hidden] = logits.argmax(-1).cpu()
-        right = (guesses == tokens)[hidden].float().mean().item()
-        print(f"{100 * right:.1f} % of the hidden tokens are guessed right")
+        right = (guesses == tokens)[hidden].float()
+        if len(right):
+            print(f"{100 * right.mean():.1f} % of the hidden tokens are guessed right")
         captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, padding)]
     out = Path(config.out) / "reconstruction.png"
     data.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)

@@ -461,6 +461,7 @@ class Config(RunConfig):
     kernel: int = option(None, "odd side of G's first and last kernels", within="[1, 31]")
     downs: int = option(None, "times the generator halves the image", within="[0, 4]")
     blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
+    batch_size: int = option(None, "pairs that one process takes at once", within="[1, inf)")
     accumulate: int = option(1, "batches whose gradients add up to one step", within="[1, inf)")
     reg_net: str = option(None, "registration network: the paper's unet, or from coarse to fine",
                           choices=["unet", "coarse"])

@@ -563,13 +563,14 @@ def test_read_reports(folder):
         "": ["line 1", "image_path, report_content", "an empty file"],
         "image,report\n": ["line 1", "found image, report"],
         head: ["found none"],
-        head + "a0.png,Edema.\nb0.png,\n": ["line 3", "report_content"],
         head + ",Edema.\n": ["line 2", "image_path"],
         head + "a0.png,Edema.\nb0.png\n": ["line 3", "expected 2 fields, found 1"],
         head + "a0.png,x\nz.png,y\n": ["line 3", "'z.png'"],
     }.items():
         fails(lambda: data.read_reports(write(path, text), folder), path, *parts)
     fails(lambda: data.read_reports(folder / "none.csv", folder), "none.csv: no such file")
+    blank = write(path, head + "a0.png,Edema.\nb0.png, \n")
+    assert data.read_reports(blank, folder)[1] == ["Edema.", ""]
 
 
 def test_patients_and_exclusion(folder):
@@ -1015,6 +1016,67 @@ def test_audit_command_line(folder, tmp_path):
     assert status == 2 and error.startswith("error: --root") and error.count("\n") == 1
     status, _, error = run_audit()
     assert status == 2 and "--root" in error
+
+
+def hashed(text):
+    """The first 8 bytes of the sha256 of a text, as a signed integer."""
+    import hashlib
+
+    value = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
+    return value - 2**64 if value >= 2**63 else value
+
+
+def test_films_are_known_again_wherever_they_lie(folder, tmp_path):
+    names = ["a/b/00000013_005.png", "x/patient00007/study1/view1.jpg", "images/a0.png"]
+    hashes = data.hash_films(tmp_path, names, None, torch.tensor([5, 5]))
+    texts = ["film 00000013_005", "patient 00000013", "film patient00007/study1/view1"]
+    texts += ["patient patient00007", "film a0"]
+    assert hashes.dtype == torch.int64 and hashes.tolist() == sorted({5, *map(hashed, texts)})
+    # A copy of the set in other folders; patients whose names tell them; one of patients.csv
+    again = [
+        "00000013_005.png",
+        "00000013_000.png",
+        "00000014_005.png",
+        "CheXpert/patient00007/y.jpg",
+    ]
+    again += ["patient00070/study1/view1.jpg", "a0.png", "a1.png", "b0.png", "none.png"]
+    films, patients = data.trained_on(folder, again, hashes)
+    assert films == [1, 0, 0, 0, 0, 1, 0, 0, 0] and patients == [1, 1, 0, 1, 0, 1, 1, 0, 0]
+    write(tmp_path / "demo/demo.json", "{}")  # drawn films are no other films of the same name
+    assert not any(sum(data.trained_on(tmp_path / "demo", again[:2], hashes), []))
+    assert sum(sum(data.trained_on(tmp_path, [], hashes), [])) == 0
+
+
+def test_audit_of_what_was_pretrained_on(folder, tmp_path, capsys):
+    write(
+        folder / "patients.csv",
+        "image_path,patient_id\na0.png,1\na1.png,1\nb0.png,2\nc0.png,3\nc1.png,3\n",
+    )
+    lists = {
+        "l.txt": "c0.png 1 0\nz.png 0 0\n",
+        "t.csv": "n,image_path\n1,c0.png\n",
+        "n.csv": "Image Index,x\nimages/c0.png,1\n",
+    }
+    for name, text in lists.items():
+        path = write(tmp_path / name, text)
+        status, text = audit(folder, capsys, pretraining=str(path))
+        assert status == 1 and "nothing wrong" not in text
+        said = f"1 of 2 images are in {path}, and 1 more are of a patient in it"
+        assert f"test_list: {said}, the first: c0.png" in text
+        assert f"val_list: 0 of 1 images are in {path}, and 0 more" in text
+    path = tmp_path / "run/last.pt"
+    for names, expected in ((["a0.png", "b0"], 0), (["images/c1.png"], 1)):
+        data.save_checkpoint(path, {"model": {}, "trained_on": data.hash_films(folder, names)})
+        assert audit(folder, capsys, pretraining=str(path))[0] == expected
+        assert audit(folder, capsys, pretraining=str(path.parent))[0] == expected
+    data.save_checkpoint(path, {"model": {}})
+    bad = {path: "expected a checkpoint that names its training films"}
+    bad[write(tmp_path / "e.txt", "")] = "found an empty file"
+    bad[write(tmp_path / "e.csv", "")] = "found an empty file"
+    bad[write(tmp_path / "o.csv", "file,x\na.png,1\n")] = "line 1: expected a column image_path"
+    bad[tmp_path / "none.txt"] = "none.txt: no such file"
+    for path, said in bad.items():
+        fails(lambda: audit(folder, capsys, pretraining=str(path)), path, said)
 
 
 # ---- Silent faults: each kind with further members of it
@@ -1989,6 +2051,51 @@ def test_the_column_split_decides(tmp_path):
     }
 
 
+def test_no_patient_falls_into_two_parts_beside_a_given_split(tmp_path, capsys):
+    """Images without a part follow their patient; a name that only begins with one is a class."""
+    lines = ["image,patient_age,patient,split"]
+    lines += [
+        f"{i}.png,{i % 3 % 2},p{i // 2},{'' if i % 2 else 'test' if i < 20 else ''}"
+        for i in range(200)
+    ]
+    root = write_table(tmp_path, "labels.csv", lines)
+    assert data.table_columns("csv", root / "labels.csv")[1] == ["patient_age"]
+    parts = {
+        part: {int(name[:-4]) for name in names}
+        for part, (names, _) in data.read_table("csv", root).items()
+    }
+    assert set(range(20)) <= parts["test"] and all(parts.values())
+    people = [{i // 2 for i in part} for part in parts.values()]
+    assert len(set.union(*people)) == sum(map(len, people)) == 100
+    assert "WARNING" not in capsys.readouterr().out
+    rows = ["image,F,patient,split", "a,1,p,train", "b,0,p,test", "c,0,q,val", "d,0,q,val"]
+    data.read_table("csv", write_table(tmp_path, "labels.csv", rows))
+    assert "1 patients have images in several parts, one is p" in capsys.readouterr().out
+
+
+def test_nihs_two_lists_decide(tmp_path, capsys):
+    names = [f"{i:08d}_000.png" for i in range(90)]
+    rows = ["Image Index,Finding Labels,Patient ID"]
+    write_table(
+        tmp_path,
+        "Data_Entry_2017.csv",
+        rows + [f"{name},No Finding,{i}" for i, name in enumerate(names)],
+    )
+    write_table(tmp_path, "train_val_list.txt", names[:60])
+    write_table(tmp_path, "test_list.txt", names[60:80])
+    parts = {part: listed for part, (listed, _) in data.read_table("nih", tmp_path).items()}
+    assert sorted(parts["train"] + parts["val"]) == names[:60] and parts["test"] == names[60:80]
+    assert "10 of 90 images are in neither" in capsys.readouterr().out
+    write_table(tmp_path, "train_val_list.txt", names[:61])
+    fails(lambda: data.read_table("nih", tmp_path), "test_list.txt: line 1", names[60])
+
+
+def test_the_published_test_lists_of_chexpert_are_named():
+    said = {count: data.name_chexpert_test(count) for count in (234, 668, 9)}
+    assert "on which MRM tests" in said[234] and "on which MED-PEFT tests" in said[668]
+    assert said[9].startswith("9 images, neither")
+
+
 def test_nihs_own_table(tmp_path):
     rows = ["Image Index,Finding Labels,Follow-up #,Patient ID"]
     rows += [f"{i // 3:08d}_{i % 3:03d}.png,No Finding,0,{i // 3}" for i in range(300)]
@@ -2014,7 +2121,7 @@ def test_nihs_own_table(tmp_path):
 
 
 @pytest.mark.parametrize("policy, expected", [("ones", 1.0), ("zeros", 0.0), ("ignore", None)])
-def test_chexperts_table(tmp_path, policy, expected, capsys):
+def test_chexperts_table(tmp_path, policy, expected):
     header = "Path,Sex,Cardiomegaly,Atelectasis,Consolidation,Edema,Pleural Effusion,Fracture"
     name = "CheXpert-v1.0-small/train/patient{:05d}/study1/view1_frontal.jpg"
     rows = [header, *(name.format(i) + ",Male,1.0,,0.0,-1.0,1.0,-1" for i in range(60))]
@@ -2022,7 +2129,6 @@ def test_chexperts_table(tmp_path, policy, expected, capsys):
     test = name.replace("train", "valid").format(64) + ",Male,1.0,0.0,0.0,0.0,1.0,"
     write_table(tmp_path, "valid.csv", [header, test])
     parts = data.read_table("chexpert", tmp_path, uncertain=policy)
-    assert "234" in capsys.readouterr().out
     names, labels = parts["train"]
     assert names[0].startswith("train/patient000") and len(parts["test"][0]) == 1
     found = dict(zip(data.CHEXPERT_CLASSES, labels[0].tolist()))
@@ -2050,6 +2156,7 @@ def test_rsnas_boxes_are_one_label_a_patient(tmp_path):
     [
         ("csv", "labels.csv", ["name,Edema", "a.png,1"], "line 1: expected a header `image,f"),
         ("csv", "labels.csv", ["image", "a.png"], "line 1: expected a header"),
+        ("csv", "labels.csv", ["image,F,F", "a.png,1,0"], "line 1: .* differ, found 'F' twice"),
         ("csv", "labels.csv", ["image,Edema", "a.png,2"], "line 2: expected an image .*found '2'"),
         ("csv", "labels.csv", ["image,Edema", "a.png,yes"], "line 2: .* found 'yes'"),
         ("csv", "labels.csv", ["image,Edema", "a.png,-1"], "line 2: .* found '-1'"),

@@ -177,6 +177,8 @@ def test_the_official_form_and_what_each_value_comes_from(capsys):
         "img_size 224 the weights",
     ):
         assert line in lines, line
+    few = dry_run("medpeft", "nih", 1, "lora", official=True, epochs=20)
+    has(few, epochs=20, evaluations=20)  # still after each epoch
     has(dry_run("mrm", "nih", 1, "full", official=True), flip=True, clip=1)
     has(dry_run("medpeft", "nih", 1, "full", official=True), clip=0, evaluations=200)
 
@@ -866,6 +868,51 @@ def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "lora/adapter.pt")))
 
 
+def test_a_run_warns_of_test_films_that_were_trained_on(easy, tmp_path, capsys):
+    table = "image_path,patient_id\n" + "".join(f"{i:04d}.png,{i // 2}\n" for i in range(112))
+    root = shutil.copytree(easy, tmp_path / "easy")  # test films: 88 to 111
+    (root / "patients.csv").write_text(table)
+    rows = "".join(f"{i:04d}.png,no square\n" for i in [*range(60), 88, 90, 91, *range(64, 80)])
+    (root / "training.csv").write_text("image_path,report_content\n" + rows)
+    mrm.pretrain(
+        mrm.MRMConfig(root=str(root), out=str(tmp_path / "m"), steps=1, device="cpu", holdout=8)
+    )
+    said = "3 of 24 test images were trained on before, and 1 more are of a patient who was"
+
+    def run(out, weights, **options):
+        capsys.readouterr()
+        weights = weights if weights == "scratch" else str(tmp_path / weights)
+        options = dict(method="lora", weights=weights, steps=1, evaluations=1) | options
+        result = finetune.finetune(config(root, tmp_path / out, **options))
+        shown = capsys.readouterr().out
+        assert (said in shown) == (result.get("test_trained_on") == {"images": 3, "patients": 1})
+        return result.get("test_trained_on")
+
+    for out, weights, method in (
+        ("lora", "m", "lora"),
+        ("again", "lora", "lora"),
+        ("full", "m", "full"),
+        ("on", "full", "lora"),
+    ):
+        assert run(out, weights, method=method) == {"images": 3, "patients": 1}, out
+    assert run("s", "scratch") is None
+    nothing = data.load_checkpoint(tmp_path / "m/last.pt")
+    data.save_checkpoint(tmp_path / "plain/last.pt", {"model": nothing["model"]})
+    assert run("p", "plain", num_heads=4) is None
+    # A run's own training films count for what starts from it; an adapter names its own alone
+    own = data.load_checkpoint(tmp_path / "s/adapter.pt")["trained_on"]
+    train = [f"{i:04d}.png" for i in range(64)]
+    assert torch.equal(own, data.hash_films(root, train)) and len(own) == 64
+    swapped = shutil.copytree(root, tmp_path / "swapped")
+    shutil.copy(root / "train_list.txt", swapped / "test_list.txt")
+    result = finetune.finetune(
+        config(swapped, tmp_path / "w", method="lora", weights=str(tmp_path / "s"))
+    )
+    assert result["test_trained_on"] == {"images": 64, "patients": 0}
+    (root / "patients.csv").write_text("file\n")
+    assert run("t", "m") is None
+
+
 def table(folder, out, **options):
     defaults = dict(weights=None, compare=True, methods="full,linear", ratios="10", seeds=2)
     return dataclasses.replace(config(folder, out, **defaults, inits="scratch"), **options)
@@ -1297,7 +1344,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(easy, tmp_path):
                 method="full",
                 steps=3,
                 evaluations=3,
-                batch_size=size,
+                batch_size=16,
                 accumulate=16 // size,
                 min_crop=1.0,
                 dtype="fp32",
@@ -1859,6 +1906,8 @@ def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp
     assert filled.norm == "batch"
     few = dataclasses.replace(run, batch_size=8)
     assert finetune.fill_recipe(few, ["mask"])[0].norm == "group"
+    passes = dataclasses.replace(run, batch_size=16, accumulate=2)  # 8 images at once
+    assert finetune.fill_recipe(passes, ["mask"])[0].norm == "group"
     with pytest.raises(data.InputError, match="--norm batch: expected --batch-size 2 or more"):
         finetune.fill_recipe(dataclasses.replace(run, batch_size=1, norm="batch"), ["mask"])
     optimizer = torch.optim.SGD([dict(params=[torch.zeros(1)], lr_scale=0.5)], lr=1)

@@ -285,6 +285,30 @@ def test_report_loss_counts_hidden_tokens_and_ignores_padding():
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
 
 
+def test_a_record_without_a_report_counts_for_the_image_loss_alone():
+    images, (tokens, inputs, hidden, padding) = batch()
+    padding[2], hidden[2], tokens[2], inputs[2] = True, False, 0, 0
+    torch.manual_seed(0)
+    model = randomised(mrm.MRM(**TINY, vocab_size=30)).eval()
+    noise = torch.rand(3, 16)
+    image_loss, loss = model(images, (tokens, inputs, hidden, padding), noise=noise)
+    both = [part[:2] for part in (tokens, inputs, hidden, padding)]
+    assert loss.item() == pytest.approx(
+        model(images[:2], both, noise=noise[:2])[1].item(), rel=1e-6
+    )
+    assert image_loss.item() == model(images, noise=noise)[0].item()
+    # No report at all: the loss is 0, and every parameter gets the gradient 0 that processes share
+    nothing = [torch.zeros_like(tokens[:, :1])] * 2
+    nothing += [torch.zeros(3, 1, dtype=torch.bool), torch.ones(3, 1, dtype=torch.bool)]
+    image_loss, loss = model(images, nothing, noise=noise)
+    assert loss.item() == 0
+    (image_loss + loss).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            here = parameter.grad.abs().sum() > 0
+            assert here != name.startswith("report_decoder."), name
+
+
 def test_the_report_sees_the_image():
     images, report = batch()
     torch.manual_seed(0)
@@ -473,10 +497,15 @@ def test_typed_options_win_over_the_preset():
     filled = mrm.fill_options(mrm.MRMConfig(preset="base", epochs=3, **typed), world=2)
     assert {name: getattr(filled, name) for name in typed} == typed
     assert (filled.steps, filled.epochs) == (None, 3) and filled.lr == pytest.approx(
-        1.5e-4 * 32 / 256
+        1.5e-4 * 16 / 256
     )
-    filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=4), world=1)
-    assert filled.lr == pytest.approx(1e-3 * 128 / 256)
+    # The batch is that of a step: neither processes nor passes change it or the rate
+    for passes, world in ((4, 1), (1, 4), (2, 8)):
+        filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=passes), world=world)
+        assert filled.lr == pytest.approx(1e-3 * 32 / 256) and filled.batch_size == 32
+        assert data.share_of_batch(filled, world) == 32 // passes // world
+    with pytest.raises(data.InputError, match="--batch-size: expected a multiple of 12 .*found 32"):
+        mrm.fill_options(mrm.MRMConfig(accumulate=3), world=4)
     filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, lr=0.5), world=1)
     assert filled.lr == 0.5  # the typed peak wins
     assert mrm.fill_options(mrm.MRMConfig(mean=0.0), world=1).mean == 0.0  # and 0 means 0
@@ -936,6 +965,48 @@ def test_a_run_moves_every_network_that_it_trains(films, tmp_path, options, stil
         assert moved == (fresh.requires_grad and not name.startswith(still)), name
 
 
+def test_a_run_says_how_many_records_have_no_report(films, tmp_path, capsys):
+    import shutil
+
+    root = shutil.copytree(films, tmp_path / "films")
+    table = root / "training.csv"
+    head, *rows = table.read_text().splitlines()
+    blank = [f"{i}.png," for i in range(40)]
+    table.write_text("\n".join([head, *blank[:31], *rows[31:35], *blank[35:]]) + "\n")
+    result = mrm.pretrain(record_run(root, tmp_path / "run", steps=8, batch_size=2))
+    assert f"{table}: 36 of 40 records have no report" in capsys.readouterr().out
+    log = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [line["report_loss"] for line in log]
+    assert 0 in losses and max(losses) > 3 and result["heldout_report_loss"] > 3
+    mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
+    for kept, part in ((slice(0, 20), "held out"), (slice(35, 40), "before the held-out ones")):
+        lines = list(blank)
+        lines[kept] = rows[kept]
+        table.write_text("\n".join([head, *lines]) + "\n")
+        with pytest.raises(data.InputError, match=f"a report among the records {part}"):
+            mrm.pretrain(record_run(root, tmp_path / "other", steps=1))
+
+
+def test_a_checkpoint_names_the_films_that_it_was_trained_on(films, tmp_path):
+    (tmp_path / "exclude.txt").write_text("3.png\n")
+    run = record_run(films, tmp_path / "run", steps=2, exclude=str(tmp_path / "exclude.txt"))
+    mrm.pretrain(run)
+    names = [f"{i}.png" for i in range(40)]
+    expected = [i < 32 and i != 3 for i in range(40)]  # 8 of the others are held out
+
+    def trained(out):
+        hashes = data.load_checkpoint(tmp_path / out / "last.pt")["trained_on"]
+        return data.trained_on(films, names, hashes)[0]
+
+    assert trained("run") == expected
+    more = dict(steps=1, weights=str(tmp_path / "run"), holdout=12)
+    mrm.pretrain(record_run(films, tmp_path / "more", **more))
+    expected[3] = True  # of the second run alone; those from 28 on are of the first
+    assert trained("more") == expected
+    mrm.pretrain(record_run(films, tmp_path / "more", **more | dict(steps=3, resume=True)))
+    assert trained("more") == expected
+
+
 def test_a_run_knows_its_records(films, tmp_path, capsys):
     mrm.pretrain(record_run(films, tmp_path / "run", steps=1))
     mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
@@ -978,7 +1049,7 @@ def hide(enc, tokens, words, ratio, generator=None):
     hidden[:, 1:9:2] = True
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 data.hide_words = hide
-options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4, lr=1e-3,
+options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4, {rate},
                batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
 if sys.argv[1] == "mrm":
     mrm.pretrain(mrm.MRMConfig(holdout=8, **options))
@@ -998,12 +1069,16 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, 
     for part, lines in (("train", rows[:24]), ("val", rows[24:33]), ("test", rows[33:])):
         (root / f"{part}_list.txt").write_text("".join(lines))
     (tmp_path / "driver.py").write_text(
-        DRIVER.format(repository=str(Path(mrm.__file__).parent), root=str(root))
+        DRIVER.format(
+            repository=str(Path(mrm.__file__).parent),
+            root=str(root),
+            rate="base_lr=0.032" if script == "mrm" else "lr=1e-3",
+        )
     )
     runs = {
         "one": ([], 8, 1),
-        "two": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 4, 1),
-        "passes": ([], 4, 2),
+        "two": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 8, 1),
+        "passes": ([], 8, 2),
     }
     lines = {}
     for name, (head, size, passes) in runs.items():
@@ -1033,6 +1108,8 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, 
             assert [ours[key] for key in losses] == pytest.approx(
                 [theirs[key] for key in losses], rel=1e-4
             ), other
+        config = json.loads((tmp_path / other / "config.json").read_text())
+        assert config["lr"] == pytest.approx(1e-3) and config["batch_size"] == 8
 
 
 def test_ranks_draw_their_own_numbers():
@@ -1402,3 +1479,27 @@ def test_damaged_safetensors_are_one_line(tmp_path, header):
     path.write_bytes((2**60).to_bytes(8, "little") + header)
     with pytest.raises(data.InputError, match="not readable as safetensors"):
         data.load_checkpoint(path)
+
+
+def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
+    """Every crop of a large film has at least the pixels that it becomes; a small film is kept."""
+    paths = [str(tmp_path / name) for name in ("a.png", "b.png", "large.png", "small.png")]
+    for path, shape in zip(paths, ((96, 96), (96, 96), (1500, 1300), (300, 400))):
+        Image.fromarray(
+            np.arange(np.prod(shape), dtype=np.uint32).astype(np.uint8).reshape(shape)
+        ).save(path)
+    paths = paths[2:] + paths[:2]
+    config = dict(preset="small", holdout=2, image_only=True, device="cpu")
+    config = mrm.fill_options(mrm.MRMConfig(**config), world=1)
+    images = mrm.load_records(config, paths, [""] * 4, torch.device("cpu")).images
+    shapes = [tuple(images.read(i).shape) for i in (0, 1)]
+    assert shapes == [(1, 1335, 1157), (1, 300, 400)]
+    seen, resize = [], data.resize
+    monkeypatch.setattr(data, "resize", lambda x, size: seen.append(x.shape[1:]) or resize(x, size))
+    for draw in range(3):
+        batch, _ = images[[0] * 20, draw]
+        assert batch.shape == (20, 1, 448, 448)
+    narrow = [min(shape) for shape in seen]
+    assert len(seen) == 60 and min(narrow) >= 448 and min(narrow) < 700
+    tiny = mrm.fill_options(mrm.MRMConfig(holdout=2, image_only=True), world=1)
+    assert mrm.load_records(tiny, paths, [""] * 4, torch.device("cpu")).images.size == 96
