@@ -1,4 +1,5 @@
-"""finetune.py: AUROC against scikit-learn, runs of every method, resuming, prediction, and one line for each bad input."""
+"""finetune.py: AUROC against scikit-learn, runs of every method, resuming, prediction, and one line
+for each bad input."""
 
 import csv
 import dataclasses
@@ -46,7 +47,8 @@ def test_auroc_against_scikit_learn():
 
 
 def test_auroc_worked_on_paper():
-    """Positives 3 and 1, negatives 2 and 1: of four pairs two are won, one lost and one tied: 2.5 / 4."""
+    """Positives 3 and 1, negatives 2 and 1: of four pairs two are won, one lost and one
+    tied: 2.5 / 4."""
     scores, labels = np.array([[3.0], [1.0], [2.0], [1.0]]), np.array([[1.0], [1.0], [0.0], [0.0]])
     assert finetune.auroc(scores, labels)[0] == finetune.mean_auroc(scores, labels) == 0.625
     for sign, expected in ((1, 1.0), (-1, 0.0)):
@@ -349,7 +351,8 @@ def square(rng, positive):
 
 @pytest.fixture(scope="session")
 def easy(tmp_path_factory):
-    """Records in the demo's layout: is there a bright square? The second class is never there in test_list."""
+    """Records in the demo's layout: is there a bright square? The second class is never there in
+    test_list."""
     root = tmp_path_factory.mktemp("easy")
     (root / "images").mkdir()
     rng, count = np.random.default_rng(0), 0
@@ -581,7 +584,8 @@ def test_resume_refuses_weights_that_have_changed(easy, tmp_path):
 
 
 def test_two_processes_predict_every_test_image_once(easy, tmp_path):
-    """Under torchrun: one run folder, and what the processes gathered is what one process predicts with the saved model."""
+    """Under torchrun: one run folder, and what the processes gathered is what one process predicts
+    with the saved model."""
     sizes = "--steps 4 --evaluations 2 --batch-size 4 --device cpu --weights scratch --lora".split()
     command = [
         sys.executable,
@@ -646,7 +650,8 @@ def rgb_weights(path):
 
 
 def test_a_merged_adapter_predicts_as_its_run_does(easy, tmp_path):
-    """Published weights have three channels and no sizes beside them; the run is at another size."""
+    """Published weights have three channels and no sizes beside them; the run is at another
+    size."""
     weights = rgb_weights(tmp_path / "rgb.pt")
     finetune.finetune(
         config(
@@ -1695,8 +1700,8 @@ def test_a_segmentation_resumes_bit_for_bit(holes, tmp_path, monkeypatch, option
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_upernet_overfits_one_image(holes, norm):
-    """To a Dice of 0.99, by the loss, the optimiser and the rate of a run. A batch norm needs images
-    that differ: there it is mirrored too."""
+    """To a Dice of 0.99, by the loss, the optimiser and the rate of a run. A batch norm needs
+    images that differ: there it is mirrored too."""
     torch.manual_seed(0)
     masks = data.find_masks(holes / "masks", ["0001"], ["0001.bmp"])
     films = data.ImageSet([str(holes / "images/0001.bmp")], 48, masks=masks)
@@ -1881,7 +1886,8 @@ def test_training_leaves_out_what_is_known_to_be_empty_beyond_the_share(capsys):
 
 
 def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_path):
-    """A batch norm sees other images in each process; what both predict is what the saved model says."""
+    """A batch norm sees other images in each process; what both predict is what the saved model
+    says."""
     options = (
         "--task segment --data csv --img-size 48 --channels 8 --norm batch --steps 6 --lr 5e-3"
     )

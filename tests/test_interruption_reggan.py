@@ -88,7 +88,8 @@ def outcome(child):
 
 
 def state(out):
-    """What a finished run must have in common with any other: weights, pools, log, scores, files."""
+    """What a finished run must have in common with any other: weights, pools, log, scores,
+    files."""
     tensors = {}
     for file in ("last.pt", "best.pt"):
         saved = data.load_checkpoint(out / file)

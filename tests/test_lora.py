@@ -1,4 +1,5 @@
-"""lora.py against the formula in float64, merging, adapter files, and peft as oracle of the export."""
+"""lora.py against the formula in float64, merging, adapter files, and peft as oracle of the
+export."""
 
 import subprocess
 import sys
@@ -20,7 +21,8 @@ def random_layer(parts=(True, False, True), rank=3, bias=True, seed=0):
 
 
 def formula(layer, x):
-    """y = x W^T + b + (alpha / r) x A_g^T B_g^T on the columns of each adapted part, in float64, part by part."""
+    """y = x W^T + b + (alpha / r) x A_g^T B_g^T on the columns of each adapted part, in float64,
+    part by part."""
     W, A, B = (p.double() for p in (layer.weight, layer.lora_A, layer.lora_B))
     y = x.double() @ W.T + (layer.bias.double() if layer.bias is not None else 0)
     size, r, g, parts = len(W) // len(layer.parts), layer.rank, 0, []
@@ -65,7 +67,8 @@ def test_in_float64_the_layer_is_the_formula():
 
 
 def test_a_layer_worked_on_paper():
-    """W = 0, b = (0, 1), A = (1, 2), B = (3,) on the second part, alpha / r = 2: y = (0, 1 + 2 * 3 * (1 x1 + 2 x2))."""
+    """W = 0, b = (0, 1), A = (1, 2), B = (3,) on the second part, alpha / r = 2:
+    y = (0, 1 + 2 * 3 * (1 x1 + 2 x2))."""
     layer = lora.LoRALinear(2, 2, 1, alpha=2, dropout=0.0, parts=(False, True))
     with torch.no_grad():
         layer.weight.zero_()

@@ -89,7 +89,8 @@ def test_pool_must_divide_the_grid():
 
 
 def test_paper_parameter_count():
-    """'Less Could Be Better': rank 4 on q and v of a ViT-B with 14 classes trains 159,758 parameters."""
+    """'Less Could Be Better': rank 4 on q and v of a ViT-B with 14 classes trains 159,758
+    parameters."""
     import lora
 
     model = lora.add_lora(mrm.ViT(in_chans=3, num_classes=14), rank=4)
@@ -230,7 +231,8 @@ def test_image_loss_is_the_formula_and_ignores_visible_patches():
 
 
 def test_decode_image_puts_patches_back_in_their_place():
-    """With decoder blocks that do nothing, a visible patch's prediction depends on that patch's own latent."""
+    """With decoder blocks that do nothing, a visible patch's prediction depends on that patch's own
+    latent."""
     torch.manual_seed(0)
     model = mrm.MRM(**TINY | dict(decoder_depth=0)).eval()
     images = torch.randn(1, 1, 16, 16)
@@ -402,7 +404,8 @@ def test_cosine_lr():
 
 
 def test_one_rule_of_weight_decay():
-    """Weights of linear maps and embeddings decay; biases, norms, lone tokens and positions do not."""
+    """Weights of linear maps and embeddings decay; biases, norms, lone tokens and positions do
+    not."""
     model = mrm.MRM(**TINY, vocab_size=30)
     decayed = {name for name, parameter in model.named_parameters() if mrm.decays(name, parameter)}
     assert "blocks.0.attn.qkv.weight" in decayed and "patch_embed.proj.weight" in decayed
@@ -924,24 +927,28 @@ import torch, data, finetune, mrm
 def noise_of(images, p):
     return (mrm.patchify(images, p).sum(-1) * 997) % 1
 encode = mrm.MRM.encode
-mrm.MRM.encode = lambda self, images, ratio, noise=None: encode(self, images, ratio, noise_of(images, self.patch_size))
+def encode_by_image(self, images, ratio, noise=None):
+    return encode(self, images, ratio, noise_of(images, self.patch_size))
+mrm.MRM.encode = encode_by_image
 def hide(enc, tokens, words, ratio, generator=None):
     hidden = torch.zeros_like(words, dtype=torch.bool)
     hidden[:, 1:9:2] = True
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 data.hide_words = hide
-options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4, lr=1e-3,
-               batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
+options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4,
+               lr=1e-3, batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
 if sys.argv[1] == "mrm":
     mrm.pretrain(mrm.MRMConfig(holdout=8, **options))
 else:
-    finetune.finetune(finetune.FinetuneConfig(weights="scratch", method="full", evaluations=4, **options))
+    options |= dict(weights="scratch", method="full", evaluations=4)
+    finetune.finetune(finetune.FinetuneConfig(**options))
 """
 
 
 @pytest.mark.parametrize("script", ["mrm", "finetune"])
 def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, script):
-    """With masks that depend on the image alone, half the batch in each of two processes, or in two passes, is the batch."""
+    """With masks that depend on the image alone, half the batch in each of two processes, or in two
+    passes, is the batch."""
     import os
     import shutil
 
