@@ -5,6 +5,7 @@ bad input has its one line."""
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -2092,3 +2093,32 @@ def test_covids_official_list_names(tmp_path):
     assert files["val"].name == "iscovid_val.txt"
     with pytest.raises(data.InputError, match="expected --split covid1, found viral1"):
         data.split_files("covid", tmp_path, "viral1")
+
+
+def test_a_finished_cell_notices_that_its_script_was_edited(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "method.py"
+    script.write_text(
+        "import dataclasses, data\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
+        "class Config(data.RunConfig):\n"
+        "    width: int = data.option(3, 'width')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, ran = importlib.import_module("method").Config(), []
+
+    def run(config):
+        ran.append(config.out)
+        data.write_json(Path(config.out) / "result.json", {"mae": 1.0})
+
+    for text, warnings in (("", 0), ("", 0), ("# another loss\n", 1)):
+        script.write_text(script.read_text() + text)
+        assert list(data.run_cells(tmp_path / "cells", {"a": config}, run)) == [("a", {"mae": 1.0})]
+        said = capsys.readouterr().err
+        assert said.count("WARNING: method.py changed since") == said.count("WARNING") == warnings
+    assert ran == [str(tmp_path / "cells/a")]  # it is warned of, not run again
+    path = tmp_path / "cells/a/options.json"
+    old = data.read_json(path)
+    del old["source"]  # as an older version wrote it: nothing is known, nothing is said
+    data.write_json(path, old)
+    assert list(data.run_cells(tmp_path / "cells", {"a": config}, run))
+    assert "WARNING" not in capsys.readouterr().err

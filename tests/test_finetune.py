@@ -1913,3 +1913,84 @@ def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_pat
     rows = list(csv.reader((tmp_path / "predictions.csv").open()))[1:]
     assert [row[0] for row in rows] == names
     np.testing.assert_allclose(np.array([row[1:] for row in rows], int).T, counts, atol=3)
+
+
+def deep_records(root, tops):
+    """Records whose 16-bit images have 12 bits; `tops` are the largest values of the three lists."""
+    rng, count = np.random.default_rng(0), 0
+    (root / "images").mkdir(parents=True)
+    for part, top in tops.items():
+        lines = []
+        for i in range(8):
+            film = rng.integers(0, top, (32, 32)).astype(np.uint16)
+            film[0, 0] = top
+            Image.fromarray(film).save(root / "images" / f"{count}.png")
+            lines.append(f"{count}.png {i % 2}")
+            count += 1
+        (root / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
+    (root / "classes.txt").write_text("A\n")
+    return root
+
+
+def test_a_run_has_one_scale_for_16_bits_and_prediction_takes_it(tmp_path, monkeypatch):
+    """The scale of the list with the brightest image, 4095, serves all lists, though the others
+    alone would have 255 and 1023. A dark folder is not brightened on its own."""
+    root = deep_records(tmp_path / "deep", {"train": 200, "val": 3000, "test": 900})
+    options = dict(data="csv", method="linear", steps=1, evaluations=1, mean=0.5, std=0.2)
+    sets, made = [], data.ImageSet
+
+    def kept(*args, **kwargs):
+        sets.append(made(*args, **kwargs))
+        return sets[-1]
+
+    monkeypatch.setattr(data, "ImageSet", kept)
+    finetune.finetune(config(root, tmp_path / "run", **options))
+    assert [images.deep for images in sets] == [4095] * 3
+    images = next(images for images in sets if images.path(0).endswith("/16.png"))
+    with Image.open(root / "images/16.png") as film:
+        assert abs(images[0][0].mean().item() - np.array(film).mean() / 4095) < 0.003
+    assert data.load_checkpoint(tmp_path / "run/best.pt")["deep"] == 4095
+    rows = {}
+    for name in ("images", "images/20.png"):  # the folder, and one image of it alone
+        out = tmp_path / name.replace("/", "-")
+        finetune.predict_folder(
+            FinetuneConfig(
+                weights=str(tmp_path / "run"), predict=str(root / name), out=str(out), device="cpu"
+            )
+        )
+        found = data.read_csv(out / "predictions.csv", ["image", "A"])
+        rows[name] = {image: float(value) for _, image, value in found}
+    tested = list(data.read_csv(tmp_path / "run/predictions.csv", ["image", "A"]))
+    assert len(tested) == 8
+    for _, name, value in tested:  # what the test list scored is what prediction gives
+        assert rows["images"][name] == pytest.approx(float(value), abs=1e-6)
+    assert rows["images/20.png"] == {"20.png": pytest.approx(rows["images"]["20.png"], abs=1e-6)}
+    Image.fromarray(np.full((32, 32), 5000, np.uint16)).save(tmp_path / "bright.png")
+    with pytest.raises(data.InputError, match=r"bright\.png: expected values up to 4095"):
+        finetune.predict_folder(
+            FinetuneConfig(
+                weights=str(tmp_path / "run"),
+                predict=str(tmp_path / "bright.png"),
+                out=str(tmp_path / "out"),
+                device="cpu",
+            )
+        )
+
+
+def test_a_run_on_8_bits_leaves_the_scale_of_16_bits_open(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
+    assert data.load_checkpoint(tmp_path / "run/best.pt")["deep"] is None
+
+
+def test_one_image_that_is_none_is_refused(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
+    (tmp_path / "a.png").write_text("text")
+    with pytest.raises(data.InputError, match=r"a\.png: expected a complete PNG"):
+        finetune.predict_folder(
+            FinetuneConfig(
+                weights=str(tmp_path / "run"),
+                predict=str(tmp_path / "a.png"),
+                out=str(tmp_path / "out"),
+                device="cpu",
+            )
+        )
