@@ -911,6 +911,25 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step(films, tmp_path, optio
     assert state["step"] <= 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(films, tmp_path, monkeypatch):
+    """The third loss gets a term whose value is 0 and whose gradient is NaN: sqrt(0 x)."""
+    monkeypatch.setattr(data.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
+    forward, calls = mrm.MRM.forward, []
+
+    def third_is_steep(self, *args):
+        image_loss, report_loss = forward(self, *args)
+        calls.append(self.training)
+        if self.training and sum(calls) == 3:
+            image_loss = image_loss + (0 * image_loss).sqrt()
+        return image_loss, report_loss
+
+    monkeypatch.setattr(mrm.MRM, "forward", third_is_steep)
+    with pytest.raises(data.InputError, match="step 3: the gradient is not finite; lower --lr"):
+        mrm.pretrain(record_run(films, tmp_path / "run", steps=60))
+    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+
+
 def test_the_message_of_a_bad_loss_names_step_and_files():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(
