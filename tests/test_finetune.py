@@ -1455,6 +1455,26 @@ def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(
     assert "\n" not in str(error.value) and (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_clipping_bounds_what_a_step_does(easy, tmp_path):
+    """One step of plain SGD at a rate of 1 moves the weights by as much as the gradients' norm:
+    --clip, and without it far more."""
+    ran = {}
+    for clip in (1e-3, 0.0):
+        options = dict(steps=1, evaluations=1, optimizer="sgd", lr=1.0, warmup=0.0, clip=clip)
+        options |= dict(weight_decay=0.0, layer_decay=1.0, drop_path=0.0, dtype="fp32")
+        finetune.finetune(config(easy, tmp_path / str(clip), **options))
+        ran[clip] = data.load_checkpoint(tmp_path / str(clip) / "best.pt")["model"]
+    data.seed(0)
+    fresh = finetune.build_model(
+        filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
+    ).state_dict()
+    clipped, free = (
+        sum((model[name].double() - x.double()).square().sum() for name, x in fresh.items()).sqrt()
+        for model in ran.values()
+    )
+    assert clipped.item() == pytest.approx(1e-3, rel=0.01) and free > 0.01
+
+
 def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
     finetune.finetune(
         config(

@@ -4,6 +4,7 @@ resuming, bad input."""
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -1398,6 +1399,30 @@ def test_every_network_has_its_optimiser_and_its_rate(drawn):
             }[name[:5]]
             assert owner.pop(id(p)) == expected, name
     assert not owner
+    for optimizer in (run.opt_g, run.opt_d):  # Adam as the official trainers have it
+        assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.999)}
+
+
+def test_the_weights_that_are_best_on_val_are_kept_and_tested(root, monkeypatch):
+    """The second of three looks at val is the best one; the test sees its weights."""
+    shutil.copytree(root / "val", root / "test")
+    scores, seen = iter((0.3, 0.1, 0.2, 0.5)), []
+
+    def scripted(run, aligned, moved):
+        seen.append({name: x.clone() for name, x in run.model.state_dict().items()})
+        return {"mae": next(scores)}
+
+    monkeypatch.setattr(reggan, "evaluate", scripted)
+    result = reggan.train(
+        reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=3))
+    )
+    assert result["mae"] == 0.5 and result["weights"].startswith("best.pt") and len(seen) == 4
+    best, last = (data.load_checkpoint(root / "run" / f"{n}.pt") for n in ("best", "last"))
+    assert last["best"] == 0.1
+    for name, tensor in best["model"].items():
+        assert torch.equal(tensor, seen[1][name]) and torch.equal(tensor, seen[3][name]), name
+        assert torch.equal(last["model"][name], seen[2][name]), name
+    assert any(not torch.equal(tensor, seen[2][name]) for name, tensor in best["model"].items())
 
 
 # --------------------------------------------------------------------------------------------------
