@@ -148,6 +148,24 @@ def test_the_true_displacement_registers_the_pair():
         assert after < 0.1 * before
 
 
+def test_a_level_is_degrees_of_rotation_and_twice_as_many_percent_of_shift_and_zoom():
+    """Images of the coordinates show where each pixel comes from; a fit of the middle gives M and
+    the shift. The extremes of 300 draws lie just inside the bounds."""
+    side, level, found = 48, 4, []
+    middle = (slice(None), slice(16, 32), slice(16, 32))
+    p = torch.stack(torch.meshgrid(*[torch.arange(side) - (side - 1) / 2] * 2, indexing="ij"))
+    plane = F.pad(p[middle].flatten(1), (0, 0, 0, 1), value=1.0).T  # (pixels, 3): y, x, 1
+    for seed in range(300):
+        moved, _ = data.misalign(p / 30, p / 30, np.random.default_rng(seed), level, 0, False)
+        source = 30 * moved[middle].flatten(1).T
+        fit = torch.linalg.lstsq(plane.double(), source.double()).solution  # (3, 2)
+        zoom, angle = 1 / fit[:2].det().sqrt(), np.degrees(np.arctan2(fit[0, 1], fit[0, 0]))
+        found.append([abs(angle), 100 * abs(zoom - 1), *(100 * fit[2].abs() / side)])
+    highest = torch.tensor(found).amax(0)
+    bounds = torch.tensor([level, 2 * level, 2 * level, 2 * level])
+    assert (highest < bounds + 1e-2).all() and (highest > 0.97 * bounds).all(), highest
+
+
 def test_level_zero_moves_both_alike_and_the_global_generator_is_left_alone():
     image = smooth_image(1, 3, 64)[0]
     torch.manual_seed(7)
