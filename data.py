@@ -496,14 +496,21 @@ def peak_memory_mib(device):
 def run_cells(folder, configs, run):
     """Runs each of {name: configuration} in a folder of its own, `folder`/name, for a comparison.
     Yields (name, content of result.json). A finished run is read instead, and one that was stopped
-    goes on. Raises InputError where the folder holds a run with other options."""
+    goes on; where the script has changed since, a warning says so. Raises InputError where the
+    folder holds a run with other options."""
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
+        script = Path(sys.modules[type(config).__module__].__file__)
+        source = hashlib.sha256(script.read_bytes()).hexdigest()
         if (cell / "options.json").exists():
-            check_same(read_json(cell / "options.json"), config, cell / "options.json")
+            ran = read_json(cell / "options.json")
+            check_same(ran, config, cell / "options.json")
+            if ran.get("source", source) != source:
+                print(f"WARNING: {script.name} changed since {cell} was made; delete the folder to "
+                      "run it anew", file=sys.stderr)
         else:
-            write_json(cell / "options.json", dataclasses.asdict(config))
+            write_json(cell / "options.json", dataclasses.asdict(config) | {"source": source})
         if not (cell / "result.json").exists():
             print(f"{name}: {cell}", flush=True)
             run(config)
@@ -773,7 +780,7 @@ def read_image(path, short_side=None, deep=None, enlarge=True):
     if white == 65535:
         white = deep or full_scale(pixels.max())
         if pixels.max() > white:
-            raise InputError(path, f"values up to {white}, as in the list's other 16-bit images",
+            raise InputError(path, f"values up to {white}, as in the other 16-bit images",
                              pixels.max())
     if white is None:
         pixels = pixels.astype(np.float64)
@@ -793,19 +800,20 @@ def read_image(path, short_side=None, deep=None, enlarge=True):
     return image
 
 
-def common_scale(paths):
-    """White of the 16-bit files among `paths`: `full_scale` of the largest value in any of them.
-    It is said on stderr where it is below 65535."""
+def common_scale(*lists):
+    """White of the 16-bit files in some lists of paths: `full_scale` of the largest value in 32
+    files of each list, None where none of them has 16 bits. It is said on stderr where it is below
+    65535."""
     highest = 0
-    for path in paths:
+    for path in itertools.chain(*(paths[::math.ceil(max(1, len(paths)) / 32)] for paths in lists)):
         try:
             pixels, white = read_pixels(path, short_side=1)
         except InputError:
             continue  # the error is raised when the image is read for use
         if white == 65535 or (white is None and pixels.dtype.str[1:] == "u2"):
             highest = max(highest, int(pixels.max()))
-    scale = full_scale(highest) if highest else 65535
-    if scale < 65535:
+    scale = full_scale(highest) if highest else None
+    if scale and scale < 65535:
         say_once(f"no value above {highest} in the 16-bit images looked at: {scale} is white")
     return scale
 
@@ -1742,8 +1750,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
         self.crop, self.enlarge = crop or size, enlarge
-        some = range(0, len(self), math.ceil(max(1, len(self)) / 32))
-        self.deep, self.masks = deep or common_scale([self.path(i) for i in some]), masks
+        self.deep, self.masks = deep or common_scale(paths) or 65535, masks
 
     @property
     def paths(self):

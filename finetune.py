@@ -367,7 +367,8 @@ class FinetuneConfig(RunConfig):
     skip_bad_lines: bool = option(False, "leave out lines that cannot be read instead of stopping")
     skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
     allow_outside: bool = option(False, "read images that a list names outside of --root")
-    predict: str = option("", "folder of images: predict by --weights, and stop", free=True)
+    predict: str = option("", "folder of images, or one image: predict by --weights, and stop",
+                          free=True)
     compare: bool = option(False, "run methods x inits x ratios x seeds, and stop", free=True)
     methods: str = option("full,lora,linear", "for --compare", free=True)
     ratios: str = option("1,10,100", "for --compare", free=True)
@@ -474,7 +475,8 @@ def leave_out_empty(part, share):
 
 
 def load_images(parts, config, kept):
-    """Gives each part its images, decoded into memory where they fit.
+    """Gives each part its images, decoded into memory where they fit. Returns the number that is
+    white in the 16-bit images of all parts, None where there are none.
 
     `kept` holds the validation and test images of the last run, and then those of this one: the
     runs of a comparison share images that are the same.
@@ -485,18 +487,21 @@ def load_images(parts, config, kept):
     if config.randaugment or config.erasing:
         augment = functools.partial(strong_augment, augment, config.randaugment, config.erasing,
                                     config.mean, config.std)
+    deep = data.common_scale(*(part.paths for part in parts.values()))
+    white = deep or 65535
     parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed,
-                                          masks=parts["train"].masks)
+                                          white, parts["train"].masks)
     cache = parts["train"].images.preload().cache
     if segment and torch.is_tensor(cache) and not cache[:, 1].any():
         raise InputError("the train list", "a mask that is not empty", "none")
     for name in ("val", "test"):
         part = parts[name]
         size = side if segment else config.test_side
-        same = name in kept and (kept[name].paths, kept[name].size, kept[name].crop,
-                                 kept[name].masks) == (part.paths, size, side, part.masks)
+        same = name in kept and (
+            kept[name].paths, kept[name].size, kept[name].crop, kept[name].masks, kept[name].deep
+            ) == (part.paths, size, side, part.masks, white)
         if not same:
-            kept[name] = data.ImageSet(part.paths, size, masks=part.masks, crop=side)
+            kept[name] = data.ImageSet(part.paths, size, deep=white, masks=part.masks, crop=side)
             kept[name].preload()
         part.images = kept[name]
         if segment:
@@ -504,6 +509,7 @@ def load_images(parts, config, kept):
                                     for pairs, _ in data.eval_batches(part.images, 64)])
             if not part.truth.any():
                 raise InputError(f"the {name} list", "a mask that is not empty", "none")
+    return deep
 
 
 def rand_augment(image, rng, magnitude=9, deviation=0.5):
@@ -838,10 +844,10 @@ def finetune(config, kept=None):
     facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
              "weights": lora.fingerprint(model.state_dict())}
     saved = mrm.last_state(config, steps, **facts)
-    load_images(parts, config, {} if kept is None else kept)
+    deep = load_images(parts, config, {} if kept is None else kept)
     log = data.RunLog(config.out, config, rank, config.resume, start)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
-             "pool": config.pool, "test_side": config.test_side,
+             "pool": config.pool, "test_side": config.test_side, "deep": deep,
              "method": config.method}
     base = known.get("base", config.weights)
     if config.method == "lora" and tensors is None:
@@ -1187,22 +1193,26 @@ def load_run(run, base=""):
 
 
 def predict_folder(config):
-    """Writes OUT/predictions.csv, or OUT/masks, for every image below the folder
-    `config.predict`."""
+    """Writes OUT/predictions.csv, or OUT/masks, for every image below the folder `config.predict`,
+    or for that one image."""
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
     model, saved = load_run(config.weights, config.base)
     pixels = mrm.pixel_statistics(config, saved["mean"], saved["std"])
     config = data.fill(config, {"out": "runs/predict"} | pixels)
     device, _, _ = data.join(config)
-    paths = data.list_images(config.predict)
+    folder = Path(config.predict)
+    if folder.is_file():
+        paths, folder = [str(folder)], folder.parent
+    else:
+        paths = data.list_images(folder)
     if config.skip_bad:
         paths = [paths[i] for i in data.readable(paths)]
     masks = [None] * len(paths) if "segment" in saved else None
-    images = data.ImageSet(paths, saved.get("test_side", model.img_size), masks=masks,
-                           crop=model.img_size)
+    images = data.ImageSet(paths, saved.get("test_side", model.img_size), deep=saved.get("deep"),
+                           masks=masks, crop=model.img_size)
     scores = predict(model.to(device), images, config, device)
-    names = [Path(path).relative_to(config.predict).as_posix() for path in paths]
+    names = [Path(path).relative_to(folder).as_posix() for path in paths]
     if masks:
         return write_masks(Path(config.out) / "masks", names, paths, scores, saved["segment"])
     write_predictions(config.out, names, saved["classes"], scores.sigmoid().tolist())

@@ -889,9 +889,12 @@ def load_records(config, paths, reports, device, tokenizer=None):
         tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
     side = 2 * sizes["img_size"]
     crop = functools.partial(augment, side=side, min_crop=config.min_crop)
-    images = data.ImageSet(paths[:count], kept_side(config, side), crop, config.seed, enlarge=False)
+    white = data.common_scale(paths[:count], paths[count:]) or 65535  # one scale for all records
+    images = data.ImageSet(paths[:count], kept_side(config, side), crop, config.seed, white,
+                           enlarge=False)
     images.preload()
-    heldout = torch.stack([image for image, _ in data.ImageSet(paths[count:], side)]).to(device)
+    heldout = data.ImageSet(paths[count:], side, deep=white)
+    heldout = torch.stack([image for image, _ in heldout]).to(device)
     heldout = data.normalize(heldout, config.mean, config.std)
     return Records(images, heldout, tokenizer, tokens, words)
 
@@ -1062,7 +1065,10 @@ def train(config, model, optimizer, records, steps, saved, facts, log, world):
                 ((image_loss + report_loss) / config.accumulate).backward()
                 losses += torch.stack([image_loss, report_loss]).detach() / config.accumulate
                 seen += rows.tolist()
-            check_finite(step + 1, records.images.paths, seen, loss=losses)
+            # A finite loss can have a gradient that is not, which would spoil every weight
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            check_finite(step + 1, records.images.paths, seen, loss=losses,
+                         gradient=nn.utils.get_total_norm(gradients))
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % every == 0 or step + 1 == steps:
@@ -1182,8 +1188,10 @@ def reconstruct(config, count=6):
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{run}: the weights do not fit this version's MRM: {reason}") from None
     paths, reports = read_records(config)
+    white = data.common_scale(paths[:-config.holdout], paths[-config.holdout:])  # as in training
     paths, reports = paths[-config.holdout:][:count], reports[-config.holdout:][:count]
-    images = torch.stack([image for image, _ in data.ImageSet(paths, 2 * model.img_size)])
+    images = torch.stack([image for image, _ in
+                          data.ImageSet(paths, 2 * model.img_size, deep=white)])
     pictures, latent = restored_pictures(model, images.to(device), config)
     captions = [""] * len(paths)
     if hasattr(model, "report_decoder"):

@@ -1,12 +1,14 @@
 """The figures of the README that no script of the project prints. Not a test: it needs minutes.
 
-python tests/measure.py pixels DEMO     # logistic regression of the pixels of the demo records in DEMO: validation AUROC
-python tests/measure.py vit             # a LoRA step and an MRM step of the paper's ViT-B/16, float32 against bfloat16
-python tests/measure.py step            # an NC + R step, the official code against ours: operations, bytes, seconds
-python tests/measure.py motions RUN     # the share of shifts, zooms and rotations that the R of a run finds on val
-python tests/measure.py bound SEED      # NC at level 5 with the true flow in R's place, as a cell of reggan.py --compare
-python tests/measure.py lungs COVID DIR # writes DIR, the lists of the films of COVID that have lung masks, split by patient
-python tests/measure.py unet OUT OPTION ...  # a U-Net in UPerNet's place: finetune.py --task segment --weights scratch OPTION ...
+    python tests/measure.py pixels DEMO      # logistic regression of the demo films' pixels: AUROC
+    python tests/measure.py vit              # steps of ViT-B/16, float32 against bfloat16
+    python tests/measure.py step             # an NC + R step, the official code against ours
+    python tests/measure.py motions RUN      # the share of each kind of motion that a run's R finds
+    python tests/measure.py bound SEED       # NC at level 5 with the true flow in R's place
+    python tests/measure.py lungs COVID DIR  # writes the lists of COVID's lung masks into DIR
+    python tests/measure.py unet OUT ...     # a U-Net in UPerNet's place
+
+The command `unet` takes the options of finetune.py after its folder.
 """
 
 import contextlib
@@ -70,10 +72,11 @@ def official_layers(module):
 
 
 def vit(rounds=3):
-    """Seconds a step of ViT-B/16: LoRA of rank 4 on 8 images of 224 x 224, and MRM on 4 records of 448 x 448 with 100 tokens,
-    in float32 and in bfloat16 autocast, in turn in one process."""
+    """Seconds a step of ViT-B/16: LoRA of rank 4 on 8 images of 224 x 224, and MRM on 4 records of
+    448 x 448 with 100 tokens, in float32 and in bfloat16 autocast, in turn in one process."""
     torch.manual_seed(0)
-    config = data.fill(finetune.FinetuneConfig(method="lora"), finetune.RECIPES["mrm", "lora", "nih", 1])
+    recipe = finetune.RECIPES["mrm", "lora", "nih", 1]
+    config = data.fill(finetune.FinetuneConfig(method="lora"), recipe)
     sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER_SIZES}
     classifier = finetune.build_model(config, sizes, 14).train()
     record = mrm.MRM(**mrm.BASE, vocab_size=30000).train()
@@ -111,7 +114,8 @@ def vit(rounds=3):
 
 
 def official_step(model, a, b, opt_g, opt_d):
-    """The step of Kid-Liet/Reg-GAN: D is trained along in G's backward pass, the generator runs again for D's step."""
+    """The step of Kid-Liet/Reg-GAN: D is trained along in G's backward pass, the generator runs
+    again for D's step."""
     opt_g.zero_grad()
     fake = model.netG_A2B(a)
     flow = model.registration(fake, b)
@@ -192,8 +196,9 @@ def step(rounds=3, size=256):
         with FlopCounterMode(display=False) as operations, Bytes() as moved:
             run()
         print(
-            f"{name}: losses of step 1 {losses}; G(a) after it differs by {difference.mean():.1e} in the mean, {difference.max():.1e} "
-            f"at most; {operations.get_total_flops() / 1e9:.0f} GFLOP, {moved.total / 1e9:.1f} GB",
+            f"{name}: losses of step 1 {losses}; G(a) after it differs by {difference.mean():.1e} "
+            f"in the mean, {difference.max():.1e} at most; "
+            f"{operations.get_total_flops() / 1e9:.0f} GFLOP, {moved.total / 1e9:.1f} GB",
             flush=True,
         )
     times = {name: [] for name in forms}
@@ -205,14 +210,16 @@ def step(rounds=3, size=256):
     medians = {name: sorted(values)[rounds // 2] for name, values in times.items()}
     for name, values in times.items():
         print(
-            f"{name}: {' '.join(f'{v:.2f}' for v in values)} s a step, {medians['official, float32'] / medians[name]:.2f} times as fast"
+            f"{name}: {' '.join(f'{v:.2f}' for v in values)} s a step, "
+            f"{medians['official, float32'] / medians[name]:.2f} times as fast"
         )
 
 
 @torch.no_grad()
 def motions(*runs, rounds=20):
-    """For each run, the slope of R's flow on the true flow in shift, zoom and rotation: least-squares fits of an affine flow to both
-    over the foreground of misaligned pairs of val, at the run's own level. 1 is all of it."""
+    """For each run, the slope of R's flow on the true flow in shift, zoom and rotation:
+    least-squares fits of an affine flow to both over the foreground of misaligned pairs of val, at
+    the run's own level. 1 is all of it."""
     for run in runs:
         model, translate, config, _ = reggan.load_generator(run)
         model.eval()
@@ -254,7 +261,8 @@ class TrueFlow(reggan.CoarseToFine):
 
 
 def bound(seed):
-    """The result of NC whose correction uses the true flow of each misaligned pair: what a perfect R would reach."""
+    """The result of NC whose correction uses the true flow of each misaligned pair: what a perfect
+    R would reach."""
     make_pairs = reggan.make_pairs
 
     def with_true_flow(config, part, misaligned=False, with_flow=True):
@@ -287,8 +295,9 @@ def bound(seed):
 
 
 def lungs(covid, folder, seed=0):
-    """Lists of the films in COVID/images that have a mask in COVID/lung_masks: a third of the patients for test_list, a tenth for
-    val_list, the others for train_list. A film without a known patient is a patient of its own."""
+    """Lists of the films in COVID/images that have a mask in COVID/lung_masks: a third of the
+    patients for test_list, a tenth for val_list, the others for train_list. A film without a known
+    patient is a patient of its own."""
     covid, folder = Path(covid).absolute(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "images").symlink_to(covid / "images")
@@ -306,8 +315,9 @@ def lungs(covid, folder, seed=0):
 
 
 class UNet(torch.nn.Module):
-    """U-Net (Ronneberger et al., 2015) of five levels, `width` channels in the first and twice as many in each next one: two 3 x 3
-    convolutions a level with norms, max pooling down, bilinear up."""
+    """U-Net (Ronneberger et al., 2015) of five levels, `width` channels in the first and twice as
+    many in each next one: two 3 x 3 convolutions a level with norms, max pooling down, bilinear
+    up."""
 
     def __init__(self, img_size, norm, width=9):
         super().__init__()
@@ -337,8 +347,9 @@ class UNet(torch.nn.Module):
 
 
 def unet(out, *options):
-    """Trains and tests a U-Net exactly as finetune.py does UPerNet: lists, crops, losses, optimiser, rate, choice on val, metrics.
-    There is no auxiliary head, and all layers have the same rate."""
+    """Trains and tests a U-Net exactly as finetune.py does UPerNet: lists, crops, losses,
+    optimiser, rate, choice on val, metrics. There is no auxiliary head, and all layers have the
+    same rate."""
     command = ["--task", "segment", "--weights", "scratch", "--layer-decay", "1", "--out", out]
     config = data.parse_config(finetune.FinetuneConfig, [*command, *options])
     finetune.build_model = lambda config, *_: UNet(config.img_size, config.norm)

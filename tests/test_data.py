@@ -1,9 +1,11 @@
-"""Tests of data.py (reading, lists, reports, tokenizer, batches, pictures, audit, checkpoints) against PIL, scikit-image,
-pydicom, tiktoken's loader and a naive byte-pair encoding; every kind of bad input has its one line."""
+"""Tests of data.py (reading, lists, reports, tokenizer, batches, pictures, audit, checkpoints)
+against PIL, scikit-image, pydicom, tiktoken's loader and a naive byte-pair encoding; every kind of
+bad input has its one line."""
 
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -115,7 +117,8 @@ def test_atomic_write_keeps_the_old_checkpoint_on_a_full_disk(tmp_path):
         data.save_checkpoint({str(tmp_path / "a.pt")!r}, {{"model": torch.ones(2)}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        data.run_script(lambda: data.save_checkpoint({str(tmp_path / "a.pt")!r}, {{"model": torch.ones(10**6)}}))"""
+        state = {{"model": torch.ones(10**6)}}
+        data.run_script(lambda: data.save_checkpoint({str(tmp_path / "a.pt")!r}, state))"""
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(data.__file__).parent
     )
@@ -401,7 +404,8 @@ def write(path, text):
 
 
 def test_read_list(tmp_path):
-    text = "\ufeffa.png 0 1 1 \n\nchest 1 of 2.png 1 0 0\nsub/b.dcm\t0 0 0\n"  # byte order mark, blank line, spaces, tab
+    # A byte order mark, a blank line, spaces and a tab
+    text = "\ufeffa.png 0 1 1 \n\nchest 1 of 2.png 1 0 0\nsub/b.dcm\t0 0 0\n"
     path = write(tmp_path / "l.txt", text)
     names, labels = data.read_list(path)
     assert names == ["a.png", "chest 1 of 2.png", "sub/b.dcm"] and labels.dtype == torch.float32
@@ -476,7 +480,8 @@ def folder(tmp_path, photo):
         },
         {
             "classes.txt": "Edema\nNodule\n",
-            "patients.csv": "image_path,patient_id\na0.png,1\na1.png,1\nb0.png,2\nc0.png,3\nimages/c1.png,4\n",
+            "patients.csv": "image_path,patient_id\na0.png,1\na1.png,1\n"
+            "b0.png,2\nc0.png,3\nimages/c1.png,4\n",
         },
     )
 
@@ -552,7 +557,8 @@ def test_read_reports(folder):
     path = folder / "training.csv"
     write(
         path,
-        '\ufeff study , image_path , report_content\n1, a0.png ,"Heart size normal, ""clear"" lungs.\nNo effusion."\n\n'
+        "\ufeff study , image_path , report_content\n"
+        '1, a0.png ,"Heart size normal, ""clear"" lungs.\nNo effusion."\n\n'
         "2,images/b0.png,Edema.\n",
     )
     paths, reports = data.read_reports(path, folder)
@@ -605,7 +611,8 @@ TEXTS = [
 
 
 def naive_tokenizer(texts, size):
-    """Byte-pair encoding as the definition says it, recounting everything before each merge: the list of tokens."""
+    """Byte-pair encoding as the definition says it, recounting everything before each merge: the
+    list of tokens."""
     words = [
         [bytes([b]) for b in word.encode()] for text in texts for word in data.split_words(text)
     ]
@@ -1455,9 +1462,8 @@ def test_a_word_of_an_unspaced_language_is_a_character(report, words):
 
 
 def test_words_of_spaced_languages_stay_whole():
-    assert data.split_words("폐 음영 정상") == [" 폐", " 음영", " 정상"] and data.split_words(
-        "Ангина ñandú"
-    ) == [" ангина", " ñandú"]
+    assert data.split_words("폐 음영 정상") == [" 폐", " 음영", " 정상"]
+    assert data.split_words("Ангина ñandú") == [" ангина", " ñandú"]
 
 
 ROWS = "image_path,report_content\na0.png,Clear.\n"
@@ -1495,7 +1501,10 @@ def test_names_of_every_list_are_resolved_in_one_way(folder, capsys):
     (folder / "images/b0.png").rename(folder / "images/b0.PNG")
     (folder / "images/sub").mkdir()
     Image.open(folder / "images/a0.png").save(folder / "images/sub/d 1.jpeg")
-    text = '.\\a0.png 0 1\nimages//a1 1 0\n"b0.png",1,1\nb0.png, 0, 0\nsub\\d 1.JPEG 0 1\n./sub/../c1.PNG 0 0\n'
+    text = (
+        '.\\a0.png 0 1\nimages//a1 1 0\n"b0.png",1,1\nb0.png, 0, 0\n'
+        "sub\\d 1.JPEG 0 1\n./sub/../c1.PNG 0 0\n"
+    )
     path = write(folder / "l.txt", text)
     fails(lambda: data.read_list(path), "line 4: 'b0.png' is listed before, in line 3")
     names, labels = data.read_list(path, skip_bad=True)
@@ -1661,10 +1670,12 @@ if __name__ == "__main__":
     import torch
     data.sys = Mac("sys")
     paths = {paths!r}
-    sets = [data.ImageSet(paths, 48, functools.partial(data.random_resized_crop, size=24), 3) for _ in range(2)]
+    crop = functools.partial(data.random_resized_crop, size=24)
+    sets = [data.ImageSet(paths, 48, crop, 3) for _ in range(2)]
     one, two = (list(data.train_batches(s, 4, 0, 3, 3, workers=w)) for s, w in zip(sets, (0, 1)))
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(one, two))
-    assert len(data.over_images(functools.partial(data.read_bytes, short_side=16), paths * 20)) == 20 * len(paths)
+    read = functools.partial(data.read_bytes, short_side=16)
+    assert len(data.over_images(read, paths * 20)) == 20 * len(paths)
     print("equal")
 """
     (tmp_path / "main.py").write_text(code)
@@ -2190,3 +2201,32 @@ def test_covids_official_list_names(tmp_path):
     assert files["val"].name == "iscovid_val.txt"
     with pytest.raises(data.InputError, match="expected --split covid1, found viral1"):
         data.split_files("covid", tmp_path, "viral1")
+
+
+def test_a_finished_cell_notices_that_its_script_was_edited(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "method.py"
+    script.write_text(
+        "import dataclasses, data\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
+        "class Config(data.RunConfig):\n"
+        "    width: int = data.option(3, 'width')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config, ran = importlib.import_module("method").Config(), []
+
+    def run(config):
+        ran.append(config.out)
+        data.write_json(Path(config.out) / "result.json", {"mae": 1.0})
+
+    for text, warnings in (("", 0), ("", 0), ("# another loss\n", 1)):
+        script.write_text(script.read_text() + text)
+        assert list(data.run_cells(tmp_path / "cells", {"a": config}, run)) == [("a", {"mae": 1.0})]
+        said = capsys.readouterr().err
+        assert said.count("WARNING: method.py changed since") == said.count("WARNING") == warnings
+    assert ran == [str(tmp_path / "cells/a")]  # it is warned of, not run again
+    path = tmp_path / "cells/a/options.json"
+    old = data.read_json(path)
+    del old["source"]  # as an older version wrote it: nothing is known, nothing is said
+    data.write_json(path, old)
+    assert list(data.run_cells(tmp_path / "cells", {"a": config}, run))
+    assert "WARNING" not in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The demo chest radiographs: the folder is complete, reproducible and honest (lists, masks and reports agree)."""
+"""The demo chest radiographs: the folder is complete, reproducible and honest (lists, masks and
+reports agree)."""
 
 import csv
 import hashlib
@@ -165,7 +166,10 @@ def test_same_seed_same_bytes_and_another_seed_replaces_them(tmp_path):
 
 @pytest.mark.parametrize("from_file", (True, False), ids=("script", "standard input"))
 def test_a_script_without_a_main_guard_draws_the_same_and_ends(tmp_path, from_file):
-    code = "import demo; demo.write_demo_records('records', patients=50, size=32, seed=1); print('once')"
+    code = (
+        "import demo; demo.write_demo_records('records', patients=50, size=32, seed=1); "
+        "print('once')"
+    )
     (tmp_path / "script.py").write_text(code)
     command = [sys.executable, "script.py" if from_file else "-"]
     environment = os.environ | {"PYTHONPATH": str(Path(demo_drawing.__file__).parent)}
@@ -253,7 +257,8 @@ def test_reports_vary(visits):
 
 
 def test_findings_change_the_film_where_they_should():
-    """The same patient and the same random numbers with and without a finding: it shows, on its side only, and grows."""
+    """The same patient and the same random numbers with and without a finding: it shows, on its
+    side only, and grows."""
     anatomy = {name: sum(limits) / 2 for name, limits in demo_drawing.ANATOMY.items()}
 
     def film(findings):
@@ -302,7 +307,8 @@ def test_a_finding_lies_in_the_visible_lung_on_its_side_and_in_its_zone():
 
 
 def test_pixels_alone_do_not_solve_it(demo):
-    """A linear probe of a few hundred films, 32 x 32: better than chance in places, far from the task's ceiling."""
+    """A linear probe of a few hundred films, 32 x 32: better than chance in places, far from the
+    task's ceiling."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
 

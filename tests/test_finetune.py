@@ -1,4 +1,5 @@
-"""finetune.py: AUROC against scikit-learn, runs of every method, resuming, prediction, and one line for each bad input."""
+"""finetune.py: AUROC against scikit-learn, runs of every method, resuming, prediction, and one line
+for each bad input."""
 
 import csv
 import dataclasses
@@ -46,7 +47,8 @@ def test_auroc_against_scikit_learn():
 
 
 def test_auroc_worked_on_paper():
-    """Positives 3 and 1, negatives 2 and 1: of four pairs two are won, one lost and one tied: 2.5 / 4."""
+    """Positives 3 and 1, negatives 2 and 1: of four pairs two are won, one lost and one
+    tied: 2.5 / 4."""
     scores, labels = np.array([[3.0], [1.0], [2.0], [1.0]]), np.array([[1.0], [1.0], [0.0], [0.0]])
     assert finetune.auroc(scores, labels)[0] == finetune.mean_auroc(scores, labels) == 0.625
     for sign, expected in ((1, 1.0), (-1, 0.0)):
@@ -351,7 +353,8 @@ def square(rng, positive):
 
 @pytest.fixture(scope="session")
 def easy(tmp_path_factory):
-    """Records in the demo's layout: is there a bright square? The second class is never there in test_list."""
+    """Records in the demo's layout: is there a bright square? The second class is never there in
+    test_list."""
     root = tmp_path_factory.mktemp("easy")
     (root / "images").mkdir()
     rng, count = np.random.default_rng(0), 0
@@ -583,7 +586,8 @@ def test_resume_refuses_weights_that_have_changed(easy, tmp_path):
 
 
 def test_two_processes_predict_every_test_image_once(easy, tmp_path):
-    """Under torchrun: one run folder, and what the processes gathered is what one process predicts with the saved model."""
+    """Under torchrun: one run folder, and what the processes gathered is what one process predicts
+    with the saved model."""
     sizes = "--steps 4 --evaluations 2 --batch-size 4 --device cpu --weights scratch --lora".split()
     command = [
         sys.executable,
@@ -648,7 +652,8 @@ def rgb_weights(path):
 
 
 def test_a_merged_adapter_predicts_as_its_run_does(easy, tmp_path):
-    """Published weights have three channels and no sizes beside them; the run is at another size."""
+    """Published weights have three channels and no sizes beside them; the run is at another
+    size."""
     weights = rgb_weights(tmp_path / "rgb.pt")
     finetune.finetune(
         config(
@@ -1544,6 +1549,26 @@ def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(
     assert "\n" not in str(error.value) and (tmp_path / "last.pt").read_bytes() == before
 
 
+def test_clipping_bounds_what_a_step_does(easy, tmp_path):
+    """One step of plain SGD at a rate of 1 moves the weights by as much as the gradients' norm:
+    --clip, and without it far more."""
+    ran = {}
+    for clip in (1e-3, 0.0):
+        options = dict(steps=1, evaluations=1, optimizer="sgd", lr=1.0, warmup=0.0, clip=clip)
+        options |= dict(weight_decay=0.0, layer_decay=1.0, drop_path=0.0, dtype="fp32")
+        finetune.finetune(config(easy, tmp_path / str(clip), **options))
+        ran[clip] = data.load_checkpoint(tmp_path / str(clip) / "best.pt")["model"]
+    data.seed(0)
+    fresh = finetune.build_model(
+        filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
+    ).state_dict()
+    clipped, free = (
+        sum((model[name].double() - x.double()).square().sum() for name, x in fresh.items()).sqrt()
+        for model in ran.values()
+    )
+    assert clipped.item() == pytest.approx(1e-3, rel=0.01) and free > 0.01
+
+
 def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
     finetune.finetune(
         config(
@@ -1789,8 +1814,8 @@ def test_a_segmentation_resumes_bit_for_bit(holes, tmp_path, monkeypatch, option
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_upernet_overfits_one_image(holes, norm):
-    """To a Dice of 0.99, by the loss, the optimiser and the rate of a run. A batch norm needs images
-    that differ: there it is mirrored too."""
+    """To a Dice of 0.99, by the loss, the optimiser and the rate of a run. A batch norm needs
+    images that differ: there it is mirrored too."""
     torch.manual_seed(0)
     masks = data.find_masks(holes / "masks", ["0001"], ["0001.bmp"])
     films = data.ImageSet([str(holes / "images/0001.bmp")], 48, masks=masks)
@@ -1977,7 +2002,8 @@ def test_training_leaves_out_what_is_known_to_be_empty_beyond_the_share(capsys):
 
 
 def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_path):
-    """A batch norm sees other images in each process; what both predict is what the saved model says."""
+    """A batch norm sees other images in each process; what both predict is what the saved model
+    says."""
     options = (
         "--task segment --data csv --img-size 48 --channels 8 --norm batch --steps 6 --lr 5e-3"
     )
@@ -2003,3 +2029,84 @@ def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_pat
     rows = list(csv.reader((tmp_path / "predictions.csv").open()))[1:]
     assert [row[0] for row in rows] == names
     np.testing.assert_allclose(np.array([row[1:] for row in rows], int).T, counts, atol=3)
+
+
+def deep_records(root, tops):
+    """Records whose 16-bit images have 12 bits; `tops` are the largest values of the three lists."""
+    rng, count = np.random.default_rng(0), 0
+    (root / "images").mkdir(parents=True)
+    for part, top in tops.items():
+        lines = []
+        for i in range(8):
+            film = rng.integers(0, top, (32, 32)).astype(np.uint16)
+            film[0, 0] = top
+            Image.fromarray(film).save(root / "images" / f"{count}.png")
+            lines.append(f"{count}.png {i % 2}")
+            count += 1
+        (root / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
+    (root / "classes.txt").write_text("A\n")
+    return root
+
+
+def test_a_run_has_one_scale_for_16_bits_and_prediction_takes_it(tmp_path, monkeypatch):
+    """The scale of the list with the brightest image, 4095, serves all lists, though the others
+    alone would have 255 and 1023. A dark folder is not brightened on its own."""
+    root = deep_records(tmp_path / "deep", {"train": 200, "val": 3000, "test": 900})
+    options = dict(data="csv", method="linear", steps=1, evaluations=1, mean=0.5, std=0.2)
+    sets, made = [], data.ImageSet
+
+    def kept(*args, **kwargs):
+        sets.append(made(*args, **kwargs))
+        return sets[-1]
+
+    monkeypatch.setattr(data, "ImageSet", kept)
+    finetune.finetune(config(root, tmp_path / "run", **options))
+    assert [images.deep for images in sets] == [4095] * 3
+    images = next(images for images in sets if images.path(0).endswith("/16.png"))
+    with Image.open(root / "images/16.png") as film:
+        assert abs(images[0][0].mean().item() - np.array(film).mean() / 4095) < 0.003
+    assert data.load_checkpoint(tmp_path / "run/best.pt")["deep"] == 4095
+    rows = {}
+    for name in ("images", "images/20.png"):  # the folder, and one image of it alone
+        out = tmp_path / name.replace("/", "-")
+        finetune.predict_folder(
+            FinetuneConfig(
+                weights=str(tmp_path / "run"), predict=str(root / name), out=str(out), device="cpu"
+            )
+        )
+        found = data.read_csv(out / "predictions.csv", ["image", "A"])
+        rows[name] = {image: float(value) for _, image, value in found}
+    tested = list(data.read_csv(tmp_path / "run/predictions.csv", ["image", "A"]))
+    assert len(tested) == 8
+    for _, name, value in tested:  # what the test list scored is what prediction gives
+        assert rows["images"][name] == pytest.approx(float(value), abs=1e-6)
+    assert rows["images/20.png"] == {"20.png": pytest.approx(rows["images"]["20.png"], abs=1e-6)}
+    Image.fromarray(np.full((32, 32), 5000, np.uint16)).save(tmp_path / "bright.png")
+    with pytest.raises(data.InputError, match=r"bright\.png: expected values up to 4095"):
+        finetune.predict_folder(
+            FinetuneConfig(
+                weights=str(tmp_path / "run"),
+                predict=str(tmp_path / "bright.png"),
+                out=str(tmp_path / "out"),
+                device="cpu",
+            )
+        )
+
+
+def test_a_run_on_8_bits_leaves_the_scale_of_16_bits_open(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
+    assert data.load_checkpoint(tmp_path / "run/best.pt")["deep"] is None
+
+
+def test_one_image_that_is_none_is_refused(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
+    (tmp_path / "a.png").write_text("text")
+    with pytest.raises(data.InputError, match=r"a\.png: expected a complete PNG"):
+        finetune.predict_folder(
+            FinetuneConfig(
+                weights=str(tmp_path / "run"),
+                predict=str(tmp_path / "a.png"),
+                out=str(tmp_path / "out"),
+                device="cpu",
+            )
+        )

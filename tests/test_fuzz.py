@@ -1,6 +1,8 @@
 """Damaged files of every kind that the readers open: each is read, or refused in one short message.
 
-MEDVISION_FUZZ=1000000 MEDVISION_FUZZ_SEED=7 python -m pytest tests/test_fuzz.py
+    MEDVISION_FUZZ=1000000 MEDVISION_FUZZ_SEED=7 python -m pytest tests/test_fuzz.py
+
+The first number is the count of damaged files, the second one chooses them.
 """
 
 import argparse
@@ -48,7 +50,8 @@ PIECES = (
 
 
 def mutate(content, rng, other):
-    """`content` with 1 to 3 changes, mostly in its head, where formats keep what they say of themselves."""
+    """`content` with 1 to 3 changes, mostly in its head, where formats keep what they say of
+    themselves."""
     content = bytearray(content)
     for _ in range(rng.integers(1, 4)):
         size = len(content) or 1
@@ -202,7 +205,8 @@ def write_samples(root):
         Image.fromarray(pixels).save(root / f"images/{name}.png")
     (root / "list.txt").write_text("a.png 0 1 1\nb.png 1 0 0\n./images/a 0 0 0\n")
     (root / "training.csv").write_text(
-        'study,image_path,report_content\n1,a.png,"The heart is normal, the ""lungs"" are clear.\nNo effusion."\n2,b.png,Edema.\n'
+        "study,image_path,report_content\n"
+        '1,a.png,"The heart is normal, the ""lungs"" are clear.\nNo effusion."\n2,b.png,Edema.\n'
     )
     (root / "patients.csv").write_text("image_path,patient_id\na.png,1\nb.png,2\n")
     (root / "run.json").write_text('{"lr": 0.1, "names": ["a", "b"], "none": null, "step": 12}\n')
@@ -284,7 +288,8 @@ def test_damaged_files_are_read_or_refused_in_one_message(tmp_path, capsys):
             refused += 1
             if str(error).count("\n") > 1 or len(str(error)) > 1500:
                 escaped.append(
-                    f"{SEED}, {i}, {name}: a message of {len(str(error))} characters: {str(error)[:200]}"
+                    f"{SEED}, {i}, {name}: a message of {len(str(error))} characters: "
+                    f"{str(error)[:200]}"
                 )
         except BaseException as error:
             escaped.append(f"{SEED}, {i}, {name}: {type(error).__name__}: {str(error)[:200]}")
@@ -295,5 +300,6 @@ def test_damaged_files_are_read_or_refused_in_one_message(tmp_path, capsys):
     assert refused > COUNT / 4
     if COUNT > 2000:
         print(
-            f"{COUNT} damaged files from seed {SEED}: {refused} refused, {COUNT - refused} read, none escaped"
+            f"{COUNT} damaged files from seed {SEED}: {refused} refused, "
+            f"{COUNT - refused} read, none escaped"
         )

@@ -1,4 +1,5 @@
-"""lora.py against the formula in float64, merging, adapter files, and peft as oracle of the export."""
+"""lora.py against the formula in float64, merging, adapter files, and peft as oracle of the
+export."""
 
 import subprocess
 import sys
@@ -20,7 +21,8 @@ def random_layer(parts=(True, False, True), rank=3, bias=True, seed=0):
 
 
 def formula(layer, x):
-    """y = x W^T + b + (alpha / r) x A_g^T B_g^T on the columns of each adapted part, in float64, part by part."""
+    """y = x W^T + b + (alpha / r) x A_g^T B_g^T on the columns of each adapted part, in float64,
+    part by part."""
     W, A, B = (p.double() for p in (layer.weight, layer.lora_A, layer.lora_B))
     y = x.double() @ W.T + (layer.bias.double() if layer.bias is not None else 0)
     size, r, g, parts = len(W) // len(layer.parts), layer.rank, 0, []
@@ -65,7 +67,8 @@ def test_in_float64_the_layer_is_the_formula():
 
 
 def test_a_layer_worked_on_paper():
-    """W = 0, b = (0, 1), A = (1, 2), B = (3,) on the second part, alpha / r = 2: y = (0, 1 + 2 * 3 * (1 x1 + 2 x2))."""
+    """W = 0, b = (0, 1), A = (1, 2), B = (3,) on the second part, alpha / r = 2:
+    y = (0, 1 + 2 * 3 * (1 x1 + 2 x2))."""
     layer = lora.LoRALinear(2, 2, 1, alpha=2, dropout=0.0, parts=(False, True))
     with torch.no_grad():
         layer.weight.zero_()
@@ -184,6 +187,19 @@ def test_dropout_is_on_in_training_alone():
     layer.dropout = 0.5
     assert not torch.equal(layer.train()(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_dropout_is_on_the_input_of_a():
+    """With A, B and x of ones and W = 0 an output is 2 times a binomial count of 64 halves: mean
+    64, deviation 8. Dropout behind A would give 0 or 128 alone, deviation 64."""
+    layer = lora.LoRALinear(64, 1, 1, alpha=1, dropout=0.5, bias=False)
+    with torch.no_grad():
+        for tensor, value in ((layer.weight, 0), (layer.lora_A, 1), (layer.lora_B, 1)):
+            tensor.fill_(value)
+    torch.manual_seed(0)
+    y = layer.train()(torch.ones(2000, 64)).detach()
+    assert abs(y.mean().item() - 64) < 1 and abs(y.std().item() - 8) < 1
+    assert torch.equal(y, 2 * (y / 2).round())
 
 
 def test_adapter_round_trip_and_size(tmp_path):

@@ -89,7 +89,8 @@ def test_pool_must_divide_the_grid():
 
 
 def test_paper_parameter_count():
-    """'Less Could Be Better': rank 4 on q and v of a ViT-B with 14 classes trains 159,758 parameters."""
+    """'Less Could Be Better': rank 4 on q and v of a ViT-B with 14 classes trains 159,758
+    parameters."""
     import lora
 
     model = lora.add_lora(mrm.ViT(in_chans=3, num_classes=14), rank=4)
@@ -230,7 +231,8 @@ def test_image_loss_is_the_formula_and_ignores_visible_patches():
 
 
 def test_decode_image_puts_patches_back_in_their_place():
-    """With decoder blocks that do nothing, a visible patch's prediction depends on that patch's own latent."""
+    """With decoder blocks that do nothing, a visible patch's prediction depends on that patch's own
+    latent."""
     torch.manual_seed(0)
     model = mrm.MRM(**TINY | dict(decoder_depth=0)).eval()
     images = torch.randn(1, 1, 16, 16)
@@ -426,7 +428,8 @@ def test_cosine_lr():
 
 
 def test_one_rule_of_weight_decay():
-    """Weights of linear maps and embeddings decay; biases, norms, lone tokens and positions do not."""
+    """Weights of linear maps and embeddings decay; biases, norms, lone tokens and positions do
+    not."""
     model = mrm.MRM(**TINY, vocab_size=30)
     decayed = {name for name, parameter in model.named_parameters() if mrm.decays(name, parameter)}
     assert "blocks.0.attn.qkv.weight" in decayed and "patch_embed.proj.weight" in decayed
@@ -1027,6 +1030,25 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step(films, tmp_path, optio
     assert state["step"] <= 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(films, tmp_path, monkeypatch):
+    """The third loss gets a term whose value is 0 and whose gradient is NaN: sqrt(0 x)."""
+    monkeypatch.setattr(data.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
+    forward, calls = mrm.MRM.forward, []
+
+    def third_is_steep(self, *args):
+        image_loss, report_loss = forward(self, *args)
+        calls.append(self.training)
+        if self.training and sum(calls) == 3:
+            image_loss = image_loss + (0 * image_loss).sqrt()
+        return image_loss, report_loss
+
+    monkeypatch.setattr(mrm.MRM, "forward", third_is_steep)
+    with pytest.raises(data.InputError, match="step 3: the gradient is not finite; lower --lr"):
+        mrm.pretrain(record_run(films, tmp_path / "run", steps=60))
+    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())
+
+
 def test_the_message_of_a_bad_loss_names_step_and_files():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(
@@ -1043,24 +1065,28 @@ import torch, data, finetune, mrm
 def noise_of(images, p):
     return (mrm.patchify(images, p).sum(-1) * 997) % 1
 encode = mrm.MRM.encode
-mrm.MRM.encode = lambda self, images, ratio, noise=None: encode(self, images, ratio, noise_of(images, self.patch_size))
+def encode_by_image(self, images, ratio, noise=None):
+    return encode(self, images, ratio, noise_of(images, self.patch_size))
+mrm.MRM.encode = encode_by_image
 def hide(enc, tokens, words, ratio, generator=None):
     hidden = torch.zeros_like(words, dtype=torch.bool)
     hidden[:, 1:9:2] = True
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 data.hide_words = hide
-options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4, {rate},
-               batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
+options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4,
+               {rate}, batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
 if sys.argv[1] == "mrm":
     mrm.pretrain(mrm.MRMConfig(holdout=8, **options))
 else:
-    finetune.finetune(finetune.FinetuneConfig(weights="scratch", method="full", evaluations=4, **options))
+    options |= dict(weights="scratch", method="full", evaluations=4)
+    finetune.finetune(finetune.FinetuneConfig(**options))
 """
 
 
 @pytest.mark.parametrize("script", ["mrm", "finetune"])
 def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, script):
-    """With masks that depend on the image alone, half the batch in each of two processes, or in two passes, is the batch."""
+    """With masks that depend on the image alone, half the batch in each of two processes, or in two
+    passes, is the batch."""
     import os
     import shutil
 

@@ -32,7 +32,8 @@ SHORTER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small demo and a tiny demo MRM, so that each command finds what it would otherwise spend minutes on."""
+    """A small demo and a tiny demo MRM, so that each command finds what it would otherwise spend
+    minutes on."""
     folder = tmp_path_factory.mktemp("readme")
     for command in ("demo.py --patients 100", "mrm.py --steps 3 --out runs/mrm-demo"):
         run(folder, command)

@@ -1,8 +1,10 @@
-"""reggan.py: losses against formulas, metrics against scikit-image, registration, every host, resuming, bad input."""
+"""reggan.py: losses against formulas, metrics against scikit-image, registration, every host,
+resuming, bad input."""
 
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +49,8 @@ def smooth_image(n, seed, size=32):
 
 @pytest.fixture
 def root(tmp_path):
-    """A/B folders of 3 training and 2 validation pairs: B is the negative of A, both with background -1 at the rim."""
+    """A/B folders of 3 training and 2 validation pairs: B is the negative of A, both with
+    background -1 at the rim."""
     for part, n, seed in (("train", 3, 0), ("val", 2, 1)):
         for side, sign in (("A", 1), ("B", -1)):
             (tmp_path / part / side).mkdir(parents=True)
@@ -145,6 +148,24 @@ def test_the_true_displacement_registers_the_pair():
         assert after < 0.1 * before
 
 
+def test_a_level_is_degrees_of_rotation_and_twice_as_many_percent_of_shift_and_zoom():
+    """Images of the coordinates show where each pixel comes from; a fit of the middle gives M and
+    the shift. The extremes of 300 draws lie just inside the bounds."""
+    side, level, found = 48, 4, []
+    middle = (slice(None), slice(16, 32), slice(16, 32))
+    p = torch.stack(torch.meshgrid(*[torch.arange(side) - (side - 1) / 2] * 2, indexing="ij"))
+    plane = F.pad(p[middle].flatten(1), (0, 0, 0, 1), value=1.0).T  # (pixels, 3): y, x, 1
+    for seed in range(300):
+        moved, _ = data.misalign(p / 30, p / 30, np.random.default_rng(seed), level, 0, False)
+        source = 30 * moved[middle].flatten(1).T
+        fit = torch.linalg.lstsq(plane.double(), source.double()).solution  # (3, 2)
+        zoom, angle = 1 / fit[:2].det().sqrt(), np.degrees(np.arctan2(fit[0, 1], fit[0, 0]))
+        found.append([abs(angle), 100 * abs(zoom - 1), *(100 * fit[2].abs() / side)])
+    highest = torch.tensor(found).amax(0)
+    bounds = torch.tensor([level, 2 * level, 2 * level, 2 * level])
+    assert (highest < bounds + 1e-2).all() and (highest > 0.97 * bounds).all(), highest
+
+
 def test_level_zero_moves_both_alike_and_the_global_generator_is_left_alone():
     image = smooth_image(1, 3, 64)[0]
     torch.manual_seed(7)
@@ -158,7 +179,8 @@ def test_level_zero_moves_both_alike_and_the_global_generator_is_left_alone():
 
 
 def reggan_keys(blocks=9):
-    """Kid-Liet/Reg-GAN's Generator: convolutions at 1, 4, 7 of the head, 1 and 5 of a block, 0, 3, 7 of the tail."""
+    """Kid-Liet/Reg-GAN's Generator: convolutions at 1, 4, 7 of the head, 1 and 5 of a block, 0, 3,
+    7 of the tail."""
     layers = [f"model_head.{i}" for i in (1, 4, 7)] + [f"model_tail.{i}" for i in (0, 3, 7)]
     layers += [f"model_body.{b}.conv_block.{i}" for b in range(blocks) for i in (1, 5)]
     return {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
@@ -186,7 +208,8 @@ def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
 
 @pytest.mark.parametrize("downs", [1, 2])
 def test_nice_gan_reads_as_finely_as_the_other_generators(downs, root):
-    """Its encoding is halved as often as their inner images, so the decoder is handed as many pixels."""
+    """Its encoding is halved as often as their inner images, so the decoder is handed as many
+    pixels."""
     host = reggan.Nice(filled(host="nice", downs=downs), 1, 2)
     a = smooth_image(2, 0, 44)
     assert host.netD_A.encode(a)[0].shape == (2, 8, 44 // 2**downs, 44 // 2**downs)
@@ -200,7 +223,8 @@ def test_nice_gan_reads_as_finely_as_the_other_generators(downs, root):
 
 
 def test_drift_is_the_mean_square_of_the_running_mean_flow():
-    """m <- 0.99 m + 0.01 mean over the batch, from zero, in % of the sides; its gradient is the same for every image of the batch."""
+    """m <- 0.99 m + 0.01 mean over the batch, from zero, in % of the sides; its gradient is the
+    same for every image of the batch."""
     mean, m = torch.zeros(2, 32, 48, dtype=torch.float64), np.zeros((2, 32, 48))
     for seed in range(3):
         flow = torch.randn(
@@ -226,7 +250,8 @@ def test_drift_is_the_mean_square_of_the_running_mean_flow():
 
 
 def test_drift_takes_back_a_shift_that_generator_and_registration_share():
-    """A generator off by 3 pixels and a registration that undoes it: nothing but the drift term moves them back."""
+    """A generator off by 3 pixels and a registration that undoes it: nothing but the drift term
+    moves them back."""
     b = smooth_image(1, 5)
 
     def shift_left(weight):
@@ -250,7 +275,8 @@ def test_drift_takes_back_a_shift_that_generator_and_registration_share():
 
 
 def test_synthetic_error_is_the_mean_error_in_percent_of_the_sides():
-    """Of an R that finds no motion it is the mean length of the motion; of one that finds all of it, 0."""
+    """Of an R that finds no motion it is the mean length of the motion; of one that finds all of
+    it, 0."""
     R, b = reggan.CoarseToFine((32, 48), 8), smooth_image(3, 0, 48)[:, :, :32]
     torch.manual_seed(0)
     error = reggan.synthetic_loss(R, b).item()
@@ -264,7 +290,8 @@ def test_synthetic_error_is_the_mean_error_in_percent_of_the_sides():
 
 
 def test_synthetic_motion_teaches_rotation():
-    """R on nothing but synthetic motion: a rotation of other images is found to a tenth, its sense included."""
+    """R on nothing but synthetic motion: a rotation of other images is found to a tenth, its sense
+    included."""
     torch.manual_seed(0)
     R = reggan.CoarseToFine((32, 32), 16)
     optimizer = torch.optim.Adam(R.parameters(), 8e-3, betas=(0.5, 0.999))
@@ -307,7 +334,8 @@ def test_random_motion_is_affine_mirrors_half_of_the_time_and_keeps_the_middle_n
 
 
 def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_that_does():
-    """Weight times mean |G(moved a) - moved G(a)|: a point-wise G commutes with every motion, a G that shifts with few."""
+    """Weight times mean |G(moved a) - moved G(a)|: a point-wise G commutes with every motion, a G
+    that shifts with few."""
     config = filled(improved=True, synthetic=0.0)
     a, b = smooth_image(4, 0), smooth_image(4, 1)
 
@@ -391,7 +419,8 @@ def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, fo
 
 @pytest.mark.parametrize("network", ["unet", "coarse"])
 def test_registration_losses_follow_their_formulas(network):
-    """20 mean |warp(G(a), R(G(a), b)) - b| and 10 times the smoothness, of the networks before the step, in float64."""
+    """20 mean |warp(G(a), R(G(a), b)) - b| and 10 times the smoothness, of the networks before the
+    step, in float64."""
     torch.manual_seed(0)
     config = filled(reg_net=network)
     model = reggan.build(config, 1, 1, (32, 32))
@@ -419,7 +448,8 @@ def test_registration_losses_follow_their_formulas(network):
 
 
 def test_a_step_trains_g_and_r_on_the_papers_sum_and_d_on_its_own():
-    """The gradients of the step are those of the written-out equations, and D is judged on the same fakes."""
+    """The gradients of the step are those of the written-out equations, and D is judged on the same
+    fakes."""
     torch.manual_seed(0)
     config = filled(pool=0)
     model = reggan.build(config, 1, 1, (32, 32))
@@ -532,7 +562,8 @@ FORMATS = {
 
 
 def write_image(path, image):
-    """Writes (H, W) or (H, W, 3) in [0, 1] as what the name in FORMATS says, by another library where there is one."""
+    """Writes (H, W) or (H, W, 3) in [0, 1] as what the name in FORMATS says, by another library
+    where there is one."""
     kind = np.dtype(FORMATS[path.name])
     array = (
         image.astype(kind)
@@ -554,7 +585,8 @@ def write_image(path, image):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_format_comes_back_as_it_went(tmp_path, name, channels):
-    """Read, written by the identity, read again: same name, type, range and values, to one step of the depth (JPEG: 12)."""
+    """Read, written by the identity, read again: same name, type, range and values, to one step of
+    the depth (JPEG: 12)."""
     if (name, channels) == ("d.png", 3):
         pytest.skip("PIL has no 16-bit colour")
     image = (
@@ -584,7 +616,8 @@ def test_every_format_comes_back_as_it_went(tmp_path, name, channels):
 
 
 def test_training_and_translating_16_bit_colour_and_float_images(tmp_path):
-    """A is JPEG in colour, B the same names in grey: A -> B translates into JPEG; a 16-bit PNG comes back 16-bit."""
+    """A is JPEG in colour, B the same names in grey: A -> B translates into JPEG; a 16-bit PNG
+    comes back 16-bit."""
     for part in ("train", "val"):
         for side, channels in (("A", 3), ("B", 1)):
             (tmp_path / part / side).mkdir(parents=True)
@@ -893,7 +926,8 @@ def test_the_papers_hosts_but_nc_with_registration_keep_a_pool():
 
 
 def test_the_papers_registration_network_is_the_official_one():
-    """At 256 x 256: 7 levels of 32, 64, ..., 64 channels, 128 at the bottom; at other sizes as many as fit."""
+    """At 256 x 256: 7 levels of 32, 64, ..., 64 channels, 128 at the bottom; at other sizes as many
+    as fit."""
     R = reggan.build(
         reggan.complete(reggan.Config(paper=True, blocks=1)), 1, 1, (256, 256)
     ).registration
@@ -980,7 +1014,7 @@ def test_demo_pairs_are_apart_deterministic_and_not_a_lookup(tmp_path):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Losses of the hosts, batches, the comparison
 
 
@@ -1214,7 +1248,7 @@ def test_a_comparison_of_the_papers_form_goes_on_where_it_was_stopped(drawn, tmp
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which loss trains which network
 
 
@@ -1383,9 +1417,33 @@ def test_every_network_has_its_optimiser_and_its_rate(drawn):
             }[name[:5]]
             assert owner.pop(id(p)) == expected, name
     assert not owner
+    for optimizer in (run.opt_g, run.opt_d):  # Adam as the official trainers have it
+        assert {group["betas"] for group in optimizer.param_groups} == {(0.5, 0.999)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_the_weights_that_are_best_on_val_are_kept_and_tested(root, monkeypatch):
+    """The second of three looks at val is the best one; the test sees its weights."""
+    shutil.copytree(root / "val", root / "test")
+    scores, seen = iter((0.3, 0.1, 0.2, 0.5)), []
+
+    def scripted(run, aligned, moved):
+        seen.append({name: x.clone() for name, x in run.model.state_dict().items()})
+        return {"mae": next(scores)}
+
+    monkeypatch.setattr(reggan, "evaluate", scripted)
+    result = reggan.train(
+        reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=3))
+    )
+    assert result["mae"] == 0.5 and result["weights"].startswith("best.pt") and len(seen) == 4
+    best, last = (data.load_checkpoint(root / "run" / f"{n}.pt") for n in ("best", "last"))
+    assert last["best"] == 0.1
+    for name, tensor in best["model"].items():
+        assert torch.equal(tensor, seen[1][name]) and torch.equal(tensor, seen[3][name]), name
+        assert torch.equal(last["model"][name], seen[2][name]), name
+    assert any(not torch.equal(tensor, seen[2][name]) for name, tensor in best["model"].items())
+
+
+# --------------------------------------------------------------------------------------------------
 # Own pairs, resuming, numbers that are not finite, several processes
 
 
@@ -1609,7 +1667,8 @@ def test_the_mean_over_processes(monkeypatch):
 
 
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(drawn, tmp_path):
-    """Losses, scores, one log; each process has random numbers of its own, and goes on with them."""
+    """Losses, scores, one log; each process has random numbers of its own, and goes on with
+    them."""
     options = EQUAL | dict(root=str(drawn))
     single = reggan.train(reggan.Config(**options | dict(out=str(tmp_path / "one"))))
     flags = [
