@@ -323,7 +323,8 @@ class FinetuneConfig(RunConfig):
                          "(default: full)", choices=["full", "lora", "linear"])
     lora: bool = option(False, "short for --method lora", free=True)
     rank: int = option(None, "rank of LoRA", within="[1, inf)")
-    alpha: float = option(32.0, "LoRA is scaled by alpha / rank", within="(0, inf)")
+    alpha: float = option(None, "LoRA is scaled by alpha / rank (default: 32, or what an adapter "
+                          "that trains further has)", within="(0, inf)")
     targets: str = option("qv", "what LoRA adapts: q and v, as the paper; q, k and v; or every "
                           "linear layer of the blocks", choices=TARGETS)
     rslora: bool = option(False, "LoRA is scaled by alpha / sqrt(rank)")
@@ -569,7 +570,7 @@ def strong_augment(augment, randaugment, erasing, mean, std, images, generator):
 # --------------------------------------------------------------------------------------------------
 # Weights, model, optimiser
 
-PLAIN = dict(probe=0.0, randaugment=False, erasing=0.0)
+PLAIN = dict(alpha=32.0, probe=0.0, randaugment=False, erasing=0.0)
 DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
 SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
 
@@ -692,6 +693,9 @@ def adapters_options(config, settings, path):
     if config.dora and not dora or config.targets != "qv" and config.targets not in names:
         raise InputError(path, f"an adapter for --targets {config.targets}"
                          f"{' --dora' if config.dora else ''}", f"one with {settings}")
+    if config.rslora or config.alpha not in (None, settings["alpha"]):
+        raise InputError(path, f"no --rslora and no --alpha but its own, {settings['alpha']:g}, "
+                         "since an adapter that trains further keeps its scale", "one of them")
     return dataclasses.replace(config, alpha=settings["alpha"], rslora=False, dora=dora,
                                targets=next(iter(names), config.targets))
 
@@ -818,6 +822,40 @@ def predict(model, images, config, device, rank=0, world=1):
     return logits[:, 0] if segment else logits
 
 
+def dry_run(config):
+    """Prints the recipe of a run and returns the filled configuration. No file is needed."""
+    if config.weights is None:
+        paper = config.recipe not in (None, "small")
+        config = dataclasses.replace(config, weights="scratch-base" if paper else "scratch")
+    return fill_recipe(config)[0]
+
+
+def known_films(config, parts, known):
+    """(hashes of the films that a run's file has learned from, what `warn_of_trained` says of the
+    test list). An adapter names its own films alone, since its base weights name theirs."""
+    root = data.demo_root(config.root) if config.data == "demo" else config.root
+    before = [known.get("trained_on")]
+    if "adapter" in known:
+        before.append(mrm.read_weights(known["base"])[1].get("trained_on"))
+    seen = warn_of_trained(root, parts["test"], before, config.weights)
+    if config.method == "lora":
+        before = before[:1] if "adapter" in known else []
+    return data.hash_films(root, parts["train"].names, *before), seen
+
+
+def name_base(config, model, sizes, tensors, known, log):
+    """What an adapter file says of its base weights. Those of a random start are written beside
+    it, because it is worth nothing without them."""
+    base = known.get("base", config.weights)
+    if tensors is None:
+        base, state = log.out / "base.pt", model.state_dict()
+        tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
+        if log.rank == 0:
+            data.save_checkpoint(base, {"model": tensors, "arguments": sizes})
+    return {"weights": os.path.abspath(base), "base_fingerprint": lora.fingerprint(tensors),
+            "weights_from_here": os.path.relpath(base, log.out)}
+
+
 def finetune(config, kept=None):
     """Trains, chooses on the validation list, tests once. Returns the content of result.json, or
     with `dry_run` the filled configuration.
@@ -832,10 +870,7 @@ def finetune(config, kept=None):
     if rank == 0:
         data.check_writable(config.out)
     if config.dry_run:
-        if config.weights is None:  # no file is needed to read a recipe
-            paper = config.recipe not in (None, "small")
-            config = dataclasses.replace(config, weights="scratch-base" if paper else "scratch")
-        return fill_recipe(config)[0]
+        return dry_run(config)
     parts, classes = read_lists(config)
     config, sizes, tensors, known = fill_recipe(config, classes)
     steps = data.number_of_steps(config, len(parts["train"].names), config.batch_size)
@@ -849,24 +884,14 @@ def finetune(config, kept=None):
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
              "pool": config.pool, "test_side": config.test_side, "deep": deep,
              "method": config.method}
-    base = known.get("base", config.weights)
-    if config.method == "lora" and tensors is None:
-        # An adapter needs the random weights that it was trained on
-        base, state = log.out / "base.pt", model.state_dict()
-        tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
-        if rank == 0:
-            data.save_checkpoint(base, {"model": tensors, "arguments": sizes})
+    about["trained_on"], seen = known_films(config, parts, known)
+    if config.method == "lora":
+        about |= name_base(config, model, sizes, tensors, known, log)
+    else:
+        about["weights"] = config.weights
     if rank == 0 and data.find_table(config.data, config.root):
         data.write_csv(log.out / "split.csv", ["image", "split"], [
             [name, part] for part, listed in parts.items() for name in listed.names])
-    root = data.demo_root(config.root) if config.data == "demo" else config.root
-    before = [known.get("trained_on")]
-    if "adapter" in known:
-        before.append(mrm.read_weights(known["base"])[1].get("trained_on"))
-    seen = warn_of_trained(root, parts["test"], before, config.weights)
-    if config.method == "lora":  # the base weights of an adapter name their films themselves
-        before = before[:1] if "adapter" in known else []
-    about["trained_on"] = data.hash_films(root, parts["train"].names, *before)
     if rank == 0:
         print_plan(config, model, len(parts["train"].names), steps, device)
     best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
@@ -876,18 +901,15 @@ def finetune(config, kept=None):
         about["segment"] = {"channels": config.channels, "norm": config.norm,
                             "threshold": best["threshold"], "smallest": best["smallest"]}
     if rank == 0 and config.method == "lora":
-        about |= {"weights": os.path.abspath(base), "base_fingerprint": lora.fingerprint(tensors),
-                  "weights_from_here": os.path.relpath(base, log.out)}
         lora.save_adapter(log.out / "adapter.pt", model, **about)
     elif rank == 0:
-        about["weights"] = config.weights
         data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
     scores = predict(model, parts["test"].images, config, device, rank, world)
-    facts = run_facts(config, model, parts, best, history, log)
-    facts |= {} if seen is None else {"test_trained_on": seen}
+    outcome = run_facts(config, model, parts, best, history, log)
+    outcome |= {} if seen is None else {"test_trained_on": seen}
     if config.task == "segment":
-        return write_segmentation(config, parts["test"], scores, facts, history, log)
-    return write_results(parts["test"], classes, scores.numpy(), facts, history, log)
+        return write_segmentation(config, parts["test"], scores, outcome, history, log)
+    return write_results(parts["test"], classes, scores.numpy(), outcome, history, log)
 
 
 def warn_of_trained(root, part, before, source):

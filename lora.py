@@ -370,6 +370,10 @@ def read_adapter(config):
     adapted layers by name). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
     source, base = read_base(config.adapter, saved, config.weights)
+    films = [held["trained_on"] for held in (saved, mrm.read_weights(source)[1])
+             if "trained_on" in held]
+    if films:  # what is made of both has learned from the films of both
+        saved["trained_on"] = torch.cat(films).unique()
     return base, saved, adapted_layers(config.adapter, saved, source, base)
 
 
@@ -419,7 +423,8 @@ def merge(config):
     for name, layer in layers.items():
         merged[name + ".weight"] = merge_lora(layer).weight.detach()
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
-    kept = ("sizes", "classes", "mean", "std", "pool", "test_side", "deep", "segment")
+    kept = ("sizes", "classes", "mean", "std", "pool", "test_side", "deep", "segment",
+            "trained_on")
     about = {name: saved[name] for name in kept if name in saved}
     data.save_checkpoint(out, {"model": merged, **about})
     print(f"{out}: {len(merged)} tensors, a plain ViT")

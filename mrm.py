@@ -986,7 +986,8 @@ def pretrain(config):
     paths, reports = read_records(config)
     steps = data.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
     facts = {"records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
-             "number_of_processes": world}  # a resumed run must have the same
+             "number_of_processes": world,
+             "images_of_a_step": config.batch_size}  # a resumed run must have the same
     saved = last_state(config, steps, **facts)
     tensors, tokenizer, before = None, None, saved or {}
     if config.weights and not saved:

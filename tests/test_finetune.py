@@ -480,7 +480,7 @@ def test_overfits_one_batch():
     sizes = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=4)
     for method, lr in (("full", 3e-3), ("lora", 3e-2)):
         options = FinetuneConfig(method=method, dropout=0.0, lr=lr, layer_decay=1.0, rank=4)
-        options = data.fill(options, finetune.SMALL[method])
+        options = data.fill(options, finetune.PLAIN | finetune.SMALL[method])
         model = finetune.build_model(options, sizes, 2)
         optimizer = finetune.make_optimizer(model, options)
         for _ in range(150):
@@ -809,10 +809,13 @@ def test_targets_and_rslora_reach_the_layers_and_the_adapter(easy, tmp_path):
     assert set(saved["lora"]["targets"]) == {"qkv", "proj", "fc1", "fc2"}
     assert saved["lora"]["alpha"] / saved["lora"]["rank"] == pytest.approx(8 / 4**0.5)
     # Trained further, the adapter keeps its scale and its layers
-    finetune.finetune(
-        config(easy, tmp_path / "on", method="lora", weights=str(tmp_path / "run"), rslora=True)
-    )
+    finetune.finetune(config(easy, tmp_path / "on", method="lora", weights=str(tmp_path / "run")))
     assert data.load_checkpoint(tmp_path / "on/adapter.pt")["lora"] == saved["lora"]
+    for other in (dict(rslora=True), dict(alpha=32.0)):
+        with pytest.raises(data.InputError, match="no --rslora and no --alpha but its own, 16"):
+            finetune.finetune(
+                config(easy, tmp_path / "x", method="lora", weights=str(tmp_path / "run"), **other)
+            )
 
 
 def test_dora_starts_from_the_lengths_of_the_weights_it_is_given(easy, tmp_path):
@@ -1322,7 +1325,7 @@ def test_the_loss_reaches_what_is_trained_and_nothing_else(method, fresh):
     torch.manual_seed(0)
     sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
     model = finetune.build_model(
-        data.fill(FinetuneConfig(method=method), finetune.SMALL[method]), sizes, 3
+        data.fill(FinetuneConfig(method=method), finetune.PLAIN | finetune.SMALL[method]), sizes, 3
     )
     if not fresh:
         with torch.no_grad():
@@ -2032,7 +2035,7 @@ def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_pat
 
 
 def deep_records(root, tops):
-    """Records whose 16-bit images have 12 bits; `tops` are the largest values of the three lists."""
+    """Records of 16-bit images; `tops` are the largest values of the three lists."""
     rng, count = np.random.default_rng(0), 0
     (root / "images").mkdir(parents=True)
     for part, top in tops.items():

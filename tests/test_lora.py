@@ -601,6 +601,20 @@ def test_targets_export_to_peft_and_count(tmp_path, targets):
     torch.testing.assert_close(theirs(images), model(images), atol=5e-6, rtol=1e-5)
 
 
+def test_a_merged_file_names_the_films_of_base_and_adapter(tmp_path):
+    base = vit()
+    films = {"base": torch.tensor([1, 5]), "adapter": torch.tensor([5, 7])}
+    data.save_checkpoint(
+        tmp_path / "base.pt", {"model": base.state_dict(), "trained_on": films["base"]}
+    )
+    model = trained(lora.add_lora(base, rank=2))
+    lora.save_adapter(
+        tmp_path / "a.pt", model, weights=str(tmp_path / "base.pt"), trained_on=films["adapter"]
+    )
+    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "a.pt"), out=str(tmp_path / "m.pt")))
+    assert data.load_checkpoint(tmp_path / "m.pt")["trained_on"].tolist() == [1, 5, 7]
+
+
 def damaged(saved, entry):
     adapter, B = dict(saved["adapter"]), "blocks.0.attn.qkv.lora_B"
     if entry == "no base":

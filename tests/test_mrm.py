@@ -1,6 +1,7 @@
 """mrm.py against independent formulas: the ViT against a float64 loop, masking and losses against
 NumPy, learning; runs, their options and their resumption."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -1450,7 +1451,7 @@ def test_two_layouts_in_one_file_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
 def test_encoders_of_transformers_compute_the_same(tmp_path, kind, file):
-    """transformers writes other names into its files than version 5 has in memory: both are read."""
+    """transformers has other names in its files than version 5 in memory: both are read."""
     transformers = pytest.importorskip("transformers")
     mlp = {"intermediate_size": 96} if kind == "ViT" else {}
     sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, **mlp)
@@ -1529,3 +1530,36 @@ def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
     assert len(seen) == 60 and min(narrow) >= 448 and min(narrow) < 700
     tiny = mrm.fill_options(mrm.MRMConfig(holdout=2, image_only=True), world=1)
     assert mrm.load_records(tiny, paths, [""] * 4, torch.device("cpu")).images.size == 96
+
+
+def test_reconstruct_sees_films_at_the_scale_of_training(tmp_path, monkeypatch):
+    """The films of the picture are darker than the rest: alone they would be stretched."""
+    (tmp_path / "images").mkdir()
+    rows = ["image_path,report_content"]
+    for i in range(12):
+        top = 200 if i >= 8 else 3000  # the last four are held out
+        pixels = np.linspace(0, top, 96 * 96).reshape(96, 96).astype(np.uint16)
+        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
+        rows.append(f"{i}.png,the heart is large")
+    (tmp_path / "training.csv").write_text("\n".join(rows) + "\n")
+    run = mrm.MRMConfig(
+        data="csv", root=str(tmp_path), out=str(tmp_path / "run"), steps=2, batch_size=4,
+        holdout=4, vocab_size=260, device="cpu",
+    )  # fmt: skip
+    mrm.pretrain(run)
+    seen, pictures = [], mrm.restored_pictures
+    monkeypatch.setattr(
+        mrm, "restored_pictures", lambda m, images, c: seen.append(images) or pictures(m, images, c)
+    )
+    mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
+    assert seen[0].max() < 0.06  # 200 of 4095; alone it would be 200 of 255
+
+
+def test_a_run_is_not_resumed_with_another_batch_of_a_step(tmp_path):
+    """Older runs meant the batch of one process, which their checkpoints cannot tell."""
+    run = mrm.MRMConfig(root=str(tmp_path / "no"), out=str(tmp_path), resume=True, seed=0)
+    filled = mrm.fill_options(run, 1)
+    saved = {"config": dataclasses.asdict(filled), "steps": 9, "step": 3}
+    data.save_checkpoint(tmp_path / "last.pt", saved)
+    with pytest.raises(data.InputError, match="a run with the same images of a step as now"):
+        mrm.last_state(filled, 9, images_of_a_step=filled.batch_size)
