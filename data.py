@@ -143,14 +143,21 @@ def number_of_steps(config, samples, per_step):
     return config.steps or max(1, round(config.epochs * samples / per_step))
 
 
-def share_of_batch(config, world):
-    """The samples that each of `world` processes takes in one of the `accumulate` passes of a step.
-    Raises InputError where the batch cannot be divided evenly."""
+def divide_batch(config, world):
+    """`config` with a batch that `world` processes and `accumulate` passes share evenly: the next
+    one above that does, which is said where it is not the one that was asked for."""
     parts = world * config.accumulate
-    if config.batch_size % parts:
-        raise InputError("--batch-size", f"a multiple of {parts} ({world} processes x --accumulate "
-                         f"{config.accumulate})", config.batch_size)
-    return config.batch_size // parts
+    batch = math.ceil(config.batch_size / parts) * parts
+    if batch != config.batch_size and int(os.environ.get("RANK", 0)) == 0:
+        print(f"--batch-size {config.batch_size} becomes {batch}, which {world} processes x "
+              f"--accumulate {config.accumulate} share evenly")
+    return dataclasses.replace(config, batch_size=batch)
+
+
+def share_of_batch(config, world):
+    """The samples that each of `world` processes takes in one of the `accumulate` passes of a step,
+    after `divide_batch`."""
+    return config.batch_size // (world * config.accumulate)
 
 
 def check_same(saved, config, path):

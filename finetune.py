@@ -670,10 +670,12 @@ def fill_recipe(config, classes=None):
                                  "clip": 1.0 if "steps" in recipe else 0.0}
     typed, preset = config, PLAIN | departures | named | recipe | pixels | found
     preset["test_side"] = recipe.get("test_side", config.img_size or preset["img_size"])
-    config = scale_rate(data.fill(config, {"recipe": family} | preset))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    config = data.divide_batch(data.fill(config, {"recipe": family} | preset), world)
+    config = scale_rate(config)
     if config.dry_run or family != "small":
         print_recipe(typed, config, note, recipe, pixels | named | found)
-    share = data.share_of_batch(config, int(os.environ.get("WORLD_SIZE", 1)))
+    share = data.share_of_batch(config, world)
     if config.task == "segment":
         config = data.fill(config, {"norm": "batch" if share >= 16 else "group"})
         if config.norm == "batch" and share < 2:

@@ -742,11 +742,11 @@ def fill_options(config, world):
     preset = PRESETS[config.preset]
     pixels = pixel_statistics(config, preset["mean"], preset["std"])
     config = data.fill(config, RECORDS | {"out": "runs/mrm"} | preset | pixels)
+    config = data.divide_batch(config, world)
     if config.lr is None:  # the linear scaling rule (Goyal et al., 2017)
         config = dataclasses.replace(config, lr=config.base_lr * config.batch_size / 256)
     else:
         config = dataclasses.replace(config, base_lr=None)
-    data.share_of_batch(config, world)
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
     sizes = MODELS[config.preset]

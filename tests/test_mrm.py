@@ -480,7 +480,9 @@ def record_run(root, out, **options):
     return mrm.MRMConfig(**options)
 
 
-def test_typed_options_win_over_the_preset():
+def test_typed_options_win_over_the_preset(
+    capsys,
+):
     filled = mrm.fill_options(mrm.MRMConfig(), world=1)
     assert (filled.steps, filled.epochs, filled.batch_size, filled.vocab_size) == (
         4800,
@@ -508,8 +510,11 @@ def test_typed_options_win_over_the_preset():
         filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=passes), world=world)
         assert filled.lr == pytest.approx(1e-3 * 32 / 256) and filled.batch_size == 32
         assert data.share_of_batch(filled, world) == 32 // passes // world
-    with pytest.raises(data.InputError, match="--batch-size: expected a multiple of 12 .*found 32"):
-        mrm.fill_options(mrm.MRMConfig(accumulate=3), world=4)
+    capsys.readouterr()
+    filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=3), world=4)
+    assert filled.batch_size == 36 and filled.lr == pytest.approx(1e-3 * 36 / 256)
+    assert data.share_of_batch(filled, 4) == 3
+    assert "--batch-size 32 becomes 36, which 4 processes x" in capsys.readouterr().out
     filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, lr=0.5), world=1)
     assert filled.lr == 0.5  # the typed peak wins
     assert mrm.fill_options(mrm.MRMConfig(mean=0.0), world=1).mean == 0.0  # and 0 means 0
