@@ -220,11 +220,10 @@ LOSSES = {"classify": label_loss, "segment": segmentation_loss}
 # --------------------------------------------------------------------------------------------------
 # Recipes: the papers', by family of weights, method, data set and percent of labels, and ours
 
-FIRST_5_EPOCHS = {epochs: 5 / epochs for epochs in (100, 200, 400)}  # the share of the warm-up
 CROP = dict(min_crop=0.08, drop_path=0.1)
 SGD = CROP | dict(optimizer="sgd", weight_decay=0.0, layer_decay=1.0)
 # "Less Could Be Better" on MRM's weights and on CXR-MAE's
-MEDPEFT = SGD | dict(batch_size=64, epochs=100, warmup=0.05)
+MEDPEFT = SGD | dict(batch_size=64, epochs=100, warmup=5 / 100)  # five epochs
 CXR_MAE = CROP | dict(optimizer="adamw", weight_decay=0.05, layer_decay=0.65, batch_size=64,
                       mean=0.4785, std=0.2834, randaugment=True, erasing=0.25, test_side=256)
 MRM_FULL = SGD | dict(batch_size=96)  # MRM's appendix, in steps
@@ -243,9 +242,8 @@ FULL_ON_MRM = {  # steps, steps of warm-up, learning rate
 RECIPES = {
     ("mrm", "full", "covid", 100): MRM_FULL | dict(steps=1000, warmup=50 / 1000, lr=3e-2),
     # Of the LoRA paper's full fine-tuning this cell alone is published
-    ("medpeft", "full", "nih", 1): MEDPEFT | dict(epochs=200, warmup=FIRST_5_EPOCHS[200], lr=1e-2),
-    ("cxr-mae", "full", "nih", 1): CXR_MAE | dict(epochs=400, warmup=FIRST_5_EPOCHS[400],
-                                                  base_lr=5e-4)}
+    ("medpeft", "full", "nih", 1): MEDPEFT | dict(epochs=200, warmup=5 / 200, lr=1e-2),
+    ("cxr-mae", "full", "nih", 1): CXR_MAE | dict(epochs=400, warmup=5 / 400, base_lr=5e-4)}
 for name in LORA_ON_MRM:
     for place, percent in enumerate((1, 10, 100)):
         lr, rank = LORA_ON_MRM[name][place]
@@ -253,10 +251,12 @@ for name in LORA_ON_MRM:
             RECIPES[family, "lora", name, percent] = MEDPEFT | dict(lr=lr, rank=rank)
         epochs, lr, rank = LORA_ON_CXR_MAE[name][place]
         RECIPES["cxr-mae", "lora", name, percent] = CXR_MAE | dict(
-            epochs=epochs, warmup=FIRST_5_EPOCHS[epochs], base_lr=lr, rank=rank)
+            epochs=epochs, warmup=5 / epochs, base_lr=lr, rank=rank)
         steps, warmup, lr = FULL_ON_MRM[name][place]
         RECIPES["mrm", "full", name, percent] = MRM_FULL | dict(
             steps=steps, warmup=warmup / steps, lr=lr)
+# What every recipe leaves as it is unless it says otherwise
+PLAIN = dict(alpha=32.0, probe=0.0, randaugment=False, erasing=0.0)
 # What we do otherwise on purpose, and the papers' form of it (--official): their images are flipped
 # although labels and reports may know sides, the LoRA paper's gradients are not clipped, and the
 # validation list is looked at after each epoch
@@ -570,7 +570,6 @@ def strong_augment(augment, randaugment, erasing, mean, std, images, generator):
 # --------------------------------------------------------------------------------------------------
 # Weights, model, optimiser
 
-PLAIN = dict(alpha=32.0, probe=0.0, randaugment=False, erasing=0.0)
 DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
 SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
 

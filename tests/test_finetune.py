@@ -159,10 +159,9 @@ def test_mrms_own_cells(name, percent):
     steps, warmup, lr = (
         (1000, 50, 3e-2) if name == "covid" else MRM_STEPS[name][PERCENTS.index(percent)]
     )
-    ours = dict(flip=False, clip=1, evaluations=10, batch_size=96, epochs=None)
     found = dry_run("mrm", name, percent, "full")
     has(found, **SGD | COMMON, lr=lr, flip=False, clip=1, evaluations=10, batch_size=96)
-    assert found.epochs is None and ours["epochs"] is None
+    assert found.epochs is None
     assert (found.steps, round(found.warmup * found.steps)) == (steps, warmup)
 
 
@@ -1004,9 +1003,7 @@ def test_compare_chooses_the_rate_on_val_and_runs_sets_and_ranks(easy, tmp_path)
 
 
 def test_peak_memory_is_that_of_the_run_itself():
-    import numpy
-
-    ballast = numpy.ones(300 * 2**20, dtype=numpy.uint8)
+    ballast = np.ones(300 * 2**20, dtype=np.uint8)
     before = data.peak_memory_mib(torch.device("cpu"))
     del ballast
     data.Timed([], torch.device("cpu"))
