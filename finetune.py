@@ -12,6 +12,17 @@
 Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better",
 2024 (LoRA).
 
+One batch of the demo: films (32, 1, 96, 96) are cropped to (32, 1, 48, 48), the ViT makes 16 patches
+and a class token of each, (32, 17, 128), fc_norm and the head take the mean over the patches,
+(32, 128) -> logits (32, 7). The loss is the binary cross-entropy of each finding,
+-y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since a film may show several.
+`--method` decides what learns: "full" everything, "lora" two thin matrices beside q and v of each
+block (lora.py), fc_norm and the head, "linear" fc_norm and the head alone.
+
+Read down to "Segmentation" for the methods: model, optimiser, AUROC, the loop. What follows stands
+around a run: recipes, lists, weights, files, tables. Before this file comes lora.py, after it
+kernels/warp.py.
+
 Where this file departs from their official code, and why:
  1. The model is chosen on the validation list and tested once, at the end. The official MRM code
     tests every few hundred steps. Its validation lists for NIH, CheXpert, RSNA and COVID-19 share
@@ -55,7 +66,94 @@ import mrm
 from data import InputError, RunConfig, option
 
 # --------------------------------------------------------------------------------------------------
-# Metrics
+# Model, loss, optimiser, learning rate
+
+
+def build_model(config, sizes, classes, tensors=None, known={}):
+    """A ViT of the given weights with `classes` outputs, frozen as `config.method` says.
+    tensors, known: see `fill_recipe`. Raises InputError for weights or sizes that do not fit."""
+    try:
+        if config.task == "segment":
+            model = mrm.UPerNet(config.channels, config.norm, **sizes, drop_path=config.drop_path)
+        else:
+            model = mrm.ViT(**sizes, num_classes=classes, drop_path=config.drop_path,
+                            pool=config.pool)
+            nn.init.normal_(model.head.weight, std=2e-5)
+    except ValueError as error:
+        raise InputError(f"{config.weights}: {error}") from None
+    if tensors is not None:  # before LoRA, because DoRA starts from the lengths of these weights
+        mrm.load_encoder(model, tensors, known.get("base", config.weights))
+    if config.method == "lora" and "adapter" in known:
+        settings = {"rank": config.rank, "dropout": config.dropout}
+        lora.add_lora(model, **known["lora"] | settings)  # `load_adapter` refuses another rank
+    elif config.method == "lora":
+        alpha = config.alpha * (math.sqrt(config.rank) if config.rslora else 1)
+        lora.add_lora(model, config.rank, alpha, config.dropout, lora.TARGETS[config.targets],
+                      dora=config.dora)
+    elif config.method == "linear":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(lora.part_of(name) == "head")
+    if "adapter" in known:
+        lora.load_adapter(model, known["path"])
+    return model
+
+
+def label_loss(logits, labels):
+    """Binary cross-entropy, the mean over the labels (B, k) that are known (not NaN)."""
+    known = ~labels.isnan()
+    loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    return (loss * known).sum() / known.sum().clamp(min=1)
+
+
+def make_optimizer(model, config):
+    """SGD or AdamW; block i of d learns at layer_decay^(d - i) of the rate (BEiT).
+
+    The embeddings count as the block before the first, fc_norm and head as the one after the last.
+    """
+    groups, depth = {}, len(model.blocks)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = 0
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        elif lora.part_of(name) == "head":
+            layer = depth + 1
+        decay = config.weight_decay if mrm.decays(name, parameter) else 0.0
+        scale = config.layer_decay ** (depth + 1 - layer)
+        group = {"params": [], "weight_decay": decay, "lr_scale": scale,
+                 "is_head": layer == depth + 1}
+        groups.setdefault((layer, decay), group)["params"].append(parameter)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=0.9)
+    return torch.optim.AdamW(list(groups.values()), lr=config.lr)
+
+
+def set_rates(optimizer, config, step, steps):
+    """Gives each group its learning rate of `step`.
+
+    A rate rises slowly at first: large steps for a head that knows nothing yet would spoil the
+    pretrained blocks. With `probe` the head learns alone first, for the same reason: on a few
+    dozen labels the blocks would otherwise follow the noise of a random head (Kumar et al., 2022,
+    linear probing, then fine-tuning). Then the rate falls along a cosine, or along a line for a
+    segmentation (a polynomial of power 1).
+    """
+    alone = round(config.probe * steps)
+    if step < alone:
+        lr = mrm.cosine_lr(step, alone, round(config.warmup * alone), config.probe_lr, floor=1e-6)
+        for group in optimizer.param_groups:
+            group["lr"] = lr if group["is_head"] else 0.0
+        return
+    step, steps = step - alone, steps - alone
+    warmup = round(config.warmup * steps)
+    lr = mrm.cosine_lr(step, steps, warmup, config.lr, floor=1e-6)
+    if config.task == "segment" and step >= warmup:
+        lr = config.lr * (steps - step) / (steps - warmup)
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr_scale"] * lr
+
+# --------------------------------------------------------------------------------------------------
+# AUROC
 
 
 def weighted_auroc(scores, labels, weights):
@@ -132,6 +230,129 @@ def roc_curve(scores, labels):
     true, false = np.cumsum(labels[order])[last], np.cumsum(1 - labels[order])[last]
     return np.r_[0, false / max(1, false[-1])], np.r_[0, true / max(1, true[-1])]
 
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+
+@torch.no_grad()
+def predict(model, images, config, device, rank=0, world=1):
+    """Logits of an ImageSet in its order: (n, k), or (n, H, W) of a segmentation. Every process
+    computes a share of them."""
+    autocast, segment = mrm.autocast_for(config, model, device), images.masks is not None
+    # They start with empty ones for a process that has no image
+    shape = (1, images.size, images.size) if segment else (model.head.out_features,)
+    logits, rows = [torch.zeros(0, *shape)], [torch.zeros(0, dtype=torch.long)]
+    if world > 1:  # a batch norm has seen other images in each process
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    model.eval()
+    for batch, index in data.eval_batches(images, 16 if segment else 64, rank, world,
+                                          config.workers):
+        with autocast():
+            batch = data.normalize(batch[:, :1].to(device), config.mean, config.std)
+            logits.append(model(batch).float().cpu())
+        rows.append(index)
+    model.train()
+    logits, rows = torch.cat(logits), torch.cat(rows)
+    if world > 1:
+        shares = [None] * world
+        torch.distributed.all_gather_object(shares, (logits, rows))
+        logits, rows = (torch.cat(part) for part in zip(*shares))
+    logits = logits[rows.argsort()]
+    return logits[:, 0] if segment else logits
+
+
+@torch.no_grad()
+def evaluate(model, part, config, step, device, rank, world):
+    """Score and loss on the validation list after `step` steps. The score is the mean AUROC, or the
+    best `dice_all` of a segmentation, with the threshold and the smallest area that give it."""
+    scores = predict(model, part.images, config, device, rank, world)
+    wrong = (~scores.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    mrm.check_finite(step, part.paths, wrong, validation_score=scores)
+    if config.task == "segment":
+        chosen = choose_threshold(scores, part.truth)
+        loss = segmentation_loss(scores[:, None], part.truth[:, None].float()).item()
+        return {"val_dice": chosen.pop("dice"), "val_loss": loss, **chosen}
+    return {"val_auroc": mean_auroc(scores.numpy(), part.labels.numpy()),
+            "val_loss": label_loss(scores, part.labels).item()}
+
+
+def trained_tensors(model):
+    """Copies on the CPU of what training changes, by name: the parameters that are trained, and
+    the statistics of batch norms."""
+    trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    return {name: tensor.detach().cpu().clone()
+            for name, tensor in [*trained, *model.named_buffers()]}
+
+
+def split_batch(images, rows, labels):
+    """A batch as (images (B, 1, H, W), targets): the labels (B, k), or the masks (B, 1, H, W) that
+    come as the second channel."""
+    if images.shape[1] == 2:
+        return images[:, :1], images[:, 1:]
+    return images, labels[rows.to(labels.device)]
+
+
+def train(config, model, parts, steps, saved, facts, log, device, world):
+    """The training loop. Returns (best, history): the scores, step and trained tensors of the state
+    that was best on the validation list, and a dict for each evaluation of that list."""
+    score, loss_function = f"val_{SCORES[config.task]}", LOSSES[config.task]
+    labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
+    optimizer = make_optimizer(model, config)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    step, history, losses, best = 0, [], [], {score: -1.0, "step": 0, "trained": None}
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    mrm.seed_rank(config.seed, log.rank)
+    if saved:
+        model.load_state_dict(saved["trained"], strict=False)
+        step, history = mrm.restore_state(saved, optimizer, log)
+        best, losses = saved["best"], saved["losses"]
+    batches = data.Timed(data.train_batches(
+        parts["train"].images, data.share_of_batch(config, world), step * config.accumulate,
+        steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
+    every = max(1, steps // config.evaluations)
+
+    def save(step):
+        mrm.save_state(log, model, optimizer, config, world, facts | {
+            "trained": trained_tensors(model), "best": best, "losses": losses, "step": step,
+            "history": history})
+
+    model.train()
+    with data.Saving(save, world) as saving:
+        for step in tqdm(range(step, steps), initial=step, total=steps, desc=config.method,
+                         disable=log.rank > 0):
+            set_rates(optimizer, config, step, steps)
+            loss_of_step, seen = torch.zeros((), device=device), []
+            for _ in range(config.accumulate):
+                images, rows = next(batches)
+                images, targets = split_batch(images.to(device, non_blocking=True), rows, labels)
+                with autocast():
+                    logits = parallel(data.normalize(images, config.mean, config.std))
+                # The loss is float32: its gradient, probability - label, is near 0 for most
+                # labels, and bfloat16 would round it to two or three digits
+                loss = loss_function(logits.float(), targets)
+                (loss / config.accumulate).backward()
+                loss_of_step += loss.detach() / config.accumulate
+                seen += rows.tolist()
+            # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
+            mrm.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step, gradient=norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(mrm.average(loss_of_step, world).item())
+            if (step + 1) % every == 0 or step + 1 == steps:
+                # The choice is made on the validation list. The best of many scores on the test
+                # list would be the luckiest one, and higher than on any new list
+                scores = evaluate(model, parts["val"], config, step + 1, device, log.rank, world)
+                history.append({"step": step + 1, "loss": sum(losses) / len(losses), **scores,
+                                **batches.speed()})
+                log.line(**history[-1])
+                losses.clear()
+                if scores[score] > best[score]:
+                    best = scores | {"step": step + 1, "trained": trained_tensors(model)}
+                save(step + 1)
+            saving.after(step + 1)
+    return best, history
 
 # --------------------------------------------------------------------------------------------------
 # Segmentation: loss and metrics
@@ -197,20 +418,13 @@ def choose_threshold(logits, masks):
     pixels, best = masks[0].numel(), {"dice": -1.0}
     for threshold in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9):
         both, predicted, true = count_pixels(find_pixels(logits, threshold), masks)
-        for share in (0, 0.002, 0.005, 0.01, 0.02, 0.04):
+        for share in (0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1):
             kept = predicted >= share * pixels
             counts = np.stack([both * kept, predicted * kept, true])
             dice = float(dice_scores(counts, pixels)["dice_all"][0])
             if dice > best["dice"]:
                 best = {"dice": dice, "threshold": threshold, "smallest": math.ceil(share * pixels)}
     return best
-
-
-def label_loss(logits, labels):
-    """Binary cross-entropy, the mean over the labels (B, k) that are known (not NaN)."""
-    known = ~labels.isnan()
-    loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
-    return (loss * known).sum() / known.sum().clamp(min=1)
 
 
 # What the task decides
@@ -272,6 +486,11 @@ SMALL = {
     "lora": ADAMW | dict(lr=1e-2, rank=4),
     "linear": ADAMW | dict(lr=5e-3),
 }
+# ... and what changes below 100 and from 1,000 training images on. Rates and steps are those with
+# the best validation AUROC on the demo, by the same grid for each method (results.md)
+FEW = {"full": dict(steps=400, lr=1e-4, probe=0.5), "lora": dict(steps=400, lr=1e-3, probe=0.5),
+       "linear": dict(steps=400, lr=1e-2)}
+MANY = {"full": dict(lr=3e-3), "lora": dict(lr=1e-2), "linear": dict(lr=3e-2)}
 SEGMENT = ADAMW | dict(layer_decay=0.65, min_crop=0.5)
 SMALL_SEGMENT = SEGMENT | dict(batch_size=16, steps=600, lr=5e-3, channels=32, rank=4)
 # MRM's for SIIM; the batch and the steps, which it does not say, are ours
@@ -279,11 +498,15 @@ PAPER_SEGMENT = SEGMENT | dict(batch_size=16, steps=20000, lr=2e-5, channels=768
                                drop_path=0.1, warmup=0.05, rank=16)
 
 
-def recipe_for(family, method, name, percent):
+def recipe_for(family, method, name, percent, images=None):
     """(recipe, note): the cell's own, or the nearest that is published, and in words which it is.
-    The family "small" has ours. Raises InputError for a family that knows no such data."""
+    The family "small" has ours, for some number of training images, or for some hundreds where that
+    is not known yet. Raises InputError for a family that knows no such data."""
     if family == "small" or method == "linear":
-        return SMALL[method], f"{method}, small models"
+        few, many = images is not None and images < 100, images is not None and images >= 1000
+        size = "below 100" if few else "1,000 or more" if many else "some hundred"
+        changed = FEW[method] if few else MANY[method] if many else {}
+        return SMALL[method] | changed, f"{method}, small models, {size} images"
     cell = (family, method, name, percent)
     if cell in RECIPES:
         return RECIPES[cell], " ".join(map(str, cell)) + " %"
@@ -383,7 +606,6 @@ class FinetuneConfig(RunConfig):
                       "the validation list with the first seed (default: the recipe's)", free=True)
     seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and, on the demo, "
                         "of pretraining", within="[1, inf)", free=True)
-
 
 # --------------------------------------------------------------------------------------------------
 # Lists and images
@@ -516,13 +738,13 @@ def load_images(parts, config, kept):
 def rand_augment(image, rng, magnitude=9, deviation=0.5):
     """Two random operations on a PIL image in grey, each done with a chance of 1/2: RandAugment
     (Cubuk et al., 2020) as CXR-MAE's recipe names it, m9-mstd0.5-inc1, whose strengths all rise
-    with the magnitude. Of its fifteen operations colour does nothing to grey and is left out."""
+    with the magnitude. The last of its fifteen operations, colour, does nothing to grey."""
     side, grey = image.width, 128
     for _ in range(2):
-        operation, skip = rng.integers(14), rng.random() < 0.5
+        operation, skip = rng.integers(15), rng.random() < 0.5
         strength = np.clip(rng.normal(magnitude, deviation), 0, 10) / 10
         signed = strength * rng.choice([-1, 1])
-        if skip:
+        if skip or operation == 14:
             continue
         if operation < 4:  # without a strength, or with a whole number of grey levels
             image = [ImageOps.autocontrast, ImageOps.equalize, ImageOps.invert,
@@ -566,9 +788,8 @@ def strong_augment(augment, randaugment, erasing, mean, std, images, generator):
             images[i, 0, top:top + h, left:left + w] = torch.from_numpy(noise).float()
     return images
 
-
 # --------------------------------------------------------------------------------------------------
-# Weights, model, optimiser
+# Weights, and the options that follow from them
 
 DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
 SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
@@ -621,8 +842,9 @@ def fill_cell(config):
     return data.fill(config, {"out": out, "method": method, "ratio": ratio})
 
 
-def fill_recipe(config, classes=None):
-    """Reads the weights that a run starts from, and fills `config` from them and from its recipe.
+def fill_recipe(config, classes=None, images=None):
+    """Reads the weights that a run starts from, and fills `config` from them and from its recipe,
+    for a training list of `images`.
 
     Returns (config, sizes of the ViT, tensors by name or None for a random start, all that the file
     holds). fc_norm and head are left out of the tensors where the file does not name `classes` in
@@ -651,7 +873,7 @@ def fill_recipe(config, classes=None):
             tensors = {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}
     sizes = mrm.encoder_sizes(tensors, known, config.weights, config.num_heads)
     family = config.recipe or family_of(tensors, known, config, sizes["embed_dim"])
-    recipe, note = recipe_for(family, config.method, config.data, config.ratio)
+    recipe, note = recipe_for(family, config.method, config.data, config.ratio, images)
     stated = {"mean": mrm.MEAN, "std": mrm.STD} | recipe  # what the weights' own record overrides
     stated = stated if config.weights in SCRATCH and "mean" in recipe else stated | known
     pixels = mrm.pixel_statistics(config, stated["mean"], stated["std"])
@@ -737,90 +959,65 @@ def print_recipe(typed, config, note, recipe, weights):
         value = getattr(config, name)
         print(f"  {name:14s} {'' if value is None else value!s:22s} {source}")
 
-
-def build_model(config, sizes, classes, tensors=None, known={}):
-    """A ViT of the given weights with `classes` outputs, frozen as `config.method` says.
-    tensors, known: see `fill_recipe`. Raises InputError for weights or sizes that do not fit."""
-    try:
-        if config.task == "segment":
-            model = mrm.UPerNet(config.channels, config.norm, **sizes, drop_path=config.drop_path)
-        else:
-            model = mrm.ViT(**sizes, num_classes=classes, drop_path=config.drop_path,
-                            pool=config.pool)
-            nn.init.normal_(model.head.weight, std=2e-5)
-    except ValueError as error:
-        raise InputError(f"{config.weights}: {error}") from None
-    if tensors is not None:  # before LoRA, because DoRA starts from the lengths of these weights
-        mrm.load_encoder(model, tensors, known.get("base", config.weights))
-    if config.method == "lora" and "adapter" in known:
-        settings = {"rank": config.rank, "dropout": config.dropout}
-        lora.add_lora(model, **known["lora"] | settings)  # `load_adapter` refuses another rank
-    elif config.method == "lora":
-        alpha = config.alpha * (math.sqrt(config.rank) if config.rslora else 1)
-        lora.add_lora(model, config.rank, alpha, config.dropout, lora.TARGETS[config.targets],
-                      dora=config.dora)
-    elif config.method == "linear":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(lora.part_of(name) == "head")
-    if "adapter" in known:
-        lora.load_adapter(model, known["path"])
-    return model
-
-
-def make_optimizer(model, config):
-    """SGD or AdamW; block i of d learns at layer_decay^(d - i) of the rate (BEiT).
-
-    The embeddings count as the block before the first, fc_norm and head as the one after the last.
-    """
-    groups, depth = {}, len(model.blocks)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = 0
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        elif lora.part_of(name) == "head":
-            layer = depth + 1
-        decay = config.weight_decay if mrm.decays(name, parameter) else 0.0
-        scale = config.layer_decay ** (depth + 1 - layer)
-        group = {"params": [], "weight_decay": decay, "lr_scale": scale,
-                 "is_head": layer == depth + 1}
-        groups.setdefault((layer, decay), group)["params"].append(parameter)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=0.9)
-    return torch.optim.AdamW(list(groups.values()), lr=config.lr)
-
-
 # --------------------------------------------------------------------------------------------------
 # One run
 
 
-@torch.no_grad()
-def predict(model, images, config, device, rank=0, world=1):
-    """Logits of an ImageSet in its order: (n, k), or (n, H, W) of a segmentation. Every process
-    computes a share of them."""
-    autocast, segment = mrm.autocast_for(config, model, device), images.masks is not None
-    # They start with empty ones for a process that has no image
-    shape = (1, images.size, images.size) if segment else (model.head.out_features,)
-    logits, rows = [torch.zeros(0, *shape)], [torch.zeros(0, dtype=torch.long)]
-    if world > 1:  # a batch norm has seen other images in each process
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, 0)
-    model.eval()
-    for batch, index in data.eval_batches(images, 16 if segment else 64, rank, world,
-                                          config.workers):
-        with autocast():
-            batch = data.normalize(batch[:, :1].to(device), config.mean, config.std)
-            logits.append(model(batch).float().cpu())
-        rows.append(index)
-    model.train()
-    logits, rows = torch.cat(logits), torch.cat(rows)
-    if world > 1:
-        shares = [None] * world
-        torch.distributed.all_gather_object(shares, (logits, rows))
-        logits, rows = (torch.cat(part) for part in zip(*shares))
-    logits = logits[rows.argsort()]
-    return logits[:, 0] if segment else logits
+def finetune(config, kept=None):
+    """Trains, chooses on the validation list, tests once. Returns the content of result.json, or
+    with `dry_run` the filled configuration.
+
+    Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
+    predictions.csv, roc.png (or overlays.png of a segmentation) and curves.png in `config.out`.
+    `kept`: see `load_images`. Raises InputError for anything the user gave that cannot be used.
+    """
+    start = time.time()
+    device, rank, world = data.join(config)
+    config = fill_cell(config)
+    if rank == 0:
+        data.check_writable(config.out)
+    if config.dry_run:
+        return dry_run(config)
+    parts, classes = read_lists(config)
+    images = len(parts["train"].names)
+    config, sizes, tensors, known = fill_recipe(config, classes, images)
+    steps = data.number_of_steps(config, images, config.batch_size)
+    data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
+    model = build_model(config, sizes, len(classes), tensors, known).to(device)
+    facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
+             "weights": lora.fingerprint(model.state_dict())}
+    saved = mrm.last_state(config, steps, **facts)
+    deep = load_images(parts, config, {} if kept is None else kept)
+    log = data.RunLog(config.out, config, rank, config.resume, start)
+    about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
+             "pool": config.pool, "test_side": config.test_side, "deep": deep,
+             "method": config.method}
+    about["trained_on"], seen = known_films(config, parts, known)
+    if config.method == "lora":
+        about |= name_base(config, model, sizes, tensors, known, log)
+    else:
+        about["weights"] = config.weights
+    if rank == 0 and data.find_table(config.data, config.root):
+        data.write_csv(log.out / "split.csv", ["image", "split"], [
+            [name, part] for part, listed in parts.items() for name in listed.names])
+    if rank == 0:
+        print_plan(config, model, images, steps, device)
+    best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
+                          world)
+    model.load_state_dict(best["trained"], strict=False)
+    if config.task == "segment":
+        about["segment"] = {"channels": config.channels, "norm": config.norm,
+                            "threshold": best["threshold"], "smallest": best["smallest"]}
+    if rank == 0 and config.method == "lora":
+        lora.save_adapter(log.out / "adapter.pt", model, **about)
+    elif rank == 0:
+        data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
+    scores = predict(model, parts["test"].images, config, device, rank, world)
+    outcome = run_facts(config, model, parts, best, history, log)
+    outcome |= {} if seen is None else {"test_trained_on": seen}
+    if config.task == "segment":
+        return write_segmentation(config, parts["test"], scores, outcome, history, log)
+    return write_results(parts["test"], classes, scores.numpy(), outcome, history, log)
 
 
 def dry_run(config):
@@ -844,75 +1041,6 @@ def known_films(config, parts, known):
     return data.hash_films(root, parts["train"].names, *before), seen
 
 
-def name_base(config, model, sizes, tensors, known, log):
-    """What an adapter file says of its base weights. Those of a random start are written beside
-    it, because it is worth nothing without them."""
-    base = known.get("base", config.weights)
-    if tensors is None:
-        base, state = log.out / "base.pt", model.state_dict()
-        tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
-        if log.rank == 0:
-            data.save_checkpoint(base, {"model": tensors, "arguments": sizes})
-    return {"weights": os.path.abspath(base), "base_fingerprint": lora.fingerprint(tensors),
-            "weights_from_here": os.path.relpath(base, log.out)}
-
-
-def finetune(config, kept=None):
-    """Trains, chooses on the validation list, tests once. Returns the content of result.json, or
-    with `dry_run` the filled configuration.
-
-    Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
-    predictions.csv, roc.png (or overlays.png of a segmentation) and curves.png in `config.out`.
-    `kept`: see `load_images`. Raises InputError for anything the user gave that cannot be used.
-    """
-    start = time.time()
-    device, rank, world = data.join(config)
-    config = fill_cell(config)
-    if rank == 0:
-        data.check_writable(config.out)
-    if config.dry_run:
-        return dry_run(config)
-    parts, classes = read_lists(config)
-    config, sizes, tensors, known = fill_recipe(config, classes)
-    steps = data.number_of_steps(config, len(parts["train"].names), config.batch_size)
-    data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
-    model = build_model(config, sizes, len(classes), tensors, known).to(device)
-    facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
-             "weights": lora.fingerprint(model.state_dict())}
-    saved = mrm.last_state(config, steps, **facts)
-    deep = load_images(parts, config, {} if kept is None else kept)
-    log = data.RunLog(config.out, config, rank, config.resume, start)
-    about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
-             "pool": config.pool, "test_side": config.test_side, "deep": deep,
-             "method": config.method}
-    about["trained_on"], seen = known_films(config, parts, known)
-    if config.method == "lora":
-        about |= name_base(config, model, sizes, tensors, known, log)
-    else:
-        about["weights"] = config.weights
-    if rank == 0 and data.find_table(config.data, config.root):
-        data.write_csv(log.out / "split.csv", ["image", "split"], [
-            [name, part] for part, listed in parts.items() for name in listed.names])
-    if rank == 0:
-        print_plan(config, model, len(parts["train"].names), steps, device)
-    best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
-                          world)
-    model.load_state_dict(best["trained"], strict=False)
-    if config.task == "segment":
-        about["segment"] = {"channels": config.channels, "norm": config.norm,
-                            "threshold": best["threshold"], "smallest": best["smallest"]}
-    if rank == 0 and config.method == "lora":
-        lora.save_adapter(log.out / "adapter.pt", model, **about)
-    elif rank == 0:
-        data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
-    scores = predict(model, parts["test"].images, config, device, rank, world)
-    outcome = run_facts(config, model, parts, best, history, log)
-    outcome |= {} if seen is None else {"test_trained_on": seen}
-    if config.task == "segment":
-        return write_segmentation(config, parts["test"], scores, outcome, history, log)
-    return write_results(parts["test"], classes, scores.numpy(), outcome, history, log)
-
-
 def warn_of_trained(root, part, before, source):
     """How many test films the weights `source` were trained on before, as {"images", "patients"},
     with a warning where there are any. None where the weights do not say what they were trained on.
@@ -933,6 +1061,19 @@ def warn_of_trained(root, part, before, source):
     return {"images": sum(films), "patients": more}
 
 
+def name_base(config, model, sizes, tensors, known, log):
+    """What an adapter file says of its base weights. Those of a random start are written beside
+    it, because it is worth nothing without them."""
+    base = known.get("base", config.weights)
+    if tensors is None:
+        base, state = log.out / "base.pt", model.state_dict()
+        tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
+        if log.rank == 0:
+            data.save_checkpoint(base, {"model": tensors, "arguments": sizes})
+    return {"weights": os.path.abspath(base), "base_fingerprint": lora.fingerprint(tensors),
+            "weights_from_here": os.path.relpath(base, log.out)}
+
+
 def hash_lists(parts, classes):
     """A hash of every list and of the classes in their order. A resumed run must have the same."""
     digest = hashlib.sha256(repr(classes).encode())
@@ -942,122 +1083,8 @@ def hash_lists(parts, classes):
             digest.update(repr(part.masks).encode())
     return digest.hexdigest()
 
-
-@torch.no_grad()
-def evaluate(model, part, config, step, device, rank, world):
-    """Score and loss on the validation list after `step` steps. The score is the mean AUROC, or the
-    best `dice_all` of a segmentation, with the threshold and the smallest area that give it."""
-    scores = predict(model, part.images, config, device, rank, world)
-    wrong = (~scores.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    mrm.check_finite(step, part.paths, wrong, validation_score=scores)
-    if config.task == "segment":
-        chosen = choose_threshold(scores, part.truth)
-        loss = segmentation_loss(scores[:, None], part.truth[:, None].float()).item()
-        return {"val_dice": chosen.pop("dice"), "val_loss": loss, **chosen}
-    return {"val_auroc": mean_auroc(scores.numpy(), part.labels.numpy()),
-            "val_loss": label_loss(scores, part.labels).item()}
-
-
-def trained_tensors(model):
-    """Copies on the CPU of what training changes, by name: the parameters that are trained, and
-    the statistics of batch norms."""
-    trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
-    return {name: tensor.detach().cpu().clone()
-            for name, tensor in [*trained, *model.named_buffers()]}
-
-
-def set_rates(optimizer, config, step, steps):
-    """Gives each group its learning rate of `step`.
-
-    A rate rises slowly at first: large steps for a head that knows nothing yet would spoil the
-    pretrained blocks. With `probe` the head learns alone first, for the same reason: on a few
-    dozen labels the blocks would otherwise follow the noise of a random head (Kumar et al., 2022,
-    linear probing, then fine-tuning). Then the rate falls along a cosine, or along a line for a
-    segmentation (a polynomial of power 1).
-    """
-    alone = round(config.probe * steps)
-    if step < alone:
-        lr = mrm.cosine_lr(step, alone, round(config.warmup * alone), config.probe_lr, floor=1e-6)
-        for group in optimizer.param_groups:
-            group["lr"] = lr if group["is_head"] else 0.0
-        return
-    step, steps = step - alone, steps - alone
-    warmup = round(config.warmup * steps)
-    lr = mrm.cosine_lr(step, steps, warmup, config.lr, floor=1e-6)
-    if config.task == "segment" and step >= warmup:
-        lr = config.lr * (steps - step) / (steps - warmup)
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr_scale"] * lr
-
-
-def split_batch(images, rows, labels):
-    """A batch as (images (B, 1, H, W), targets): the labels (B, k), or the masks (B, 1, H, W) that
-    come as the second channel."""
-    if images.shape[1] == 2:
-        return images[:, :1], images[:, 1:]
-    return images, labels[rows.to(labels.device)]
-
-
-def train(config, model, parts, steps, saved, facts, log, device, world):
-    """The training loop. Returns (best, history): the scores, step and trained tensors of the state
-    that was best on the validation list, and a dict for each evaluation of that list."""
-    score, loss_function = f"val_{SCORES[config.task]}", LOSSES[config.task]
-    labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
-    optimizer = make_optimizer(model, config)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    step, history, losses, best = 0, [], [], {score: -1.0, "step": 0, "trained": None}
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    mrm.seed_rank(config.seed, log.rank)
-    if saved:
-        model.load_state_dict(saved["trained"], strict=False)
-        step, history = mrm.restore_state(saved, optimizer, log)
-        best, losses = saved["best"], saved["losses"]
-    batches = data.Timed(data.train_batches(
-        parts["train"].images, data.share_of_batch(config, world), step * config.accumulate,
-        steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
-    every = max(1, steps // config.evaluations)
-
-    def save(step):
-        mrm.save_state(log, model, optimizer, config, world, facts | {
-            "trained": trained_tensors(model), "best": best, "losses": losses, "step": step,
-            "history": history})
-
-    model.train()
-    with data.Saving(save, world) as saving:
-        for step in tqdm(range(step, steps), initial=step, total=steps, desc=config.method,
-                         disable=log.rank > 0):
-            set_rates(optimizer, config, step, steps)
-            loss_of_step, seen = torch.zeros((), device=device), []
-            for _ in range(config.accumulate):
-                images, rows = next(batches)
-                images, targets = split_batch(images.to(device, non_blocking=True), rows, labels)
-                with autocast():
-                    logits = parallel(data.normalize(images, config.mean, config.std))
-                # The loss is float32: its gradient, probability - label, is near 0 for most
-                # labels, and bfloat16 would round it to two or three digits
-                loss = loss_function(logits.float(), targets)
-                (loss / config.accumulate).backward()
-                loss_of_step += loss.detach() / config.accumulate
-                seen += rows.tolist()
-            # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            mrm.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step, gradient=norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(mrm.average(loss_of_step, world).item())
-            if (step + 1) % every == 0 or step + 1 == steps:
-                # The choice is made on the validation list. The best of many scores on the test
-                # list would be the luckiest one, and higher than on any new list
-                scores = evaluate(model, parts["val"], config, step + 1, device, log.rank, world)
-                history.append({"step": step + 1, "loss": sum(losses) / len(losses), **scores,
-                                **batches.speed()})
-                log.line(**history[-1])
-                losses.clear()
-                if scores[score] > best[score]:
-                    best = scores | {"step": step + 1, "trained": trained_tensors(model)}
-                save(step + 1)
-            saving.after(step + 1)
-    return best, history
+# --------------------------------------------------------------------------------------------------
+# What a run leaves
 
 
 def print_plan(config, model, images, steps, device):
@@ -1176,9 +1203,8 @@ def write_predictions(out, names, classes, probabilities, labels=None):
                 for row, known in zip(rows, labels)]
     data.write_csv(Path(out) / "predictions.csv", header, rows)
 
-
 # --------------------------------------------------------------------------------------------------
-# Prediction and comparison
+# Prediction
 
 
 def load_run(run, base=""):
@@ -1258,6 +1284,9 @@ def write_masks(out, names, paths, logits, settings):
         picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
         data.atomic_write(file, lambda stream: picture.save(stream, "PNG"))
     print(f"{len(files)} masks: {out}")
+
+# --------------------------------------------------------------------------------------------------
+# Comparison
 
 
 def parse_sets(config):

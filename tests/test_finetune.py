@@ -234,7 +234,7 @@ def test_randaugment_and_erasing(monkeypatch):
 
         class Chosen:
             def integers(self, n):
-                assert n == 14
+                assert n == 15
                 return operation
 
             def random(self):
@@ -248,7 +248,7 @@ def test_randaugment_and_erasing(monkeypatch):
 
         changed = finetune.rand_augment(film, Chosen())
         assert changed.size == film.size and changed.mode == "L"
-        assert operation in (0, 2) or list(changed.getdata()) != list(film.getdata()), operation
+        assert operation in (0, 2, 14) or list(changed.getdata()) != list(film.getdata()), operation
 
 
 def test_the_test_images_of_cxr_mae_are_resized_to_256_and_cropped(tmp_path):
@@ -294,6 +294,22 @@ def test_typed_options_win_over_the_recipe_and_small_models_have_their_own():
         data.InputError, match="--lora and --method: expected one of them, found --method full"
     ):
         filled(lora=True, method="full")
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "linear"])
+def test_our_recipe_follows_the_number_of_training_images(method):
+    cell = finetune.fill_cell(FinetuneConfig(weights="scratch", method=method))
+    few, some, many, unknown = (
+        finetune.fill_recipe(cell, images=images)[0] for images in (99, 100, 1000, None)
+    )
+    assert some == unknown and (some.steps, some.lr) == (800, finetune.SMALL[method]["lr"])
+    assert (few.steps, few.lr) == (400, finetune.FEW[method]["lr"]) and few.lr < some.lr
+    assert many.lr == finetune.MANY[method]["lr"] and many.steps > some.steps
+    typed = finetune.fill_recipe(dataclasses.replace(cell, lr=0.7), images=99)[0]
+    assert (typed.lr, typed.steps) == (0.7, 400)
+    assert finetune.recipe_for("mrm", "lora", "nih", 1, 99) == finetune.recipe_for(
+        "mrm", "lora", "nih", 1
+    )
 
 
 def test_mean_and_std_zero_included():
