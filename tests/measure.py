@@ -7,6 +7,7 @@
     python tests/measure.py bound SEED       # NC at level 5 with the true flow in R's place
     python tests/measure.py lungs COVID DIR  # writes the lists of COVID's lung masks into DIR
     python tests/measure.py unet OUT ...     # a U-Net in UPerNet's place
+    python tests/measure.py real COVID NIH DIR  # writes real records for pretraining into DIR
 
 The command `unet` takes the options of finetune.py after its folder.
 """
@@ -314,6 +315,28 @@ def lungs(covid, folder, seed=0):
         print(f"{part}: {len(listed)} films of {len(members)} patients")
 
 
+def real(covid, nih, folder):
+    """Records for pretraining on real films: NIH's training list, without reports, and the films
+    of COVID with their notes. DIR/test.txt holds the test lists of its six published splits, for
+    --exclude, which leaves their patients out too."""
+    covid, nih, folder = Path(covid), Path(nih), Path(folder)
+    (folder / "images").mkdir(parents=True)
+    listed = [name for name, *_ in data.read_csv(covid / "records.csv", ("image_path",))]
+    notes = dict(
+        row[1:] for row in data.read_csv(covid / "training.csv", ("image_path", "report_content"))
+    )
+    rows = [[path.name, notes.get(path.name, "")] for path in sorted((covid / "images").iterdir())]
+    rows += [[line.split()[0], ""] for line in (nih / "train_list.txt").read_text().splitlines()]
+    for name, _ in rows:
+        source = covid if (covid / "images" / name).exists() else nih
+        (folder / "images" / name).symlink_to((source / "images" / name).absolute())
+    data.write_csv(folder / "training.csv", ["image_path", "report_content"], rows)
+    (folder / "patients.csv").write_bytes((covid / "records.csv").read_bytes())
+    tests = sorted((covid / "splits").glob("*/test.txt"))
+    (folder / "test.txt").write_text("".join(path.read_text() for path in tests))
+    print(f"{len(rows)} films, {len(notes)} notes; {len(listed)} of COVID have a patient")
+
+
 class UNet(torch.nn.Module):
     """U-Net (Ronneberger et al., 2015) of five levels, `width` channels in the first and twice as
     many in each next one: two 3 x 3 convolutions a level with norms, max pooling down, bilinear
@@ -359,6 +382,7 @@ def unet(out, *options):
 if __name__ == "__main__":
     {
         "lungs": lungs,
+        "real": real,
         "unet": unet,
         "pixels": pixels,
         "vit": vit,

@@ -304,7 +304,8 @@ def test_our_recipe_follows_the_number_of_training_images(method):
     )
     assert some == unknown and (some.steps, some.lr) == (800, finetune.SMALL[method]["lr"])
     assert (few.steps, few.lr) == (400, finetune.FEW[method]["lr"]) and few.lr < some.lr
-    assert many.lr == finetune.MANY[method]["lr"] and many.steps > some.steps
+    assert (many.steps, many.batch_size, many.probe) == (1600, 64, 0.0) and many.lr >= some.lr
+    assert (few.probe, some.probe) == ((0.0, 0.0) if method == "linear" else (0.5, 0.5))
     typed = finetune.fill_recipe(dataclasses.replace(cell, lr=0.7), images=99)[0]
     assert (typed.lr, typed.steps) == (0.7, 400)
     assert finetune.recipe_for("mrm", "lora", "nih", 1, 99) == finetune.recipe_for(
@@ -402,6 +403,7 @@ def config(root, out, **kwargs):
             evaluations=2,
             device="cpu",
             batch_size=16,
+            probe=0.0,
         )
         | kwargs
     )
@@ -465,7 +467,7 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     ) == saved["val_auroc"]
     assert saved["images"] == {"train": 64, "val": 24, "test": 24} and saved["method"] == method
     ran = json.loads((tmp_path / "config.json").read_text())
-    recipe = finetune.SMALL[method] | dict(steps=4, batch_size=16)
+    recipe = finetune.SMALL[method] | finetune.FEW[method] | dict(steps=4, batch_size=16, probe=0.0)
     assert (
         {name: ran[name] for name in recipe} == recipe
         and ran["method"] == method
@@ -1722,7 +1724,7 @@ def test_threshold_and_smallest_area_are_the_best_of_all():
             finetune.count_pixels(finetune.find_pixels(logits, t / 10, area), masks), 144
         )["dice_all"][0]
         for t in range(1, 10)
-        for area in (0, 1, 2, 3, 6)
+        for area in (0, 1, 2, 3, 5, 6, 8, 9, 12, 15)
     )
     assert chosen["dice"] == pytest.approx(best)
     counts = finetune.count_pixels(
