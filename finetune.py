@@ -12,9 +12,9 @@
 Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better",
 2024 (LoRA).
 
-One batch of the demo: films (32, 1, 96, 96) are cropped to (32, 1, 48, 48), the ViT makes 16 patches
-and a class token of each, (32, 17, 128), fc_norm and the head take the mean over the patches,
-(32, 128) -> logits (32, 7). The loss is the binary cross-entropy of each finding,
+One batch of the demo: films (32, 1, 96, 96) are cropped to (32, 1, 48, 48), the ViT makes 16
+patches and a class token of each, (32, 17, 128), and fc_norm and the head turn the mean over the
+patches, (32, 128), into logits (32, 7). The loss is the binary cross-entropy of each finding,
 -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since a film may show several.
 `--method` decides what learns: "full" everything, "lora" two thin matrices beside q and v of each
 block (lora.py), fc_norm and the head, "linear" fc_norm and the head alone.
