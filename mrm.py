@@ -110,6 +110,8 @@ def unpatchify(patches, p, channels=1):
 def sincos_positions(dim, side):
     """Fixed 2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first.
     Four quarters of `dim` hold sin x, cos x, sin y and cos y at falling frequencies, as in MAE."""
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width divisible by 4, found {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)
     place = torch.arange(side, dtype=torch.float64)
     y, x = torch.meshgrid(place, place, indexing="ij")
@@ -207,7 +209,8 @@ class ViT(nn.Module):
     """Vision transformer for square images of `img_size` pixels.
     With `num_classes` it returns logits (B, num_classes): head(fc_norm(mean of patch tokens)). With
     `pool` > 1 the means of pool x pool regions stand side by side instead, so that the head knows
-    where something is. Without classes it returns norm(tokens) (B, 1 + N, D)."""
+    where something is. Without classes it returns norm(tokens) (B, 1 + N, D). Raises ValueError for
+    sizes that do not divide."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12,
                  num_heads=12, num_classes=0, drop_path=0.0, pool=1):  # fmt: skip
@@ -717,8 +720,8 @@ def pretrain(config):
     model = MRM(**arguments).to(device)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
-    facts |= {"arguments": arguments, "steps": steps}
-    facts |= {name: getattr(config, name) for name in ("mask_ratio", "word_ratio", "mean", "std")}
+    facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
+              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}  # fmt: skip
     # By these hashes fine-tuning knows whether it tests on films that were trained on here
     root = data.demo_root(config.root) if config.data == "demo" else config.root
     facts["trained_on"] = data.hash_films(root, records.images.paths, before.get("trained_on"))
@@ -1122,7 +1125,8 @@ class UPerHead(nn.Module):
         self.fuse = ConvNorm(4 * channels, channels, 3, norm)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, 1, 1))
         few = math.ceil(channels / 3)  # 256 of 768, as published
-        conv = ConvNorm(dim, few, 3, norm)  # on the third map; it acts in training alone
+        # A second head, on the third map, which acts in training alone
+        conv = ConvNorm(dim, few, 3, norm)
         self.auxiliary = nn.Sequential(conv, nn.Dropout2d(0.1), nn.Conv2d(few, 1, 1))
 
     def forward(self, maps):
@@ -1181,16 +1185,19 @@ def open_run(config, count):
         raise InputError(run, "an MRM checkpoint of this script", "one without the decoders")
     ran = saved.get("config", {})  # the options of that run say which records it held out
     filled = {name: ran.get(name, RECORDS[name]) for name in RECORDS}
-    filled |= {"out": str(run if run.is_dir() else run.parent)}
     filled |= {name: saved[name] for name in ("mask_ratio", "word_ratio")}
     filled |= pixel_statistics(config, saved["mean"], saved["std"])
-    config = data.fill(config, filled)
+    config = data.fill(config, filled | {"out": str(run if run.is_dir() else run.parent)})
     config = dataclasses.replace(config, image_only=ran.get("image_only", False))
     print(f"{run}: records of {config.root or config.data}")
     device, _, _ = data.join(config)
     data.seed(config.seed)
     model = MRM(**saved["arguments"]).to(device).eval()
-    load_encoder(model, tensors, run)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{run}: the weights do not fit this version's MRM: {reason}") from None
     paths, reports = read_records(config)
     white = data.common_scale(paths[: -config.holdout], paths[-config.holdout :])  # as in training
     paths, reports = paths[-config.holdout :][:count], reports[-config.holdout :][:count]
