@@ -95,16 +95,18 @@ from data import InputError, RunConfig, option
 def patchify(images, p):
     """(B, C, H, W) -> (B, N, p*p*C), patches row by row; in a patch: row, column, channel (MAE)."""
     B, C, H, W = images.shape
-    x = images.reshape(B, C, H // p, p, W // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // p) * (W // p), p * p * C)
+    x = images.reshape(B, C, H // p, p, W // p, p)  # (B, C, rows, p, columns, p)
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, C)
+    return x.reshape(B, (H // p) * (W // p), p * p * C)  # (B, N, p*p*C)
 
 
 def unpatchify(patches, p, channels=1):
     """The inverse of `patchify` for square images: (B, N, p*p*C) -> (B, C, H, W)."""
     B, N, _ = patches.shape
     side = math.isqrt(N)
-    x = patches.reshape(B, side, side, p, p, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, channels, side * p, side * p)
+    x = patches.reshape(B, side, side, p, p, channels)  # (B, rows, columns, p, p, C)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, p, columns, p)
+    return x.reshape(B, channels, side * p, side * p)  # (B, C, H, W)
 
 
 def sincos_positions(dim, side):
@@ -1279,7 +1281,8 @@ def draw_attention(config, count=6):
 
     The report decoder has no attention over patches, because it sees their mean. So the map of the
     words is gradient times token, <d log p(words) / d token_n, token_n>, with them alone hidden.
-    The class token has no task of its own in MRM, so that its look says less.
+    A side is the word that only the film gives away; the name of a finding often follows from the
+    rest of its sentence. The class token has no task of its own in MRM, so that its look says less.
     """
     config = dataclasses.replace(config, device="cpu")  # some films alone
     config, model, saved, images, reports = open_run(config, None)
