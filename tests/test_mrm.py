@@ -667,6 +667,94 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
         torch.testing.assert_close(restored[~hidden], original[~hidden], atol=1e-5, rtol=0)
 
 
+def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch):
+    """The class token's weights head by head; the words' map by differences of log p."""
+    mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
+    drawn, overlay = [], mrm.overlay
+    monkeypatch.setattr(mrm, "overlay", lambda *both: drawn.append(both) or overlay(*both))
+    mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "run"), words="Heart,clear"))
+    assert (tmp_path / "run/attention.png").stat().st_size > 0
+    (shown, looks), (_, speaks) = drawn
+    assert shown.shape == (6, 1, 96, 96) and looks.shape == speaks.shape == (6, 16)
+    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    model = mrm.MRM(**state["arguments"]).eval()
+    model.load_state_dict(state["model"])
+    model.double()
+    seen = model.embed(mrm.half_size(data.normalize(shown.double())))
+    q, k, _ = (
+        model.blocks[0].attn.qkv(model.blocks[0].norm1(model.add_class_token(seen))).chunk(3, -1)
+    )
+    heads = [slice(32 * h, 32 * h + 32) for h in range(4)]
+    weights = [(q[:, :1, h] @ k[:, :, h].mT / math.sqrt(32)).softmax(-1)[:, 0, 1:] for h in heads]
+    torch.testing.assert_close(looks.double(), sum(weights) / 4, atol=1e-5, rtol=1e-4)
+    tokenizer = data.load_tokenizer(tmp_path / "run/tokenizer.tiktoken")
+    reports = [f"The heart is normal in film {i} and the lungs are clear." for i in range(32, 38)]
+    tokens, words = data.encode_reports(tokenizer, reports, 40)
+    names = [word.strip() for word in data.split_words(reports[0])]
+    hidden = (words == names.index("heart")) | (words == names.index("clear"))
+    inputs = tokens.masked_fill(hidden, tokenizer.encode_single_token("<mask>"))
+
+    def log_p(patches):
+        logits = model.report_decoder(patches, inputs, hidden, words < 0)
+        every = torch.zeros(6, 40, dtype=torch.double)
+        every[hidden] = logits.log_softmax(-1).gather(1, tokens[hidden][:, None])[:, 0]
+        return every.sum(1)
+
+    with torch.no_grad():
+        patches = model.norm(model.run_blocks(seen))[:, 1:]
+        for n in range(16):
+            step = torch.zeros(16, 1, dtype=torch.double)
+            step[n] = 1e-4
+            change = (log_p(patches * (1 + step)) - log_p(patches * (1 - step))) / 2e-4
+            torch.testing.assert_close(speaks[:, n].double(), change, atol=1e-5, rtol=1e-3)
+    with pytest.raises(data.InputError, match="--words: expected words that a held-out report"):
+        mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "run"), words="kidney"))
+    mrm.pretrain(record_run(films, tmp_path / "alone", steps=1, image_only=True))
+    with pytest.raises(data.InputError, match="expected a run with reports, found images only"):
+        mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "alone")))
+
+
+def test_patches_are_red_above_zero_and_blue_below():
+    films = torch.full((2, 1, 4, 4), 0.5)
+    drawn = mrm.overlay(films, torch.tensor([[2.0, -1.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0]]))
+    assert torch.equal(drawn[1], films[1].expand(3, -1, -1))
+    for (y, x), alpha, colour in (
+        ((0, 0), 0.6, (1, 0, 0)), ((0, 2), 0.3, (0, 0, 1)), ((2, 0), 0, (0, 0, 0)),
+        ((3, 3), 0.15, (1, 0, 0)),
+    ):  # fmt: skip
+        expected = 0.5 * (1 - alpha) + alpha * torch.tensor(colour)
+        torch.testing.assert_close(drawn[0, :, y, x], expected)
+
+
+def test_the_shapes_in_the_head_are_those_of_the_tiny_preset():
+    model = mrm.MRM(**mrm.MODELS["tiny"], vocab_size=438)
+    decoder, found = model.report_decoder, []
+    before = [model.patch_embed, model.blocks[0], model.decoder_blocks[0], decoder.blocks[0]]
+    after = [model.patch_embed, model.blocks[0], model.decoder_embed, model.decoder_pred]
+    for part in before:
+        part.register_forward_pre_hook(lambda _, given: found.append(tuple(given[0].shape)))
+    for part in after + [decoder.image_norm, decoder.image_embed]:
+        part.register_forward_hook(lambda _, __, output: found.append(tuple(output.shape)))
+    tokens, none = torch.zeros(32, 40, dtype=torch.long), torch.zeros(32, 40, dtype=torch.bool)
+    report, ratio = (tokens, tokens, ~none, none), mrm.PRESETS["tiny"]["mask_ratio"]
+    model(torch.rand(32, 1, 96, 96), report, mask_ratio=ratio)
+    assert len(found) == 10
+    for shape in found:
+        assert f"({', '.join(map(str, shape))})".replace("40", "L") in mrm.__doc__, shape
+
+
+def test_curves_are_drawn_at_each_evaluation(films, tmp_path, monkeypatch):
+    drawn, draw = [], data.save_plot
+    monkeypatch.setattr(
+        data,
+        "save_plot",
+        lambda path, curves, *more: drawn.append(curves) or draw(path, curves, *more),
+    )
+    mrm.pretrain(record_run(films, tmp_path / "run", steps=3))
+    assert [curves["heldout_image_loss"][0] for curves in drawn] == [[1], [1, 2], [1, 2, 3]]
+    assert (tmp_path / "run/curves.png").exists()
+
+
 def parts_with_gradient(model, loss):
     """The parts of a model that a loss sends a gradient to."""
     model.zero_grad(set_to_none=True)
@@ -919,19 +1007,18 @@ def test_a_run_starts_from_another_with_its_decoders_and_vocabulary(films, tmp_p
         mrm.pretrain(record_run(root, tmp_path / "typed", vocab_size=300, **on))
 
 
-def test_a_report_decoder_without_its_tokenizer_is_left(films, tmp_path, capsys):
+def test_a_report_decoder_without_its_tokenizer_is_refused(films, tmp_path):
     mrm.pretrain(record_run(films, tmp_path / "first", vocab_size=290, steps=2))
     (tmp_path / "first/tokenizer.tiktoken").unlink()
     on = dict(weights=str(tmp_path / "first"), steps=1, lr=1e-12, weight_decay=0.0, seed=5)
-    mrm.pretrain(record_run(films, tmp_path / "on", vocab_size=290, **on))
-    assert "its report decoder is left, because" in capsys.readouterr().out
+    with pytest.raises(data.InputError, match="tokenizer.tiktoken: expected the tokenizer of"):
+        mrm.pretrain(record_run(films, tmp_path / "on", **on))
+    mrm.pretrain(record_run(films, tmp_path / "on", image_only=True, **on))  # needs no words
     first, on = (
         data.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("first", "on")
     )
-    name = "report_decoder.token_embed.weight"
-    assert first[name].shape == on[name].shape  # it would fit
-    assert (first[name] - on[name]).abs().max() > 1e-2
     torch.testing.assert_close(first["decoder_pred.weight"], on["decoder_pred.weight"])
+    assert not any(name.startswith("report_decoder") for name in on)
 
 
 def test_resuming_on_other_records_is_refused(films, tmp_path):
@@ -988,11 +1075,11 @@ def test_a_run_says_how_many_records_have_no_report(films, tmp_path, capsys):
     losses = [line["report_loss"] for line in log]
     assert 0 in losses and max(losses) > 3 and result["heldout_report_loss"] > 3
     mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
-    for kept, part in ((slice(0, 20), "held out"), (slice(35, 40), "before the held-out ones")):
+    for kept in (slice(0, 20), slice(35, 40)):
         lines = list(blank)
         lines[kept] = rows[kept]
         table.write_text("\n".join([head, *lines]) + "\n")
-        with pytest.raises(data.InputError, match=f"a report among the records {part}"):
+        with pytest.raises(data.InputError, match="a report among the held-out records and among"):
             mrm.pretrain(record_run(root, tmp_path / "other", steps=1))
 
 
@@ -1205,17 +1292,14 @@ def test_upernet_taps_the_blocks_of_the_paper():
     vit = dict(img_size=16, patch_size=8, embed_dim=8, num_heads=2)
     chosen = {depth: mrm.UPerNet(4, depth=depth, **vit).chosen for depth in (12, 6, 4, 1)}
     assert chosen == {12: [4, 6, 8, 12], 6: [2, 3, 4, 6], 4: [2, 2, 3, 4], 1: [1, 1, 1, 1]}
-    model = upernet()
-    x = model.embed(torch.randn(2, 1, 24, 24))
-    states = model.run_blocks(x, [2, 3, 3, 6])
-    tokens = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(2, -1, -1), x], dim=1)
-    after = []
+    model, images, after, maps = upernet(), torch.randn(2, 1, 24, 24), [], []
     for block in model.blocks:
-        tokens = block(tokens)
-        after.append(tokens)
-    for state, number in zip(states, (2, 3, 3, 6), strict=True):
-        assert torch.equal(state, after[number - 1])
-    assert torch.equal(model.run_blocks(x), after[-1])
+        block.register_forward_hook(lambda _, __, output: after.append(output))
+    model.head.register_forward_pre_hook(lambda _, arguments: maps.extend(arguments[0]))
+    model(images)
+    for found, number in zip(maps, (2, 3, 4, 6), strict=True):
+        assert torch.equal(found.flatten(2).transpose(1, 2), after[number - 1][:, 1:])
+    assert torch.equal(model.tokens(images), after[5])
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
