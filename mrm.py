@@ -215,13 +215,11 @@ class ViT(nn.Module):
     sizes that do not divide."""
 
     def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12,
-                 num_heads=12, num_classes=0, drop_path=0.0, pool=1):  # fmt: skip
+                 num_heads=12, num_classes=0, drop_path=0.0, pool=1):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
-            raise ValueError(
-                f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
-                f"and embed_dim {embed_dim} of num_heads {num_heads}"
-            )
+            raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
+                             f"and embed_dim {embed_dim} of num_heads {num_heads}")
         side = img_size // patch_size
         if side % pool:
             raise ValueError(f"pool {pool} must divide the {side} patches a side")
@@ -289,9 +287,8 @@ class ReportDecoder(nn.Module):
     The image enters as one normalised vector that is added to every token embedding. The vocabulary
     head shares the weights of the token embedding."""
 
-    def __init__(
-        self, vocab_size, image_dim, dim=384, depth=6, num_heads=6, max_length=100, dropout=0.1
-    ):
+    def __init__(self, vocab_size, image_dim, dim=384, depth=6, num_heads=6, max_length=100,
+                 dropout=0.1):
         super().__init__()
         self.image_norm = nn.LayerNorm(image_dim)
         self.image_embed = nn.Linear(image_dim, dim)
@@ -344,16 +341,15 @@ class MRM(ViT):
     def __init__(self, img_size=224, patch_size=16, in_chans=1, embed_dim=768, depth=12,
                  num_heads=12, decoder_dim=768, decoder_depth=4, decoder_heads=6, vocab_size=0,
                  report_dim=384, report_depth=6, report_heads=6, report_length=100,
-                 report_dropout=0.1):  # fmt: skip
+                 report_dropout=0.1):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads)
         self.pos_embed.requires_grad_(False)  # fixed sin-cos
         self.decoder_embed = nn.Linear(embed_dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         positions = sincos_positions(decoder_dim, img_size // patch_size)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)
-        )
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads)
+                                            for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, (2 * patch_size) ** 2 * in_chans)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
@@ -439,7 +435,6 @@ MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR's pixels in [0, 1], from the official
 NARROW = 256
 SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # changes when this file does
 
-# fmt: off
 BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768,
             decoder_depth=4, decoder_heads=6, report_dim=384, report_depth=6, report_heads=6,
             report_length=100)
@@ -499,7 +494,6 @@ class MRMConfig(RunConfig):
                              free=True)
     words: str = option("left,right,bilateral", "words of the reports that --attention asks about",
                         free=True)
-# fmt: on
 
 
 def fill_options(config, world):
@@ -581,9 +575,8 @@ class Records:
         """The batches (images, rows) of this process from step `step` on, timed."""
         share, passes = data.share_of_batch(config, world), config.accumulate
         first, last = step * passes, steps * passes
-        batches = data.train_batches(
-            self.images, share, first, last, config.seed, rank, world, config.workers
-        )
+        batches = data.train_batches(self.images, share, first, last, config.seed, rank, world,
+                                     config.workers)
         return data.Timed(batches, self.heldout.device, world)
 
     def report_batch(self, rows, config, generator=None):
@@ -648,10 +641,9 @@ def decays(name, parameter):
 def make_optimizer(model, config, device):
     """AdamW over what is trained, with weight decay where `decays` says so."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in trained if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
-    ]
+    groups = [{"params": [p for n, p in trained if decays(n, p)],
+               "weight_decay": config.weight_decay},
+              {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=device.type != "mps")
 
 
@@ -723,7 +715,7 @@ def pretrain(config):
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
     facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
-              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}  # fmt: skip
+              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}
     # By these hashes fine-tuning knows whether it tests on films that were trained on here
     root = data.demo_root(config.root) if config.data == "demo" else config.root
     facts["trained_on"] = data.hash_films(root, records.images.paths, before.get("trained_on"))
@@ -737,15 +729,13 @@ def pretrain(config):
     last = train(config, model, records, steps, saved, facts, log, world)
     result = {"preset": config.preset, "records": len(records.images), "parameters": parameters,
               "steps": steps, "batch_size": config.batch_size, **last, "lr": config.lr,
-              "mrm.py": SOURCE, "seconds": time.time() - start}  # fmt: skip
+              "mrm.py": SOURCE, "seconds": time.time() - start}
     log.json("result.json", result)
     if rank == 0:
         image, report = result["heldout_image_loss"], result["heldout_report_loss"]
         speed, waiting = result["images_per_second"], 100 * result["share_waiting_for_data"]
-        print(
-            f"held-out losses: image {image:.3f}, report {report:.3f}; {speed:.0f} images/s, "
-            f"{waiting:.0f} % of the time waiting for data; {log.out / 'last.pt'}"
-        )
+        print(f"held-out losses: image {image:.3f}, report {report:.3f}; {speed:.0f} images/s, "
+              f"{waiting:.0f} % of the time waiting for data; {log.out / 'last.pt'}")
     return result
 
 
@@ -826,8 +816,7 @@ def check_finite(step, paths, rows, **values):
             files = ", ".join([str(paths[row]) for row in rows[:8]] + ["..."] * (len(rows) > 8))
             raise InputError(
                 f"step {step}: the {name.replace('_', ' ')} is not finite; lower --lr, use "
-                f"--dtype fp32 or look at the images of the batch: {files}"
-            )
+                f"--dtype fp32 or look at the images of the batch: {files}")
 
 
 def average(values, world):
@@ -846,10 +835,8 @@ def save_state(log, model, optimizer, config, world, state):
         torch.distributed.all_gather_object(random, data.random_state())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise InputError(
-                f"step {state['step']}: {name} is not finite; lower --lr or use --dtype fp32; "
-                f"{log.out / 'last.pt'} holds the state before it"
-            )
+            raise InputError(f"step {state['step']}: {name} is not finite; lower --lr or use "
+                             f"--dtype fp32; {log.out / 'last.pt'} holds the state before it")
     if log.rank == 0:
         more = {"config": dataclasses.asdict(config), "optimizer": optimizer.state_dict()}
         data.save_checkpoint(log.out / "last.pt", state | more | {"random": random})
@@ -899,10 +886,8 @@ ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its t
 HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: tiny here, timm, MAE
 # Parts of other ViTs that change the encoder's result: register and distillation tokens, a norm
 # before the blocks, relative and rotary positions, SwiGLU. Decoders and old heads may be left out
-FOREIGN = re.compile(
-    "reg_tok|register|storage_tok|dist_tok|distil|norm_pre|ln_pre|rel_pos|relative"
-    r"|rope|blocks\.\d+\.mlp\.(w12|weights_in|gate_proj|fc1_g)\."
-)
+FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|distil|norm_pre|ln_pre|rel_pos|relative"
+                     r"|rope|blocks\.\d+\.mlp\.(w12|weights_in|gate_proj|fc1_g)\.")
 # Hugging Face's names of a ViT and of DINOv2, those of transformers 5 too, and ours
 RENAMED = (("embeddings.patch_embeddings.projection", "patch_embed.proj"),
            ("embeddings.cls_token", "cls_token"), ("embeddings.position_embeddings", "pos_embed"),
@@ -913,7 +898,7 @@ RENAMED = (("embeddings.patch_embeddings.projection", "patch_embed.proj"),
            ("intermediate.dense", "mlp.fc1"), ("output.dense", "mlp.fc2"),
            ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
            ("layer_scale1.lambda1", "ls1.gamma"), ("layer_scale2.lambda1", "ls2.gamma"),
-           ("layernorm", "norm"), ("embeddings.", ""))  # fmt: skip
+           ("layernorm", "norm"), ("embeddings.", ""))
 NO_PLACE = "the encoder does not fit: the model has no place for"
 
 
@@ -1136,10 +1121,8 @@ class UPerHead(nn.Module):
         auxiliary ones (B, 1, n, n)."""
         one, two, three, four = maps
         one, two, four = self.up4(one), self.up2(two), F.max_pool2d(four, 2, ceil_mode=True)
-        pools = [
-            resize_to(conv(F.adaptive_avg_pool2d(four, cells)), four)
-            for conv, cells in zip(self.pooled, POOLS)
-        ]
+        pools = [resize_to(conv(F.adaptive_avg_pool2d(four, cells)), four)
+                 for conv, cells in zip(self.pooled, POOLS)]
         x = self.top(torch.cat([four, *pools], dim=1))
         levels = [x]
         for lateral, smooth, fine in zip(self.lateral, self.smooth, (three, two, one)):
