@@ -12,11 +12,13 @@ predicts the flow that carries G(a) onto b. Only training needs R and D; G is us
                  |                    |
                  +-----------------> warp --> G(a) moved onto b, compared with b
 
-    loss           its gradient runs back along the arrows
-    adversarial    verdict ==> D, frozen ==> G(a) ==> G           G learns to fool D
-    correction     moved G(a) ==> warp ==> G, ==> flow ==> R      G and R learn to meet b
-    smoothness     flow ==> R ==> G(a) ==> G                      R learns to bend little
-    D's own        verdict ==> D, no further: G(a) is detached    D learns to tell b from G(a)
+    loss           where its gradient runs, against the arrows above
+    adversarial    G <== G(a) <== D, frozen <== verdict     G learns to fool D
+    correction     G <== G(a) <== warp <== moved G(a)       G learns to meet b where R moves it
+                   R <== flow <== warp <== moved G(a)       R learns to move G(a) onto b
+    smoothness     R <== flow                               R learns to bend little
+    D's own        D <== verdict; G(a) is detached          D learns to tell b from G(a)
+    What reaches R runs on through G(a) to G: R may ask G for an image that is easier to move.
 
 G cannot learn the motion of a pair: it is random, and a alone, which is all that G sees, does not
 show it. A motion common to all pairs is another matter: nothing in a tells whether b was moved or
@@ -38,9 +40,8 @@ schedule. This file differs from the official code (Kid-Liet/Reg-GAN) in these p
  4. R has as many levels as the image can be halved, seven at most. The official R has seven and
     takes no image below 256 x 256. Its last layer starts at 1e-5, here at zero.
  5. Misaligned images are resampled bilinearly, in the official code to the nearest pixel.
- 6. MAE and PSNR leave the background out. The official Pix2Pix trainer means to, but its PSNR
-    takes `fake[x][y]`, which is whole rows.
- 7. val/ chooses best.pt and test/ reports it. Without test/, val/ reports the last weights. The
+ 6. PSNR leaves out the background pixels. The official Pix2Pix trainer leaves out whole rows.
+ 7. val/ chooses best.pt and test/ reports it; without test/, val/ reports the last weights. The
     official code chooses and reports on one folder.
  8. The adversarial loss is least squares, as in the official code; eq. 1 has logarithms. D sees a
     pool of old fakes in NC + R too, but not with --paper: there only the other hosts have one.
@@ -285,6 +286,15 @@ def average(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 
+def from_all(value):
+    """[`value` of each of torchrun's processes]"""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 class Pool:
     """The last `size` fakes: half of the time D gets one of them instead of a new one, so that it
     does not forget what G made before (Shrivastava et al. 2017). A pool of size 0 does nothing."""
@@ -456,9 +466,14 @@ class Config(RunConfig):
     host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
     noise: float = option(
-        None, "added motion: n degrees, 2n % (default: 3 on the demo, else none)", within="[0, 25]"
+        None,
+        "added misalignment: rotation to n degrees, shift and zoom to 2n % "
+        "(default: 3 on the demo pairs, none on your own)",
+        within="[0, 25]",
     )
-    elastic: float = option(None, "added bending, % of sides (default: none)", within="[0, 25]")
+    elastic: float = option(
+        None, "added bending: sd in % of the image side (default: none)", within="[0, 25]"
+    )
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
@@ -478,14 +493,16 @@ class Config(RunConfig):
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
     identity: float = option(None, "weight of CycleGAN's |G(b) - b|", within="[0, inf)")
     drift: float = option(None, "weight of the squared mean flow, % of sides", within="[0, inf)")
-    synthetic: float = option(None, "weight of R's error on known motion", within="[0, inf)")
+    synthetic: float = option(None, "weight of R's error on known motion, %", within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
     compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
     hosts: str = option(
         "pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r: with R", free=True
     )
     levels: str = option(
-        "0,3,5,elastic", "its columns: --noise; elastic: 0 and 3 % bending; or none", free=True
+        "0,3,5,elastic",
+        "its columns: --noise; elastic: level 0, 3 % bending; or none: your own pairs as they are",
+        free=True,
     )
     seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
     translate: str = option("", "translate this folder with --weights into --out", free=True)
@@ -569,15 +586,19 @@ def all_pairs(config):
 
 
 class Run:
-    """The networks, optimisers, pools and counters of a run. `facts` must be the same when the run
-    is resumed, beside the options."""
+    """Everything that a run consists of: pairs, networks, optimisers, pools, counters."""
 
-    def __init__(self, config, pairs, device, rank=0, world=1, facts=None):
+    def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.out, self.pairs, self.facts = Path(config.out or "runs/reggan"), pairs, facts or {}
+        self.out, self.start = Path(config.out or "runs/reggan"), time.time()
         self.autocast = data.autocast(config, device)
+        self.pairs, self.val, self.test = all_pairs(config)
+        names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
+        names = hashlib.sha256(names.encode()).hexdigest()
+        self.facts = {"names of the pairs": names, "number of processes": world}  # see `resume`
         data.seed(config.seed)
-        self.model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
+        self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
+        self.model.to(device)
         if rank:  # the processes start from the same weights, then draw numbers of their own
             data.seed(data.seeded(config.seed, rank).initial_seed() % 2**32)
         groups = [{"params": trainable(self.model, "netG"), "peak": config.lr}]
@@ -587,71 +608,15 @@ class Run:
         groups = [{"params": trainable(self.model, "netD"), "peak": config.lr}]
         self.opt_d = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
         self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
-        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / config.batch_size)  # steps
+        self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
-        self.step, self.best, self.speed, self.start = 0, math.inf, {}, time.time()
-
-
-def from_all(value):
-    """[`value` of each of torchrun's processes]"""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def save(run, best=False):
-    """Writes last.pt, and best.pt for `load_generator` where these weights are the `best`. Every
-    process calls this, for each has pools and random numbers of its own. Raises InputError for
-    weights that are not finite: the checkpoints before stay."""
-    for name, weight in run.model.state_dict().items():
-        if not weight.isfinite().all():
-            advice = f"lower --lr; {run.out / 'last.pt'} holds the state before"
-            raise InputError(f"step {run.step}: {name} is not finite: {advice}")
-    pools = {side: [image.clone() for image in pool.images] for side, pool in run.pools.items()}
-    ranks = from_all({"random": data.random_state(), "pools": pools})
-    if run.rank == 0:
-        weights = {"model": run.model.state_dict(), "config": dataclasses.asdict(run.config)}
-        weights |= {"in_chans": run.pairs.in_chans, "out_chans": run.pairs.out_chans}
-        weights["shape"] = list(run.pairs.shape)
-        if best:
-            save_checkpoint(run.out / "best.pt", weights)
-        state = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict(), "ranks": ranks}
-        state |= {name: getattr(run, name) for name in ("facts", "step", "best", "speed")}
-        seconds = time.time() - run.start
-        save_checkpoint(run.out / "last.pt", weights | state | {"seconds": seconds})
-
-
-def resume(run):
-    """Goes on from last.pt. Raises InputError where an option, the pairs or the number of processes
-    differ."""
-    path = run.out / "last.pt"
-    state = load_checkpoint(path)
-    try:
-        data.check_same(state["config"], run.config, path)
-        for name, value in run.facts.items():
-            if state["facts"][name] != value:
-                raise InputError(path, f"a run with the same {name} as now", "one with another")
-        for name in ("model", "opt_g", "opt_d"):
-            getattr(run, name).load_state_dict(state[name])
-        own = state["ranks"][run.rank]
-        for side, pool in run.pools.items():
-            pool.images = [image.to(run.device) for image in own["pools"][side]]
-        run.step, run.best, run.speed = state["step"], state["best"], state["speed"]
-        run.start -= state["seconds"]
-        data.set_random_state(own["random"])
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
-    if run.rank == 0:  # the steps after the checkpoint are taken again, so their lines are dropped
-        lines = data.read_text(run.out / "log.jsonl").splitlines(True)
-        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step]
-        data.atomic_write(run.out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+        self.step, self.best, self.speed = 0, math.inf, {}
 
 
 @torch.no_grad()
 def evaluate(run, aligned, moved):
-    """Metrics of G on aligned pairs and of R on moved ones, means over images: a dict."""
+    """Metrics of G on aligned pairs, since it is used without R, and of R on moved ones: a dict of
+    means over the images of all processes."""
     run.model.eval()
     scores = {}
     for pairs in [aligned, moved] if run.config.reg else [aligned]:
@@ -672,7 +637,7 @@ def evaluate(run, aligned, moved):
     return {name: statistics.fmean(column) for name, column in columns.items()}
 
 
-def loop(run, val, log):
+def loop(run, log):
     """Trains from run.step to the end."""
     config, steps, per_epoch = run.config, run.steps, run.per_epoch
     every, epochs = max(per_epoch, steps // 10), math.ceil(steps / per_epoch)
@@ -688,8 +653,10 @@ def loop(run, val, log):
             factor = min(1.0, 2 * (1 - run.step / steps)) if config.decay else 1.0
             for group in run.opt_g.param_groups + run.opt_d.param_groups:
                 group["lr"] = group["peak"] * factor
-            optimizers = run.opt_g, run.opt_d
-            losses = training_step(run.model, config, a, b, *optimizers, run.pools, run.autocast)
+            # G and R take one step together, for each is judged by what the other makes; then D.
+            losses = training_step(
+                run.model, config, a, b, run.opt_g, run.opt_d, run.pools, run.autocast
+            )
             run.step += 1
             # A GAN that diverges does not recover, so every step's losses are looked at.
             losses = {name: loss.item() for name, loss in losses.items()}
@@ -701,7 +668,7 @@ def loop(run, val, log):
                 log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **losses)
             run.speed = batches.speed()
             if run.step % every == 0 or ends:
-                scores = evaluate(run, *val)
+                scores = evaluate(run, *run.val)
                 log.line(step=run.step, epoch=epoch, val=scores)
                 if run.rank == 0:
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
@@ -712,45 +679,39 @@ def loop(run, val, log):
                 best = scores["mae"] < run.best
                 run.best = min(run.best, scores["mae"])
                 save(run, best)
-            saving.after(run.step)
+            saving.after(run.step)  # every few minutes, and where Ctrl-C asks the run to stop
 
 
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
-    start, config = time.time(), complete(config)
+    config = complete(config)
     device, rank, world = data.join(config)
     if rank == 0:
         data.check_writable(config.out or "runs/reggan")
-    pairs, val, test = all_pairs(config)
-    names = repr([part.names for part in (pairs, val[0], test[0])])
-    facts = {"names of the pairs": hashlib.sha256(names.encode()).hexdigest()}
-    run = Run(config, pairs, device, rank, world, facts | {"number of processes": world})
-    run.start = start
+    run = Run(config, device, rank, world)
     if config.resume:
         resume(run)
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(run.out, config, rank, config.resume, run.start)
-    if rank == 0 and config.noise is None:
-        print("the pairs are used as they are, those of val and test as aligned (--noise N moves)")
-    elif rank == 0:
-        bending = f" and bending of {config.elastic:g} %" if config.elastic else ""
-        motion = f"misalignment of level {config.noise:g}{bending}, anew in every epoch"
-        measures = "misalignment and registration_error are of this added motion"
-        print(f"added to the training pairs: {motion}; {measures}")
-    loop(run, val, log)
+    if rank == 0:
+        motion = f"level {config.noise} and bending of {config.elastic} %, anew in every epoch"
+        motion = "none, all pairs are used as they are" if config.noise is None else motion
+        print(f"misalignment that is added to the training pairs: {motion}")
+    loop(run, log)
     if world > 1:
         torch.distributed.barrier()  # rank 0 may still be writing best.pt
-    part, chosen = test[0].folder.name, "last.pt (nothing chosen)"
+    part, chosen = run.test[0].folder.name, "last.pt (nothing chosen)"
     if part == "test":  # weights that val chose would score too well on val itself
         run.model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
-    result = evaluate(run, *test)
+    result = evaluate(run, *run.test)
     result |= {"host": config.host, "registration": config.reg, "noise": config.noise}
-    result |= {"elastic": config.elastic, "part": part, "weights": chosen, "images": len(test[0])}
-    result["parameters"] = sum(p.numel() for p in trainable(run.model, ""))
+    result |= {"elastic": config.elastic, "part": part, "weights": chosen}
+    trained = sum(weight.numel() for weight in trainable(run.model, ""))
+    result |= {"images": len(run.test[0]), "parameters": trained}
     result |= {"seconds": time.time() - run.start, **run.speed}
     if rank == 0:
-        draw_run(run, *test)
+        draw_run(run, *run.test)
     log.json("result.json", result)
     if world > 1:
         torch.distributed.barrier()  # no process leaves, or starts a next run, before the last
@@ -1018,7 +979,55 @@ HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle, "nice": Nice}
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures, translating, comparing
+# Checkpoints, pictures, translating, comparing
+
+
+def save(run, best=False):
+    """Writes last.pt, and best.pt for `load_generator` where these weights are the `best`. Every
+    process calls this, for each has pools and random numbers of its own. Raises InputError for
+    weights that are not finite: the checkpoints before stay."""
+    for name, weight in run.model.state_dict().items():
+        if not weight.isfinite().all():
+            advice = f"lower --lr; {run.out / 'last.pt'} holds the state before"
+            raise InputError(f"step {run.step}: {name} is not finite: {advice}")
+    pools = {side: [image.clone() for image in pool.images] for side, pool in run.pools.items()}
+    ranks = from_all({"random": data.random_state(), "pools": pools})
+    if run.rank == 0:
+        weights = {"model": run.model.state_dict(), "config": dataclasses.asdict(run.config)}
+        weights |= {"in_chans": run.pairs.in_chans, "out_chans": run.pairs.out_chans}
+        weights["shape"] = list(run.pairs.shape)
+        if best:
+            save_checkpoint(run.out / "best.pt", weights)
+        state = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict(), "ranks": ranks}
+        state |= {name: getattr(run, name) for name in ("facts", "step", "best", "speed")}
+        seconds = time.time() - run.start
+        save_checkpoint(run.out / "last.pt", weights | state | {"seconds": seconds})
+
+
+def resume(run):
+    """Goes on from last.pt. Raises InputError where an option, the pairs or the number of processes
+    differ."""
+    path = run.out / "last.pt"
+    state = load_checkpoint(path)
+    try:
+        data.check_same(state["config"], run.config, path)
+        for name, value in run.facts.items():
+            if state["facts"][name] != value:
+                raise InputError(path, f"a run with the same {name} as now", "one with another")
+        for name in ("model", "opt_g", "opt_d"):
+            getattr(run, name).load_state_dict(state[name])
+        own = state["ranks"][run.rank]
+        for side, pool in run.pools.items():
+            pool.images = [image.to(run.device) for image in own["pools"][side]]
+        run.step, run.best, run.speed = state["step"], state["best"], state["speed"]
+        run.start -= state["seconds"]
+        data.set_random_state(own["random"])
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
+    if run.rank == 0:  # the steps after the checkpoint are taken again, so their lines are dropped
+        lines = data.read_text(run.out / "log.jsonl").splitlines(True)
+        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step]
+        data.atomic_write(run.out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
 
 
 @torch.no_grad()

@@ -1416,7 +1416,7 @@ def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out()
 
 def test_every_network_has_its_optimiser_and_its_rate(drawn):
     c = config(drawn, host="cycle", lr=0.01, reg_lr=0.02, improved=True)
-    run = reggan.Run(c, reggan.all_pairs(c)[0], torch.device("cpu"))
+    run = reggan.Run(c, torch.device("cpu"))
     owner = {
         id(p): (name, group["peak"])
         for name in ("opt_g", "opt_d")
@@ -1465,7 +1465,7 @@ def test_the_weights_that_are_best_on_val_are_kept_and_tested(root, monkeypatch)
 def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
     c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
     plain = reggan.train(c)
-    assert "the pairs are used as they are" in capsys.readouterr().out
+    assert "none, all pairs are used as they are" in capsys.readouterr().out
     assert "folding" in plain and not {"registration_error", "misalignment"} & plain.keys()
     pairs, val, _ = reggan.all_pairs(reggan.complete(c))
     for part in (pairs, *val):
@@ -1477,7 +1477,7 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
                 )
     moved = reggan.train(dataclasses.replace(c, noise=3.0, elastic=2.0))
     text = capsys.readouterr().out
-    assert "misalignment of level 3 and bending of 2 %" in text and "of this added motion" in text
+    assert "added to the training pairs: level 3.0 and bending of 2.0 %" in text
     assert moved["misalignment"] > 0.3
     assert reggan.complete(dataclasses.replace(c, elastic=2.0)).noise == 0
     demo = reggan.complete(reggan.Config())
@@ -1492,8 +1492,8 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
 
 def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
     c = config(drawn, noise=3.0)
-    pairs, (aligned, moved), _ = reggan.all_pairs(c)
-    run = reggan.Run(c, pairs, torch.device("cpu"))
+    run = reggan.Run(c, torch.device("cpu"))
+    aligned, moved = run.val
     scores = reggan.evaluate(run, aligned, moved)
     with torch.no_grad():
         a, b = (
@@ -1596,7 +1596,7 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoin
 
 def test_weights_that_are_not_finite_are_not_saved(drawn, tmp_path):
     c = config(drawn, out=str(tmp_path / "run"))
-    run = reggan.Run(c, reggan.all_pairs(c)[0], torch.device("cpu"))
+    run = reggan.Run(c, torch.device("cpu"))
     reggan.save(run)
     before = (tmp_path / "run" / "last.pt").read_bytes()
     with torch.no_grad():
