@@ -33,17 +33,14 @@ belongs there, so that G may move every image alike and R take it back (see `run
 The default is the paper's method in small networks; --paper takes the paper's networks and
 schedule. This file differs from the official code (Kid-Liet/Reg-GAN) in these points:
  1. G runs once a step: D learns from the same fake. The official NC + R runs G again for D.
- 2. D is frozen in G's step, and a bias that an instance norm subtracts is never trained. Neither
-    changes what is learnt.
- 3. Small networks learn from eight pairs a step, and their learning rates fall linearly to 0 over
+ 2. Small networks learn from eight pairs a step, and their learning rates fall linearly to 0 over
     the second half. No official trainer applies the decay of its yaml file: --paper has none.
- 4. R has as many levels as the image can be halved, seven at most. The official R has seven and
-    takes no image below 256 x 256. Its last layer starts at 1e-5, here at zero.
- 5. Misaligned images are resampled bilinearly, in the official code to the nearest pixel.
- 6. PSNR leaves out the background pixels. The official Pix2Pix trainer leaves out whole rows.
- 7. val/ chooses best.pt and test/ reports it; without test/, val/ reports the last weights. The
-    official code chooses and reports on one folder.
- 8. The adversarial loss is least squares, as in the official code; eq. 1 has logarithms. D sees a
+ 3. R halves the image as often as it can, seven times at most, and its first flow is zero. The
+    official R takes no image below 256 x 256, and its last layer starts at 1e-5.
+ 4. Misaligned images are resampled bilinearly, in the official code to the nearest pixel.
+ 5. PSNR leaves out the background pixels. The official Pix2Pix trainer leaves out whole rows.
+ 6. val/ chooses best.pt and test/ reports it. The official code does both on one folder.
+ 7. The adversarial loss is least squares, as in the official code; eq. 1 has logarithms. D sees a
     pool of old fakes in NC + R too, but not with --paper: there only the other hosts have one.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
@@ -62,6 +59,7 @@ import json
 import math
 import os
 import statistics
+import textwrap
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -240,61 +238,6 @@ def registration_losses(model, config, a, b, fake):
     return losses | added_losses(model, config, a, b, fake, flow)  # none in the paper
 
 
-def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext):
-    """Updates G and R together, then D. Returns the losses, means over all processes.
-    NC + R minimises (D(G(a)) - 1)^2 + 20 correction + 10 smoothness; another host has its own
-    losses in place of the first. D minimises `discriminator_loss`."""
-    of_d = parameters_of(opt_d)
-    for weight in of_d:
-        weight.requires_grad_(False)  # here D only judges
-    with autocast():
-        fakes, losses = model.generator_losses(a, b)  # fakes["B"] is G(a)
-        losses |= registration_losses(model, config, a, b, fakes["B"])
-    descend(opt_g, losses)
-    for weight in of_d:
-        weight.requires_grad_(True)
-    # D is shown the fakes detached: what it learns from them must not flow back into G.
-    shown = {side: pools[side](fake.detach()) for side, fake in fakes.items()}
-    with autocast():
-        losses_d = model.discriminator_losses(a, b, shown)
-    descend(opt_d, losses_d)
-    values = {name: loss.detach() for name, loss in (losses | losses_d).items()}
-    average(values.values())
-    return values
-
-
-def parameters_of(optimizer):
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
-
-
-def descend(optimizer, losses):
-    """One step of the optimiser down the sum of the losses; under torchrun by the mean gradient."""
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    average(p.grad for p in parameters_of(optimizer) if p.grad is not None)
-    optimizer.step()
-
-
-def average(tensors):
-    """Makes each tensor its mean over torchrun's processes, in one message for all of them."""
-    if torch.distributed.is_initialized():
-        tensors = list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        flat /= torch.distributed.get_world_size()
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
-def from_all(value):
-    """[`value` of each of torchrun's processes]"""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
 class Pool:
     """The last `size` fakes: half of the time D gets one of them instead of a new one, so that it
     does not forget what G made before (Shrivastava et al. 2017). A pool of size 0 does nothing."""
@@ -314,6 +257,51 @@ class Pool:
                 fake, self.images[k] = self.images[k], fake
             shown.append(fake)
         return torch.stack(shown)
+
+
+def average(tensors):
+    """Makes each tensor its mean over torchrun's processes, in one message for all of them."""
+    if torch.distributed.is_initialized():
+        tensors = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def parameters_of(optimizer):
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def descend(optimizer, losses):
+    """One step of the optimiser down the sum of the losses; under torchrun by the mean gradient."""
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    average(p.grad for p in parameters_of(optimizer) if p.grad is not None)
+    optimizer.step()
+
+
+def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext):
+    """Updates G and R together, then D. Returns the losses, means over all processes.
+    NC + R minimises (D(G(a)) - 1)^2 + 20 correction + 10 smoothness; another host has its own
+    losses in place of the first. D minimises `discriminator_loss`."""
+    for weight in parameters_of(opt_d):
+        weight.requires_grad_(False)  # here D only judges, so its weights need no gradients
+    with autocast():
+        fakes, losses = model.generator_losses(a, b)  # fakes["B"] is G(a)
+        losses |= registration_losses(model, config, a, b, fakes["B"])
+    descend(opt_g, losses)
+    for weight in parameters_of(opt_d):
+        weight.requires_grad_(True)
+    # D is shown the fakes detached: what it learns from them must not flow back into G.
+    shown = {side: pools[side](fake.detach()) for side, fake in fakes.items()}
+    with autocast():
+        losses_of_d = model.discriminator_losses(a, b, shown)
+    descend(opt_d, losses_of_d)
+    values = {name: loss.detach() for name, loss in (losses | losses_of_d).items()}
+    average(values.values())
+    return values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,11 +557,12 @@ def make_pairs(config, part, misaligned=False, with_flow=True):
 
 
 def all_pairs(config):
-    """(training pairs, val, test). val and test are [aligned, moved]: the pairs as they are judge
+    """(training pairs, val, test). val and test are (aligned, moved): the pairs as they are judge
     G, and those moved as in training judge R. Without test/, test is val."""
     pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
     last = "test" if (pairs.folder.parent / "test").is_dir() else "val"
-    val, test = ([make_pairs(config, p), make_pairs(config, p, True)] for p in ("val", last))
+    val = make_pairs(config, "val"), make_pairs(config, "val", misaligned=True)
+    test = make_pairs(config, last), make_pairs(config, last, misaligned=True)
     for other in (val[0], test[0]):
         if (other.in_chans, other.out_chans) != (pairs.in_chans, pairs.out_chans):
             wanted = f"{pairs.in_chans} channels in A and {pairs.out_chans} in B, as in train"
@@ -613,6 +602,15 @@ class Run:
         self.step, self.best, self.speed = 0, math.inf, {}
 
 
+def from_all(value):
+    """[`value` of each of torchrun's processes]"""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 @torch.no_grad()
 def evaluate(run, aligned, moved):
     """Metrics of G on aligned pairs, since it is used without R, and of R on moved ones: a dict of
@@ -632,9 +630,10 @@ def evaluate(run, aligned, moved):
             for name, column in values.items():
                 scores.setdefault(name, []).extend(column.tolist())
     run.model.train()
-    parts = from_all(scores)  # a process may have got no image
-    columns = {name: [x for part in parts for x in part.get(name, ())] for name in parts[0]}
-    return {name: statistics.fmean(column) for name, column in columns.items()}
+    parts, means = from_all(scores), {}
+    for name in parts[0]:  # where images are few, another process may have got none
+        means[name] = statistics.fmean(x for part in parts for x in part.get(name, ()))
+    return means
 
 
 def loop(run, log):
@@ -694,8 +693,10 @@ def train(config):
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(run.out, config, rank, config.resume, run.start)
     if rank == 0:
-        motion = f"level {config.noise} and bending of {config.elastic} %, anew in every epoch"
-        motion = "none, all pairs are used as they are" if config.noise is None else motion
+        motion = "none, the pairs are used as they are, those of val and test as aligned"
+        if config.noise is not None:
+            motion = f"level {config.noise:g} and bending of {config.elastic:g} %, anew in every "
+            motion += "epoch; misalignment and registration_error are of this added motion"
         print(f"misalignment that is added to the training pairs: {motion}")
     loop(run, log)
     if world > 1:
@@ -1182,8 +1183,9 @@ def write_tables(out, table, rows, levels):
 
 
 def main():
-    presets = f"Presets: small {SMALL}\nimproved: {IMPROVED}\npaper: {PAPER}"
-    config = data.parse_config(Config, description=f"{__doc__}\n{presets}")
+    presets = {"small": SMALL, "improved changes": IMPROVED, "paper changes": PAPER}
+    lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
+    config = data.parse_config(Config, description="\n".join([__doc__, *lines]))
     if config.translate:
         translate_folder(config)
     elif config.compare:

@@ -1465,7 +1465,7 @@ def test_the_weights_that_are_best_on_val_are_kept_and_tested(root, monkeypatch)
 def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
     c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
     plain = reggan.train(c)
-    assert "none, all pairs are used as they are" in capsys.readouterr().out
+    assert "none, the pairs are used as they are" in capsys.readouterr().out
     assert "folding" in plain and not {"registration_error", "misalignment"} & plain.keys()
     pairs, val, _ = reggan.all_pairs(reggan.complete(c))
     for part in (pairs, *val):
@@ -1477,7 +1477,7 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
                 )
     moved = reggan.train(dataclasses.replace(c, noise=3.0, elastic=2.0))
     text = capsys.readouterr().out
-    assert "added to the training pairs: level 3.0 and bending of 2.0 %" in text
+    assert "training pairs: level 3 and bending of 2 %" in text and "of this added motion" in text
     assert moved["misalignment"] > 0.3
     assert reggan.complete(dataclasses.replace(c, elastic=2.0)).noise == 0
     demo = reggan.complete(reggan.Config())
