@@ -459,9 +459,7 @@ class Config(RunConfig):
         "(default: 3 on the demo pairs, none on your own)",
         within="[0, 25]",
     )
-    elastic: float = option(
-        None, "added bending: sd in % of the image side (default: none)", within="[0, 25]"
-    )
+    elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 25]")
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
@@ -471,9 +469,7 @@ class Config(RunConfig):
     downs: int = option(None, "times the generator halves the image", within="[0, 4]")
     blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
     batch_size: int = option(None, "pairs that one process takes at once", within="[1, inf)")
-    reg_net: str = option(
-        None, "R: the paper's, or from coarse to fine", choices=["unet", "coarse"]
-    )
+    reg_net: str = option(None, "R: the paper's or coarse to fine", choices=["unet", "coarse"])
     reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
     decay: bool = option(None, "learning rates fall linearly to 0 over the second half of the run")
     pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
@@ -488,9 +484,7 @@ class Config(RunConfig):
         "pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r: with R", free=True
     )
     levels: str = option(
-        "0,3,5,elastic",
-        "its columns: --noise; elastic: level 0, 3 % bending; or none: your own pairs as they are",
-        free=True,
+        "0,3,5,elastic", "columns: --noise, elastic (3 % bending) or none (own pairs)", free=True
     )
     seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
     translate: str = option("", "translate this folder with --weights into --out", free=True)

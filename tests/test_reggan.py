@@ -75,21 +75,18 @@ def test_one_pass_over_real_and_fake_is_two_passes():
     torch.manual_seed(0)
     real, fake = torch.randn(2, 3, 1, 32, 32, dtype=torch.float64)
 
-    def apart(D):
-        pairs = (
-            (D(real), D(fake)) if isinstance(D, reggan.Discriminator) else (D(real)[0], D(fake)[0])
-        )
-        pairs = zip(*pairs) if isinstance(pairs[0], list) else [pairs]
-        return sum(reggan.lsgan(r, True) + reggan.lsgan(f, False) for r, f in pairs)
+    def apart(judge):
+        verdicts = zip(judge(real), judge(fake))
+        return sum(reggan.lsgan(r, True) + reggan.lsgan(f, False) for r, f in verdicts).item()
 
+    D = reggan.Discriminator(1, 4).double()
+    nice = reggan.Nice(filled(host="nice"), 1, 1).double().eval()
     with torch.no_grad():
-        D = reggan.Discriminator(1, 4).double()
         together = reggan.discriminator_loss(D, real, fake).item()
-        assert together == pytest.approx(apart(D).item(), rel=1e-5)  # the verdicts are float32
-        nice = reggan.Nice(filled(host="nice"), 1, 1).double().eval()
+        assert together == pytest.approx(apart(lambda x: [D(x)]), rel=1e-5)  # float32 verdicts
         together = nice.discriminator_losses(real, real, {"A": fake, "B": fake})["d"].item()
-        expected = apart(nice.netD_A) + apart(nice.netD_B)
-        assert together == pytest.approx(expected.item(), rel=1e-5)
+        both = apart(lambda x: nice.netD_A(x)[0]) + apart(lambda x: nice.netD_B(x)[0])
+        assert together == pytest.approx(both, rel=1e-5)
 
 
 def test_metrics_against_scikit_image():
