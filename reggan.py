@@ -2,9 +2,27 @@
 
 Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurIPS 2021
 (arXiv:2110.06465). A supervised translator needs pairs that agree pixel by pixel. An unsupervised
-one needs no pairs, but its problem has many solutions. RegGAN takes pairs as they are and treats
-their misalignment as noise in the labels: a registration network R predicts the flow that carries
-G(a) onto b, and G is corrected through this flow. Only training needs R; G is used alone.
+one needs no pairs, but its problem has many solutions. RegGAN takes pairs (a, b) as they are and
+treats their misalignment as noise in the labels: G translates a, and a registration network R
+predicts the flow that carries G(a) onto b. Only training needs R and D; G is used alone.
+
+    a --> G --> G(a) ------------------------------> D --> verdict: is this a real image of B?
+                 |                                   ^
+                 +--> R(G(a), b) --> flow            +---- b
+                 |                    |
+                 +-----------------> warp --> G(a) moved onto b, compared with b
+
+    loss           where its gradient runs, against the arrows above
+    adversarial    G <== G(a) <== D, frozen <== verdict     G learns to fool D
+    correction     G <== G(a) <== warp <== moved G(a)       G learns to meet b where R moves it
+                   R <== flow <== warp <== moved G(a)       R learns to move G(a) onto b
+    smoothness     R <== flow                               R learns to bend little
+    D's own        D <== verdict; G(a) is detached          D learns to tell b from G(a)
+    What reaches R runs on through G(a) to G: R may ask G for an image that is easier to move.
+
+G cannot learn the motion of a pair: it is random, and a alone, which is all that G sees, does not
+show it. A motion common to all pairs is another matter: nothing in a tells whether b was moved or
+belongs there, so that G may move every image alike and R take it back (see `running_mean`).
 
     python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
     python reggan.py --improved         # with what stands under "Beyond the paper"
@@ -15,29 +33,28 @@ G(a) onto b, and G is corrected through this flow. Only training needs R; G is u
 The default is the paper's method in small networks; --paper takes the paper's networks and
 schedule. This file differs from the official code (Kid-Liet/Reg-GAN) in these points:
  1. G runs once a step: D learns from the same fake. The official NC + R runs G again for D.
- 2. D's weights are frozen in G's step, and a bias that an instance norm subtracts is never trained.
-    Neither changes what is learnt.
- 3. Small networks learn from eight pairs a step, and their learning rates fall linearly to 0 over
+ 2. Small networks learn from eight pairs a step, and their learning rates fall linearly to 0 over
     the second half. No official trainer applies the decay of its yaml file: --paper has none.
- 4. R has as many levels as the image can be halved, seven at most. The official R has seven and
-    takes no image below 256 x 256. Its last layer starts at 1e-5, here at zero.
- 5. Misaligned images are resampled bilinearly, in the official code to the nearest pixel.
- 6. Both leave the background out of MAE and PSNR, but for the PSNR the official Pix2Pix trainer
-    takes `fake[x][y]`, which is whole rows; the CycleGAN trainer had this fault and was repaired.
- 7. val/ chooses best.pt and test/ reports it. Without test/, val/ reports the last weights. The
-    official code chooses and reports on one folder.
- 8. NICE-GAN: G's step comes first, as in the other hosts; the adaptive norm takes pooled features;
-    the discriminators are shallower; the encoder halves the image as often as --downs says.
-The paper writes the adversarial loss with logarithms (eq. 1); its code and this file use least
-squares. The official unconditional hosts show D a pool of old fakes, all but NC + R. --paper does
-the same; in the small networks NC + R has a pool too.
+ 3. R halves the image as often as it can, seven times at most, and its first flow is zero. The
+    official R takes no image below 256 x 256, and its last layer starts at 1e-5.
+ 4. Misaligned images are resampled bilinearly, in the official code to the nearest pixel.
+ 5. PSNR leaves out the background pixels. The official Pix2Pix trainer leaves out whole rows.
+ 6. val/ chooses best.pt and test/ reports it. The official code does both on one folder.
+ 7. The adversarial loss is least squares, as in the official code; eq. 1 has logarithms. D sees a
+    pool of old fakes in NC + R too, but not with --paper: there only the other hosts have one.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
-flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx.
+flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. One batch of the demo:
+    a, b   (8, 1, 64, 64)
+    G      (8, 8, 64, 64), (8, 16, 32, 32) through the residual blocks, (8, 8, 64, 64); G(a) as a
+    D      (8, 8, 32, 32), (8, 16, 16, 16), (8, 32, 8, 8), (8, 64, 7, 7), (8, 1, 6, 6), mean (8, 1)
+    R      G(a) beside b (8, 2, 64, 64), (8, 16, 64, 64), (8, 32, 32, 32), ... (8, 32, 4, 4), bottom
+           (8, 64, 2, 2), the same way up again; flow (8, 2, 64, 64)
 """
-import copy
+
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -65,8 +82,7 @@ from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's
 def normed(conv):
     """A convolution and an instance norm. The norm subtracts the bias, so the bias is not trained;
     it exists because Reg-GAN's state dict holds it."""
-    if conv.bias is not None:
-        conv.bias.requires_grad_(False)
+    conv.bias.requires_grad_(False)
     return [conv, InstanceNorm()]
 
 
@@ -75,9 +91,9 @@ class Residual(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.conv_block = nn.Sequential(
-            Reflect(1), *normed(nn.Conv2d(width, width, 3)), nn.ReLU(True),
-            Reflect(1), *normed(nn.Conv2d(width, width, 3)))
+        first = [Reflect(1), *normed(nn.Conv2d(width, width, 3)), nn.ReLU(True)]
+        second = [Reflect(1), *normed(nn.Conv2d(width, width, 3))]
+        self.conv_block = nn.Sequential(*first, *second)
 
     def forward(self, x):
         return x + self.conv_block(x)
@@ -106,14 +122,15 @@ class Generator(nn.Module):
         H, W = x.shape[-2:]
         if H % self.multiple or W % self.multiple:
             x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
-        x = quick_layout(self.model_head[:2](x))                                # (B, w, H, W)
-        x = self.model_body(self.model_head[2:](x))                             # (B, 4w, H/4, W/4)
-        return self.model_tail(x)[..., :H, :W].float()                          # (B, C, H, W)
+        x = quick_layout(self.model_head[:2](x))  # (B, w, H, W), w = width
+        x = self.model_head[2:](x)  # (B, 4w, H/4, W/4) where downs is 2
+        x = self.model_tail(self.model_body(x))  # (B, C, H, W) and the padding
+        return x[..., :H, :W].float()
 
 
 class Discriminator(nn.Module):
-    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. It averages its verdicts
-    to one an image, (B, 1)."""
+    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. Each of its verdicts sees
+    70 x 70 pixels; it averages them to one an image, (B, 1)."""
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()
@@ -124,12 +141,17 @@ class Discriminator(nn.Module):
         self.model = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
 
     def forward(self, x):
-        return self.model(x).float().mean((2, 3))
+        return self.model(x).float().mean((2, 3))  # (B, 1, H/8 - 2, W/8 - 2) -> (B, 1)
 
 
 def levels_of(size):
     """How often R halves an image of `size` = (H, W): down to 2 or 3 pixels, 7 times at most."""
     return min(7, int(math.log2(min(size))) - 1)
+
+
+def leaky_conv(i, o, kernel=3):
+    conv = nn.Conv2d(i, o, kernel, padding=kernel // 2)
+    return nn.Sequential(conv, nn.LeakyReLU(0.2, True))
 
 
 def start_at_zero(network, *last):
@@ -145,38 +167,34 @@ def start_at_zero(network, *last):
 class Registration(nn.Module):
     """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W); warp(fake, flow) should equal real.
     `channels` counts those of fake and real together, `width` those of the first level (32 in the
-    paper). The flow is zero at the start."""
+    paper)."""
 
     def __init__(self, channels, size, width=32):
         super().__init__()
-        w, widths = 2 * width, [width] + [2 * width] * (levels_of(size) - 1)
-
-        def block(i, o, kernel):
-            conv = nn.Conv2d(i, o, kernel, padding=kernel // 2)
-            return nn.Sequential(conv, nn.LeakyReLU(0.2, True))
-
+        w = 2 * width
+        widths = [width] + [w] * (levels_of(size) - 1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, o in zip([channels] + widths, widths):
-            self.down.append(nn.Sequential(block(i, o, 3), Residual(o)))
-        self.bottom = nn.Sequential(block(widths[-1], 2 * w, 1), Residual(2 * w), Residual(2 * w),
-                                    Residual(2 * w), block(2 * w, w, 1))
+            self.down.append(nn.Sequential(leaky_conv(i, o), Residual(o)))
+        blocks = [Residual(2 * w) for _ in range(3)]
+        self.bottom = nn.Sequential(leaky_conv(w, 2 * w, 1), *blocks, leaky_conv(2 * w, w, 1))
         upwards = widths[::-1]
         for i, o in zip([w] + upwards, upwards):
-            self.up.append(block(i + o, o, 3))  # o also counts the channels of the skip
-        self.refine = nn.Sequential(Residual(width), block(width, width, 1))
+            self.up.append(leaky_conv(i + o, o))  # o also counts the channels of the skip
+        self.refine = nn.Sequential(Residual(width), leaky_conv(width, width, 1))
         self.output = nn.Conv2d(width, 2, 3, padding=1)
         start_at_zero(self, self.output)
 
     def forward(self, fake, real):
-        x, skips = torch.cat((fake, real), 1), []                               # (B, 2C, H, W)
+        x, skips = torch.cat((fake, real), 1), []  # (B, 2C, H, W)
         for block in self.down:
             skips.append(block(x))
             x = F.max_pool2d(skips[-1], 2)
-        x = self.bottom(x)                                                      # (B, w, h, w)
+        x = self.bottom(x)  # (B, w, h, w), 2 or 3 pixels high or wide
         for block, skip in zip(self.up, reversed(skips)):
             x = F.interpolate(x, skip.shape[2:], mode="bilinear")
             x = block(torch.cat((x, skip), 1))
-        return self.output(self.refine(x)).float()                              # (B, 2, H, W)
+        return self.output(self.refine(x)).float()  # (B, 2, H, W)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,19 +202,15 @@ class Registration(nn.Module):
 
 
 def lsgan(verdict, real):
-    """mean (verdict - target)^2, target 1 for real and 0 for fake; a list of verdicts adds up."""
-    if isinstance(verdict, list):
-        return sum(lsgan(v, real) for v in verdict)
+    """mean (verdict - target)^2, target 1 for real and 0 for fake."""
     return (verdict - float(real)).square().mean()
 
 
 def discriminator_loss(discriminator, real, fake):
     """mean (D(real) - 1)^2 + mean D(fake)^2."""
-    verdicts = discriminator(torch.cat((real, fake)))  # one pass for both: no norm mixes images
-    if not isinstance(verdicts, list):
-        verdicts = [verdicts]
-    halves = [verdict.chunk(2) for verdict in verdicts]
-    return sum(lsgan(of_real, True) + lsgan(of_fake, False) for of_real, of_fake in halves)
+    # One pass judges both: an instance norm does not mix the images of a batch.
+    of_real, of_fake = discriminator(torch.cat((real, fake))).chunk(2)
+    return lsgan(of_real, True) + lsgan(of_fake, False)
 
 
 def correction(fake, flow, real):
@@ -217,68 +231,11 @@ def registration_losses(model, config, a, b, fake):
     if not config.reg:
         return {}
     flow = model.registration(fake, b)
-    losses = {"correction": config.correction * correction(fake, flow, b),
-              "smooth": config.smooth * smoothness(flow)}
+    losses = {
+        "correction": config.correction * correction(fake, flow, b),
+        "smooth": config.smooth * smoothness(flow),
+    }
     return losses | added_losses(model, config, a, b, fake, flow)  # none in the paper
-
-
-def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext, world=1):
-    """Updates G and R together, then D. Returns the losses, means over all processes.
-    G and R minimise (D(G(a)) - 1)^2 + 20 correction + 10 smoothness; another host than NC has its
-    own losses in place of the first. D minimises `discriminator_loss`. With --accumulate n the
-    batch is taken in n parts, whose gradients add up."""
-    n, shown, total = config.accumulate, [], {}
-    parts = list(zip(a.chunk(n), b.chunk(n)))
-    for weight in parameters_of(opt_d):
-        weight.requires_grad_(False)  # D only judges here
-    opt_g.zero_grad(set_to_none=True)
-    for part in parts:
-        with autocast():
-            fakes, losses = model.generator_losses(*part)  # fakes["B"] is G(a)
-            losses |= registration_losses(model, config, *part, fakes["B"])
-        backward(losses, len(part[0]) / len(a), total)
-        # D is shown the fakes detached: what it learns from them must not flow back into G.
-        shown.append({side: pools[side](fake.detach()) for side, fake in fakes.items()})
-    descend(opt_g, world)
-    for weight in parameters_of(opt_d):
-        weight.requires_grad_(True)
-    opt_d.zero_grad(set_to_none=True)
-    for part, fakes in zip(parts, shown):
-        with autocast():
-            losses = model.discriminator_losses(*part, fakes)
-        backward(losses, len(part[0]) / len(a), total)
-    descend(opt_d, world)
-    shared = list(total.values())
-    if config.reg and config.drift:
-        shared.append(model.registration.mean)  # the running mean of all processes' flows
-    average(shared, world)
-    return total
-
-
-def parameters_of(optimizer):
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
-
-
-def backward(losses, share, total):
-    """Adds the gradients of a `share` of the batch, and its losses to the dict `total`."""
-    (share * sum(losses.values())).backward()
-    for name, loss in losses.items():
-        total[name] = total.get(name, 0) + share * loss.detach()
-
-
-def descend(optimizer, world):
-    """One optimiser step; under torchrun with the mean gradient."""
-    average([p.grad for p in parameters_of(optimizer) if p.grad is not None], world)
-    optimizer.step()
-
-
-def average(tensors, world):
-    """Makes each tensor its mean over the processes, in one message for all of them."""
-    if world > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / world).split([x.numel() for x in tensors])):
-            tensor.copy_(mean.view_as(tensor))
 
 
 class Pool:
@@ -289,15 +246,62 @@ class Pool:
         self.size, self.images = size, []
 
     def __call__(self, fakes):
-        return torch.stack([self.exchange(fake) for fake in fakes]) if self.size else fakes
+        if self.size == 0:
+            return fakes
+        shown = []
+        for fake in fakes:
+            if len(self.images) < self.size:
+                self.images.append(fake)
+            elif torch.rand(()) < 0.5:
+                k = int(torch.randint(self.size, ()))
+                fake, self.images[k] = self.images[k], fake
+            shown.append(fake)
+        return torch.stack(shown)
 
-    def exchange(self, fake):
-        if len(self.images) < self.size:
-            self.images.append(fake)
-        elif torch.rand(()) < 0.5:
-            k = int(torch.randint(self.size, ()))
-            fake, self.images[k] = self.images[k], fake
-        return fake
+
+def average(tensors):
+    """Makes each tensor its mean over torchrun's processes, in one message for all of them."""
+    if torch.distributed.is_initialized():
+        tensors = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def parameters_of(optimizer):
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def descend(optimizer, losses):
+    """One step of the optimiser down the sum of the losses; under torchrun by the mean gradient."""
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    average(p.grad for p in parameters_of(optimizer) if p.grad is not None)
+    optimizer.step()
+
+
+def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext):
+    """Updates G and R together, then D. Returns the losses, means over all processes.
+    NC + R minimises (D(G(a)) - 1)^2 + 20 correction + 10 smoothness; another host has its own
+    losses in place of the first. D minimises `discriminator_loss`."""
+    for weight in parameters_of(opt_d):
+        weight.requires_grad_(False)  # here D only judges, so its weights need no gradients
+    with autocast():
+        fakes, losses = model.generator_losses(a, b)  # fakes["B"] is G(a)
+        losses |= registration_losses(model, config, a, b, fakes["B"])
+    descend(opt_g, losses)
+    for weight in parameters_of(opt_d):
+        weight.requires_grad_(True)
+    # D is shown the fakes detached: what it learns from them must not flow back into G.
+    shown = {side: pools[side](fake.detach()) for side, fake in fakes.items()}
+    with autocast():
+        losses_of_d = model.discriminator_losses(a, b, shown)
+    descend(opt_d, losses_of_d)
+    values = {name: loss.detach() for name, loss in (losses | losses_of_d).items()}
+    average(values.values())
+    return values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,7 +313,7 @@ class NC(nn.Module):
     A host has networks named netG... and netD..., which two optimisers train, and three methods:
     `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), fakes["B"] being the translation of
     a and the losses weighted; `discriminator_losses(a, b, fakes)` -> losses, where the fakes are
-    detached and, if `pooled`, mixed with old ones. The scripts find a host in HOSTS."""
+    detached and, if `pooled`, mixed with old ones."""
 
     pooled = True
 
@@ -347,7 +351,7 @@ class Pix2Pix(NC):
         self.netD_B = Discriminator(in_chans + out_chans, config.width)
 
     def seen(self, a, image):
-        return torch.cat((a, image), 1)
+        return torch.cat((a, image), 1)  # (B, C of A + C of B, H, W)
 
     def generator_losses(self, a, b):
         fakes, losses = super().generator_losses(a, b)
@@ -360,9 +364,9 @@ class Cycle(NC):
     adversarial + 10 (mean |F(G(a)) - a| + mean |G(F(b)) - b|)
                 + identity (mean |G(b) - b| + mean |F(a) - a|)
 
-    Without the identity loss some seeds learn to invert the image, and F inverts it back. With
-    Zhu's weight, 5, none does, but seeds that are right become worse, so the loss is off, as in the
-    official code. Where A and B differ in channels it is always off."""
+    Without the last term, which is off as in the official code and where A and B differ in
+    channels, some seeds learn to invert the image, and F inverts it back. With Zhu's weight, 5,
+    none does, but seeds that are right become worse."""
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
@@ -383,8 +387,8 @@ class Cycle(NC):
         return {"A": fake_a, "B": fake_b}, losses
 
     def discriminator_losses(self, a, b, fakes):
-        return {"d": discriminator_loss(self.netD_A, a, fakes["A"])
-                + discriminator_loss(self.netD_B, b, fakes["B"])}
+        of_a = discriminator_loss(self.netD_A, a, fakes["A"])
+        return {"d": of_a + discriminator_loss(self.netD_B, b, fakes["B"])}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,7 +409,7 @@ def metrics(fake, real):
         return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
 
     def window(x):
-        return F.avg_pool2d(x, 7, stride=1)
+        return F.avg_pool2d(x, 7, stride=1)  # (B, C, H - 6, W - 6)
 
     mf, mr = window(f), window(r)
     unbiased = 49 / 48  # of the covariance over the 49 pixels of a window
@@ -426,7 +430,7 @@ def registration_metrics(flow, true_flow, real):
     misalignment that of true_flow; both need a true_flow, which may be None. folding is the share
     of pixels where p + flow(p) has a Jacobian determinant <= 0 (forward differences): there the
     flow turns the image over."""
-    inside = (real != -1).any(1)
+    inside = (real != -1).any(1)  # (B, H, W)
 
     def mean_length(x):
         return (x.norm(dim=1) * inside).sum((1, 2)) / inside.sum((1, 2))
@@ -435,13 +439,13 @@ def registration_metrics(flow, true_flow, real):
     if true_flow is not None:
         scores["registration_error"] = mean_length(flow - true_flow)
         scores["misalignment"] = mean_length(true_flow)
-    dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]          # (B, 2, H-1, W-1)
+    dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]  # (B, 2, H - 1, W - 1)
     determinant = (1 + dy[:, 0]) * (1 + dx[:, 1]) - dy[:, 1] * dx[:, 0]
     return scores | {"folding": (determinant <= 0).double().mean((1, 2))}
 
 
 # --------------------------------------------------------------------------------------------------
-# Training
+# Options, presets, networks and pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -449,10 +453,13 @@ class Config(RunConfig):
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
-    noise: float = option(None, "added misalignment: rotation to n degrees, shift and zoom to 2n % "
-                          "(default: 3 on the demo pairs, none on your own)", within="[0, 25]")
-    elastic: float = option(None, "added bending: standard deviation in % of the image side "
-                            "(default: none)", within="[0, 25]")
+    noise: float = option(
+        None,
+        "added misalignment: rotation to n degrees, shift and zoom to 2n % "
+        "(default: 3 on the demo pairs, none on your own)",
+        within="[0, 25]",
+    )
+    elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 25]")
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
@@ -462,49 +469,47 @@ class Config(RunConfig):
     downs: int = option(None, "times the generator halves the image", within="[0, 4]")
     blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
     batch_size: int = option(None, "pairs that one process takes at once", within="[1, inf)")
-    accumulate: int = option(1, "batches whose gradients add up to one step", within="[1, inf)")
-    reg_net: str = option(None, "registration network: the paper's unet, or from coarse to fine",
-                          choices=["unet", "coarse"])
+    reg_net: str = option(None, "R: the paper's or coarse to fine", choices=["unet", "coarse"])
     reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
     decay: bool = option(None, "learning rates fall linearly to 0 over the second half of the run")
     pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
     correction: float = option(None, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
-    identity: float = option(None, "weight of CycleGAN's |G(b) - b|, where A has as many channels "
-                             "as B", within="[0, inf)")
+    identity: float = option(None, "weight of CycleGAN's |G(b) - b|", within="[0, inf)")
     drift: float = option(None, "weight of the squared mean flow, % of sides", within="[0, inf)")
-    synthetic: float = option(None, "weight of R's error on known motion, % of the sides",
-                              within="[0, inf)")
+    synthetic: float = option(None, "weight of R's error on known motion, %", within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
     compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
-    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r "
-                        "with registration", free=True)
-    levels: str = option("0,3,5,elastic", "its columns: --noise; elastic: level 0, 3 % bending; or "
-                         "none: your own pairs as they are", free=True)
+    hosts: str = option(
+        "pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r: with R", free=True
+    )
+    levels: str = option(
+        "0,3,5,elastic", "columns: --noise, elastic (3 % bending) or none (own pairs)", free=True
+    )
     seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
     translate: str = option("", "translate this folder with --weights into --out", free=True)
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
 
 
-SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0,
-         "lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "reg_net": "unet",
-         "correction": 20.0, "smooth": 10.0, "identity": 0.0, "drift": 0.0, "synthetic": 0.0,
-         "equivariance": 0.0}
-IMPROVED = SMALL | {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0,
-                    "drift": 100.0, "synthetic": 3.0, "equivariance": 30.0}
-PAPER = SMALL | {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0,
-                 "lr": 1e-4, "reg_lr": 1e-4, "decay": False}
+SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0}
+SMALL |= {"lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "reg_net": "unet"}
+SMALL |= {"correction": 20.0, "smooth": 10.0, "identity": 0.0}
+SMALL |= {"drift": 0.0, "synthetic": 0.0, "equivariance": 0.0}
+IMPROVED = {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0}  # changes of SMALL
+IMPROVED |= {"drift": 100.0, "synthetic": 3.0, "equivariance": 30.0}
+PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0}
+PAPER |= {"lr": 1e-4, "reg_lr": 1e-4, "decay": False}
 
 
 def complete(config):
     """`config` with the preset's value for every option that was not typed. Raises InputError for
     options that are out of range or do not go together."""
     if config.paper and config.improved:
-        raise InputError("--paper and --improved", "one of them", "both; for the improved method "
-                         "in wide networks: --improved --width 64 --kernel 7 --downs 2 --blocks 9")
-    preset = PAPER if config.paper else IMPROVED if config.improved else SMALL
+        wide = "--improved --width 64 --kernel 7 --downs 2 --blocks 9 is the wide improved form"
+        raise InputError("--paper and --improved", "one of them", f"both; {wide}")
+    preset = SMALL | (PAPER if config.paper else IMPROVED if config.improved else {})
     if config.paper and config.host == "nc" and config.reg:
-        preset = preset | {"pool": 0}  # the official NC + R keeps no old fakes
+        preset["pool"] = 0  # the official NC + R keeps no old fakes
     noise = 3.0
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
         noise = 0.0 if config.elastic else None
@@ -546,134 +551,69 @@ def make_pairs(config, part, misaligned=False, with_flow=True):
 
 
 def all_pairs(config):
-    """(training pairs, val, test). val and test are [aligned, moved]: the pairs as they are judge
+    """(training pairs, val, test). val and test are (aligned, moved): the pairs as they are judge
     G, and those moved as in training judge R. Without test/, test is val."""
     pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
     last = "test" if (pairs.folder.parent / "test").is_dir() else "val"
-    val, test = ([make_pairs(config, part), make_pairs(config, part, misaligned=True)]
-                 for part in ("val", last))
-    for other in val + test:
+    val = make_pairs(config, "val"), make_pairs(config, "val", misaligned=True)
+    test = make_pairs(config, last), make_pairs(config, last, misaligned=True)
+    for other in (val[0], test[0]):
         if (other.in_chans, other.out_chans) != (pairs.in_chans, pairs.out_chans):
-            channels = f"{pairs.in_chans} channels in A and {pairs.out_chans} in B"
-            raise InputError(other.folder, f"{channels}, as in {pairs.folder}",
-                             f"{other.in_chans} and {other.out_chans}")
+            wanted = f"{pairs.in_chans} channels in A and {pairs.out_chans} in B, as in train"
+            raise InputError(other.folder, wanted, f"{other.in_chans} and {other.out_chans}")
     return pairs, val, test
 
 
-class Run:
-    """The state of a run on the training pairs `pairs`: networks, optimisers, pools, counters.
-    `facts` are what must be the same when the run is resumed, beside the options."""
+# --------------------------------------------------------------------------------------------------
+# Training
 
-    def __init__(self, config, pairs, device, rank=0, world=1, facts=None):
+
+class Run:
+    """Everything that a run consists of: pairs, networks, optimisers, pools, counters."""
+
+    def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.out, self.pairs, self.facts = Path(config.out or "runs/reggan"), pairs, facts or {}
+        self.out, self.start = Path(config.out or "runs/reggan"), time.time()
         self.autocast = data.autocast(config, device)
+        self.pairs, self.val, self.test = all_pairs(config)
+        names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
+        names = hashlib.sha256(names.encode()).hexdigest()
+        self.facts = {"names of the pairs": names, "number of processes": world}  # see `resume`
         data.seed(config.seed)
-        self.model = build(config, pairs.in_chans, pairs.out_chans, pairs.shape).to(device)
+        self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
+        self.model.to(device)
         if rank:  # the processes start from the same weights, then draw numbers of their own
             data.seed(data.seeded(config.seed, rank).initial_seed() % 2**32)
-        rates = {"netG": config.lr}
+        groups = [{"params": trainable(self.model, "netG"), "peak": config.lr}]
         if config.reg:
-            rates["registration"] = config.reg_lr
-        self.opt_g, self.opt_d = self.adam(rates), self.adam({"netD": config.lr})
-        size = config.pool if self.model.pooled else 0
-        self.pools = {side: Pool(size) for side in ("A", "B")}
-        self.per_step = config.batch_size * config.accumulate  # this process's pairs in a step
-        self.per_epoch = math.ceil(math.ceil(len(pairs) / world) / self.per_step)
+            groups.append({"params": trainable(self.model, "registration"), "peak": config.reg_lr})
+        self.opt_g = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+        groups = [{"params": trainable(self.model, "netD"), "peak": config.lr}]
+        self.opt_d = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+        self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
+        self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
-        self.step, self.best, self.speed, self.start = 0, math.inf, {}, time.time()
+        self.step, self.best, self.speed = 0, math.inf, {}
 
-    def adam(self, rates):
-        groups = [{"params": trainable(self.model, prefix), "peak": rate}
-                  for prefix, rate in rates.items()]
-        return torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
 
-    def set_rates(self):
-        """Sets the learning rates of the coming step."""
-        factor = min(1.0, 2 * (1 - self.step / self.steps)) if self.config.decay else 1.0
-        for group in self.opt_g.param_groups + self.opt_d.param_groups:
-            group["lr"] = group["peak"] * factor
-
-    def batches(self, pairs, start, workers=0):
-        """This process's training batches from the step `start` on."""
-        epochs = math.ceil(self.steps / self.per_epoch)
-        return pairs.batches(self.per_step, epochs, True, self.config.seed, start, self.rank,
-                             self.world, workers)
-
-    def names_of_last_batch(self):
-        """The file names of up to eight pairs in this process's last batch."""
-        numbered = copy.copy(self.pairs)  # with numbers in the place of images
-        numbered.item = lambda epoch, index: [torch.tensor(index)]
-        (last,) = next(self.batches(numbered, self.step - 1))
-        return ", ".join(self.pairs.names[i] for i in last[:8]) + ", ..." * (len(last) > 8)
-
-    def weights(self):
-        """What best.pt holds and `load_generator` reads."""
-        return {"model": self.model.state_dict(), "config": dataclasses.asdict(self.config),
-                "in_chans": self.pairs.in_chans, "out_chans": self.pairs.out_chans,
-                "shape": list(self.pairs.shape)}
-
-    def save(self):
-        """Writes last.pt. Every process calls this, for each has pools and random numbers of its
-        own. Raises InputError for weights that are not finite: the checkpoint before stays."""
-        for name, weight in self.model.state_dict().items():
-            if not weight.isfinite().all():
-                raise InputError(f"step {self.step}: {name} is not finite: lower --lr; "
-                                 f"{self.out / 'last.pt'} holds the state before")
-        own = {"random": data.random_state(), "pools": {
-            side: [image.clone() for image in pool.images] for side, pool in self.pools.items()}}
-        ranks = [own] * self.world
-        if self.world > 1:
-            torch.distributed.all_gather_object(ranks, own)
-        if self.rank == 0:
-            save_checkpoint(self.out / "last.pt", self.weights() | {
-                "opt_g": self.opt_g.state_dict(), "opt_d": self.opt_d.state_dict(),
-                "ranks": ranks, "facts": self.facts, "steps": self.steps, "step": self.step,
-                "best": self.best, "speed": self.speed, "seconds": time.time() - self.start})
-
-    def resume(self):
-        """Goes on from last.pt; more steps than were planned are allowed. Raises InputError where
-        another option, the pairs or the number of processes differ."""
-        path, config = self.out / "last.pt", self.config
-        state = load_checkpoint(path)
-        try:
-            longer = {"steps": config.steps, "epochs": config.epochs}  # these two may differ
-            data.check_same(state["config"] | longer, config, path)
-            for name, value in self.facts.items():
-                if state["facts"][name] != value:
-                    raise InputError(path, f"a run with the same {name} as now", "one with another")
-            if self.steps < state["step"]:
-                raise InputError("--steps or --epochs", f"at least the {state['step']} steps that "
-                                 f"{path} has taken", f"{self.steps} steps")
-            for name in ("model", "opt_g", "opt_d"):
-                getattr(self, name).load_state_dict(state[name])
-            own = state["ranks"][self.rank]
-            for side, pool in self.pools.items():
-                pool.images = [image.to(self.device) for image in own["pools"][side]]
-            self.step, self.best, self.speed = state["step"], state["best"], state["speed"]
-            self.start -= state["seconds"]
-            data.set_random_state(own["random"])
-        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
-        if self.rank:
-            return
-        if self.steps != state["steps"]:
-            print(f"{path}: going on to {self.steps} steps instead of {state['steps']}; from step "
-                  f"{self.step + 1} on the learning rates are those of a run of {self.steps} steps")
-        # The steps after the checkpoint are taken again, so their lines are dropped.
-        lines = [line for line in data.read_text(self.out / "log.jsonl").splitlines(True)
-                 if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
-        data.atomic_write(self.out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
+def from_all(value):
+    """[`value` of each of torchrun's processes]"""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 @torch.no_grad()
 def evaluate(run, aligned, moved):
-    """Metrics of G on aligned pairs and of R on moved ones, means over images: a dict."""
+    """Metrics of G on aligned pairs, since it is used without R, and of R on moved ones: a dict of
+    means over the images of all processes."""
     run.model.eval()
     scores = {}
     for pairs in [aligned, moved] if run.config.reg else [aligned]:
-        for a, b, *flows in pairs.batches(run.config.batch_size, rank=run.rank, world=run.world):
-            a, b, *flows = (x.to(run.device) for x in (a, b, *flows))
+        for batch in pairs.batches(run.config.batch_size, rank=run.rank, world=run.world):
+            a, b, *flows = (x.to(run.device) for x in batch)  # a flow only where --noise moves
             with run.autocast():
                 fake = run.model.translate(a)
                 flow = run.model.registration(fake, b) if pairs is moved else None
@@ -684,258 +624,93 @@ def evaluate(run, aligned, moved):
             for name, column in values.items():
                 scores.setdefault(name, []).extend(column.tolist())
     run.model.train()
-    parts = [scores] * run.world
-    if run.world > 1:
-        torch.distributed.all_gather_object(parts, scores)
-    return {name: statistics.fmean(value for part in parts for value in part.get(name, ()))
-            for name in parts[0]}
+    parts, means = from_all(scores), {}
+    for name in parts[0]:  # where images are few, another process may have got none
+        means[name] = statistics.fmean(x for part in parts for x in part.get(name, ()))
+    return means
 
 
-def validate(run, val, log, epoch):
-    """Scores the networks on val and writes the checkpoints."""
-    scores = evaluate(run, *val)
-    log.line(step=run.step, epoch=epoch, val=scores)
-    if run.rank == 0:
-        names = ("mae", "psnr", "ssim", "registration_error", "misalignment")
-        shown = [f"{name} {scores[name]:.4g}" for name in names if name in scores]
-        print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
-        if scores["mae"] < run.best:
-            save_checkpoint(run.out / "best.pt", run.weights())
-    run.best = min(run.best, scores["mae"])
-    run.save()
-
-
-def loop(run, val, log):
+def loop(run, log):
     """Trains from run.step to the end."""
     config, steps, per_epoch = run.config, run.steps, run.per_epoch
-    every = max(per_epoch, steps // 10)
-    batches = data.Timed(run.batches(run.pairs, run.step, config.workers), run.device, run.world)
-    with data.Saving(lambda step: run.save(), run.world) as saving:
+    every, epochs = max(per_epoch, steps // 10), math.ceil(steps / per_epoch)
+    batches = run.pairs.batches(
+        config.batch_size, epochs, True, config.seed, run.step, run.rank, run.world, config.workers
+    )
+    batches = data.Timed(batches, run.device, run.world)
+    with data.Saving(lambda step: save(run), run.world) as saving:
         while run.step < steps:
+            # The pairs are moved anew in every epoch, so that G cannot learn their motion by heart.
             a, b = (x.to(run.device) for x in next(batches))
-            run.set_rates()
-            # The pairs are misaligned: in the step R predicts the flow that carries G(a) onto b.
-            losses = training_step(run.model, config, a, b, run.opt_g, run.opt_d, run.pools,
-                                   run.autocast, run.world)
+            # Falling rates let G settle: at a constant rate it circles around what D asks for.
+            factor = min(1.0, 2 * (1 - run.step / steps)) if config.decay else 1.0
+            for group in run.opt_g.param_groups + run.opt_d.param_groups:
+                group["lr"] = group["peak"] * factor
+            # G and R take one step together, for each is judged by what the other makes; then D.
+            losses = training_step(
+                run.model, config, a, b, run.opt_g, run.opt_d, run.pools, run.autocast
+            )
             run.step += 1
-            epoch = run.step / per_epoch
             # A GAN that diverges does not recover, so every step's losses are looked at.
-            values = dict(zip(losses, torch.stack([*losses.values()]).tolist()))
-            if not all(map(math.isfinite, values.values())):
-                raise InputError(f"step {run.step}: losses are not finite ({values}); lower --lr, "
-                                 f"use --dtype fp32, or look at: {run.names_of_last_batch()}")
-            if run.step % max(1, per_epoch // 3) == 0 or run.step == steps:
-                log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **values)
+            losses = {name: loss.item() for name, loss in losses.items()}
+            if not all(map(math.isfinite, losses.values())):
+                advice = "lower --lr, or use --dtype fp32"
+                raise InputError(f"step {run.step}: losses are not finite ({losses}); {advice}")
+            ends, epoch = run.step == steps, run.step / per_epoch
+            if run.step % max(1, per_epoch // 3) == 0 or ends:
+                log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **losses)
             run.speed = batches.speed()
-            # Val chooses the weights: a GAN's losses do not tell which are best, test must not.
-            if run.step % every == 0 or run.step == steps:
-                validate(run, val, log, epoch)
-            saving.after(run.step)
-
-
-def finish(run, test, log):
-    """Tests the best weights, writes result.json and the pictures. Returns the result."""
-    if run.world > 1:
-        torch.distributed.barrier()  # rank 0 may still be writing best.pt
-    config, part, chosen = run.config, test[0].folder.name, "last.pt (nothing chosen)"
-    if part == "test":  # weights that val chose would score too well on val itself
-        run.model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
-        chosen = "best.pt (chosen on val)"
-    result = evaluate(run, *test) | {
-        "host": config.host, "registration": config.reg, "noise": config.noise,
-        "elastic": config.elastic, "part": part, "weights": chosen, "images": len(test[0]),
-        "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
-        "seconds": time.time() - log.start, **run.speed}
-    if run.rank == 0:
-        draw_run(run, *test)
-    log.json("result.json", result)
-    if run.world > 1:
-        torch.distributed.barrier()  # no process leaves, or starts a next run, before the last
-    return result
+            if run.step % every == 0 or ends:
+                scores = evaluate(run, *run.val)
+                log.line(step=run.step, epoch=epoch, val=scores)
+                if run.rank == 0:
+                    shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
+                    shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
+                    print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
+                # Val chooses the weights. A GAN's losses cannot, since G's loss rises when D gets
+                # better; and the test must not, or it would flatter what it chose.
+                best = scores["mae"] < run.best
+                run.best = min(run.best, scores["mae"])
+                save(run, best)
+            saving.after(run.step)  # every few minutes, and where Ctrl-C asks the run to stop
 
 
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
-    start, config = time.time(), complete(config)
+    config = complete(config)
     device, rank, world = data.join(config)
     if rank == 0:
         data.check_writable(config.out or "runs/reggan")
-    pairs, val, test = all_pairs(config)
-    names = repr([part.names for part in (pairs, val[0], test[0])])
-    facts = {"names of the pairs": hashlib.sha256(names.encode()).hexdigest(),
-             "number of processes": world}
-    run = Run(config, pairs, device, rank, world, facts)
-    run.start = start
+    run = Run(config, device, rank, world)
     if config.resume:
-        run.resume()
+        resume(run)
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(run.out, config, rank, config.resume, run.start)
-    if rank == 0 and config.noise is None:
-        print("the pairs are used as they are, those of val and test as aligned (--noise N moves)")
-    elif rank == 0:
-        bending = f" and bending of {config.elastic:g} %" if config.elastic else ""
-        print(f"added to the training pairs: misalignment of level {config.noise:g}{bending}, anew "
-              "in every epoch; misalignment and registration_error are of this added motion")
-    loop(run, val, log)
-    return finish(run, test, log)
-
-
-# --------------------------------------------------------------------------------------------------
-# Pictures, translating, comparing
-
-
-@torch.no_grad()
-def draw_run(run, aligned, moved, rows=4):
-    """OUT/translation.png: pairs of the test part, their translations, and what R made of a
-    misaligned one. OUT/curves.png: losses and validation."""
-    run.model.eval()
-    titles, pictures = ["A", "B", "G(A)", "|G(A) - B|"], []
-    if run.config.reg:
-        titles += ["A moved", "B moved", "G(A) warped", "|warped - B|", "flow"]
-    for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
-        a, b = (x.to(run.device)[None] for x in aligned.item(0, i))
-        fake = run.model.translate(a)
-        row = [a, b, fake, (fake - b).abs() - 1]
-        if run.config.reg:
-            a, b, *_ = (x.to(run.device)[None] for x in moved.item(0, i))
-            fake = run.model.translate(a)
-            flow = run.model.registration(fake, b)
-            warped = warp(fake, flow)
-            grid = torch.full_like(b[:, :1], -0.8)
-            grid[:, :, ::6] = grid[:, :, :, ::6] = 1.0
-            row += [a, b, warped, (warped - b).abs() - 1, warp(grid, flow)]
-        pictures.append([(x[0].cpu() + 1) / 2 for x in row])
-    data.save_grid(run.out / "translation.png", pictures, titles=titles,
-                   scale=max(1, 128 // aligned.shape[1]))
-    curves = {}
-    for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
-        values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
-        for name in values.keys() - {"step", "epoch", "lr", "seconds"}:
-            curves.setdefault(name, []).append((line["epoch"], values[name]))
-    curves = {name: tuple(zip(*points)) for name, points in sorted(curves.items())}
-    title = run.config.host + " + R" if run.config.reg else run.config.host
-    data.save_plot(run.out / "curves.png", curves, title, "epoch", "loss")
-
-
-def load_generator(path):
-    """(model, translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN
-    generator (netG_A2B.pth). Raises InputError for any other file."""
-    path = Path(path)
-    state = load_checkpoint(path / "best.pt" if path.is_dir() else path)
-    unknown = set(state.get("config", ())) - {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        raise InputError(f"{path}: trained with options that this reggan.py has not "
-                         f"({', '.join(sorted(unknown))}): train again")
-    try:
-        if "model_head.1.weight" in state:
-            width, in_chans = state["model_head.1.weight"].shape[:2]
-            blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
-            config = complete(Config(paper=True, width=width, blocks=blocks))
-            model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
-            translate = model
-        else:
-            config, in_chans = complete(Config(**state["config"])), state["in_chans"]
-            model = build(config, in_chans, state["out_chans"], state["shape"])
-            translate, state = model.translate, state["model"]
-        model.load_state_dict(state)
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise InputError(path, "a checkpoint of reggan.py or a Reg-GAN generator",
-                         " ".join(repr(error).split())[:200]) from None
-    if not all(weight.isfinite().all() for weight in state.values()):
-        raise InputError(path, "finite weights", "NaN or infinity")
-    return model, translate, config, in_chans
-
-
-@torch.no_grad()
-def translate_folder(config):
-    """Writes the translation of every image of --translate into --out, with the same name, format
-    and bit depth."""
-    if not config.weights:
-        raise InputError("--translate needs --weights RUN: a run's folder, its best.pt, or a "
-                         "Reg-GAN netG_A2B.pth")
-    model, translate, trained, in_chans = load_generator(config.weights)
-    device, _, _ = data.join(config)
-    autocast = data.autocast(config, device)
-    model.to(device).eval()
-    spans = data.parse_rescale(config.rescale or trained.rescale)
-    folder, out = Path(config.translate), Path(config.out or "runs/translate")
-    if out.resolve() == folder.resolve():
-        raise InputError("--out", "another folder than --translate, whose images stay", out)
-    images = {}  # all of them are read first, so that a bad one is found before any is written
-    for name in data.list_slices(folder):
-        images[name] = data.read_slice(folder / name, spans[0], blank=True)
-        if (found := len(images[name])) != in_chans:
-            raise InputError(f"{folder / name}: {found} channels, the generator takes {in_chans}")
-    for name, image in images.items():
-        H, W = image.shape[1:]
-        scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows
-        a = F.interpolate(image[None].to(device), (round(H * scale), round(W * scale)),
-                          mode="bilinear", antialias=scale < 1)
-        with autocast():
-            fake = translate(a)
-        fake = F.interpolate(fake, (H, W), mode="bilinear")[0]
-        data.write_slice(out / name, fake, folder / name, spans[1])
-    print(f"{len(images)} images translated into {out}")
-
-
-def compare(config):
-    """The paper's table: every row of --hosts at every level with every seed, each a run of its own
-    in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
-    out = Path(config.out or "runs/reggan-compare")
-    rows, levels = config.hosts.split(","), config.levels.split(",")
-    keys = {f"{row}_{level}_{seed}": {"row": row, "level": level, "seed": seed}
-            for seed in range(config.seed, config.seed + config.seeds)
-            for level in levels for row in rows}
-    cells, table = {name: cell_config(config, **key) for name, key in keys.items()}, []
-    _, rank, _ = data.join(config)
-    for name, result in data.run_cells(out / "cells", cells, train):
-        table.append(keys[name] | result)
-        if rank == 0:
-            write_tables(out, table, rows, levels)
     if rank == 0:
-        print((out / "table.md").read_text())
-    return table
-
-
-def cell_config(config, row, level, seed):
-    """The configuration of one run of the comparison. Raises InputError for an unknown row or
-    level."""
-    host = row.removesuffix("+r")
-    if host not in HOSTS:
-        raise InputError("--hosts", f"{', '.join(HOSTS)}, with +r for registration", row)
-    noise, elastic = 0.0, config.elastic or 3.0
-    if level == "none" and config.root:
-        noise = elastic = None
-    elif level != "elastic":
-        try:
-            noise, elastic = float(level), config.elastic
-        except ValueError:
-            raise InputError("--levels", "numbers, elastic, or with --root none", level) from None
-    return complete(dataclasses.replace(config, host=host, reg=row.endswith("+r"), noise=noise,
-                                        elastic=elastic, seed=seed))
-
-
-def write_tables(out, table, rows, levels):
-    """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
-    header = list(dict.fromkeys(name for line in table for name in line))
-    data.write_csv(out / "table.csv", header, [[line.get(n, "") for n in header] for line in table])
-
-    def cell(row, level, name, digits):
-        values = [line[name] for line in table
-                  if (line["row"], line["level"]) == (row, level) and name in line]
-        text = f"{statistics.fmean(values):.{digits}f}" if values else ""
-        return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-    parts = []
-    for name, digits, title in (("psnr", 2, "PSNR over the foreground, dB"),
-                                ("mae", 4, "MAE over the foreground"), ("ssim", 4, "SSIM"),
-                                ("registration_error", 2, "registration error, pixels"),
-                                ("folding", 4, "share of pixels where the flow folds")):
-        lines = [[row] + [cell(row, level, name, digits) for level in levels] for row in rows]
-        header = ["method"] + [f"level {level}" for level in levels]
-        shown = data.markdown_table(header, [line for line in lines if any(line[1:])])
-        parts.append(f"{title}\n\n{shown}")
-    data.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
+        motion = "none, the pairs are used as they are, those of val and test as aligned"
+        if config.noise is not None:
+            motion = f"level {config.noise:g} and bending of {config.elastic:g} %, anew in every "
+            motion += "epoch; misalignment and registration_error are of this added motion"
+        print(f"misalignment that is added to the training pairs: {motion}")
+    loop(run, log)
+    if world > 1:
+        torch.distributed.barrier()  # rank 0 may still be writing best.pt
+    part, chosen = run.test[0].folder.name, "last.pt (nothing chosen)"
+    if part == "test":  # weights that val chose would score too well on val itself
+        run.model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
+        chosen = "best.pt (chosen on val)"
+    result = evaluate(run, *run.test)
+    result |= {"host": config.host, "registration": config.reg, "noise": config.noise}
+    result |= {"elastic": config.elastic, "part": part, "weights": chosen}
+    trained = sum(weight.numel() for weight in trainable(run.model, ""))
+    result |= {"images": len(run.test[0]), "parameters": trained}
+    result |= {"seconds": time.time() - run.start, **run.speed}
+    if rank == 0:
+        draw_run(run, *run.test)
+    log.json("result.json", result)
+    if world > 1:
+        torch.distributed.barrier()  # no process leaves, or starts a next run, before the last
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -953,14 +728,12 @@ class CoarseToFine(nn.Module):
 
     def __init__(self, size, width=32):
         super().__init__()
-        w, levels = width, levels_of(size)
-
-        def block(i):
-            return nn.Sequential(nn.Conv2d(i, w, 3, padding=1), nn.LeakyReLU(0.2, True),
-                                 Residual(w), nn.LeakyReLU(0.2, True))
-
-        self.blocks = nn.ModuleList(block(i) for i in [9] + [9 + w] * (levels - 1))
-        self.heads = nn.ModuleList(nn.Conv2d(w, 2, 3, padding=1) for _ in range(levels))
+        w, self.blocks, self.heads = width, nn.ModuleList(), nn.ModuleList()
+        for level in range(levels_of(size)):
+            first = leaky_conv(9 + w if level else 9, w)
+            self.blocks.append(nn.Sequential(*first, Residual(w), nn.LeakyReLU(0.2, True)))
+        for block in self.blocks:
+            self.heads.append(nn.Conv2d(w, 2, 3, padding=1))
         start_at_zero(self, *self.heads)
 
     def forward(self, fake, real):
@@ -969,13 +742,14 @@ class CoarseToFine(nn.Module):
         for level, (block, head) in enumerate(zip(self.blocks, self.heads)):
             step = 2 ** (len(self.heads) - level - 1)  # half a pixel of this level
             moved = F.pad(warp(fake, flow), (step,) * 4, mode="replicate").float()
-            moved = F.unfold(moved, 3, dilation=step).view(B, -1, 9, H, W)      # (B, C, 9, H, W)
-            costs = F.avg_pool2d((moved - real.unsqueeze(2)).abs().mean(1), 2 * step)
+            moved = F.unfold(moved, 3, dilation=step).view(B, -1, 9, H, W)  # (B, C, 9, H, W)
+            costs = (moved - real.unsqueeze(2)).abs().mean(1)  # (B, 9, H, W)
+            costs = F.avg_pool2d(costs, 2 * step)  # (B, 9, h, w)
             # Only which of the 9 is better matters. The factor 10 makes them of the order of 1.
-            costs = 10 * (costs - costs.mean(1, keepdim=True))                  # (B, 9, h, w)
+            costs = 10 * (costs - costs.mean(1, keepdim=True))
             if x is not None:
                 x = F.interpolate(x, costs.shape[2:], mode="bilinear").float()
-                costs = torch.cat((costs, x), 1)
+                costs = torch.cat((costs, x), 1)  # (B, 9 + w, h, w)
             x = block(costs)
             # The bound matters: a flow that has left the image has no gradient and never returns.
             more = step * torch.tanh(head(x).float() / step)
@@ -994,26 +768,22 @@ def random_motion(images, spread=0.1, mirrored=True):
     Each entry of its matrix varies by `spread`, its shift by half of `spread` of the sides
     (standard deviations). `mirrored` turns y over half of the time, and x half of the time."""
     (B, _, H, W), at = images.shape, {"device": images.device}
-    y, x = torch.meshgrid(torch.arange(H, **at) - (H - 1) / 2, torch.arange(W, **at) - (W - 1) / 2,
-                          indexing="ij")
+    axes = [torch.arange(side, **at) - (side - 1) / 2 for side in (H, W)]
+    position = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, H, W) from the middle
     mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1 if mirrored else torch.ones(B, 2, 1, **at)
     one = torch.eye(2, **at)
-    matrix = mirror * (one + spread * torch.randn(B, 2, 2, **at)) - one
+    matrix = mirror * (one + spread * torch.randn(B, 2, 2, **at)) - one  # (B, 2, 2)
     shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * torch.tensor((H, W), **at).view(2, 1, 1)
-    return torch.einsum("bij,jhw->bihw", matrix, torch.stack((y, x))) + shift
+    return torch.einsum("bij,jhw->bihw", matrix, position) + shift
 
 
 def running_mean(mean, flow, rate=0.01):
-    """0.99 mean + 0.01 (mean of the batch's flows, in % of the sides): (2, H, W)."""
-    return torch.lerp(mean, percent(flow).mean(0), rate)
-
-
-def drift_loss(mean, flow):
-    """mean m^2, where m is the running mean of the flows, this batch's included.
+    """m = 0.99 mean + 0.01 (mean of the batch's flows, in % of the sides): (2, H, W). The drift
+    loss is mean m^2.
 
     Misalignment is zero in the mean, but the paper's losses do not know that: if G shifts or zooms
     every image alike, R undoes it, and G, which is used without R, stays wrong."""
-    return running_mean(mean, flow).square().mean()
+    return torch.lerp(mean, percent(flow).mean(0), rate)
 
 
 def synthetic_loss(registration, real):
@@ -1038,9 +808,10 @@ def added_losses(model, config, a, b, fake, flow):
     """The weighted losses that go beyond the paper: a dict of those whose weight is not 0."""
     losses, registration = {}, model.registration
     if config.drift:
-        mean = registration.mean
-        losses["drift"] = config.drift * drift_loss(mean, flow)
-        mean.copy_(running_mean(mean, flow.detach()))
+        mean = running_mean(registration.mean, flow)
+        losses["drift"] = config.drift * mean.square().mean()
+        registration.mean.copy_(mean.detach())
+        average([registration.mean])
     if config.synthetic:  # every other image of the batch teaches as much
         losses["synthetic"] = config.synthetic * synthetic_loss(registration, b[::2])
     if config.equivariance:
@@ -1050,6 +821,9 @@ def added_losses(model, config, a, b, fake, flow):
 
 # --------------------------------------------------------------------------------------------------
 # NICE-GAN (Chen et al., "Reusing Discriminators for Encoding", CVPR 2020)
+#
+# Unlike the official code, G's step comes first, as in the other hosts, the adaptive norm takes
+# pooled features, the discriminators are shallower, and --downs says how fine the encoding is.
 
 
 class LayerInstanceNorm(nn.Module):
@@ -1100,17 +874,17 @@ class NiceGenerator(nn.Module):
         up = []
         for level in range(downs, 0, -1):
             i = width * 2**level
-            up += [Reflect(1), nn.Conv2d(i, 2 * i, 3), nn.PixelShuffle(2),
-                   LayerInstanceNorm(i // 2, 0.1, adaptive=False), nn.ReLU(True)]
-        up += [Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh()]
-        self.up = nn.Sequential(*up)
+            up += [Reflect(1), nn.Conv2d(i, 2 * i, 3), nn.PixelShuffle(2)]
+            up += [LayerInstanceNorm(i // 2, 0.1, adaptive=False), nn.ReLU(True)]
+        last = LastConv(width, out_chans, kernel)
+        self.up = nn.Sequential(*up, Reflect(kernel // 2), last, nn.Tanh())
 
     def forward(self, z, size):
-        x = F.relu(self.norm(self.enter(z)))
-        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)   # (B, w, 1, 1) each
+        x = F.relu(self.norm(self.enter(z)))  # (B, w, h, w)
+        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)  # (B, w, 1, 1) each
         for block in self.blocks:
             x = block(x, 1 + gamma, beta)
-        return self.up(x)[..., :size[0], :size[1]].float()
+        return self.up(x)[..., : size[0], : size[1]].float()  # (B, C, H, W)
 
 
 class NiceDiscriminator(nn.Module):
@@ -1133,25 +907,23 @@ class NiceDiscriminator(nn.Module):
         self.share = nn.Parameter(torch.zeros(()))
         self.shared = nn.Sequential(conv(2 * w, 4 * w), leaky)
         self.local = nn.Sequential(conv(4 * w, 8 * w, 3, 1), leaky, conv(8 * w, 1, 3, 1))
-        self.overall = nn.Sequential(conv(4 * w, 8 * w), leaky, conv(8 * w, 16 * w), leaky,
-                                     conv(16 * w, 1, 3, 1))
+        coarse = [conv(4 * w, 8 * w), leaky, conv(8 * w, 16 * w), leaky]
+        self.overall = nn.Sequential(*coarse, conv(16 * w, 1, 3, 1))
 
     def encode(self, x):
         """(encoding (B, 2w, h, w) in which attention weighs the channels, activation (B, 1))."""
         H, W = x.shape[-2:]
         x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
-        pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)                 # (B, 4w)
-        weight = self.cam.weight                                                # (1, 4w)
-        attended = self.merge(torch.cat((x, x), 1) * weight[:, :, None, None])
+        pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)  # (B, 4w)
+        weight = self.cam.weight  # (1, 4w)
+        attended = self.merge(torch.cat((x, x), 1) * weight[:, :, None, None])  # (B, 2w, h, w)
         return F.leaky_relu(x + self.share * attended, 0.2), F.linear(pooled, weight)
 
     def forward(self, x):
+        """([verdict of each classifier and of the attention], encoding)."""
         z, activation = self.encode(x)
         h = self.shared(z)
         return [self.local(h).float(), self.overall(h).float(), activation.float()], z
-
-    def verdicts(self, x):
-        return self(x)[0]
 
 
 class Nice(nn.Module):
@@ -1177,38 +949,237 @@ class Nice(nn.Module):
     def generator_losses(self, a, b):
         size = a.shape[-2:]
         with cached():  # one spectral norm for both images that a discriminator sees
-            z = torch.cat((self.netD_A.encode(a)[0], self.netD_B.encode(b)[0]))
-            same_a, fake_a = self.netG_B2A(z, size).chunk(2)
+            z = torch.cat((self.netD_A.encode(a)[0], self.netD_B.encode(b)[0]))  # (2B, 2w, h, w)
+            same_a, fake_a = self.netG_B2A(z, size).chunk(2)  # (B, C, H, W) each
             fake_b, same_b = self.netG_A2B(z, size).chunk(2)
-            (verdict_b, z_b), (verdict_a, z_a) = self.netD_B(fake_b), self.netD_A(fake_a)
+            (verdicts_b, z_b), (verdicts_a, z_a) = self.netD_B(fake_b), self.netD_A(fake_a)
         back_a, back_b = self.netG_B2A(z_b, size), self.netG_A2B(z_a, size)
-        return {"A": fake_a, "B": fake_b}, {
-            "adversarial": lsgan(verdict_b, True) + lsgan(verdict_a, True),
-            "cycle": 10 * (F.l1_loss(back_a, a) + F.l1_loss(back_b, b)),
-            "identity": 10 * (F.l1_loss(same_a, a) + F.l1_loss(same_b, b))}
+        of_b, of_a = (sum(lsgan(v, True) for v in each) for each in (verdicts_b, verdicts_a))
+        cycle = F.l1_loss(back_a, a) + F.l1_loss(back_b, b)
+        identity = F.l1_loss(same_a, a) + F.l1_loss(same_b, b)
+        losses = {"adversarial": of_b + of_a, "cycle": 10 * cycle, "identity": 10 * identity}
+        return {"A": fake_a, "B": fake_b}, losses
 
     def discriminator_losses(self, a, b, fakes):
-        with cached():
-            return {"d": discriminator_loss(self.netD_A.verdicts, a, fakes["A"])
-                    + discriminator_loss(self.netD_B.verdicts, b, fakes["B"])}
+        total = 0
+        for D, real, fake in ((self.netD_A, a, fakes["A"]), (self.netD_B, b, fakes["B"])):
+            with cached():
+                verdicts, _ = D(torch.cat((real, fake)))
+            halves = [verdict.chunk(2) for verdict in verdicts]
+            total = total + sum(lsgan(r, True) + lsgan(f, False) for r, f in halves)
+        return {"d": total}
 
 
 HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle, "nice": Nice}
 
 
-def presets_in_words():
-    """What --help says of the options whose default is the preset's."""
-    lines = ["", "Presets, and what the other two change of the small one:"]
-    for title, preset in (("small", SMALL), ("improved", IMPROVED), ("paper", PAPER)):
-        shown = [f"{name} {value}" for name, value in preset.items()
-                 if preset is SMALL or value != SMALL[name]]
-        lines.append(textwrap.fill(f"{title}: {', '.join(shown)}", 96, initial_indent="    ",
-                                   subsequent_indent="        "))
-    return "\n".join(lines)
+# --------------------------------------------------------------------------------------------------
+# Checkpoints, pictures, translating, comparing
+
+
+def save(run, best=False):
+    """Writes last.pt, and best.pt for `load_generator` where these weights are the `best`. Every
+    process calls this, for each has pools and random numbers of its own. Raises InputError for
+    weights that are not finite: the checkpoints before stay."""
+    for name, weight in run.model.state_dict().items():
+        if not weight.isfinite().all():
+            advice = f"lower --lr; {run.out / 'last.pt'} holds the state before"
+            raise InputError(f"step {run.step}: {name} is not finite: {advice}")
+    pools = {side: [image.clone() for image in pool.images] for side, pool in run.pools.items()}
+    ranks = from_all({"random": data.random_state(), "pools": pools})
+    if run.rank == 0:
+        weights = {"model": run.model.state_dict(), "config": dataclasses.asdict(run.config)}
+        weights |= {"in_chans": run.pairs.in_chans, "out_chans": run.pairs.out_chans}
+        weights["shape"] = list(run.pairs.shape)
+        if best:
+            save_checkpoint(run.out / "best.pt", weights)
+        state = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict(), "ranks": ranks}
+        state |= {name: getattr(run, name) for name in ("facts", "step", "best", "speed")}
+        seconds = time.time() - run.start
+        save_checkpoint(run.out / "last.pt", weights | state | {"seconds": seconds})
+
+
+def resume(run):
+    """Goes on from last.pt. Raises InputError where an option, the pairs or the number of processes
+    differ."""
+    path = run.out / "last.pt"
+    state = load_checkpoint(path)
+    try:
+        data.check_same(state["config"], run.config, path)
+        for name, value in run.facts.items():
+            if state["facts"][name] != value:
+                raise InputError(path, f"a run with the same {name} as now", "one with another")
+        for name in ("model", "opt_g", "opt_d"):
+            getattr(run, name).load_state_dict(state[name])
+        own = state["ranks"][run.rank]
+        for side, pool in run.pools.items():
+            pool.images = [image.to(run.device) for image in own["pools"][side]]
+        run.step, run.best, run.speed = state["step"], state["best"], state["speed"]
+        run.start -= state["seconds"]
+        data.set_random_state(own["random"])
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
+    if run.rank == 0:  # the steps after the checkpoint are taken again, so their lines are dropped
+        lines = data.read_text(run.out / "log.jsonl").splitlines(True)
+        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step]
+        data.atomic_write(run.out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+
+
+@torch.no_grad()
+def draw_run(run, aligned, moved, rows=4):
+    """OUT/translation.png: pairs of the test part, their translations, and what R made of a
+    misaligned one. OUT/curves.png: losses and validation."""
+    run.model.eval()
+    titles, pictures, host = ["A", "B", "G(A)", "|G(A) - B|"], [], run.config.host
+    if run.config.reg:
+        titles += ["A moved", "B moved", "G(A) warped", "|warped - B|", "flow"]
+        host += " + R"
+    for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
+        a, b = (x.to(run.device)[None] for x in aligned.item(0, i))
+        fake = run.model.translate(a)
+        row = [a, b, fake, (fake - b).abs() - 1]
+        if run.config.reg:
+            a, b, *_ = (x.to(run.device)[None] for x in moved.item(0, i))
+            fake = run.model.translate(a)
+            flow = run.model.registration(fake, b)
+            warped = warp(fake, flow)
+            grid = torch.full_like(b[:, :1], -0.8)
+            grid[:, :, ::6] = grid[:, :, :, ::6] = 1.0
+            row += [a, b, warped, (warped - b).abs() - 1, warp(grid, flow)]
+        pictures.append([(x[0].cpu() + 1) / 2 for x in row])
+    scale = max(1, 128 // aligned.shape[1])
+    data.save_grid(run.out / "translation.png", pictures, titles=titles, scale=scale)
+    points = {}
+    for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
+        values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
+        for name in values.keys() - {"step", "epoch", "lr", "seconds"}:
+            points.setdefault(name, []).append((line["epoch"], values[name]))
+    curves = {name: tuple(zip(*points[name])) for name in sorted(points)}
+    data.save_plot(run.out / "curves.png", curves, host, "epoch", "loss")
+
+
+def load_generator(path):
+    """(model, translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN
+    generator (netG_A2B.pth). Raises InputError for any other file."""
+    state = load_checkpoint(data.checkpoint_file(path, "best.pt"))
+    try:
+        if "model_head.1.weight" in state:
+            width, in_chans = state["model_head.1.weight"].shape[:2]
+            blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
+            config = complete(Config(paper=True, width=width, blocks=blocks))
+            model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
+            translate = model
+        else:
+            config, in_chans = complete(Config(**state["config"])), state["in_chans"]
+            model = build(config, in_chans, state["out_chans"], state["shape"])
+            translate, state = model.translate, state["model"]
+        model.load_state_dict(state)
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        wanted = "a checkpoint of this reggan.py or a Reg-GAN generator"
+        raise InputError(path, wanted, " ".join(repr(error).split())[:200]) from None
+    return model, translate, config, in_chans
+
+
+@torch.no_grad()
+def translate_folder(config):
+    """Writes the translation of every image of --translate into --out, with the same name, format
+    and bit depth."""
+    if not config.weights:
+        wanted = "a run's folder, its best.pt, or a Reg-GAN netG_A2B.pth"
+        raise InputError(f"--translate needs --weights RUN: {wanted}")
+    model, translate, trained, in_chans = load_generator(config.weights)
+    device, _, _ = data.join(config)
+    autocast = data.autocast(config, device)
+    model.to(device).eval()
+    span_a, span_b = data.parse_rescale(config.rescale or trained.rescale)
+    folder, out = Path(config.translate), Path(config.out or "runs/translate")
+    if out.resolve() == folder.resolve():
+        raise InputError("--out", "another folder than --translate, whose images stay", out)
+    images = {}  # all of them are read first, so that a bad one is found before any is written
+    for name in data.list_slices(folder):
+        images[name] = data.read_slice(folder / name, span_a, blank=True)
+        if (found := len(images[name])) != in_chans:
+            raise InputError(f"{folder / name}: {found} channels, the generator takes {in_chans}")
+    for name, image in images.items():
+        H, W = image.shape[1:]
+        scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows
+        size, a = (round(H * scale), round(W * scale)), image[None].to(device)  # (1, C, H, W)
+        a = F.interpolate(a, size, mode="bilinear", antialias=scale < 1)
+        with autocast():
+            fake = translate(a)
+        fake = F.interpolate(fake, (H, W), mode="bilinear")[0]  # (C, H, W)
+        data.write_slice(out / name, fake, folder / name, span_b)
+    print(f"{len(images)} images translated into {out}")
+
+
+def compare(config):
+    """The paper's table: every row of --hosts at every level with every seed, each a run of its own
+    in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
+    out = Path(config.out or "runs/reggan-compare")
+    rows, levels = config.hosts.split(","), config.levels.split(",")
+    keys, cells, table = {}, {}, []
+    for seed in range(config.seed, config.seed + config.seeds):
+        for level, row in itertools.product(levels, rows):
+            name = f"{row}_{level}_{seed}"
+            keys[name] = {"row": row, "level": level, "seed": seed}
+            cells[name] = cell_config(config, row, level, seed)
+    _, rank, _ = data.join(config)
+    for name, result in data.run_cells(out / "cells", cells, train):
+        table.append(keys[name] | result)
+        if rank == 0:
+            write_tables(out, table, rows, levels)
+    if rank == 0:
+        print((out / "table.md").read_text())
+    return table
+
+
+def cell_config(config, row, level, seed):
+    """The configuration of one run of the comparison. Raises InputError for an unknown row or
+    level."""
+    host, reg = row.removesuffix("+r"), row.endswith("+r")
+    if host not in HOSTS:
+        raise InputError("--hosts", f"{', '.join(HOSTS)}, with +r for registration", row)
+    noise, elastic = 0.0, config.elastic or 3.0
+    if level == "none" and config.root:
+        noise = elastic = None
+    elif level != "elastic":
+        try:
+            noise, elastic = float(level), config.elastic
+        except ValueError:
+            raise InputError("--levels", "numbers, elastic, or with --root none", level) from None
+    cell = {"host": host, "reg": reg, "noise": noise, "elastic": elastic, "seed": seed}
+    return complete(dataclasses.replace(config, **cell))
+
+
+TABLES = {"psnr": "PSNR over the foreground, dB", "mae": "MAE over the foreground", "ssim": "SSIM"}
+TABLES |= {"registration_error": "registration error, pixels"}
+TABLES |= {"folding": "share of pixels where the flow folds"}
+
+
+def write_tables(out, table, rows, levels):
+    """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
+    names = list(dict.fromkeys(name for line in table for name in line))
+    data.write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
+
+    def cell(row, level, measure):
+        runs = [line for line in table if (line["row"], line["level"]) == (row, level)]
+        values = [line[measure] for line in runs if measure in line]
+        digits = 2 if measure in ("psnr", "registration_error") else 4
+        text = f"{statistics.fmean(values):.{digits}f}" if values else ""
+        return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+    parts, header = [], ["method"] + [f"level {level}" for level in levels]
+    for measure, title in TABLES.items():
+        lines = [[row] + [cell(row, level, measure) for level in levels] for row in rows]
+        lines = [line for line in lines if any(line[1:])]
+        parts.append(f"{title}\n\n{data.markdown_table(header, lines)}")
+    data.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
 
 
 def main():
-    config = data.parse_config(Config, description=__doc__ + presets_in_words())
+    presets = {"small": SMALL, "improved changes": IMPROVED, "paper changes": PAPER}
+    lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
+    config = data.parse_config(Config, description="\n".join([__doc__, *lines]))
     if config.translate:
         translate_folder(config)
     elif config.compare:
