@@ -231,10 +231,8 @@ def registration_losses(model, config, a, b, fake):
     if not config.reg:
         return {}
     flow = model.registration(fake, b)
-    losses = {
-        "correction": config.correction * correction(fake, flow, b),
-        "smooth": config.smooth * smoothness(flow),
-    }
+    losses = {"correction": config.correction * correction(fake, flow, b),
+              "smooth": config.smooth * smoothness(flow)}
     return losses | added_losses(model, config, a, b, fake, flow)  # none in the paper
 
 
@@ -453,12 +451,8 @@ class Config(RunConfig):
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
-    noise: float = option(
-        None,
-        "added misalignment: rotation to n degrees, shift and zoom to 2n % "
-        "(default: 3 on the demo pairs, none on your own)",
-        within="[0, 25]",
-    )
+    noise: float = option(None, "added misalignment: rotation to n degrees, shift and zoom to 2n % "
+                          "(default: 3 on the demo pairs, none on your own)", within="[0, 25]")
     elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 25]")
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
@@ -480,12 +474,10 @@ class Config(RunConfig):
     synthetic: float = option(None, "weight of R's error on known motion, %", within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
     compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
-    hosts: str = option(
-        "pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r", "rows of the comparison, +r: with R", free=True
-    )
-    levels: str = option(
-        "0,3,5,elastic", "columns: --noise, elastic (3 % bending) or none (own pairs)", free=True
-    )
+    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r",
+                        "rows of the comparison, +r: with R", free=True)
+    levels: str = option("0,3,5,elastic",
+                         "columns: --noise, elastic (3 % bending) or none (own pairs)", free=True)
     seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
     translate: str = option("", "translate this folder with --weights into --out", free=True)
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
@@ -634,9 +626,8 @@ def loop(run, log):
     """Trains from run.step to the end."""
     config, steps, per_epoch = run.config, run.steps, run.per_epoch
     every, epochs = max(per_epoch, steps // 10), math.ceil(steps / per_epoch)
-    batches = run.pairs.batches(
-        config.batch_size, epochs, True, config.seed, run.step, run.rank, run.world, config.workers
-    )
+    batches = run.pairs.batches(config.batch_size, epochs, True, config.seed, run.step, run.rank,
+                                run.world, config.workers)
     batches = data.Timed(batches, run.device, run.world)
     with data.Saving(lambda step: save(run), run.world) as saving:
         while run.step < steps:
@@ -647,9 +638,8 @@ def loop(run, log):
             for group in run.opt_g.param_groups + run.opt_d.param_groups:
                 group["lr"] = group["peak"] * factor
             # G and R take one step together, for each is judged by what the other makes; then D.
-            losses = training_step(
-                run.model, config, a, b, run.opt_g, run.opt_d, run.pools, run.autocast
-            )
+            losses = training_step(run.model, config, a, b, run.opt_g, run.opt_d, run.pools,
+                                   run.autocast)
             run.step += 1
             # A GAN that diverges does not recover, so every step's losses are looked at.
             losses = {name: loss.item() for name, loss in losses.items()}
@@ -994,18 +984,22 @@ def save(run, best=False):
         if best:
             save_checkpoint(run.out / "best.pt", weights)
         state = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict(), "ranks": ranks}
-        state |= {name: getattr(run, name) for name in ("facts", "step", "best", "speed")}
+        state |= {name: getattr(run, name) for name in ("facts", "step", "steps", "best", "speed")}
         seconds = time.time() - run.start
         save_checkpoint(run.out / "last.pt", weights | state | {"seconds": seconds})
 
 
 def resume(run):
-    """Goes on from last.pt. Raises InputError where an option, the pairs or the number of processes
-    differ."""
+    """Goes on from last.pt, perhaps to more steps than were planned. Raises InputError where
+    another option, the pairs or the number of processes differ."""
     path = run.out / "last.pt"
     state = load_checkpoint(path)
+    length = {"steps": run.config.steps, "epochs": run.config.epochs}  # compared below
     try:
-        data.check_same(state["config"], run.config, path)
+        data.check_same(state["config"] | length, run.config, path)
+        if run.steps < state["step"]:
+            least = f"at least the {state['step']} steps that {path} has taken"
+            raise InputError("--steps or --epochs", least, f"{run.steps} steps")
         for name, value in run.facts.items():
             if state["facts"][name] != value:
                 raise InputError(path, f"a run with the same {name} as now", "one with another")
@@ -1019,6 +1013,9 @@ def resume(run):
         data.set_random_state(own["random"])
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
+    if run.rank == 0 and run.steps != state["steps"]:
+        rates = f"from step {run.step + 1} on the learning rates are those of {run.steps} steps"
+        print(f"{path}: going on to {run.steps} steps instead of {state['steps']}; {rates}")
     if run.rank == 0:  # the steps after the checkpoint are taken again, so their lines are dropped
         lines = data.read_text(run.out / "log.jsonl").splitlines(True)
         kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step]
@@ -1070,6 +1067,7 @@ def load_generator(path):
             model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
             translate = model
         else:
+            state["config"].pop("accumulate", None)  # an option of earlier versions
             config, in_chans = complete(Config(**state["config"])), state["in_chans"]
             model = build(config, in_chans, state["out_chans"], state["shape"])
             translate, state = model.translate, state["model"]
@@ -1077,6 +1075,8 @@ def load_generator(path):
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         wanted = "a checkpoint of this reggan.py or a Reg-GAN generator"
         raise InputError(path, wanted, " ".join(repr(error).split())[:200]) from None
+    if not all(weight.isfinite().all() for weight in state.values()):
+        raise InputError(path, "finite weights", "NaN or infinity")
     return model, translate, config, in_chans
 
 

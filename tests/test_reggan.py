@@ -1533,7 +1533,7 @@ def test_the_foreground_survives_size(tmp_path):
     assert scores["mae"].item() == pytest.approx((b[mask].double() / 2).abs().mean().item())
 
 
-def test_resuming_a_finished_run_changes_nothing_and_other_steps_are_refused(root):
+def test_resuming_a_finished_run_and_one_with_more_steps(root, capsys):
     c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=None, steps=4))
     first = reggan.train(c)
     log = (root / "run" / "log.jsonl").read_text()
@@ -1542,17 +1542,33 @@ def test_resuming_a_finished_run_changes_nothing_and_other_steps_are_refused(roo
         name: first[name] for name in first if name != "seconds"
     }
     assert (root / "run" / "log.jsonl").read_text() == log
+    capsys.readouterr()
+    more = dataclasses.replace(c, resume=True, steps=6)
+    reggan.train(more)
+    assert (
+        "going on to 6 steps instead of 4; from step 5 on the learning rates"
+        in capsys.readouterr().out
+    )
+    assert data.load_checkpoint(root / "run" / "last.pt")["step"] == 6
     with pytest.raises(
         data.InputError,
-        match="last.pt: expected --steps 6, as asked for now, found a run with --steps 4; give",
+        match="--steps or --epochs: expected at least the 6 steps that .* found 5 steps",
     ):
-        reggan.train(dataclasses.replace(c, resume=True, steps=6))
+        reggan.train(dataclasses.replace(more, steps=5))
     for side in "AB":
         (root / f"train/{side}/s2.npy").rename(root / f"train/{side}/other.npy")
     with pytest.raises(
         data.InputError, match="last.pt: expected a run with the same names of the pairs as now"
     ):
-        reggan.train(dataclasses.replace(c, resume=True))
+        reggan.train(more)
+
+
+def test_a_generator_with_weights_that_are_not_finite_is_refused(tmp_path):
+    state = reggan.Generator(1, 1, width=4, blocks=1).state_dict()
+    state["model_tail.7.bias"][:] = math.nan
+    torch.save(state, tmp_path / "netG_A2B.pth")
+    with pytest.raises(data.InputError, match="expected finite weights, found NaN or infinity"):
+        reggan.load_generator(tmp_path / "netG_A2B.pth")
 
 
 def test_resuming_from_what_is_no_last_pt_is_one_line(root):
