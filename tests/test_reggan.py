@@ -1565,7 +1565,7 @@ def test_resuming_a_finished_run_and_one_with_more_steps(root, capsys):
 
 def test_a_generator_with_weights_that_are_not_finite_is_refused(tmp_path):
     state = reggan.Generator(1, 1, width=4, blocks=1).state_dict()
-    state["model_tail.7.bias"][:] = math.nan
+    state["model_tail.7.bias"][:] = float("nan")
     torch.save(state, tmp_path / "netG_A2B.pth")
     with pytest.raises(data.InputError, match="expected finite weights, found NaN or infinity"):
         reggan.load_generator(tmp_path / "netG_A2B.pth")
