@@ -1,21 +1,21 @@
 """A linear layer with a low-rank update: LoRA's forward and backward passes in two kernels.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. 3, with the groups
-of a fused projection (loralib's MergedLinear: q and v of a ViT's qkv are adapted, k is not). For
-each adapted part g of the output's columns, with one mask for all groups, P[keep] = 1 - p,
+Hu et al., "LoRA", ICLR 2022, eq. 3, with the groups of a fused projection (loralib's MergedLinear:
+q and v of a ViT's qkv are adapted, k is not). For each adapted part g of the output's columns, with
+one mask `keep` for all groups, P[keep] = 1 - p,
 
     t_g = s D(x) A_g^T     y_g = t_g B_g^T + x W_g^T + b_g               D(x) = keep * x / (1 - p)
     u_g = s' dy_g B_g      dx = keep * sum_g u_g A_g + dy W              s' = s / (1 - p)
                            dA_g = u_g^T (keep * x)     dB_g = dy_g^T t_g
 
-and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b, and nothing of
-the size of x or y is kept but x. The low-rank part adds 0.7 % to the multiplications at ViT-B's qkv
-and R = 4. Separate operations nevertheless read x twice more, write D(x) and a mask, and write,
-read and add a delta as large as the adapted part of y.
+and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b, and nothing as
+large as x or y is kept but x. At ViT-B's qkv and R = 4 the low-rank part adds 0.7 % to the
+multiplications; separate operations nevertheless read x twice more, write D(x) and a mask, and
+write, read and add a delta as large as the adapted part of y.
 
-Here both directions are split at the rank. `down_kernel` makes t in one pass over x, u and dB in
-one over dy, and dA in one over x. `up_kernel` is the large product: it starts from the low-rank
-part and writes y (or dx) once. Every column of its tiles would have to make t, and draw the mask.
+One batch of ViT-B, 64 images: x (12608, 768) -> t (12608, 8) -> y (12608, 2304).
+
+Next: mrm.py, or with a GPU in mind "Kernels" below; tests/debug_kernel.md follows a fault in one.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R.
@@ -43,10 +43,7 @@ def adapted_parts(parts, N, R):
 
 def reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep):
     """y (M, N) and t^T / s (GR, M). keep: (M, K) uint8 or None; 1 / (1 - p) is part of `scale`.
-
-    The products of width R are formed rank first, (R, K) x (K, M): 2 to 10 times faster on a CPU
-    than (M, K) x (K, R).
-    """
+    Products of width R go rank first, (R, K) x (K, M): 2 to 10 times faster on a CPU."""
     y = F.linear(x, weight, bias)                                                  # (M, N)
     t = lora_A @ (x if keep is None else x * keep).t()                             # (GR, M)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
@@ -70,7 +67,7 @@ def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, nee
 
 
 def definition(x, weight, bias, lora_A, lora_B, scale, parts, keep):
-    """y in operations that torch differentiates itself, twice too, and that torch.compile fuses."""
+    """y in operations that torch differentiates itself, twice too, and torch.compile fuses."""
     t = scale * ((x if keep is None else x * keep) @ lora_A.t())                   # (M, GR)
     y = list(F.linear(x, weight, bias).chunk(len(parts), dim=1))
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
@@ -108,25 +105,36 @@ class ReferenceFunction(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 # Kernels
 #
+# Both directions are split at the rank. down_kernel makes t in one pass over x, u and dB in one over
+# dy, and dA in one over x. up_kernel is the large product: it starts from the low-rank part and
+# writes y (or dx) once. In one kernel every column of tiles would make t and draw the mask again.
+#
 #                in   factor of down_kernel   low   factor of up_kernel   out   sums of down_kernel
 #     forward    x    lora_A                  t     lora_B                y
 #     backward   dy   lora_B                  u     lora_A                dx    dB, and dA from x
 #
-# The tiles of y that the programs 0, 1, ... of up_kernel make. The columns are divided part by
-# part, so that no tile lies in two parts, and the tiles of k leave the low-rank part out. The
-# numbers run down 8 rows of tiles before they go right: programs that run at the same time share
+# The tiles of y, and which program of up_kernel makes each, for q and v of a fused qkv. PARTS has a
+# bit for each part, the lowest for the first: in 0b101 those of part 0 and part 2 are set. The
+# adapted parts are counted by their group, which is their place in t, lora_A and lora_B. Tiles with
+# a + start from the low-rank product, the others from zero. No tile lies in two parts.
+#
+#     part              0 = q                 1 = k                 2 = v
+#     bit of PARTS      1, group 0            0, no group           1, group 1
+#     starts from       t_0 B_0^T             0                     t_1 B_1^T
+#                     +-----+-----+-----+   +-----+-----+-----+   +-----+-----+-----+
+#     row tile 0      |+  0 |+  8 |+ 16 |   |  24 |  32 |  40 |   |+ 48 |+ 56 |+ 64 |
+#     row tile 1      |+  1 |+  9 |+ 17 |   |  25 |  33 |  41 |   |+ 49 |+ 57 |+ 65 |
+#     ...             |           ...   |   |           ...   |   |           ...   |
+#     row tile 8      |+ 72 |+ 80 |+ 88 |   |  96 | 104 | 112 |   |+120 |+128 |+136 |
+#                     +-----+-----+-----+   +-----+-----+-----+   +-----+-----+-----+
+#
+# The numbers run down 8 rows of tiles before they go right: programs that run at the same time share
 # rows of x and of W, which they find in the L2 cache.
 #
-#                   q: t_0 B_0^T +      k                   v: t_1 B_1^T +
-#     row tile 0    |  0 |  8 | 16 |    | 24 | 32 | 40 |    | 48 | 56 | 64 |
-#     row tile 1    |  1 |  9 | 17 |    | 25 | 33 | 41 |    | 49 | 57 | 65 |
-#     ...
-#     row tile 8    | 72 | 80 | ...
-#
-# The sizes of a layer are compile-time constants (a model has few layers), M is not. PARTS has a
-# bit for each part, and a pointer that is None leaves its step out. Rows beyond the last one read
-# the last one, which costs nothing in the loops, and are not stored. Tiles of x are loaded whole,
-# by 16-byte copies that run ahead of the products, and the mask of dropout comes after.
+# The sizes of a layer are compile-time constants (a model has few layers), M is not. A pointer that
+# is None leaves its step out. Rows beyond the last one read the last one, which costs nothing in the
+# loops, and are not stored. Tiles of x are loaded whole, by 16-byte copies that run ahead of the
+# products, and the mask of dropout comes after.
 
 
 @jit()
@@ -154,9 +162,7 @@ def down_kernel(
     BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """t = s D(x) A^T, or u = s' dy B with dB = dy^T t, or dA = u^T (keep * x).
-
-    A program reads BLOCK_M rows of one part of `in`.
-    """
+    A program reads BLOCK_M rows of one part of `in`."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first_row, rows_left = tl.program_id(0).to(tl.int64) * BLOCK_M, M - tl.program_id(0) * BLOCK_M
@@ -259,7 +265,7 @@ def tile(m, out, depth, warps, stages):
     return dict(BLOCK_M=m, BLOCK_OUT=out, BLOCK_IN=depth), dict(num_warps=warps, num_stages=stages)
 
 
-# What up_kernel may run with: a GPU takes the fastest for each layer.
+# What up_kernel may run with: a GPU takes the fastest for each layer
 TILES = [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 3), tile(64, 128, 64, 4, 4)]
 FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]
 
@@ -391,10 +397,9 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     scale: alpha / R. parts: P truth values, G of them true; part i is columns i N/P to (i+1) N/P.
     dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
     seed: fixes the mask, a number or a tensor of one, taken modulo 2^31. None draws one from
-    torch's generator of the GPU (kernels) or of the CPU (reference): processes have masks of their
-    own if each calls torch.manual_seed with a number of its own, as the seed plus the rank.
-    Returns (..., N). As F.linear: in x's dtype, or in autocast's; lora_A and lora_B may be of any
-    dtype, and so may the frozen weight under autocast, where autocast's dtype costs no conversion.
+    torch's generator of the GPU (kernels) or the CPU (reference), which processes seed differently.
+    Returns (..., N) in x's dtype, or in autocast's, as F.linear. lora_A and lora_B may be of any
+    dtype, the frozen weight under autocast too, where autocast's dtype costs no conversion.
     kernels: whether the kernels or the reference run; None leaves it to x and `use_kernels`.
     Raises ValueError for shapes, dtypes or devices that do not fit, and RuntimeError where the
     kernels are to be differentiated twice.
