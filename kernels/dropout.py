@@ -1,9 +1,8 @@
 """Dropout's mask: which elements of x are kept, P[keep] = 1 - p.
 
-The reference makes the mask once and keeps it. The kernels keep the seed alone, and make a tile of
-the mask wherever they need it: stored, it would be half the size of a 16-bit x. Both spend 16
-random bits on an element, so that p is met to 2^-17. The two masks of one seed differ: a CPU draws
-fastest from one long stream, a GPU from a counter.
+The reference makes the mask once. The kernels keep the seed alone and make a tile of the mask where
+they need it: stored, it would be half the size of a 16-bit x. Both spend 16 random bits on an
+element. Their masks of one seed differ: a CPU draws fastest from one long stream.
 """
 import math
 
@@ -24,7 +23,7 @@ def keep_mask(x, p, seed):
     return torch.from_numpy(words).view(x.shape).ge(round(p * 2**16) - 2**15).view(torch.uint8)
 
 
-# torch.compile cannot look into numpy: for it the mask is an operator.
+# torch.compile cannot look into numpy: for it the mask is an operator
 keep_mask_operator = operator("keep_mask(Tensor x, float p, Tensor seed) -> Tensor", keep_mask,
                               fake=lambda x, p, seed: torch.empty_like(x, dtype=torch.uint8))
 
@@ -33,9 +32,8 @@ keep_mask_operator = operator("keep_mask(Tensor x, float p, Tensor seed) -> Tens
 def keep_tile(seed_ptr, threshold, rows, col, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The kernels' mask of x[rows, col : col + BLOCK_K]: 16 bits of `threshold` or more are kept.
 
-    The bits are Philox4x32's (7 rounds, Salmon et al. 2011), keyed by the seed. A draw gives 128 bits
-    for eight neighbouring columns; its 64-bit counter is row * ceil(K / 8) + column // 8. The mask
-    thus depends on the element alone, not on the tile."""
+    They are those of Philox4x32 (7 rounds, Salmon et al. 2011), keyed by the seed. A draw serves 8
+    columns; its counter is row * ceil(K / 8) + column // 8, which does not depend on the tile."""
     octets = col // 8 + tl.arange(0, BLOCK_K // 8)
     counter = rows.to(tl.int64)[:, None] * ((K + 7) // 8) + octets[None, :]
     r0, r1, r2, r3 = tl.randint4x(tl.load(seed_ptr), counter, n_rounds=7)
