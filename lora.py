@@ -41,7 +41,7 @@ alpha / sqrt(r) (Kalajdzievski, 2023), so that a larger rank learns faster, and 
 layer a `DoRALinear`.
 
 Next: the reference half of kernels/lora_linear.py, which is this layer forward and backward by
-hand; then mrm.py. Exercises 1, 4 and 7 of tests/exercises.md change this file.
+hand; then mrm.py. Exercises 1, 8 and 9 of tests/exercises.md change this file.
 
 Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank.
 """

@@ -55,9 +55,8 @@ def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, nee
         dB[rows] = (t[rank] @ dy[:, columns]).t()                                  # (N/P, R)
     u.mul_(scale)
     dA = u @ (x if keep is None else x * keep)                                     # (GR, K)
-    dx = None
+    dx = dy @ weight if needs_dx else None                                         # (M, K)
     if needs_dx:
-        dx = dy @ weight                                                           # (M, K)
         dx = dx.addmm_(u.t(), lora_A) if keep is None else dx.add_((u.t() @ lora_A).mul_(keep))
     return dx, dA, dB.mul_(scale)
 
@@ -102,7 +101,6 @@ class ReferenceFunction(torch.autograd.Function):
 #
 # Both directions are split at the rank, since in one kernel every tile would make t and draw the
 # mask: down_kernel goes from `in` to the rank, and up_kernel, the large product, starts from there.
-#
 #                in   factor of down_kernel   low   factor of up_kernel   out   sums of down_kernel
 #     forward    x    lora_A                  t     lora_B                y
 #     backward   dy   lora_B                  u     lora_A                dx    dB, and dA from x
@@ -122,7 +120,7 @@ class ReferenceFunction(torch.autograd.Function):
 #
 # The sizes of a layer are compile-time constants, M is not. A pointer that is None leaves its step
 # out. Rows beyond the last read the last one, for nothing in the loops, and are not stored. Tiles
-# of x are loaded whole, by 16-byte copies ahead of the products; the mask of dropout comes after.
+# of x are loaded whole, ahead of the products, and the mask of dropout comes after.
 
 
 @jit()
@@ -395,9 +393,8 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
         seed = torch.randint(2**31, (), device=device)
     else:
         seed = torch.as_tensor(seed % 2**31, dtype=torch.int64, device=device)
-    x = x.reshape(-1, shape[-1])                                                   # (M, K)
     tensors = [None if tensor is None else (tensor if kernels else tensor.to(dtype)).contiguous()
-               for tensor in (x, weight.to(dtype), bias, lora_A, lora_B)]
+               for tensor in (x.reshape(-1, shape[-1]), weight.to(dtype), bias, lora_A, lora_B)]
     if kernels:
         y = forward_operator(*tensors, seed, scale, parts, dropout)[0]
     else:

@@ -19,18 +19,8 @@ EXERCISES = {  # number: file, function, test file, words that choose the tests 
     2: ("mrm.py", "MRM.encode", "test_mrm.py", "test_masking or decode_image"),
     3: ("kernels/warp.py", "warp_reference", "test_kernels.py", "warp_reference or warp_gradcheck"),
     4: ("mrm.py", "MRM.image_loss", "test_mrm.py", "image_loss_is_the_formula"),
-    5: (
-        "reggan.py",
-        "training_step",
-        "test_reggan.py",
-        "a_step_trains_g_and_r or registration_losses",
-    ),
-    6: (
-        "finetune.py",
-        "weighted_auroc",
-        "test_finetune.py",
-        "auroc_against or auroc_worked or weights_count",
-    ),
+    5: ("reggan.py", "training_step", "test_reggan.py", "a_step_trains or registration_losses"),
+    6: ("finetune.py", "weighted_auroc", "test_finetune.py", "auroc_against or auroc_worked"),
 }
 
 
@@ -48,11 +38,11 @@ def blank(path, name):
     lines, node = path.read_text().splitlines(keepends=True), ast.parse(path.read_text())
     for part in name.split("."):
         node = next(child for child in node.body if getattr(child, "name", "") == part)
-    first = node.body[1] if ast.get_docstring(node) else node.body[0]
-    indent = " " * first.col_offset
-    lines[first.lineno - 1 : node.end_lineno] = [f"{indent}raise NotImplementedError\n"]
+    start = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
+    indent = " " * node.body[0].col_offset
+    lines[start : node.end_lineno] = [f"{indent}raise NotImplementedError\n"]
     path.write_text("".join(lines))
-    return first.lineno
+    return start + 1
 
 
 if __name__ == "__main__":
