@@ -441,9 +441,11 @@ def inspect(config):
     _, _, layers = read_adapter(config)
     rows, shares = [], {}
     for name, layer in layers.items():
-        weights = layer.weight.double().chunk(len(layer.parts))
+        weights = layer.weight.detach().double().chunk(len(layer.parts))
+        numbered = [f" {part}" for part in range(len(weights))]
+        names = {1: [""], 3: [" q", " k", " v"]}.get(len(weights), numbered)
         for part, A, B in layer.groups():
-            label = name + (f" {'qkv'[part]}" if name.endswith("qkv") else "")
+            label = f"{name}{names[part]}"
             R_A, R_B = (torch.linalg.qr(thin.double()).R for thin in (A.T, B))
             values = layer.scale * torch.linalg.svdvals(R_B @ R_A.T)
             shares[label] = (values.norm() / weights[part].norm()).item()

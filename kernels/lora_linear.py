@@ -422,12 +422,10 @@ def check(x, weight, bias, lora_A, lora_B, parts, dropout):
         raise ValueError(f"lora_linear: expected x (..., K) and weight (N, K) with N a multiple of "
                          f"{P}, found {tuple(x.shape)} and {tuple(weight.shape)}")
     N, K = weight.shape
-    for name, tensor, shape in (("x", x, x.shape), ("weight", weight, (N, K)), ("bias", bias, (N,)),
-                                ("lora_B", lora_B, (G * N // P, R)),
-                                ("lora_A", lora_A, (G * R, K))):
+    shapes = dict(x=x.shape, weight=(N, K), bias=(N,), lora_B=(G * N // P, R), lora_A=(G * R, K))
+    for (name, shape), tensor in zip(shapes.items(), (x, weight, bias, lora_B, lora_A)):
         if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()
                                    or tensor.device != x.device):
-            raise ValueError(
-                f"lora_linear: expected {name} {tuple(shape)}, floating-point, on {x.device} (rank "
-                f"{R}, {G} of {P} parts), found {tuple(tensor.shape)}, {tensor.dtype}, on "
-                f"{tensor.device}")
+            raise ValueError(f"lora_linear: expected {name} {tuple(shape)}, floating-point, on "
+                             f"{x.device} (rank {R}, {G} of {P} parts), found "
+                             f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}")

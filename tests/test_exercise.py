@@ -1,12 +1,15 @@
 """tests/exercise.py: a blanked function fails the tests that judge it, and the original passes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from exercise import EXERCISES, REPOSITORY, blank, copy_repository
+
+from kernels import triton
 
 
 def judge(folder):
@@ -79,3 +82,24 @@ def test_the_script_makes_a_folder_and_judges_it(tmp_path):
     done = subprocess.run([*run, "1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "NotImplementedError" in done.stdout
     assert done.stdout.startswith("write LoRALinear.forward in ")
+
+
+@pytest.mark.skipif(triton is None, reason="no Triton here")
+def test_the_page_on_debugging_prints_what_it_says(tmp_path):
+    page = (REPOSITORY / "tests" / "debug_kernel.md").read_text()
+    right, wrong = re.findall(r"^[-+](    .*)$", page, re.M)
+    script = re.search(r"```python\n(import torch.*?)```", page, re.S)[1]
+    printed = re.search(r"```\n(tensor.*?)```", page, re.S)[1]
+    copy_repository(tmp_path)
+    kernel = tmp_path / "kernels" / "warp.py"
+    assert kernel.read_text().count(right) == 1
+    kernel.write_text(kernel.read_text().replace(right, wrong))
+    (tmp_path / "try.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "try.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.stdout == printed, done.stderr[-2000:]

@@ -441,7 +441,7 @@ def test_import_of_pefts_ranks_and_scales_by_layer(tmp_path, rslora):
 
 def test_inspect_shows_what_an_adapter_changes(tmp_path, capsys):
     data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
-    targets = {"qkv": (True, False, True), "fc1": (True,)}
+    targets = {"qkv": (True, False, True), "fc1": (True,), "proj": (False, True)}
     model = trained(lora.add_lora(vit(), rank=3, alpha=6, targets=targets))
     with torch.no_grad():
         model.blocks[1].mlp.fc1.lora_B.mul_(50)
@@ -452,12 +452,15 @@ def test_inspect_shows_what_an_adapter_changes(tmp_path, capsys):
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if "blocks" in line]
     assert printed.splitlines()[-1].startswith("changed most: blocks.1.mlp.fc1 (")
     rows = {name: rest for name, *rest in table[:-1]}
-    assert len(rows) == 6
+    assert len(rows) == 8
     for name, layer in model.named_modules():
         if isinstance(layer, lora.LoRALinear):
             width = layer.out_features // len(layer.parts)
             for number, on in enumerate(layer.parts):
-                label = f"{name} {'qkv'[number]}" if len(layer.parts) == 3 else name
+                label = (
+                    name
+                    + {1: [""], 2: [" 0", " 1"], 3: [" q", " k", " v"]}[len(layer.parts)][number]
+                )
                 if not on:
                     assert label not in rows
                     continue
