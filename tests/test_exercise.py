@@ -69,7 +69,7 @@ def test_a_blanked_function_keeps_signature_and_docstring(tmp_path):
 def test_the_exercises_on_paper_are_those_of_the_script():
     text = (REPOSITORY / "tests" / "exercises.md").read_text()
     for number, (file, function, tests, _) in EXERCISES.items():
-        heading = next(line for line in text.splitlines() if line.startswith(f"## {number}."))
+        heading = next(line for line in text.splitlines() if line.startswith(f"### {number}."))
         assert f"`{file}`" in heading and f"`{function}`" in heading, heading
         assert tests in text
 
