@@ -2,46 +2,46 @@
 
     y = x W^T + b + (alpha / r) * dropout(x) A^T B^T      only A (r, in) and B (out, r) are trained
 
-The plain form, of which `kernels.lora_linear` needs fewer passes over memory:
+In plain torch these are eight lines. `LoRALinear` computes the same for several parts of one layer:
 
     class PlainLoRA(nn.Module):
         def __init__(self, linear, r, alpha):
             super().__init__()
-            self.linear, self.scale = linear.requires_grad_(False), alpha / r
+            self.lin, self.scale = linear.requires_grad_(False), alpha / r
             self.A = nn.Parameter(torch.randn(r, linear.in_features) / linear.in_features**0.5)
             self.B = nn.Parameter(torch.zeros(linear.out_features, r))
         def forward(self, x):
-            x, y = F.dropout(x, 0.1, self.training), self.linear(x)
-            return y + self.scale * (x @ self.A.T @ self.B.T)
+            return self.lin(x) + self.scale * F.dropout(x, 0.1, self.training) @ self.A.T @ self.B.T
 
-Attention's weights depend on q and k through their product alone. Adapting q therefore suffices to
-change where a token looks; adapting v changes what it takes from there. The product B A is a sum
-over r directions. The factor alpha / r keeps its size, so that one alpha serves every rank.
+Why q and v: attention's weights depend on q and k through their product alone, so that adapting q
+suffices to change where a token looks; adapting v changes what it takes from there. Why alpha / r:
+B A is a sum over r directions, and the factor keeps its size, so that one alpha serves every rank.
 
-    python lora.py merge --adapter runs/finetune/adapter.pt    # base + adapter -> one plain ViT
+One batch of the demo, rank 4: x (32, 17, 128) -> t = x A^T (32, 17, 8), four numbers for q and four
+for v -> t B^T (32, 17, 256), added to the q and v columns of x W^T + b (32, 17, 384). A (8, 128)
+and B (256, 4) are 2,048 numbers; W has 49,152.
+
+    python lora.py merge --adapter runs/finetune/adapter.pt      # base + adapter -> one plain ViT
+    python lora.py inspect --adapter runs/finetune/adapter.pt    # which layers it changed most
     python lora.py export-peft --adapter runs/finetune/adapter.pt --out DIR    # Hugging Face's peft
     python lora.py import-peft --peft DIR --weights BASE --out adapter.pt      # and back
     python lora.py export-medpeft --adapter runs/finetune/adapter.pt    # MED-PEFT's own checkpoint
     python lora.py import-medpeft --peft CHECKPOINT --out adapter.pt           # and back
 
-Beyond the paper: `finetune.py --targets qkv|all` adapts more layers. `--rslora` scales by
-alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023), so that a larger rank learns faster.
-`--dora` (Liu et al., "DoRA", ICML 2024) lets LoRA set the direction of each row of the weight
-alone, and learns the row's length m, which starts as that of W:
-
-    W' = m * (W + (alpha / r) B A) / ||W + (alpha / r) B A||_row
-
-Paper: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography: "Less Could Be Better:
+Papers: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography "Less Could Be Better:
 Parameter-efficient Fine-tuning Advances Medical Vision Foundation Models", 2024 (MED-PEFT): q and v
-of every block, alpha 32, dropout 0.1.
-
-Where this file departs from MED-PEFT's code, and why:
+of every block, alpha 32, dropout 0.1. This file departs from MED-PEFT's code in three points:
  1. Merging is the explicit call `merge_lora`, in float64, with an inverse. There, train() and
     eval() merge, leave a flag unset so that the delta counts twice, and let frozen weights drift.
- 2. B A is two thin products on the adapted columns alone. There it is a zero-padded grouped
-    convolution.
- 3. An adapter file holds LoRA + fc_norm + head + what rebuilds the model. There a checkpoint holds
-    everything.
+ 2. B A is two thin products on the adapted columns alone, there a zero-padded grouped convolution.
+ 3. An adapter file holds LoRA + fc_norm + head + what rebuilds the model, there everything.
+
+Beyond the paper: `finetune.py --targets qkv|all` adapts more layers, `--rslora` scales by
+alpha / sqrt(r) (Kalajdzievski, 2023), so that a larger rank learns faster, and `--dora` makes each
+layer a `DoRALinear`.
+
+Next: the reference half of kernels/lora_linear.py, which is this layer forward and backward by
+hand; then mrm.py. Exercises 1, 8 and 9 of tests/exercises.md change this file.
 
 Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank.
 """
@@ -49,11 +49,13 @@ import dataclasses
 import hashlib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import data
 import kernels
@@ -98,15 +100,18 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def delta(self, dtype=torch.float64):
-        """What merging adds to `weight`, (out, in): scale * B_g A_g on the adapted parts, 0 on the
-        others."""
+        """What merging adds to `weight`, (out, in): scale * B_g A_g, 0 on parts not adapted."""
         delta = torch.zeros_like(self.weight, dtype=dtype)
         views = delta.chunk(len(self.parts))  # each (out/P, in)
-        adapted = [view for view, on in zip(views, self.parts) if on]
-        A, B = (matrix.to(dtype).chunk(len(adapted)) for matrix in (self.lora_A, self.lora_B))
-        for view, A_g, B_g in zip(adapted, A, B):
-            view.copy_(self.scale * B_g @ A_g)
+        for part, A_g, B_g in self.groups():
+            views[part].copy_(self.scale * B_g.to(dtype) @ A_g.to(dtype))
         return delta
+
+    def groups(self):
+        """A triple for each adapted part: its number, its A_g (r, in) and its B_g (out/P, r)."""
+        numbers = [number for number, on in enumerate(self.parts) if on]
+        return list(zip(numbers, self.lora_A.detach().chunk(len(numbers)),
+                        self.lora_B.detach().chunk(len(numbers))))
 
     def effective_weight(self):
         """The weight that the layer computes with, which merging writes: (out, in) in float64."""
@@ -117,53 +122,7 @@ class LoRALinear(nn.Linear):
 
 
 # --------------------------------------------------------------------------------------------------
-# Beyond the paper: DoRA, and other layers than q and v
-
-
-class DoRALinear(LoRALinear):
-    """DoRA: LoRA sets the directions of the adapted rows alone, and their lengths are learned.
-
-    Another parameter, `lora_magnitude` (G*out/P,), holds the lengths. They start as those of
-    `weight`, so that the layer starts as the plain one.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.start_magnitude()
-
-    def start_magnitude(self):
-        """Takes the lengths of `weight` as it is now."""
-        rows = self.weight.detach()[self.adapted_rows()]
-        self.lora_magnitude = nn.Parameter(rows.norm(dim=1))
-
-    def adapted_rows(self):
-        """The rows of `weight` that LoRA adds to, (out,) of bools."""
-        parts = torch.tensor(self.parts, device=self.weight.device)
-        return parts.repeat_interleave(self.out_features // len(self.parts))
-
-    def row_factors(self):
-        """What the rows of W + delta are multiplied by, (out,): m / ||W + delta||_row, and 1 where
-        LoRA adds nothing. The norm counts as a constant in the gradient (DoRA, section 4.3)."""
-        rows, dtype = self.adapted_rows(), self.weight.dtype
-        with torch.autocast(self.weight.device.type, enabled=False):
-            norms = (self.weight.detach() + self.delta(dtype))[rows].norm(dim=1)
-        factors = self.lora_magnitude.new_ones(self.out_features)
-        return factors.masked_scatter(rows, self.lora_magnitude / norms)
-
-    def forward(self, x):
-        """x (..., in) -> (..., out)."""
-        if self.merged:
-            return super().forward(x)
-        dropout = self.dropout if self.training else 0.0
-        y = kernels.lora_linear(x, self.weight, None, self.lora_A, self.lora_B, self.scale,
-                                self.parts, dropout)
-        y = y * self.row_factors().to(y.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def effective_weight(self):
-        """See `LoRALinear`."""
-        return super().effective_weight() * self.row_factors().detach().double()[:, None]
-
+# Adding it to a model, and merging
 
 # Which layers of a ViT are adapted: the paper's q and v, and beyond the paper q, k and v, or every
 # linear layer of the blocks. A layer's own name stands before its parts.
@@ -231,6 +190,56 @@ def unmerge_lora(model):
 
 
 # --------------------------------------------------------------------------------------------------
+# Beyond the paper: DoRA
+
+
+class DoRALinear(LoRALinear):
+    """LoRA sets the directions of the adapted rows alone, and their lengths m are learned (Liu et
+    al., "DoRA", ICML 2024, eq. 5): W' = m * (W + (alpha / r) B A) / ||W + (alpha / r) B A||_row.
+
+    `lora_magnitude` (G*out/P,) holds m, which starts as the lengths of `weight`, so that the layer
+    starts as the plain one.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.start_magnitude()
+
+    def start_magnitude(self):
+        """Takes the lengths of `weight` as it is now."""
+        rows = self.weight.detach()[self.adapted_rows()]
+        self.lora_magnitude = nn.Parameter(rows.norm(dim=1))
+
+    def adapted_rows(self):
+        """The rows of `weight` that LoRA adds to, (out,) of bools."""
+        parts = torch.tensor(self.parts, device=self.weight.device)
+        return parts.repeat_interleave(self.out_features // len(self.parts))
+
+    def row_factors(self):
+        """What the rows of W + delta are multiplied by, (out,): m / ||W + delta||_row, and 1 where
+        LoRA adds nothing. The norm counts as a constant in the gradient (DoRA, section 4.3)."""
+        rows, dtype = self.adapted_rows(), self.weight.dtype
+        with torch.autocast(self.weight.device.type, enabled=False):
+            norms = (self.weight.detach() + self.delta(dtype))[rows].norm(dim=1)
+        factors = self.lora_magnitude.new_ones(self.out_features)
+        return factors.masked_scatter(rows, self.lora_magnitude / norms)
+
+    def forward(self, x):
+        """x (..., in) -> (..., out)."""
+        if self.merged:
+            return super().forward(x)
+        dropout = self.dropout if self.training else 0.0
+        y = kernels.lora_linear(x, self.weight, None, self.lora_A, self.lora_B, self.scale,
+                                self.parts, dropout)
+        y = y * self.row_factors().to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def effective_weight(self):
+        """See `LoRALinear`."""
+        return super().effective_weight() * self.row_factors().detach().double()[:, None]
+
+
+# --------------------------------------------------------------------------------------------------
 # The parts of a model, and adapter files
 
 
@@ -278,11 +287,11 @@ def check_base(path, base, expected, tensors):
 
 
 def read_base(path, saved, given=""):
-    """The base weights of the adapter file `path` that holds `saved`: (their path, tensors).
+    """(path, tensors) of the base weights of the adapter file `path` that holds `saved`.
 
-    The path is `given`, or the adapter names it. A named path is looked for as it is, then relative
-    to the adapter, then below each folder around the adapter, because runs are moved. Raises
-    InputError where the weights are not found or are not those that the adapter was trained on.
+    Their path is `given`, or named by the adapter and looked for there, relative to the adapter and
+    below each folder around it, because runs are moved. Raises InputError where the weights are not
+    found or are not those that the adapter was trained on.
     """
     weights = str(given or saved.get("weights", ""))
     places = [Path(weights)]
@@ -292,9 +301,9 @@ def read_base(path, saved, given=""):
         places += [parent / weights for parent in folder.parents]
     base = next((place for place in places if weights and place.exists()), None)
     if base is None:
-        problem = f"its base weights {weights} are not there: no such checkpoint"
-        raise InputError(f"{path}: {problem if weights else 'names no base weights'}; give them "
-                         "with --weights (finetune.py: --base)")
+        problem = (f"its base weights {weights} are not there: no such checkpoint" if weights
+                   else "names no base weights")
+        raise InputError(f"{path}: {problem}; give them with --weights (finetune.py: --base)")
     tensors, _ = mrm.read_weights(base)
     check_base(path, base, saved.get("base_fingerprint"), tensors)
     if saved.get("base_fingerprint"):  # MED-PEFT's checkpoint is the base of the adapter in it
@@ -329,24 +338,18 @@ def read_adapter_file(path):
 
 
 def load_adapter(model, path):
-    """Adds LoRA as the file says and loads it, fc_norm and head into `model`.
-
-    Returns all that the file holds. Raises InputError where it is no adapter or was trained on a
-    model of another size.
-    """
+    """Adds LoRA as the file says and loads it, fc_norm and head into `model`. Returns all that the
+    file holds. Raises InputError where it was trained on a model of another size."""
     saved = read_adapter_file(path)
     if not lora_layers(model):
         add_lora(model, **saved["lora"])
-    own = {name: tuple(tensor.shape) for name, tensor in lora_state_dict(model).items()}
-    for name, tensor in saved["adapter"].items():
-        if own.get(name) != tuple(tensor.shape):
-            raise InputError(f"{path}: {name} {tuple(tensor.shape)} does not fit the model "
-                             f"({own.get(name, 'no such tensor')}): the adapter was trained on "
-                             "other weights")
-    missing = sorted(own.keys() - saved["adapter"].keys())
-    if missing:
-        raise InputError(f"{path}: {len(missing)} tensors of the adapter are missing, {missing[0]} "
-                         "first")
+    given, own = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
+                  for tensors in (saved["adapter"], lora_state_dict(model)))
+    for name in given | own:
+        if given.get(name) != own.get(name):
+            raise InputError(f"{path}: {name} {given.get(name, 'is missing and')} does not fit the "
+                             f"model ({own.get(name, 'no such tensor')}): the adapter was trained "
+                             "on other weights")
     model.load_state_dict(saved["adapter"], strict=False)
     return saved
 
@@ -366,8 +369,8 @@ class LoRAConfig:
 
 
 def read_adapter(config):
-    """Reads what a command works on: (base tensors by name, all that the adapter file holds, the
-    adapted layers by name). Raises InputError where they do not fit each other."""
+    """What a command works on: (base tensors by name, all that the adapter file holds, the adapted
+    layers by name). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
     source, base = read_base(config.adapter, saved, config.weights)
     films = [held["trained_on"] for held in (saved, mrm.read_weights(source)[1])
@@ -381,29 +384,27 @@ def adapted_layers(path, saved, source, base):
     """The LoRA layers by name that the adapter `path`, which holds `saved`, makes of the tensors
     `base` of the file `source`. Raises InputError where they do not fit each other."""
     adapter, settings, layers = saved["adapter"], saved["lora"], {}
-    for key in [key for key in adapter if key.endswith(".lora_A")]:
-        name = key.removesuffix(".lora_A")
-        weight, A = base.get(name + ".weight"), adapter[key]
+    kind, placed = DoRALinear if settings.get("dora") else LoRALinear, set()
+    for name in [key.removesuffix(".lora_A") for key in adapter if key.endswith(".lora_A")]:
+        weight, A = base.get(name + ".weight"), adapter[name + ".lora_A"]
         if weight is None or weight.ndim != 2 or weight.shape[1:] != A.shape[1:]:
             raise InputError(f"{source}: {name}.weight does not fit {path}: other weights than it "
                              "was trained on")
         try:
             parts = settings["targets"][name.rpartition(".")[2]]
-            kind = DoRALinear if settings.get("dora") else LoRALinear
             layer = kind(weight.shape[1], len(weight), settings["rank"], settings["alpha"],
                          settings["dropout"], parts, bias=False)
         except (ValueError, KeyError) as error:
             raise InputError(f"{path}: {name} does not fit {source}: {error}") from None
-        state = {"weight": weight}
-        for end, own in list(layer.state_dict().items())[1:]:
-            state[end] = adapter.get(f"{name}.{end}")
-            if state[end] is None or state[end].shape != own.shape:
-                found = "no such tensor" if state[end] is None else tuple(state[end].shape)
+        for end, own in layer.state_dict().items():
+            tensor = weight if end == "weight" else adapter.get(f"{name}.{end}")
+            if tensor is None or tensor.shape != own.shape:
+                found = "no such tensor" if tensor is None else tuple(tensor.shape)
                 raise InputError(f"{path}: {name}.{end} does not fit rank {layer.rank} and the "
                                  f"weights ({found})")
-        layer.load_state_dict(state)
+            own.copy_(tensor)
+            placed.add(f"{name}.{end}")
         layers[name] = layer
-    placed = {f"{name}.{end}" for name, layer in layers.items() for end in layer.state_dict()}
     for key in adapter:
         if part_of(key) == "lora" and key not in placed:
             raise InputError(f"{path}: {key} has no place in the LoRA that the file describes")
@@ -423,21 +424,45 @@ def merge(config):
     for name, layer in layers.items():
         merged[name + ".weight"] = merge_lora(layer).weight.detach()
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
-    kept = ("sizes", "classes", "mean", "std", "pool", "test_side", "deep", "segment",
-            "trained_on")
+    kept = "sizes classes mean std pool test_side deep segment trained_on".split()
     about = {name: saved[name] for name in kept if name in saved}
     data.save_checkpoint(out, {"model": merged, **about})
     print(f"{out}: {len(merged)} tensors, a plain ViT")
 
 
+def inspect(config):
+    """Prints what an adapter changes: the singular values of scale * B A of each adapted part, the
+    largest first, and the length of the change as a share of the frozen weight's.
+
+    B = Q_B R_B and A^T = Q_A R_A with orthonormal columns of Q, so that the singular values are
+    those of the r x r product R_B R_A^T, and no (out, in) matrix is formed. A matrix's length is
+    the root of the sum of its squares. The lengths m of DoRA are left out.
+    """
+    _, _, layers = read_adapter(config)
+    rows, shares = [], {}
+    for name, layer in layers.items():
+        weights = layer.weight.detach().double().chunk(len(layer.parts))
+        numbered = [f" {part}" for part in range(len(weights))]
+        names = {1: [""], 3: [" q", " k", " v"]}.get(len(weights), numbered)
+        for part, A, B in layer.groups():
+            label = f"{name}{names[part]}"
+            R_A, R_B = (torch.linalg.qr(thin.double()).R for thin in (A.T, B))
+            values = layer.scale * torch.linalg.svdvals(R_B @ R_A.T)
+            shares[label] = (values.norm() / weights[part].norm()).item()
+            shown = " ".join(f"{value:.3g}" for value in values[:8])
+            rows.append((label, f"{values.norm():.3g}", f"{shares[label]:.1%}", shown))
+    print(data.markdown_table(("part", "length", "of the weight's", "singular values"), rows))
+    most = sorted(shares, key=shares.get, reverse=True)[:3]
+    print("changed most: " + ", ".join(f"{label} ({shares[label]:.1%})" for label in most))
+
+
 def export_peft(config):
     """Writes the adapter in the format of Hugging Face's peft, which has one A and B a layer.
 
-    The G adapted parts of rank r become one adapter of rank G*r. A stays (G*r, in). B (out, G*r) is
-    block-diagonal: B_g fills the rows of its part and the columns of its rank. peft scales by
-    lora_alpha / (G*r), so that lora_alpha = scale * G*r. Layers with different G have different
-    ranks, which peft reads by name. DoRA has a length for every row there, and those of the parts
-    that are not adapted are W's own. fc_norm and head stay in the adapter file.
+    The G adapted parts become one adapter of rank G*r, which differs between layers if G does.
+    A stays (G*r, in). B (out, G*r) is block-diagonal: B_g fills the rows of its part and the
+    columns of its rank. lora_alpha is scale * G*r, because peft divides by G*r. DoRA has a length
+    for every row there: W's own on other parts. fc_norm and head stay in the adapter file.
     """
     _, saved, layers = read_adapter(config)
     out = Path(config.out or Path(config.adapter).with_name("peft"))
@@ -445,11 +470,10 @@ def export_peft(config):
     for name, layer in layers.items():
         ranks[name] = len(layer.lora_A)
         alphas[name] = layer.scale * ranks[name]
-        adapted = [part for part, on in enumerate(layer.parts) if on]
         B = torch.zeros(layer.out_features, ranks[name])
         rows = B.chunk(len(layer.parts))  # views (out/P, G*r)
-        for g, B_g in enumerate(layer.lora_B.detach().chunk(len(adapted))):
-            rows[adapted[g]][:, g * layer.rank : (g + 1) * layer.rank] = B_g
+        for g, (part, _, B_g) in enumerate(layer.groups()):
+            rows[part][:, g * layer.rank : (g + 1) * layer.rank] = B_g
         tensors[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A.detach()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
         if isinstance(layer, DoRALinear):
@@ -491,9 +515,10 @@ PEFT_PLAIN = {  # what import-peft takes: the first value is that of a setting w
 def import_peft(config):
     """Writes an adapter file from an adapter that Hugging Face's peft has saved for a ViT.
 
-    One A (r, in) and B (out, r) a layer, as peft has them, adapt the layer whole. The file holds no
-    head, so that `merge` makes a plain encoder of it. Raises InputError for what such a file cannot
-    hold: other methods than LoRA and DoRA, trained biases or modules, ranks or scales that differ.
+    One A (r, in) and B (out, r) a layer, as peft has them, adapt the layer whole. The file has one
+    rank and one scale: zeros widen the layers of a smaller rank (`rank_pattern`), and B takes what
+    a layer's own scale differs by. The file holds no head, so that `merge` makes a plain encoder of
+    it. Raises InputError for other methods than LoRA and DoRA and for trained biases or modules.
     """
     if not config.peft or not config.weights:
         raise InputError("import-peft", "--peft DIR and --weights BASE", "one of them at most")
@@ -504,40 +529,58 @@ def import_peft(config):
     for name, values in PEFT_PLAIN.items():
         if settings.get(name, values[0]) not in values:
             raise InputError(described, f"{name} {values[0]}", settings[name])
-    files = [described.with_name(f"adapter_model.{kind}") for kind in ("safetensors", "bin")]
+    path, adapter = read_peft_tensors(described.parent)
+    layers = sorted({name.rpartition(".")[0] for name in adapter})
+    ranks = {name: len(adapter.get(name + ".lora_A", ())) for name in layers}
+    rank, scales = max(ranks.values()), peft_scales(described, settings, ranks)
+    scale = max(scales.values())
+    for name in layers:
+        A, B = (adapter.get(f"{name}.lora_{side}") for side in "AB")
+        if A is None or B is None or B.shape[1] != len(A):
+            found = "none of one" if A is None or B is None else f"{len(A)} and {B.shape[1]}"
+            raise InputError(f"{path}: {name}", "lora_A and lora_B of one rank", found)
+        adapter[name + ".lora_A"] = F.pad(A, (0, 0, 0, rank - len(A)))
+        adapter[name + ".lora_B"] = F.pad(B * (scales[name] / scale), (0, rank - len(A)))
+    write_imported(config, adapter, rank, scale * rank, settings.get("lora_dropout", 0.0),
+                   {name.rpartition(".")[2]: (True,) for name in layers},
+                   bool(settings.get("use_dora")))
+
+
+def peft_scales(path, settings, ranks):
+    """{layer: its scale} by peft's settings, read from `path`, for layers of the given ranks. As in
+    peft the first key of `alpha_pattern` counts that fits the end of a layer's name."""
+    table, scales = settings.get("alpha_pattern") or {}, {}
+    if not isinstance(table, dict):
+        raise InputError(path, "alpha_pattern, a table by layer", table)
+    try:
+        keys = {key: re.compile(rf"(.*\.)?({key})") for key in table}
+    except re.error as error:
+        raise InputError(path, "regular expressions in alpha_pattern", error) from None
+    for name, rank in ranks.items():
+        own = [table[key] for key in table if keys[key].fullmatch(name)]
+        alpha = own[0] if own else settings.get("lora_alpha")
+        if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+            raise InputError(path, "lora_alpha, a number above 0", alpha)
+        scales[name] = alpha / max(1, math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return scales
+
+
+def read_peft_tensors(folder):
+    """(path, tensors under this file's names) of an adapter of peft. Raises InputError for others
+    than LoRA's of a ViT's blocks."""
+    files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
     path = next((file for file in files if file.exists()), files[0])
     tensors, adapter = data.load_checkpoint(path), {}
-    for name, tensor in tensors.get("model", tensors).items():
+    for name, tensor in (tensors.get("model", tensors) or {"no tensor": None}).items():
         short = name.removeprefix("base_model.model.").removesuffix(".weight")
         short = short.replace("lora_magnitude_vector", "lora_magnitude")
         layer, _, end = short.rpartition(".")
-        fits = torch.is_tensor(tensor) and tensor.ndim > 0 and layer.startswith("blocks.")
-        if not fits or end not in ("lora_A", "lora_B", "lora_magnitude"):
+        dimensions = {"lora_A": 2, "lora_B": 2, "lora_magnitude": 1}.get(end)
+        fits = torch.is_tensor(tensor) and tensor.ndim == dimensions
+        if not fits or not layer.startswith("blocks."):
             raise InputError(path, "lora_A and lora_B of a ViT's blocks under timm's names", name)
         adapter[short] = tensor.float().contiguous()
-    layers = sorted({name.rpartition(".")[0] for name in adapter})
-    # Both may be given by layer: the ranks are those of the tensors
-    ranks = {len(adapter[name]) for name in adapter if name.endswith("lora_A")}
-    patterns, alphas = settings.get("alpha_pattern") or {}, []
-    if not isinstance(patterns, dict):
-        raise InputError(described, "alpha_pattern, a table by layer", patterns)
-    for layer in layers:
-        own = [key for key in patterns if f".{layer}".endswith(f".{key}")]
-        alphas.append(patterns[own[0]] if own else settings.get("lora_alpha"))
-        if not isinstance(alphas[-1], (int, float)) or not 0 < alphas[-1] < math.inf:
-            raise InputError(described, "lora_alpha, a number above 0", alphas[-1])
-    for key in patterns:
-        if not any(f".{layer}".endswith(f".{key}") for layer in layers):
-            raise InputError(described, "the names of layers in alpha_pattern", key)
-    if len(ranks) != 1 or len(set(alphas)) != 1:
-        raise InputError(path, "one rank and one lora_alpha for all layers",
-                         f"ranks {sorted(ranks)}, lora_alpha {sorted(set(alphas))}")
-    rank, alpha = ranks.pop(), alphas[0]
-    if settings.get("use_rslora"):
-        alpha *= math.sqrt(rank)
-    write_imported(config, adapter, rank, alpha, settings.get("lora_dropout", 0.0),
-                   {layer.rpartition(".")[2]: (True,) for layer in layers},
-                   bool(settings.get("use_dora")))
+    return path, adapter
 
 
 MEDPEFT = {"alpha": 32.0, "dropout": 0.1, "targets": TARGETS["qv"]}  # they are fixed in its code
@@ -545,10 +588,8 @@ MEDPEFT = {"alpha": 32.0, "dropout": 0.1, "targets": TARGETS["qv"]}  # they are 
 
 def export_medpeft(config):
     """Writes a checkpoint of MED-PEFT: base, LoRA and head under the same names, not merged.
-
-    Its code scales by 32 / r, so that B takes what differs from that. A grey patch embedding is
-    shared out over its three channels. Raises InputError for more than LoRA on q and v.
-    """
+    Its code scales by 32 / r, so that B takes what differs from that, and has three channels, over
+    which a grey patch embedding is shared out. Raises InputError for more than LoRA on q and v."""
     base, saved, layers = read_adapter(config)
     targets = {name: tuple(parts) for name, parts in saved["lora"]["targets"].items()}
     if targets != TARGETS["qv"] or saved["lora"].get("dora") or saved.get("pool", 1) != 1:
@@ -570,9 +611,8 @@ def import_medpeft(config):
     """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT.
 
     The checkpoint itself is the base, because its frozen weights have drifted a little; `--weights`
-    names another, as MRM.pth, from which it may differ by rounding alone. MED-PEFT's code saves its
-    weights without LoRA's part in them; where somebody has saved them merged, only the comparison
-    with `--weights` can tell. Raises InputError for other checkpoints.
+    names another, as MRM.pth, from which it may differ by rounding alone. Only this comparison can
+    tell a checkpoint whose weights were saved merged. Raises InputError for other checkpoints.
     """
     if not config.peft:
         raise InputError("import-medpeft", "--peft CHECKPOINT", "none")
@@ -596,8 +636,8 @@ def import_medpeft(config):
 
 
 def main():
-    commands = {"merge": merge, "export-peft": export_peft, "import-peft": import_peft,
-                "export-medpeft": export_medpeft, "import-medpeft": import_medpeft}
+    functions = merge, inspect, export_peft, import_peft, export_medpeft, import_medpeft
+    commands = {function.__name__.replace("_", "-"): function for function in functions}
     usage = f"usage: python lora.py {' | '.join(commands)} [--help]"
     if sys.argv[1:2] in (["-h"], ["--help"]):
         print(f"{__doc__}\n{usage}")

@@ -1,10 +1,8 @@
 """Dropout's mask: which elements of x are kept, P[keep] = 1 - p.
 
-The reference makes the mask once and keeps it. The kernels keep only the seed: they make a tile of
-the mask from the seed and the place of its elements, wherever and as often as they need it, since a
-stored mask of a ViT-B's projection is half the size of its 16-bit input. Both spend 16 random bits
-on an element, so that p is met to 2^-17. The two masks of one seed differ: a CPU draws fastest from
-one long stream, a GPU from a counter.
+The reference makes the mask once. The kernels keep the seed alone and make a tile of the mask where
+they need it: stored, it would be half the size of a 16-bit x. Both spend 16 random bits on an
+element. Their masks of one seed differ: a CPU draws fastest from one long stream.
 """
 import math
 
@@ -15,12 +13,8 @@ from . import jit, operator, tl
 
 
 def keep_mask(x, p, seed):
-    """The reference's mask: (M, K) uint8 of the shape of x, 1 where x is kept.
-
-    seed: a number below 2^31 or a tensor of one. The mask has a generator of its own, so that it
-    depends on the arguments alone. torch's bernoulli_ takes 20 times as long on a CPU, an eighth of
-    the projection of a ViT-B.
-    """
+    """The reference's mask: (M, K) uint8 of the shape of x, 1 where x is kept; a generator of its
+    own draws it from the seed, below 2^31. On a CPU bernoulli_ would take 20 times as long."""
     seed = int(seed)
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(seed)
@@ -29,7 +23,7 @@ def keep_mask(x, p, seed):
     return torch.from_numpy(words).view(x.shape).ge(round(p * 2**16) - 2**15).view(torch.uint8)
 
 
-# torch.compile cannot look into numpy: for it the mask is an operator.
+# torch.compile cannot look into numpy: for it the mask is an operator
 keep_mask_operator = operator("keep_mask(Tensor x, float p, Tensor seed) -> Tensor", keep_mask,
                               fake=lambda x, p, seed: torch.empty_like(x, dtype=torch.uint8))
 
@@ -38,10 +32,8 @@ keep_mask_operator = operator("keep_mask(Tensor x, float p, Tensor seed) -> Tens
 def keep_tile(seed_ptr, threshold, rows, col, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The kernels' mask of x[rows, col : col + BLOCK_K]: 16 bits of `threshold` or more are kept.
 
-    The bits are those of Philox4x32 with 7 rounds (Salmon et al. 2011), keyed by the seed. A draw
-    gives four words of 32 bits and serves eight neighbouring columns; its 64-bit counter is
-    row * ceil(K / 8) + column // 8. The mask depends on the element alone, not on the tile.
-    """
+    They are those of Philox4x32 (7 rounds, Salmon et al. 2011), keyed by the seed. A draw serves 8
+    columns; its counter is row * ceil(K / 8) + column // 8, which does not depend on the tile."""
     octets = col // 8 + tl.arange(0, BLOCK_K // 8)
     counter = rows.to(tl.int64)[:, None] * ((K + 7) // 8) + octets[None, :]
     r0, r1, r2, r3 = tl.randint4x(tl.load(seed_ptr), counter, n_rounds=7)

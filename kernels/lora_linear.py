@@ -1,24 +1,20 @@
 """A linear layer with a low-rank update: LoRA's forward and backward passes in two kernels.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, eq. 3, with the groups
-of a fused projection (loralib's MergedLinear: q and v of a ViT's qkv are adapted, k is not). For
-each adapted part g of the output's columns, with one mask for all groups, P[keep] = 1 - p,
+Hu et al., "LoRA", ICLR 2022, eq. 3, with the groups of a fused projection (loralib's MergedLinear:
+q and v of a ViT's qkv are adapted, k is not). For each adapted part g of the output's columns, with
+one mask `keep` for all groups, P[keep] = 1 - p,
 
     t_g = s D(x) A_g^T     y_g = t_g B_g^T + x W_g^T + b_g               D(x) = keep * x / (1 - p)
     u_g = s' dy_g B_g      dx = keep * sum_g u_g A_g + dy W              s' = s / (1 - p)
                            dA_g = u_g^T (keep * x)     dB_g = dy_g^T t_g
 
-and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b, and nothing of
-the size of x or y is kept but x. The low-rank part adds 0.7 % to the multiplications at ViT-B's qkv
-and R = 4. Separate operations nevertheless read x twice more, write D(x) and a mask, and write,
-read and add a delta as large as the adapted part of y.
-
-Here both directions are split at the rank. `down_kernel` makes t in one pass over x, u and dB in
-one over dy, and dA in one over x. `up_kernel` is the large product: it starts from the low-rank
-part and writes y (or dx) once. Every column of its tiles would have to make t, and draw the mask.
+and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b, and x alone is
+kept. At ViT-B's qkv, x (12608, 768) -> t (12608, 8) -> y (12608, 2304) for 64 images, the low-rank
+part adds 0.7 % to the multiplications. As separate operations it reads x twice more, and writes a
+mask, D(x) and a delta as large as q and v.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
-R rank, GR = G R.
+R rank, GR = G R. Next: mrm.py; a fault in a kernel is followed in tests/debug_kernel.md.
 """
 import functools
 
@@ -43,10 +39,7 @@ def adapted_parts(parts, N, R):
 
 def reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep):
     """y (M, N) and t^T / s (GR, M). keep: (M, K) uint8 or None; 1 / (1 - p) is part of `scale`.
-
-    The products of width R are formed rank first, (R, K) x (K, M): 2 to 10 times faster on a CPU
-    than (M, K) x (K, R).
-    """
+    Products of width R go rank first, (R, K) x (K, M): 2 to 10 times faster on a CPU."""
     y = F.linear(x, weight, bias)                                                  # (M, N)
     t = lora_A @ (x if keep is None else x * keep).t()                             # (GR, M)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
@@ -62,15 +55,14 @@ def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, nee
         dB[rows] = (t[rank] @ dy[:, columns]).t()                                  # (N/P, R)
     u.mul_(scale)
     dA = u @ (x if keep is None else x * keep)                                     # (GR, K)
-    dx = None
+    dx = dy @ weight if needs_dx else None                                         # (M, K)
     if needs_dx:
-        dx = dy @ weight                                                           # (M, K)
         dx = dx.addmm_(u.t(), lora_A) if keep is None else dx.add_((u.t() @ lora_A).mul_(keep))
     return dx, dA, dB.mul_(scale)
 
 
 def definition(x, weight, bias, lora_A, lora_B, scale, parts, keep):
-    """y in operations that torch differentiates itself, twice too, and that torch.compile fuses."""
+    """y in operations that torch differentiates itself, twice too, and torch.compile fuses."""
     t = scale * ((x if keep is None else x * keep) @ lora_A.t())                   # (M, GR)
     y = list(F.linear(x, weight, bias).chunk(len(parts), dim=1))
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
@@ -93,14 +85,13 @@ class ReferenceFunction(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, lora_A, lora_B, t, keep = ctx.saved_tensors
         needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
+        rest = *ctx.rest, keep
         if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated again
             _, pullback = torch.func.vjp(
-                lambda x, A, B: definition(x, weight, None, A, B, *ctx.rest, keep),
-                x, lora_A, lora_B)
+                lambda x, A, B: definition(x, weight, None, A, B, *rest), x, lora_A, lora_B)
             dx, dA, dB = pullback(dy)
         else:
-            dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, *ctx.rest, keep,
-                                            needs_dx)
+            dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, *rest, needs_dx)
         dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
         return dx, dW, db, dA, dB, None, None, None
 
@@ -108,25 +99,28 @@ class ReferenceFunction(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 # Kernels
 #
+# Both directions are split at the rank, since in one kernel every tile would make t and draw the
+# mask: down_kernel goes from `in` to the rank, and up_kernel, the large product, starts from there.
 #                in   factor of down_kernel   low   factor of up_kernel   out   sums of down_kernel
 #     forward    x    lora_A                  t     lora_B                y
 #     backward   dy   lora_B                  u     lora_A                dx    dB, and dA from x
 #
-# The tiles of y that the programs 0, 1, ... of up_kernel make. The columns are divided part by
-# part, so that no tile lies in two parts, and the tiles of k leave the low-rank part out. The
-# numbers run down 8 rows of tiles before they go right: programs that run at the same time share
-# rows of x and of W, which they find in the L2 cache.
+# The tiles of y with the program of up_kernel that makes each, for q and v of a fused qkv. PARTS
+# has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
+# their place in t, lora_A and lora_B. Tiles with a + start from the low-rank product. The programs
+# go down 8 rows before they go right, so that those of one time share rows of x and W in the cache.
 #
-#                   q: t_0 B_0^T +      k                   v: t_1 B_1^T +
-#     row tile 0    |  0 |  8 | 16 |    | 24 | 32 | 40 |    | 48 | 56 | 64 |
-#     row tile 1    |  1 |  9 | 17 |    | 25 | 33 | 41 |    | 49 | 57 | 65 |
-#     ...
-#     row tile 8    | 72 | 80 | ...
+#     part             0 = q                 1 = k                 2 = v
+#     bit of PARTS     1: group 0            0: no group           1: group 1
+#     starts from      t_0 B_0^T             0                     t_1 B_1^T
+#     row tile 0     |+  0 |+  8 |+ 16 |   |  24 |  32 |  40 |   |+ 48 |+ 56 |+ 64 |
+#     row tile 1     |+  1 |+  9 |+ 17 |   |  25 |  33 |  41 |   |+ 49 |+ 57 |+ 65 |
+#     ...            |           ...   |   |           ...   |   |           ...   |
+#     row tile 8     |+ 72 |+ 80 |+ 88 |   |  96 | 104 | 112 |   |+120 |+128 |+136 |
 #
-# The sizes of a layer are compile-time constants (a model has few layers), M is not. PARTS has a
-# bit for each part, and a pointer that is None leaves its step out. Rows beyond the last one read
-# the last one, which costs nothing in the loops, and are not stored. Tiles of x are loaded whole,
-# by 16-byte copies that run ahead of the products, and the mask of dropout comes after.
+# The sizes of a layer are compile-time constants, M is not. A pointer that is None leaves its step
+# out. Rows beyond the last read the last one, for nothing in the loops, and are not stored. Tiles
+# of x are loaded whole, ahead of the products, and the mask of dropout comes after.
 
 
 @jit()
@@ -150,13 +144,10 @@ def down_kernel(
     threshold, scale, M,
     WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, GR: tl.constexpr, R: tl.constexpr,
     F_IN: tl.constexpr, F_LOW: tl.constexpr,  # the step in factor to the next column of in, rank
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """t = s D(x) A^T, or u = s' dy B with dB = dy^T t, or dA = u^T (keep * x).
-
-    A program reads BLOCK_M rows of one part of `in`.
-    """
+    A program reads BLOCK_M rows of one part of `in`."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first_row, rows_left = tl.program_id(0).to(tl.int64) * BLOCK_M, M - tl.program_id(0) * BLOCK_M
@@ -204,10 +195,9 @@ def up_kernel(
     seed_ptr,  # a number, or None without dropout
     threshold, M,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr,
-    GR: tl.constexpr, R: tl.constexpr,
+    GR: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
     W_IN: tl.constexpr, W_OUT: tl.constexpr,  # the step in w to the next column of in, of out
     F_LOW: tl.constexpr, F_OUT: tl.constexpr,  # the step in factor to the next rank, column of out
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """y = t B^T + x W^T + b, or dx = keep * (u A) + dy W: a program makes one tile."""
@@ -252,14 +242,14 @@ def up_kernel(
 
 
 # --------------------------------------------------------------------------------------------------
-# Launches
+# Launches and autograd
 
 
 def tile(m, out, depth, warps, stages):
     return dict(BLOCK_M=m, BLOCK_OUT=out, BLOCK_IN=depth), dict(num_warps=warps, num_stages=stages)
 
 
-# What up_kernel may run with: a GPU takes the fastest for each layer.
+# What up_kernel may run with: a GPU takes the fastest for each layer
 TILES = [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 3), tile(64, 128, 64, 4, 4)]
 FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]
 
@@ -273,16 +263,12 @@ def autotuned(dtype):
 
 def up(*args, M, WIDTH, P, **constants):
     """Runs up_kernel on as many programs as there are tiles."""
-    kernel = up_kernel
-    if args[0].is_cuda:
-        kernel = autotuned(args[0].dtype)
-    else:  # the interpreter
-        constants |= dict(BLOCK_M=32, BLOCK_OUT=32, BLOCK_IN=32)
-
     def programs(tile):
-        rows, columns = triton.cdiv(M, tile["BLOCK_M"]), triton.cdiv(WIDTH, tile["BLOCK_OUT"])
-        return (rows * P * columns,)
+        return (triton.cdiv(M, tile["BLOCK_M"]) * P * triton.cdiv(WIDTH, tile["BLOCK_OUT"]),)
 
+    if not args[0].is_cuda:  # the interpreter
+        constants |= dict(BLOCK_M=32, BLOCK_OUT=32, BLOCK_IN=32)
+    kernel = autotuned(args[0].dtype) if args[0].is_cuda else up_kernel
     kernel[programs](*args, M=M, WIDTH=WIDTH, P=P, **constants)
 
 
@@ -290,8 +276,7 @@ def constants_of(lora_A, lora_B, parts, dropout):
     """GR, R, the bits of the parts, dropout's threshold, and the constants of every launch."""
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     GR, bits = len(lora_A), sum(adapted << i for i, adapted in enumerate(parts))
-    common = dict(GR=GR, PRECISION=precision)
-    return GR, lora_B.shape[1], bits, round(dropout * 2**16), common
+    return GR, lora_B.shape[1], bits, round(dropout * 2**16), dict(GR=GR, PRECISION=precision)
 
 
 def padded(rank):
@@ -346,10 +331,6 @@ def empty_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropout
     return dx, torch.empty_like(lora_A), torch.empty_like(lora_B)
 
 
-# --------------------------------------------------------------------------------------------------
-# Autograd
-
-
 def keep_for_backward(ctx, inputs, output):
     x, weight, bias, lora_A, lora_B, seed, *ctx.rest = inputs
     _, t, copy = output
@@ -386,18 +367,15 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
                 kernels=None):
     """y = x weight^T + bias, plus scale * D(x) A_g^T B_g^T on the columns of each adapted part g.
 
-    x: (..., K). weight: (N, K) and bias: (N,) or None, frozen (they get a gradient only if they ask
-    for one). lora_A: (GR, K), lora_B: (G N/P, R): the groups' factors one below the other.
+    x: (..., K). weight: (N, K) and bias: (N,) or None, frozen: they get a gradient only if they ask
+    for one. lora_A: (GR, K), lora_B: (G N/P, R): the groups' factors one below the other.
     scale: alpha / R. parts: P truth values, G of them true; part i is columns i N/P to (i+1) N/P.
     dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
     seed: fixes the mask, a number or a tensor of one, taken modulo 2^31. None draws one from
-    torch's generator of the GPU (kernels) or of the CPU (reference): processes have masks of their
-    own if each calls torch.manual_seed with a number of its own, as the seed plus the rank.
-    Returns (..., N). As F.linear: in x's dtype, or in autocast's; lora_A and lora_B may be of any
-    dtype, and so may the frozen weight under autocast, where autocast's dtype costs no conversion.
+    torch's generator of the GPU (kernels) or CPU (reference), which processes must seed apart.
     kernels: whether the kernels or the reference run; None leaves it to x and `use_kernels`.
-    Raises ValueError for shapes, dtypes or devices that do not fit, and RuntimeError where the
-    kernels are to be differentiated twice.
+    Returns (..., N) in x's dtype, or autocast's; lora_A, lora_B and under autocast the weight may
+    have any. Raises ValueError for what does not fit, RuntimeError for kernels' second derivative.
     """
     check(x, weight, bias, lora_A, lora_B, parts, dropout)
     if kernels is None:
@@ -415,21 +393,16 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
         seed = torch.randint(2**31, (), device=device)
     else:
         seed = torch.as_tensor(seed % 2**31, dtype=torch.int64, device=device)
-    x = x.reshape(-1, shape[-1])                                                   # (M, K)
-    tensors = [x, weight.to(dtype), bias, lora_A, lora_B]
-    if not kernels:
-        tensors = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    tensors = [None if tensor is None else (tensor if kernels else tensor.to(dtype)).contiguous()
+               for tensor in (x.reshape(-1, shape[-1]), weight.to(dtype), bias, lora_A, lora_B)]
     if kernels:
         y = forward_operator(*tensors, seed, scale, parts, dropout)[0]
     else:
-        compiling = torch.compiler.is_compiling()
-        keep = None
-        if dropout:
-            if compiling or x.is_meta or type(seed) is not torch.Tensor:  # there may be no numbers
-                keep = keep_mask_operator(tensors[0].detach(), dropout, seed)
-            else:
-                keep = keep_mask(tensors[0], dropout, seed)
+        compiling, keep = torch.compiler.is_compiling(), None
+        if dropout:  # the operator runs where there may be no numbers to look at
+            unknown = compiling or x.is_meta or type(seed) is not torch.Tensor
+            make = keep_mask_operator if unknown else keep_mask
+            keep = make(tensors[0].detach(), dropout, seed)
         function = definition if compiling else ReferenceFunction.apply
         y = function(*tensors, scale / (1 - dropout), parts, keep)
     return y.view(*shape[:-1], len(weight))
@@ -442,20 +415,17 @@ lora_linear_triton = functools.partial(lora_linear, kernels=True)  # CPU: with T
 def check(x, weight, bias, lora_A, lora_B, parts, dropout):
     """Raises ValueError with what was expected and what was found."""
     P, G, R = len(parts), sum(map(bool, parts)), lora_B.shape[-1] if lora_B.dim() else 0
-    if G == 0:
-        raise ValueError(f"lora_linear: expected at least one adapted part, found {tuple(parts)}")
+    if G == 0 or not 0 <= dropout < 1:
+        raise ValueError("lora_linear: expected at least one adapted part and dropout in [0, 1), "
+                         f"found {tuple(parts)} and {dropout}")
     if weight.dim() != 2 or len(weight) % P or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"lora_linear: expected x (..., K) and weight (N, K) with N a multiple of "
                          f"{P}, found {tuple(x.shape)} and {tuple(weight.shape)}")
     N, K = weight.shape
-    for name, tensor, shape in (("x", x, x.shape), ("weight", weight, (N, K)), ("bias", bias, (N,)),
-                                ("lora_B", lora_B, (G * N // P, R)),
-                                ("lora_A", lora_A, (G * R, K))):
+    shapes = dict(x=x.shape, weight=(N, K), bias=(N,), lora_B=(G * N // P, R), lora_A=(G * R, K))
+    for (name, shape), tensor in zip(shapes.items(), (x, weight, bias, lora_B, lora_A)):
         if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()
                                    or tensor.device != x.device):
-            raise ValueError(
-                f"lora_linear: expected {name} {tuple(shape)}, floating-point, on {x.device} "
-                f"(weight {(N, K)}, rank {R}, {G} of {P} parts), found {tuple(tensor.shape)}, "
-                f"{tensor.dtype}, on {tensor.device}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"lora_linear: expected dropout in [0, 1), found {dropout}")
+            raise ValueError(f"lora_linear: expected {name} {tuple(shape)}, floating-point, on "
+                             f"{x.device} (rank {R}, {G} of {P} parts), found "
+                             f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}")

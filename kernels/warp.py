@@ -14,6 +14,21 @@ fx = X - x0
     d out / d dy = (1 - fx) (v10 - v00) + fx (v11 - v01)        where 0 < y + dy < H - 1, else 0
     d out / d dx = (1 - fy) (v01 - v00) + fy (v11 - v10)        where 0 < x + dx < W - 1, else 0
 
+On paper, one pixel of a 3 x 3 image with flow[1, 1] = (dy, dx) = (-0.5, 0.5), up and to the right:
+
+    1   2   3     It reads at (1 - 0.5, 1 + 0.5) = (0.5, 1.5), the *. y0 = 0, x0 = 1, fy = fx = 0.5.
+          *       out[1, 1] = 0.5 (0.5 * 2 + 0.5 * 3) + 0.5 (0.5 * 5 + 0.5 * 6) = 4
+    4   5   6     d out / d dy = 0.5 (5 - 2) + 0.5 (6 - 3) = 3, as rows are 3 apart, and
+    7   8   9     d out / d dx = 0.5 (3 - 2) + 0.5 (6 - 5) = 1, as columns are 1 apart
+
+    2   3   3     With flow (0, 1) everywhere each pixel reads its right neighbour: the picture
+    5   6   6     moves to the left, against the arrows of the flow, since these point from the
+    8   9   9     result to the image. The last column reads the border.
+
+In words: a pixel of the result adds its flow to its own place, and clamps that to the image. The
+whole part of the place names four pixels. Their values are gathered, and mixed by the fraction.
+A gather reads where it likes and writes in one place; its gradient, for the image, is a scatter.
+
 The conventions are the same on every path. Positions are in pixels, so that a zero flow is the
 identity and a whole flow a shift, both exactly. A displacement that leaves the image, up to
 infinity, reads the border; its gradient is 0 there and on the border itself, as in F.grid_sample. A
@@ -27,6 +42,9 @@ pixel (flow 8, image 4, result 4). The backward pass finds both gradients in one
 and moves some 64 bytes: it reads the flow, the image and, twice, the incoming gradient (20), writes
 the flow's gradient (8), and gathers the image's in an integer, which is cleared, added to (read and
 written) and read again (32), before it writes it (4).
+
+Next: reggan.py, where R predicts the flow; exercise 3 of tests/exercises.md writes the reference by
+gathers, and tests/debug_kernel.md follows a fault in the kernel below.
 
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W), channel 0 = dy, channel 1 = dx.
 """
@@ -136,6 +154,10 @@ def forward_kernel(
 # so that at most 2^(h+e) 2^k may gather anywhere. k = 62 - h - e keeps that at 2^62: no flow,
 # however it folds the image, overflows. k stops at 126, where 2^-k is still a normal float32: there
 # amax is below 2^(-64-h) and the quantum is 2^-126.
+# On paper: 256 x 256 pixels, amax 0.75. Then h = 16, e = 0 (0.75 < 2^0) and k = 62 - 16 - 0 = 46.
+# An addend g w = 0.3 is 10066330 / 2^25 in float32, and 10066330 * 2^21 as an integer: nothing is
+# lost. Only of addends below 2^-22 bits are cut off, those under 2^-46. If all 2^16 pixels read one
+# place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
 # Error. Truncation loses less than one quantum an addend, 2^-k <= 2^(h-61) amax: 2^-45 amax at
 # 256 x 256, 2^-41 amax at 1024 x 1024. The sum is exact, and rounded once to float32. A float sum
 # of n addends errs by up to n 2^-24 of the partial sums, so that this one is the more accurate for

@@ -246,9 +246,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         lora.load_adapter(vit(depth=1), tmp_path / "adapter.pt")
     del saved["adapter"]["head.weight"]
     data.save_checkpoint(tmp_path / "part.pt", saved)
-    with pytest.raises(
-        data.InputError, match="1 tensors of the adapter are missing, head.weight first"
-    ):
+    with pytest.raises(data.InputError, match="head.weight is missing and does not fit the model"):
         lora.load_adapter(vit(), tmp_path / "part.pt")
 
 
@@ -337,7 +335,7 @@ def test_import_refuses_what_it_cannot_hold(tmp_path, change, message):
         lora.import_peft(config)
 
 
-def test_import_takes_one_scale_and_shapes_that_fit(tmp_path):
+def test_import_takes_scales_and_shapes_that_fit(tmp_path):
     data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     start, adapter = "base_model.model.blocks.", {}
     for i in range(2):
@@ -355,16 +353,21 @@ def test_import_takes_one_scale_and_shapes_that_fit(tmp_path):
         return data.load_checkpoint(tmp_path / "in.pt")["lora"]["alpha"]
 
     assert run() == 4 and run(use_rslora=True) == pytest.approx(4 * 2**0.5)
-    assert run(alpha_pattern={"attn.qkv": 6}) == 6
+    assert run(alpha_pattern={"attn.qkv": 6}) == 6 and run(alpha_pattern={".*qkv": 6}) == 6
+    assert run(alpha_pattern={"blocks.0.attn.qkv": 6, "qkv": 9, "fc1": 70}) == 9
     for change, message in (
-        (dict(alpha_pattern={"blocks.0.attn.qkv": 6}), "one lora_alpha for all layers"),
-        (dict(alpha_pattern={".*qkv": 6}), r"found \.\*qkv"),
+        (dict(tensors={}), "lora_A and lora_B of a ViT's blocks"),
         (dict(alpha_pattern=[3]), "alpha_pattern, a table by layer"),
+        (dict(alpha_pattern={"(": 3}), "regular expressions in alpha_pattern"),
         (dict(lora_alpha=None), "lora_alpha, a number above 0"),
         (dict(lora_alpha=float("nan")), "lora_alpha, a number above 0"),
         (
             dict(tensors=adapter | {f"{start}1.attn.qkv.lora_A.weight": torch.ones(3, 24)}),
-            "one rank",
+            "blocks.1.attn.qkv: expected lora_A and lora_B of one rank, found 3 and 2",
+        ),
+        (
+            dict(tensors=adapter | {f"{start}1.mlp.fc1.lora_A.weight": torch.ones(2, 24)}),
+            "blocks.1.mlp.fc1: expected lora_A and lora_B of one rank, found none of one",
         ),
         (dict(tensors=adapter | {f"{start}1.attn.qkv.lora_B.weight": torch.ones(70, 2)}), "lora_B"),
         (
@@ -372,7 +375,7 @@ def test_import_takes_one_scale_and_shapes_that_fit(tmp_path):
             "qkv.weight",
         ),
         (
-            dict(tensors=adapter | {f"{start}7.attn.qkv.lora_A.weight": torch.ones(2, 24)}),
+            dict(tensors={name.replace("s.1.", "s.7."): adapter[name] for name in adapter}),
             "qkv.weight",
         ),
         (dict(use_dora=True), r"lora_magnitude does not fit .*no such tensor"),
@@ -383,6 +386,109 @@ def test_import_takes_one_scale_and_shapes_that_fit(tmp_path):
     ):
         with pytest.raises(data.InputError, match=message):
             run(**change)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("targets", list(lora.TARGETS))
+def test_an_adapter_exported_to_peft_comes_back(tmp_path, targets, dora):
+    """The ranks of its layers differ with targets "all", 3 r of qkv and r of the others; the file
+    that is imported has the largest, filled up with zeros, and peft computes the same logits."""
+    peft = pytest.importorskip("peft")
+    base, images = vit(), torch.randn(2, 1, 16, 16)
+    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    settings = dict(rank=2, alpha=7, targets=lora.TARGETS[targets], dora=dora)
+    model = trained(lora.add_lora(base, **settings)).eval()
+    weights = str(tmp_path / "base.pt")
+    lora.save_adapter(tmp_path / "adapter.pt", model, weights=weights)
+    folder, back = str(tmp_path / "peft"), str(tmp_path / "back.pt")
+    lora.export_peft(lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt"), out=folder))
+    lora.import_peft(lora.LoRAConfig(peft=folder, weights=weights, out=back))
+    saved, again = data.load_checkpoint(back), vit()
+    lora.add_lora(again, **saved["lora"])
+    assert not again.load_state_dict(saved["adapter"], strict=False).unexpected_keys
+    torch.testing.assert_close(again.eval()(images), model(images), atol=1e-5, rtol=0)
+    theirs = peft.PeftModel.from_pretrained(vit(), folder).eval()
+    torch.testing.assert_close(theirs(images), again(images), atol=1e-5, rtol=0)
+    assert not torch.allclose(again(images), vit()(images), atol=1e-2)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_import_of_pefts_ranks_and_scales_by_layer(tmp_path, rslora):
+    """rank_pattern and alpha_pattern, by names and by expressions, as peft itself reads them."""
+    peft = pytest.importorskip("peft")
+    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    settings = peft.LoraConfig(
+        r=3,
+        lora_alpha=7,
+        use_rslora=rslora,
+        target_modules=["qkv", "fc1"],
+        rank_pattern={"blocks.0.attn.qkv": 5, "fc1": 1},
+        alpha_pattern={r"blocks\.\d\.mlp.*": 2, "qkv": 11},
+    )
+    theirs = peft.get_peft_model(vit(), settings).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path / "peft")
+    weights, back = str(tmp_path / "base.pt"), str(tmp_path / "in.pt")
+    lora.import_peft(lora.LoRAConfig(peft=str(tmp_path / "peft"), weights=weights, out=back))
+    saved, ours, images = data.load_checkpoint(back), vit(), torch.randn(2, 1, 16, 16)
+    assert saved["lora"]["rank"] == 5
+    lora.add_lora(ours, **saved["lora"])
+    assert not ours.load_state_dict(saved["adapter"], strict=False).unexpected_keys
+    torch.testing.assert_close(ours.eval()(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+def test_inspect_shows_what_an_adapter_changes(tmp_path, capsys):
+    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    targets = {"qkv": (True, False, True), "fc1": (True,), "proj": (False, True)}
+    model = trained(lora.add_lora(vit(), rank=3, alpha=6, targets=targets))
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.lora_B.mul_(50)
+    path = str(tmp_path / "a.pt")
+    lora.save_adapter(path, model, weights=str(tmp_path / "base.pt"))
+    lora.inspect(lora.LoRAConfig(adapter=path))
+    printed = capsys.readouterr().out
+    table = [line.strip("| ").split(" | ") for line in printed.splitlines() if "blocks" in line]
+    assert printed.splitlines()[-1].startswith("changed most: blocks.1.mlp.fc1 (")
+    rows = {name: rest for name, *rest in table[:-1]}
+    assert len(rows) == 8
+    for name, layer in model.named_modules():
+        if isinstance(layer, lora.LoRALinear):
+            width = layer.out_features // len(layer.parts)
+            for number, on in enumerate(layer.parts):
+                label = (
+                    name
+                    + {1: [""], 2: [" 0", " 1"], 3: [" q", " k", " v"]}[len(layer.parts)][number]
+                )
+                if not on:
+                    assert label not in rows
+                    continue
+                part = slice(number * width, (number + 1) * width)
+                delta, weight = layer.delta()[part], layer.weight.detach().double()[part]
+                length, share, values = rows[label]
+                assert float(length) == pytest.approx(delta.norm().item(), rel=1e-2)
+                expected = 100 * (delta.norm() / weight.norm()).item()
+                assert float(share.rstrip("%")) == pytest.approx(expected, rel=1e-2, abs=0.06)
+                expected = torch.linalg.svdvals(delta)[:3].tolist()
+                assert [*map(float, values.split())] == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_plain_form_in_the_head_is_the_layer():
+    """The eight lines are run as they stand there, and equal `LoRALinear` with one part."""
+    lines = lora.__doc__.splitlines()
+    first = next(i for i, line in enumerate(lines) if "class PlainLoRA" in line)
+    code, names = "\n".join(line[4:] for line in lines[first : first + 8]), dict(vars(lora))
+    exec(code, names)
+    torch.manual_seed(0)
+    layer, linear = random_layer((True,)), nn.Linear(10, 12)
+    plain, x = names["PlainLoRA"](linear, layer.rank, 8).eval(), torch.randn(5, 10)
+    assert torch.equal(plain(x), linear(x))  # B is zero at the start
+    state = {"lin.weight": layer.weight, "lin.bias": layer.bias}
+    plain.load_state_dict(state | {"A": layer.lora_A, "B": layer.lora_B})
+    torch.testing.assert_close(plain(x), layer(x), atol=1e-5, rtol=1e-5)
+    trained_names = {name for name, p in plain.named_parameters() if p.requires_grad}
+    assert trained_names == {"A", "B"}
 
 
 def dora_layer():
