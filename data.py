@@ -7,6 +7,7 @@ Nothing here knows a model or a loss.
 
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W).
 """
+
 import argparse
 import base64
 import copy
@@ -74,24 +75,29 @@ class RunConfig:
     resume: bool = option(False, "go on from OUT/last.pt", free=True)
     seed: int = option(0, "seed of every random choice of the run", within="[0, 4294967295]")
     steps: int = option(None, "optimiser steps, instead of the preset's epochs", within="[1, inf)")
-    epochs: float = option(None, "passes over the data, instead of the preset's steps",
-                           within="(0, inf)")
-    batch_size: int = option(None, "samples of a step, of all processes and passes together",
-                             within="[1, inf)")
+    epochs: float = option(
+        None, "passes over the data, instead of the preset's steps", within="(0, inf)"
+    )
+    batch_size: int = option(
+        None, "samples of a step, of all processes and passes together", within="[1, inf)"
+    )
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
     dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
-    workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
-                          free=True)
-    kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
-                           free=True)
+    workers: int = option(
+        0, "processes that read images (0: this one)", within="[0, 64]", free=True
+    )
+    kernels: bool = option(
+        True, "Triton kernels on CUDA; --no-kernels runs the torch references", free=True
+    )
 
 
 def parse_config(config_class, argv=None, description=None):
     """Reads the command line of a dataclass: `--name value` for a field, `--[no-]name` for a bool.
     Returns an instance. Raises InputError for a number out of its range."""
-    parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shared = {field.name for field in dataclasses.fields(RunConfig)}
     own = parser.add_argument_group("options of this command")
     every = parser.add_argument_group("options of every script")
@@ -149,8 +155,10 @@ def divide_batch(config, world):
     parts = world * config.accumulate
     batch = math.ceil(config.batch_size / parts) * parts
     if batch != config.batch_size and int(os.environ.get("RANK", 0)) == 0:
-        print(f"--batch-size {config.batch_size} becomes {batch}, which {world} processes x "
-              f"--accumulate {config.accumulate} share evenly")
+        print(
+            f"--batch-size {config.batch_size} becomes {batch}, which {world} processes x "
+            f"--accumulate {config.accumulate} share evenly"
+        )
     return dataclasses.replace(config, batch_size=batch)
 
 
@@ -167,8 +175,11 @@ def check_same(saved, config, path):
         before, now = saved.get(field.name), getattr(config, field.name)
         if not field.metadata.get("free") and before != now:
             flag = "--" + field.name.replace("_", "-")
-            raise InputError(path, f"{flag} {now}, as asked for now",
-                             f"a run with {flag} {before}; give the same options, or another --out")
+            raise InputError(
+                path,
+                f"{flag} {now}, as asked for now",
+                f"a run with {flag} {before}; give the same options, or another --out",
+            )
 
 
 def run_script(main):
@@ -266,9 +277,18 @@ def save_checkpoint(path, state):
     atomic_write(path, lambda file: torch.save(state, file))
 
 
-SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-              "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+SAFE_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def read_safetensors(path):
@@ -278,7 +298,7 @@ def read_safetensors(path):
     try:
         content = Path(path).read_bytes()
         length = int.from_bytes(content[:8], "little")
-        header, body = json.loads(content[8:8 + length]), bytearray(content[8 + length:])
+        header, body = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
         header.pop("__metadata__", None)
         places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
         end = 0
@@ -319,8 +339,10 @@ def load_checkpoint(path):
         text = str(error).strip() or type(error).__name__
         code = re.search(r"GLOBAL (\S+)", text)
         if code:  # torch's own text goes on to say how to load the file unprotected
-            raise InputError(f"{path}: refused: it holds code to run ({code[1]}), not tensors and "
-                             "plain values alone") from None
+            raise InputError(
+                f"{path}: refused: it holds code to run ({code[1]}), not tensors and "
+                "plain values alone"
+            ) from None
         reason = "damaged, or of another kind" if "Weights only" in text else text[:200]
         raise InputError(f"{path}: not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict):
@@ -375,9 +397,20 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken", "result.json",
-             "predictions.csv", "curves.png", "roc.png", "overlays.png", "reconstruction.png",
-             "translation.png")
+RUN_FILES = (
+    "last.pt",
+    "best.pt",
+    "adapter.pt",
+    "base.pt",
+    "tokenizer.tiktoken",
+    "result.json",
+    "predictions.csv",
+    "curves.png",
+    "roc.png",
+    "overlays.png",
+    "reconstruction.png",
+    "translation.png",
+)
 
 
 class RunLog:
@@ -431,9 +464,11 @@ class Timed:
     def speed(self):
         """The three numbers of log.jsonl and result.json."""
         seconds = max(time.time() - self.began, 1e-9)
-        return {"images_per_second": self.images / seconds,
-                "share_waiting_for_data": self.waited / seconds,
-                "peak_memory_mib": peak_memory_mib(self.device)}
+        return {
+            "images_per_second": self.images / seconds,
+            "share_waiting_for_data": self.waited / seconds,
+            "peak_memory_mib": peak_memory_mib(self.device),
+        }
 
 
 class Saving:
@@ -514,8 +549,11 @@ def run_cells(folder, configs, run):
             ran = read_json(cell / "options.json")
             check_same(ran, config, cell / "options.json")
             if ran.get("source", source) != source:
-                print(f"WARNING: {script.name} changed since {cell} was made; delete the folder to "
-                      "run it anew", file=sys.stderr)
+                print(
+                    f"WARNING: {script.name} changed since {cell} was made; delete the folder to "
+                    "run it anew",
+                    file=sys.stderr,
+                )
         else:
             write_json(cell / "options.json", dataclasses.asdict(config) | {"source": source})
         if not (cell / "result.json").exists():
@@ -532,6 +570,7 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
     titles: one a column; captions: one a row, wrapped below it."""
+
     def picture(image):
         pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
         pixels = pixels.expand(3, *pixels.shape[-2:]).permute(1, 2, 0).contiguous()  # (H, W, 3)
@@ -544,8 +583,10 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     column = max(widths + [drawn.width for row in rows for drawn in row]) + gap
     width = column * len(titles)
     texts = [textwrap.wrap(text, width // 6) for text in captions or [""] * len(rows)]
-    heights = [max(drawn.height for drawn in row) + line * len(text) + gap
-               for row, text in zip(rows, texts)]
+    heights = [
+        max(drawn.height for drawn in row) + line * len(text) + gap
+        for row, text in zip(rows, texts)
+    ]
     canvas = Image.new("RGB", (gap + width, gap + line + sum(heights)), "white")
     draw, top = ImageDraw.Draw(canvas), gap + line
     for i, title in enumerate(titles):
@@ -559,8 +600,24 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
-           "#bcbd22", "#17becf", "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040"]
+COLOURS = [
+    "#1f77b4",
+    "#d62728",
+    "#2ca02c",
+    "#ff7f0e",
+    "#9467bd",
+    "#8c564b",
+    "#e377c2",
+    "#7f7f7f",
+    "#bcbd22",
+    "#17becf",
+    "#000080",
+    "#800000",
+    "#006400",
+    "#ffc000",
+    "#ff00ff",
+    "#404040",
+]
 
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
@@ -610,10 +667,25 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
 # --------------------------------------------------------------------------------------------------
 # Reading images
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".dcm", ".dicom", ".tif", ".tiff", ".bmp",
-                  ".nii", ".nii.gz")
-FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}n.1\0|.{4}n.2\0",
-               "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}"}
+IMAGE_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".npy",
+    ".dcm",
+    ".dicom",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".nii",
+    ".nii.gz",
+)
+FIRST_BYTES = {
+    "npy": rb"\x93NUMPY",
+    "dicom": rb".{128}DICM",
+    "nifti": rb".{344}n.1\0|.{4}n.2\0",
+    "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}",
+}
 
 
 def file_kind(file):
@@ -631,7 +703,7 @@ def file_kind(file):
 def split_ending(name):
     """("chest.1", ".PNG") of "chest.1.PNG"; the second is "" without one of IMAGE_SUFFIXES."""
     ending = next((end for end in IMAGE_SUFFIXES if name[-7:].lower().endswith(end)), "")
-    return name[:len(name) - len(ending)], name[len(name) - len(ending):]
+    return name[: len(name) - len(ending)], name[len(name) - len(ending) :]
 
 
 @functools.cache
@@ -670,14 +742,18 @@ def read_pixels(path, short_side=None, grey=False):
         reason = "; ".join([*map(str.strip, hints), first])  # a decoder to install is named last
         if isinstance(error, UnidentifiedImageError):
             reason = "another kind of file"
-        raise InputError(path, "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image",
-                         reason) from None
+        raise InputError(
+            path, "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image", reason
+        ) from None
     while pixels.ndim > 2 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     flat = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
     if not flat or not pixels.size or pixels.dtype.kind not in "buif":
-        raise InputError(path, "numbers of shape (H, W), (H, W, 1) or (H, W, 3)",
-                         f"{pixels.dtype} of shape {pixels.shape}")
+        raise InputError(
+            path,
+            "numbers of shape (H, W), (H, W, 1) or (H, W, 3)",
+            f"{pixels.dtype} of shape {pixels.shape}",
+        )
     wrong = np.count_nonzero(~np.isfinite(pixels))
     if wrong:
         raise InputError(path, "finite numbers", f"{wrong} of {pixels.size} NaN or infinite")
@@ -787,8 +863,9 @@ def read_image(path, short_side=None, deep=None, enlarge=True):
     if white == 65535:
         white = deep or full_scale(pixels.max())
         if pixels.max() > white:
-            raise InputError(path, f"values up to {white}, as in the other 16-bit images",
-                             pixels.max())
+            raise InputError(
+                path, f"values up to {white}, as in the other 16-bit images", pixels.max()
+            )
     if white is None:
         pixels = pixels.astype(np.float64)
         if pixels.min() < 0 or pixels.max() > 1:
@@ -812,7 +889,7 @@ def common_scale(*lists):
     files of each list, None where none of them has 16 bits. It is said on stderr where it is below
     65535."""
     highest = 0
-    for path in itertools.chain(*(paths[::math.ceil(max(1, len(paths)) / 32)] for paths in lists)):
+    for path in itertools.chain(*(paths[:: math.ceil(max(1, len(paths)) / 32)] for paths in lists)):
         try:
             pixels, white = read_pixels(path, short_side=1)
         except InputError:
@@ -838,8 +915,10 @@ def over_images(function, paths):
         with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
             return list(bar(pool.map(function, paths, chunksize=16)))
     except BrokenProcessPool:
-        raise InputError("the processes that read images ended: too little memory, or a script "
-                         "without `if __name__ == '__main__':` around its calls") from None
+        raise InputError(
+            "the processes that read images ended: too little memory, or a script "
+            "without `if __name__ == '__main__':` around its calls"
+        ) from None
 
 
 def read_bytes(path, short_side, deep=None, enlarge=True):
@@ -865,8 +944,11 @@ def readable(paths):
     if not keep:
         raise InputError(f"{first}; no other image is left")
     if first:
-        print(f"WARNING: {len(wrong) - len(keep)} of {len(wrong)} images cannot be read and are "
-              f"left out, the first: {first}", file=sys.stderr)
+        print(
+            f"WARNING: {len(wrong) - len(keep)} of {len(wrong)} images cannot be read and are "
+            f"left out, the first: {first}",
+            file=sys.stderr,
+        )
     return keep
 
 
@@ -874,6 +956,7 @@ def list_images(folder):
     """Every image below a folder, sorted paths. Linked folders are followed, each folder once.
     A file without a known ending is an image where its first bytes say so; the number of other
     files is said on stderr. Raises InputError where no image is found."""
+
     def stop(error):
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
 
@@ -893,8 +976,11 @@ def list_images(folder):
                     known = file_kind(file)
             (paths if known else others).append(path)
     if others:
-        print(f"note: {folder}: {len(others)} files are no images and left out, such as "
-              f"{min(others)}", file=sys.stderr)
+        print(
+            f"note: {folder}: {len(others)} files are no images and left out, such as "
+            f"{min(others)}",
+            file=sys.stderr,
+        )
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
     return sorted(paths)
@@ -906,21 +992,41 @@ def list_images(folder):
 # The published layouts: the folder of the images below the root, the list of each part (training
 # lists by the percentage of labels), and the classes in the order of the labels, which a
 # classes.txt at the root, one name a line, replaces.
-NIH_CLASSES = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
-               "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis",
-               "Pleural_Thickening", "Hernia"]
+NIH_CLASSES = [
+    "Atelectasis",
+    "Cardiomegaly",
+    "Effusion",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pneumonia",
+    "Pneumothorax",
+    "Consolidation",
+    "Edema",
+    "Emphysema",
+    "Fibrosis",
+    "Pleural_Thickening",
+    "Hernia",
+]
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
-LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
-         "val": "val_list.txt", "test": "test_list.txt"}
+LISTS = {
+    "train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
+    "val": "val_list.txt",
+    "test": "test_list.txt",
+}
 DATASETS = {
     "demo": {"images": "images", "classes": None, **LISTS},
     "csv": {"images": "images", "classes": None, **LISTS},
     "nih": {"images": "images", "or": "all_classes", "classes": NIH_CLASSES, **LISTS},
     "rsna": {"images": "", "classes": ["Pneumonia"], **LISTS},
     "chexpert": {"images": "", "classes": CHEXPERT_CLASSES, **LISTS},
-    "covid": {"images": "images", "classes": ["COVID-19"],
-              "train": {100: "splits/{split}/train.txt"},
-              "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
+    "covid": {
+        "images": "images",
+        "classes": ["COVID-19"],
+        "train": {100: "splits/{split}/train.txt"},
+        "val": "splits/{split}/val.txt",
+        "test": "splits/{split}/test.txt",
+    },
 }
 PLAIN_NAME = re.compile(r"\w[\w-]*(\.\w+)?")  # a name that `plain_name` leaves as it is
 NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
@@ -968,7 +1074,7 @@ def split_line(line):
         if word not in ("0", "1") and not NUMBER.fullmatch(word):
             break
         count += 1
-    return plain_name(line.rstrip().rsplit(None, count)[0]), words[len(words) - count:]
+    return plain_name(line.rstrip().rsplit(None, count)[0]), words[len(words) - count :]
 
 
 def read_list(path, num_labels=None, skip_bad=False):
@@ -993,8 +1099,10 @@ def read_list(path, num_labels=None, skip_bad=False):
             row = " ".join(labels)
         if row not in known and (len(labels) != k or not set(labels) <= {"0", "1"}):
             expected = "1 label" if k == 1 else f"{k} labels"
-            bad.append(f"line {number}: expected {expected}, each 0 or 1, after {name!r}, found "
-                       f"{row or 'none'}")
+            bad.append(
+                f"line {number}: expected {expected}, each 0 or 1, after {name!r}, found "
+                f"{row or 'none'}"
+            )
         elif name in first_line:
             bad.append(f"line {number}: {name!r} is listed before, in line {first_line[name]}")
         else:
@@ -1003,11 +1111,15 @@ def read_list(path, num_labels=None, skip_bad=False):
                 known[row] = list(map(float, labels))
             rows.append(known[row])
     if bad and not (skip_bad and rows):
-        raise InputError(f"{path}: {bad[0]}; correct the list, or leave out such lines "
-                         f"({len(bad)}) with --skip-bad-lines")
+        raise InputError(
+            f"{path}: {bad[0]}; correct the list, or leave out such lines "
+            f"({len(bad)}) with --skip-bad-lines"
+        )
     if bad:
-        print(f"WARNING: {path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}",
-              file=sys.stderr)
+        print(
+            f"WARNING: {path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}",
+            file=sys.stderr,
+        )
     return list(first_line), torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), k))
 
 
@@ -1018,8 +1130,10 @@ def split_files(data, root, split="", ratio=100):
     if not root.is_dir():
         raise InputError(f"--root {root}: no such folder")
     if "{split}" in layout["val"]:
-        splits = sorted(path.parent.name for path in
-                        [*root.glob("splits/*/train.txt"), *root.glob("*/is*_train.txt")])
+        splits = sorted(
+            path.parent.name
+            for path in [*root.glob("splits/*/train.txt"), *root.glob("*/is*_train.txt")]
+        )
         if split not in splits:
             there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
             raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
@@ -1031,13 +1145,16 @@ def split_files(data, root, split="", ratio=100):
     names = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
     files = {part: root / name.format(split=split) for part, name in names.items()}
     if split and not (root / "splits").is_dir():  # the official code's names
-        files = {part: next(root.glob(f"{split}/is*_{part}.txt"), path)
-                 for part, path in files.items()}
+        files = {
+            part: next(root.glob(f"{split}/is*_{part}.txt"), path) for part, path in files.items()
+        }
     for path in files.values():
         if not path.is_file():
             there = sorted(os.listdir(root))[:12]
-            raise InputError(f"{path}: no such list, which --data {data} --ratio {ratio} needs; "
-                             f"{root} holds {', '.join(there) or 'nothing'}")
+            raise InputError(
+                f"{path}: no such list, which --data {data} --ratio {ratio} needs; "
+                f"{root} holds {', '.join(there) or 'nothing'}"
+            )
     return files
 
 
@@ -1053,14 +1170,21 @@ def class_names(data, root, split, count):
     elif classes is None:
         classes = [f"class {i + 1}" for i in range(count)]
     if len(classes) != count:
-        raise InputError(where, f"{count} classes, as the lists have labels",
-                         f"{len(classes)}: {', '.join(classes)}")
+        raise InputError(
+            where,
+            f"{count} classes, as the lists have labels",
+            f"{len(classes)}: {', '.join(classes)}",
+        )
     return classes
 
 
 # The tables that data sets are published with, or that people write; lists go before them
-TABLES = {"csv": "labels.csv", "nih": "Data_Entry_2017.csv", "chexpert": "train.csv",
-          "rsna": "stage_2_train_labels.csv"}
+TABLES = {
+    "csv": "labels.csv",
+    "nih": "Data_Entry_2017.csv",
+    "chexpert": "train.csv",
+    "rsna": "stage_2_train_labels.csv",
+}
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -1090,8 +1214,11 @@ def table_columns(data, path):
         raise InputError(f"{path}: line 1", "names that differ", f"{twice[0]!r} twice")
     classes = [name for name in header[1:] if name not in ("patient", "split")]
     if header[:1] != ["image"] or not classes:
-        raise InputError(f"{path}: line 1", "a header `image,finding,...`, perhaps with patient "
-                         "and split", ",".join(header) or "an empty file")
+        raise InputError(
+            f"{path}: line 1",
+            "a header `image,finding,...`, perhaps with patient and split",
+            ",".join(header) or "an empty file",
+        )
     return "image", classes
 
 
@@ -1108,14 +1235,17 @@ def table_rows(data, path, uncertain):
     header = table_header(path)
     extra = [name for name in extra if name in header]
     for line, name, *cells in read_csv(path, [column, *findings, *extra]):
-        cells, others = cells[:len(findings)], dict(zip(extra, cells[len(findings):]))
+        cells, others = cells[: len(findings)], dict(zip(extra, cells[len(findings) :]))
         if data == "nih":
             found = set(cells[0].split("|")) - {"No Finding"}
             cells = [str(int(name in found)) for name in classes] + sorted(found - set(classes))
         if not name or not set(cells) <= values.keys():
             wrong = next((cell for cell in cells if cell not in values), "no image")
-            raise InputError(f"{path}: line {line}", "an image and labels that are 0, 1 or blank"
-                             + " (or -1)" * (data == "chexpert"), repr(wrong))
+            raise InputError(
+                f"{path}: line {line}",
+                "an image and labels that are 0, 1 or blank" + " (or -1)" * (data == "chexpert"),
+                repr(wrong),
+            )
         part = others.get("split", "").lower()
         if part not in ("", *SPLITS):
             raise InputError(f"{path}: line {line}: split", "train, val or test", repr(part))
@@ -1148,16 +1278,19 @@ def fixed_parts(path, patients, parts):
         if patient and part and fixed.setdefault(patient, part) != part:
             several.add(patient)
     if several:
-        print(f"WARNING: {path}: {len(several)} patients have images in several parts, one is "
-              f"{min(several)}: their test scores are too good")
+        print(
+            f"WARNING: {path}: {len(several)} patients have images in several parts, one is "
+            f"{min(several)}: their test scores are too good"
+        )
     return fixed
 
 
 def name_chexpert_test(count):
     """Says in one line which of CheXpert's published lists a test part of `count` images is."""
-    return {234: "CheXpert's 234 validation images, on which MRM tests",
-            668: "CheXpert's own 668 test images, on which MED-PEFT tests"}.get(
-                count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
+    return {
+        234: "CheXpert's 234 validation images, on which MRM tests",
+        668: "CheXpert's own 668 test images, on which MED-PEFT tests",
+    }.get(count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
 
 
 def read_table(data, root, ratio=100, uncertain="ones"):
@@ -1171,8 +1304,9 @@ def read_table(data, root, ratio=100, uncertain="ones"):
     rows, first = {}, {}
     for line, name, labels, patient, part in table_rows(data, path, uncertain):
         if name in rows and data != "rsna":
-            raise InputError(f"{path}: line {line}: {name!r} is listed before, in line "
-                             f"{first[name]}")
+            raise InputError(
+                f"{path}: line {line}: {name!r} is listed before, in line {first[name]}"
+            )
         if name in rows:  # RSNA has a row for each box
             labels = list(map(max, labels, rows[name][0]))
         first.setdefault(name, line)
@@ -1184,15 +1318,17 @@ def read_table(data, root, ratio=100, uncertain="ones"):
     if "" in given.values():  # train_val_list.txt is there, and its images alone are trained on
         lost = [name for name in rows if name not in given]
         if lost:
-            print(f"WARNING: {path}: {len(lost)} of {len(rows)} images are in neither "
-                  f"train_val_list.txt nor test_list.txt and are left out, the first: {lost[0]}")
+            print(
+                f"WARNING: {path}: {len(lost)} of {len(rows)} images are in neither "
+                f"train_val_list.txt nor test_list.txt and are left out, the first: {lost[0]}"
+            )
         rows = {name: row for name, row in rows.items() if name in given}
     keys = [row[1] or known for known, row in zip(patient_ids(root, rows), rows.values())]
     fixed = fixed_parts(path, keys, [row[2] or given.get(name, "") for name, row in rows.items()])
     parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
     for patient, (name, (labels, _, part)) in zip(keys, rows.items()):
         digest = hashlib.sha256((patient or name).encode()).digest()
-        chance, other = (int.from_bytes(digest[i:i + 8], "big") / 2**64 for i in (0, 8))
+        chance, other = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))
         part = part or given.get(name) or fixed.get(patient)
         if not part:
             chance = chance * 0.8 if given or data == "chexpert" else chance  # test is given
@@ -1202,8 +1338,11 @@ def read_table(data, root, ratio=100, uncertain="ones"):
             parts[part][1].append(labels)
     for part, (names, _) in parts.items():
         if not names:
-            raise InputError(path, f"images of the part {part}", f"none among {len(rows)}; a "
-                             "column `split` names the parts")
+            raise InputError(
+                path,
+                f"images of the part {part}",
+                f"none among {len(rows)}; a column `split` names the parts",
+            )
     return {part: (names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
 
 
@@ -1213,8 +1352,9 @@ def locate(data, root, names, allow_outside=False):
     for one that leads out of the root, unless `allow_outside`."""
     root = str(root or ".")
     layout = DATASETS[data]
-    folders = dict.fromkeys(os.path.join(root, folder) for folder in
-                            (layout["images"], layout.get("or", ""), ""))
+    folders = dict.fromkeys(
+        os.path.join(root, folder) for folder in (layout["images"], layout.get("or", ""), "")
+    )
     inside = os.path.join(os.path.abspath(root), "")
 
     @functools.cache
@@ -1253,8 +1393,14 @@ def find_images(data, root, names, source, allow_outside=False):
     if wrong:
         name = names[wrong[0]]
         whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")  # as a whole
-        line = next((number for number, text in read_lines(source)
-                     if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name), "?")
+        line = next(
+            (
+                number
+                for number, text in read_lines(source)
+                if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name
+            ),
+            "?",
+        )
         folder = os.path.join(root or ".", DATASETS[data]["images"])
         reason = f"no image {name!r} in {folder} ({len(wrong)} of {len(names)} are missing)"
         if paths[wrong[0]] == "":
@@ -1272,25 +1418,35 @@ def read_csv(path, columns):
     try:
         header = [name.strip() for name in next(reader, [])]
         if not set(columns) <= set(header):
-            raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}",
-                             ", ".join(header) or "an empty file")
+            raise InputError(
+                f"{path}: line 1",
+                f"the columns {', '.join(columns)}",
+                ", ".join(header) or "an empty file",
+            )
         places = [header.index(name) for name in columns]
         line = reader.line_num + 1
         for row in reader:
-            if row and (len(row) <= max(places) or any(row[len(header):])):
-                raise InputError(f"{path}: line {line}", f"{len(header)} fields",
-                                 f"{len(row)}; text with commas stands in double quotes")
+            if row and (len(row) <= max(places) or any(row[len(header) :])):
+                raise InputError(
+                    f"{path}: line {line}",
+                    f"{len(header)} fields",
+                    f"{len(row)}; text with commas stands in double quotes",
+                )
             for field in row:
                 for piece in re.split(r"[,\n]", field)[1:]:
                     if "\n" in field and split_ending(piece.strip())[1]:
-                        raise InputError(f"{path}: line {line}", "one row", f"{piece.strip()!r} in "
-                                         "a field of it; a double quote is not closed")
+                        raise InputError(
+                            f"{path}: line {line}",
+                            "one row",
+                            f"{piece.strip()!r} in a field of it; a double quote is not closed",
+                        )
             if row:
                 yield line, *(row[place].strip() for place in places)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}: line {line}: not readable as CSV ({error}); is a double quote "
-                         "not closed?") from None
+        raise InputError(
+            f"{path}: line {line}: not readable as CSV ({error}); is a double quote not closed?"
+        ) from None
 
 
 def read_reports(path, root, allow_outside=False):
@@ -1330,8 +1486,10 @@ def find_masks(masks, keys, paths, empty=()):
         found = [masks / f"{key}.png" for key in keys]
         lost = [i for i, path in enumerate(found) if not path.is_file() and i not in empty]
         if lost:
-            raise InputError(f"{found[lost[0]]}: no such mask, of the image {paths[lost[0]]} "
-                             f"({len(lost)} of {len(paths)} are missing)")
+            raise InputError(
+                f"{found[lost[0]]}: no such mask, of the image {paths[lost[0]]} "
+                f"({len(lost)} of {len(paths)} are missing)"
+            )
         return [str(path) if path.is_file() else None for path in found]
     if not masks.is_file():
         raise InputError(f"--masks {masks}: no such folder or CSV")
@@ -1352,8 +1510,9 @@ def find_masks(masks, keys, paths, empty=()):
     keys = [os.path.basename(key) for key in keys]
     lost = [key for key in keys if key not in runs]
     if lost:
-        raise InputError(f"{masks}: no row of the image {lost[0]} ({len(lost)} of {len(keys)} are "
-                         "missing)")
+        raise InputError(
+            f"{masks}: no row of the image {lost[0]} ({len(lost)} of {len(keys)} are missing)"
+        )
     say_once(f"{masks}: the starts of runs are {'absolute' if absolute else 'relative'}")
     return [runs[key]._replace(absolute=bool(absolute)) for key in keys]
 
@@ -1376,8 +1535,11 @@ def read_mask(source, shape, path):
                 start = start - 1 if source.absolute else end + start
                 end = start + length
                 if start < 0 or end > mask.size:
-                    raise InputError(source.where, f"runs within the {mask.size} pixels of {path}",
-                                     f"pixels {start} to {end}")
+                    raise InputError(
+                        source.where,
+                        f"runs within the {mask.size} pixels of {path}",
+                        f"pixels {start} to {end}",
+                    )
                 flat[start:end] = True
         return flat.reshape(shape[::-1]).T  # the runs go down the columns
     if source is None:
@@ -1385,11 +1547,18 @@ def read_mask(source, shape, path):
     pixels, _ = read_pixels(source, grey=True)
     values = np.unique(pixels)
     if pixels.shape != tuple(shape):
-        raise InputError(source, f"a mask of {shape[1]} x {shape[0]} pixels, as {path}",
-                         f"{pixels.shape[1]} x {pixels.shape[0]}" if pixels.ndim == 2 else "colour")
+        raise InputError(
+            source,
+            f"a mask of {shape[1]} x {shape[0]} pixels, as {path}",
+            f"{pixels.shape[1]} x {pixels.shape[0]}" if pixels.ndim == 2 else "colour",
+        )
     if values[0] != 0 or len(values) > 2:
-        raise InputError(source, "a mask of the values 0 and one other", f"{len(values)} values "
-                         f"from {values[0]} to {values[-1]}; save it as PNG, without smoothing")
+        raise InputError(
+            source,
+            "a mask of the values 0 and one other",
+            f"{len(values)} values "
+            f"from {values[0]} to {values[-1]}; save it as PNG, without smoothing",
+        )
     return pixels > 0
 
 
@@ -1421,8 +1590,9 @@ def patient_ids(root, names):
     tables = [Path(root) / name for name in ("patients.csv", "records.csv")]
     table = next((path for path in tables if path.exists()), None)
     rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
-    known = dict(zip(image_keys(root, [name for _, name, _ in rows]),
-                     [patient for _, _, patient in rows]))
+    known = dict(
+        zip(image_keys(root, [name for _, name, _ in rows]), [patient for _, _, patient in rows])
+    )
 
     def patient(key):
         written = WRITTEN_PATIENT.search(key)
@@ -1438,14 +1608,23 @@ def not_excluded(paths, exclude, root):
     theirs, ours = patient_ids(root, listed), patient_ids(root, paths)
     keys = image_keys(root, paths)
     our_keys, our_patients = set(keys), set(ours) - {None}
-    lone = [key for key, patient in zip(listed, theirs)
-            if key not in our_keys and patient not in our_patients]
+    lone = [
+        key
+        for key, patient in zip(listed, theirs)
+        if key not in our_keys and patient not in our_patients
+    ]
     if lone:
-        print(f"WARNING: {exclude}: {len(lone)} of {len(listed)} names are of no image here and of "
-              f"no patient of one, the first: {lone[0]!r}", file=sys.stderr)
+        print(
+            f"WARNING: {exclude}: {len(lone)} of {len(listed)} names are of no image here and of "
+            f"no patient of one, the first: {lone[0]!r}",
+            file=sys.stderr,
+        )
     their_keys, their_patients = set(listed), set(theirs) - {None}
-    return [i for i, (key, patient) in enumerate(zip(keys, ours))
-            if key not in their_keys and patient not in their_patients]
+    return [
+        i
+        for i, (key, patient) in enumerate(zip(keys, ours))
+        if key not in their_keys and patient not in their_patients
+    ]
 
 
 def film_hashes(root, names):
@@ -1463,7 +1642,7 @@ def film_hashes(root, names):
     films, patients = [], []
     for key in image_keys(root, names):
         written = WRITTEN_PATIENT.search(key)
-        films.append(number("film " + (key[written.start():].strip("/") if written else key)))
+        films.append(number("film " + (key[written.start() :].strip("/") if written else key)))
         patients.append(number("patient " + written[0].strip("/")) if written else None)
     return films, patients
 
@@ -1473,8 +1652,9 @@ def hash_films(root, names, *others):
     patients, sorted, as one int64 tensor. `others`: such tensors of earlier training, or None."""
     films, patients = film_hashes(root, names)
     hashes = {*films, *patients} - {None}
-    return torch.tensor(sorted(hashes.union(*(x.tolist() for x in others if x is not None))),
-                        dtype=torch.int64)
+    return torch.tensor(
+        sorted(hashes.union(*(x.tolist() for x in others if x is not None))), dtype=torch.int64
+    )
 
 
 def trained_on(root, names, hashes):
@@ -1483,13 +1663,21 @@ def trained_on(root, names, hashes):
     table of patients at `root` where a trained film stands in it."""
     hashes = set(hashes.tolist())
     films, written = film_hashes(root, names)
-    listed = [name for table in map(Path(root or ".").joinpath, ("patients.csv", "records.csv"))
-              if table.is_file() for _, name in read_csv(table, ("image_path",))]
-    known = {patient for film, patient in zip(film_hashes(root, listed)[0],
-                                              patient_ids(root, listed)) if film in hashes}
+    listed = [
+        name
+        for table in map(Path(root or ".").joinpath, ("patients.csv", "records.csv"))
+        if table.is_file()
+        for _, name in read_csv(table, ("image_path",))
+    ]
+    known = {
+        patient
+        for film, patient in zip(film_hashes(root, listed)[0], patient_ids(root, listed))
+        if film in hashes
+    }
     return [film in hashes for film in films], [
         patient in hashes or own in known - {None}
-        for patient, own in zip(written, patient_ids(root, names))]
+        for patient, own in zip(written, patient_ids(root, names))
+    ]
 
 
 def read_pretraining(path, root):
@@ -1499,8 +1687,11 @@ def read_pretraining(path, root):
         path = checkpoint_file(path, "adapter.pt", "best.pt", "last.pt")
         hashes = load_checkpoint(path).get("trained_on")
         if not torch.is_tensor(hashes) or hashes.dtype != torch.int64:
-            raise InputError(path, "a checkpoint that names its training films", "one that does not"
-                             "; give the list that it was trained on")
+            raise InputError(
+                path,
+                "a checkpoint that names its training films",
+                "one that does not; give the list that it was trained on",
+            )
         return hashes
     lines = read_lines(path)
     if not lines:
@@ -1512,8 +1703,9 @@ def read_pretraining(path, root):
     column = next((name for name in columns if name in header), None)
     if column is None:
         raise InputError(f"{path}: line 1", f"a column {' or '.join(columns)}", ", ".join(header))
-    return hash_films(root, [name.removeprefix("CheXpert-v1.0-small/")
-                             for _, name in read_csv(path, (column,))])
+    return hash_films(
+        root, [name.removeprefix("CheXpert-v1.0-small/") for _, name in read_csv(path, (column,))]
+    )
 
 
 def demo_root(root="", pairs=False):
@@ -1541,10 +1733,14 @@ def demo_root(root="", pairs=False):
 # with the space before it; no token crosses words. In scripts without spaces (Chinese, Japanese,
 # Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256 bytes, the merges,
 # then the special tokens.
-UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
-            "\U00020000-\U0003ffff")
-WORD = (rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
-        r"| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+")
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
+    "\U00020000-\U0003ffff"
+)
+WORD = (
+    rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
+    r"| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"
+)
 SPECIAL = ("<pad>", "<mask>", "<eot>")
 
 
@@ -1556,8 +1752,11 @@ def split_words(report):
 def make_encoding(merges):
     """The tiktoken encoding of a list of byte strings, whose places are their ids."""
     return tiktoken.Encoding(
-        "reports", pat_str=WORD, mergeable_ranks={token: i for i, token in enumerate(merges)},
-        special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)})
+        "reports",
+        pat_str=WORD,
+        mergeable_ranks={token: i for i, token in enumerate(merges)},
+        special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)},
+    )
 
 
 def train_tokenizer(reports, vocab_size):
@@ -1566,8 +1765,11 @@ def train_tokenizer(reports, vocab_size):
     vocabulary, special tokens included, is full or no pair occurs twice. Returns a
     tiktoken.Encoding. Raises InputError for a vocabulary below the bytes and special tokens."""
     if vocab_size < 256 + len(SPECIAL):
-        raise InputError("vocabulary size", f"at least {256 + len(SPECIAL)}, the bytes and "
-                         f"{', '.join(SPECIAL)}", vocab_size)
+        raise InputError(
+            "vocabulary size",
+            f"at least {256 + len(SPECIAL)}, the bytes and {', '.join(SPECIAL)}",
+            vocab_size,
+        )
     counted = Counter(word for report in reports for word in split_words(report))
     words, counts = [list(word.encode()) for word in counted], list(counted.values())
     tokens = [bytes([i]) for i in range(256)]
@@ -1629,8 +1831,9 @@ def load_tokenizer(path):
             if int(rank) != i:
                 raise ValueError
         except ValueError:
-            raise InputError(f"{path}: line {i + 1}", f"a token in base64 and its rank {i}",
-                             repr(line[:60])) from None
+            raise InputError(
+                f"{path}: line {i + 1}", f"a token in base64 and its rank {i}", repr(line[:60])
+            ) from None
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
         raise InputError(path, "different tokens, all 256 bytes among them", "a damaged file")
     return make_encoding(tokens)
@@ -1646,7 +1849,7 @@ def encode_reports(enc, reports, length):
     for i, report in enumerate(reports):
         coded = [(token, w) for w, word in enumerate(split_words(report)) for token in pieces(word)]
         coded = torch.tensor(coded[:length]).reshape(-1, 2)
-        tokens[i, :len(coded)], words[i, :len(coded)] = coded.T
+        tokens[i, : len(coded)], words[i, : len(coded)] = coded.T
     return tokens, words
 
 
@@ -1707,8 +1910,9 @@ def resize_pair(pair, size):
     return torch.cat([resize(pair[:1], size), mask.to(pair.dtype)])
 
 
-def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
-                        pair=False):
+def random_resized_crop(
+    images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None, pair=False
+):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
     crop of its own for each image. `pair`: the channels are an image and its mask. Sampled as
@@ -1727,8 +1931,12 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     left = torch.where(fits, draw[3, :, 0] * (w - width + 1), (w - width) / 2)
     boxes = torch.stack([top, left, height, width]).T.int().tolist()
     scaled = resize_pair if pair else resize
-    return torch.stack([scaled(image[:, y:y + height, x:x + width], (size, size))
-                        for image, (y, x, height, width) in zip(images, boxes)])
+    return torch.stack(
+        [
+            scaled(image[:, y : y + height, x : x + width], (size, size))
+            for image, (y, x, height, width) in zip(images, boxes)
+        ]
+    )
 
 
 def random_flip(images, generator=None):
@@ -1751,8 +1959,9 @@ class ImageSet(torch.utils.data.Dataset):
     them, make each item a whole image and its mask as two channels (2, size, size). Without
     `enlarge`, for an `augment` that takes crops, images below `size` stay as they are."""
 
-    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
-                 enlarge=True):
+    def __init__(
+        self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None, enlarge=True
+    ):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
@@ -1782,11 +1991,15 @@ class ImageSet(torch.utils.data.Dataset):
         """Decodes all images into memory, if they take less than `limit` bytes; returns self."""
         channels = 1 if self.masks is None else 2
         if self.cache is None and channels * len(self) * self.size**2 * 1.25 < limit:
-            read, items = functools.partial(read_bytes, short_side=self.size,
-                                            enlarge=self.enlarge), self.paths
+            read, items = (
+                functools.partial(read_bytes, short_side=self.size, enlarge=self.enlarge),
+                self.paths,
+            )
             if self.masks is not None:
-                read, items = functools.partial(read_pair, side=self.size), list(
-                    zip(self.paths, self.masks))
+                read, items = (
+                    functools.partial(read_pair, side=self.size),
+                    list(zip(self.paths, self.masks)),
+                )
             read = functools.partial(read, deep=self.deep)
             images = [torch.from_numpy(image) for image in over_images(read, items)]
             same = len({image.shape for image in images}) == 1
@@ -1810,7 +2023,7 @@ class ImageSet(torch.utils.data.Dataset):
     def centre(self, image):
         """The (1, crop, crop) in the middle of an image (1, H, W)."""
         top, left = ((side - self.crop) // 2 for side in image.shape[1:])
-        return image[:, top:top + self.crop, left:left + self.crop]
+        return image[:, top : top + self.crop, left : left + self.crop]
 
 
 def load_batches(dataset, keys, workers):
@@ -1820,8 +2033,13 @@ def load_batches(dataset, keys, workers):
         return
     try:
         yield from torch.utils.data.DataLoader(
-            dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork" if sys.platform == "linux" else None)
+            dataset,
+            None,
+            sampler=keys,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None,
+        )
     except InputError as error:  # a worker's error arrives with its traceback, the message last
         message = str(error).strip().split("\n")[-1]
         raise InputError(message.partition("InputError: ")[2]) from None
@@ -1831,6 +2049,7 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
     """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B in each process.
     All steps together walk along one endless row of epochs, each a permutation seeded by (seed,
     epoch); a step takes the next world * batch_size. So its number alone fixes what it holds."""
+
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
         return torch.randperm(len(dataset), generator=seeded(seed, epoch)).tolist()
@@ -1849,7 +2068,7 @@ def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
     """Each image of this process's share once, in order: (images, indices (B,)); the last batch may
     be smaller."""
     share = range(rank, len(dataset), world)
-    keys = [(list(share[i:i + batch_size]), 0) for i in range(0, len(share), batch_size)]
+    keys = [(list(share[i : i + batch_size]), 0) for i in range(0, len(share), batch_size)]
     return load_batches(dataset, keys, workers)
 
 
@@ -1872,14 +2091,19 @@ def read_slice(path, rescale=None, blank=False):
         raise InputError(path, "at least 32 x 32 pixels", " x ".join(map(str, pixels.shape[:2])))
     low, high = float(pixels.min()), float(pixels.max())
     if low == high and not blank:
-        raise InputError(f"{path}: a constant image, every value is {low:g}: nothing to learn or "
-                         "measure, remove the pair")
+        raise InputError(
+            f"{path}: a constant image, every value is {low:g}: nothing to learn or "
+            "measure, remove the pair"
+        )
     span = rescale or (white and (0, white))
     if span:
         pixels = np.clip((pixels - span[0]) * (2 / (span[1] - span[0])) - 1, -1, 1)
     elif low < -1 or high > 1:
-        raise InputError(path, "values from -1 to 1",
-                         f"{low:g} to {high:g}: --rescale LO,HI maps LO..HI to -1..1")
+        raise InputError(
+            path,
+            "values from -1 to 1",
+            f"{low:g} to {high:g}: --rescale LO,HI maps LO..HI to -1..1",
+        )
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
 
@@ -1909,8 +2133,11 @@ def write_slice(path, image, source, rescale=None):
         limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
         holds = float(limits.min) <= low and high <= float(limits.max)
     if not holds and kind == "picture":
-        raise InputError(source, f"a format that holds B's values, {low:g} to {high:g}",
-                         f"{dtype} {form}; keep A as .npy or NIfTI")
+        raise InputError(
+            source,
+            f"a format that holds B's values, {low:g} to {high:g}",
+            f"{dtype} {form}; keep A as .npy or NIfTI",
+        )
     dtype = dtype if holds else np.dtype(np.float32)
     values = (array + 1) * ((high - low) / 2) + low
     values = (values if dtype.kind == "f" else values.round()).astype(dtype)
@@ -1937,8 +2164,11 @@ def list_slices(folder):
 def list_pairs(folder):
     """The names that `folder`/A and `folder`/B share. Raises InputError for names on one side."""
     a, b = (set(list_slices(Path(folder) / side)) for side in "AB")
-    lone = [f"only in {side}: {', '.join(sorted(names)[:5])} ({len(names)})"
-            for side, names in (("A", a - b), ("B", b - a)) if names]
+    lone = [
+        f"only in {side}: {', '.join(sorted(names)[:5])} ({len(names)})"
+        for side, names in (("A", a - b), ("B", b - a))
+        if names
+    ]
     if lone:
         raise InputError(f"{folder}: A and B must hold the same file names; {'; '.join(lone)}")
     return sorted(a)
@@ -2036,25 +2266,37 @@ class Pairs(torch.utils.data.Dataset):
             if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = a, b
             if a.shape[1:] != b.shape[1:]:
-                raise InputError(self.folder / "B" / name, f"{tuple(a.shape[1:])} pixels, as its A",
-                                 tuple(b.shape[1:]))
+                raise InputError(
+                    self.folder / "B" / name,
+                    f"{tuple(a.shape[1:])} pixels, as its A",
+                    tuple(b.shape[1:]),
+                )
             first = first or (a.shape, b.shape)
             if (a.shape, b.shape) != first:
                 shapes = f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all N x N)"
-                raise InputError(self.folder / "A" / name, "the shapes of the files before it, "
-                                 + shapes, f"{tuple(a.shape)} and {tuple(b.shape)}")
+                raise InputError(
+                    self.folder / "A" / name,
+                    "the shapes of the files before it, " + shapes,
+                    f"{tuple(a.shape)} and {tuple(b.shape)}",
+                )
         for side, span, value in zip("AB", self.rescale, highest):
             if span is None and value < -0.87:  # 4095 of 65535 is -0.875
-                raise InputError(self.folder / side, "values up to 1", f"{value:.3f} at most; does "
-                                 "it hold 12 bits in 16? --rescale LO,HI maps LO..HI to -1..1")
+                raise InputError(
+                    self.folder / side,
+                    "values up to 1",
+                    f"{value:.3f} at most; does "
+                    "it hold 12 bits in 16? --rescale LO,HI maps LO..HI to -1..1",
+                )
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):
         return len(self.names)
 
     def read(self, name):
-        return [fit_square(read_slice(self.folder / side / name, span), self.size)
-                for side, span in zip("AB", self.rescale)]
+        return [
+            fit_square(read_slice(self.folder / side / name, span), self.size)
+            for side, span in zip("AB", self.rescale)
+        ]
 
     def __getitem__(self, keys):
         """The batch of a list of (epoch, index): each part of the items stacked to (B, C, H, W)."""
@@ -2078,7 +2320,7 @@ class Pairs(torch.utils.data.Dataset):
                 order = np.random.default_rng([seed, epoch]).permutation(len(self))
                 order = np.resize(order, math.ceil(len(order) / world) * world)
             own = [(epoch, int(index)) for index in order[rank::world]]
-            keys += [own[i:i + batch] for i in range(0, len(own), batch)]
+            keys += [own[i : i + batch] for i in range(0, len(own), batch)]
         return load_batches(self, keys[start:], workers)
 
 
@@ -2118,8 +2360,11 @@ class AuditConfig:
     data: str = option("", "default: covid with ROOT/splits, else demo", choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
     allow_outside: bool = option(False, "also images that the lists name outside ROOT")
-    pretraining: str = option("", "list, CSV or checkpoint of ours with the images that a model was"
-                              " trained on before: which test images and patients are in it")
+    pretraining: str = option(
+        "",
+        "list, CSV or checkpoint of ours with the images that a model was"
+        " trained on before: which test images and patients are in it",
+    )
 
 
 def audit(config):
@@ -2156,17 +2401,21 @@ def audit(config):
             continue  # lists of other splits, or training lists, may share images
         both, twice = f"{a[0]} {a[1]} and {b[1]}".strip(), sorted(people[a] & people[b])
         first = {digest_of[name]: name for name in lists[a][0] if digest_of[name]}
-        same = [f"{first[digest_of[name]]} = {name}" for name in lists[b][0]
-                if digest_of[name] in first]
+        same = [
+            f"{first[digest_of[name]]} = {name}" for name in lists[b][0] if digest_of[name] in first
+        ]
         if twice:
             problems.append(f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}")
         if same:
-            problems.append(f"{both}: {len(same)} images with the same pixels in both: "
-                            f"{', '.join(same[:5])}")
+            problems.append(
+                f"{both}: {len(same)} images with the same pixels in both: {', '.join(same[:5])}"
+            )
     if config.pretraining:
         problems += audit_pretraining(config.pretraining, root, lists)
-    print("\n".join(problems)
-          or "nothing wrong: no patient and no image in two parts, every file readable")
+    print(
+        "\n".join(problems)
+        or "nothing wrong: no patient and no image in two parts, every file readable"
+    )
     return int(bool(problems))
 
 
@@ -2177,8 +2426,10 @@ def audit_pretraining(path, root, lists):
         films, patients = trained_on(root, names, hashes)
         more = sum(patient and not film for film, patient in zip(films, patients))
         where = f"{split} {part}".strip()
-        said = (f"{where}: {sum(films)} of {len(names)} images are in {path}, and {more} more are "
-                "of a patient in it")
+        said = (
+            f"{where}: {sum(films)} of {len(names)} images are in {path}, and {more} more are "
+            "of a patient in it"
+        )
         if part.startswith("test") and (sum(films) or more):
             name = next(name for name, *found in zip(names, films, patients) if any(found))
             problems.append(f"{said}, the first: {name}")
