@@ -65,9 +65,11 @@ def warn(text):
     print(f"WARNING: {text}", file=sys.stderr)
 
 
-@functools.cache
-def say_once(text):
+def note(text):
     print(f"note: {text}", file=sys.stderr)
+
+
+say_once = functools.cache(note)
 
 
 def option(default, help, **metadata):
@@ -519,10 +521,9 @@ class Saving:
 
 
 def run_cells(folder, configs, run):
-    """Runs each of {name: configuration} in a folder of its own, `folder`/name, for a comparison.
-    Yields (name, content of result.json). A finished run is read instead, and one that was stopped
-    goes on; where the script has changed since, a warning says so. A run with other options in the
-    folder is refused."""
+    """Runs each of {name: configuration} of a comparison in the folder `folder`/name. Yields (name,
+    content of result.json). A finished run is read instead, and one that was stopped goes on, with
+    a warning where the script has changed since; one with other options is refused."""
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
@@ -532,9 +533,8 @@ def run_cells(folder, configs, run):
             ran = read_json(cell / "options.json")
             check_same(ran, config, cell / "options.json")
             if ran.get("source", source) != source:
-                warn(
-                    f"{script.name} changed since {cell} was made; delete the folder to run it anew"
-                )
+                advice = "delete the folder to run it anew"
+                warn(f"{script.name} changed since {cell} was made; {advice}")
         else:
             write_json(cell / "options.json", dataclasses.asdict(config) | {"source": source})
         if not (cell / "result.json").exists():
@@ -729,7 +729,7 @@ def read_picture(file, short_side, grey):
 def read_dicom(file):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
     They pass through the palette, or the modality LUT and then the VOI LUT or window. The minimum
-    becomes 0 and the maximum 1; padding does not count and becomes black; MONOCHROME1 is inverted."""
+    becomes 0 and the maximum 1, but padding, which becomes black; MONOCHROME1 is inverted."""
     try:
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
@@ -912,10 +912,7 @@ def list_images(folder):
             (paths if known else others).append(path)
     if others:
         first = min(others)
-        print(
-            f"note: {folder}: {len(others)} files are no images and left out, such as {first}",
-            file=sys.stderr,
-        )
+        note(f"{folder}: {len(others)} files are no images and left out, such as {first}")
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
     return sorted(paths)
@@ -1211,10 +1208,8 @@ def read_rows(data, root, uncertain="ones"):
         lost = [name for name in rows if name not in given]
         if lost:
             lists = "neither train_val_list.txt nor test_list.txt and are left out"
-            print(
-                f"WARNING: {path}: {len(lost)} of {len(rows)} images are in {lists}, the first: "
-                f"{lost[0]}"
-            )
+            count = f"{len(lost)} of {len(rows)}"
+            print(f"WARNING: {path}: {count} images are in {lists}, the first: {lost[0]}")
         rows = {name: row for name, row in rows.items() if name in given}
     for known, (name, (labels, patient, part)) in zip(patient_ids(root, rows), rows.items()):
         rows[name] = labels, patient or known, part or given.get(name, "")
@@ -1281,9 +1276,9 @@ def name_chexpert_test(count):
 
 
 def locate(data, root, names, allow_outside=False):
-    """The path of each image, named relative to the layout's image folder or to the root.
-    The ending may be left out, or its case may differ. None stands for a name that is not there, ""
-    for one that leads out of the root, unless `allow_outside`."""
+    """The path of each image, named relative to the layout's image folder or to the root, with its
+    ending in any case or without it. None stands for a name that is not there, "" for one that
+    leads out of the root, unless `allow_outside`."""
     root, layout = str(root or "."), DATASETS[data]
     folders = (layout["images"], layout.get("or", ""), "")
     folders = list(dict.fromkeys(os.path.join(root, folder) for folder in folders))
@@ -1304,14 +1299,11 @@ def locate(data, root, names, allow_outside=False):
         places = [os.path.join(folder, name) for folder in folders]
         if not allow_outside and (".." in name or os.path.isabs(name)):
             places = [place for place in places if os.path.abspath(place).startswith(inside)]
-        for place in places:
+        stem, ending = split_ending(os.path.basename(name))
+        similar = (listing(os.path.dirname(place)).get(stem + ending.lower()) for place in places)
+        for place in itertools.chain(places, filter(None, similar)):
             if os.path.isfile(place):
                 return place
-        for place in places:
-            stem, ending = split_ending(os.path.basename(place))
-            found = listing(os.path.dirname(place)).get(stem + ending.lower())
-            if found and os.path.isfile(found):
-                return found
         return None if len(places) == len(folders) else ""
 
     return list(map(find, names))
@@ -1433,6 +1425,7 @@ def read_mask(source, shape, path):
 
 
 def decode_runs(source, shape, path):
+    """The mask of `Runs`, which go down the columns."""
     flat = np.zeros(shape[0] * shape[1], bool)
     for row in source.rows:
         numbers, end = list(map(int, row.split())), 0
@@ -1443,7 +1436,7 @@ def decode_runs(source, shape, path):
                 expected = f"runs within the {flat.size} pixels of {path}"
                 raise InputError(source.where, expected, f"pixels {start} to {end}")
             flat[start:end] = True
-    return flat.reshape(shape[::-1]).T  # the runs go down the columns
+    return flat.reshape(shape[::-1]).T
 
 
 def read_bytes(path, short_side, deep=None, enlarge=True):
@@ -1638,7 +1631,7 @@ def train_tokenizer(reports, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens.
     Merges the most frequent pair of neighbours within words, ties to the smaller ids, until the
     vocabulary, special tokens included, is full or no pair occurs twice. Returns a
-    tiktoken.Encoding. Raises InputError for a vocabulary below the bytes and special tokens."""
+    tiktoken.Encoding."""
     if vocab_size < 256 + len(SPECIAL):
         expected = f"at least {256 + len(SPECIAL)}, the bytes and {', '.join(SPECIAL)}"
         raise InputError("vocabulary size", expected, vocab_size)
@@ -1694,7 +1687,7 @@ def save_tokenizer(enc, path):
 
 
 def load_tokenizer(path):
-    """Reads what `save_tokenizer` wrote. Raises InputError, with the line, where it is damaged."""
+    """Reads what `save_tokenizer` wrote."""
     tokens = []  # tiktoken's own loader keeps a copy by path and would miss that the file changed
     for i, line in enumerate(read_text(path).splitlines()):
         try:
@@ -1894,14 +1887,10 @@ def load_batches(dataset, keys, workers):
         yield from map(dataset.__getitem__, keys)
         return
     try:
-        yield from torch.utils.data.DataLoader(
-            dataset,
-            None,
-            sampler=keys,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork" if sys.platform == "linux" else None,
-        )
+        context = "fork" if sys.platform == "linux" else None
+        options = {"pin_memory": torch.cuda.is_available(), "multiprocessing_context": context}
+        loader = torch.utils.data.DataLoader
+        yield from loader(dataset, None, sampler=keys, num_workers=workers, **options)
     except InputError as error:  # a worker's error arrives with its traceback, the message last
         message = str(error).strip().split("\n")[-1]
         raise InputError(message.partition("InputError: ")[2]) from None
@@ -1942,9 +1931,8 @@ def read_slice(path, rescale=None, blank=False):
     """A 2-D image as float32 (C, H, W) in [-1, 1], C = 1 or 3; background is exactly -1.
 
     .npy and NIfTI keep their numbers, which must lie in [-1, 1]; pictures run from -1 (black) to 1
-    (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips. Raises InputError
-    for what cannot be read, sides below 32, constant images unless `blank`, numbers outside, and
-    DICOM, whose numbers are stretched file by file."""
+    (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips. Refused are sides
+    below 32, constant images unless `blank`, and DICOM, whose numbers are stretched by file."""
     pixels, white = read_pixels(path)
     pixels = pixels.astype(np.float32)
     if white == 1:
@@ -1968,7 +1956,7 @@ def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] in the format of the file `source`.
     `rescale` = (lo, hi) are the numbers that stand for -1 and 1. .npy and NIfTI keep the type of
     `source` where that holds these, integers in 64 steps or more, else become float32; a NIfTI
-    keeps its header. Raises InputError for a picture whose type does not hold them."""
+    keeps its header. A picture whose type does not hold them is refused."""
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     low, high = rescale or (-1, 1)
@@ -2011,12 +1999,12 @@ def write_slice(path, image, source, rescale=None):
 
 
 def list_slices(folder):
-    """The names of the images in a folder, sorted. Raises InputError where there is none."""
+    """The names of the images in a folder, sorted."""
     return [os.path.relpath(path, folder) for path in list_images(folder)]
 
 
 def list_pairs(folder):
-    """The names that `folder`/A and `folder`/B share. Raises InputError for names on one side."""
+    """The names that `folder`/A and `folder`/B share; none may be on one side alone."""
     a, b = (set(list_slices(Path(folder) / side)) for side in "AB")
     lone = ""
     for side, names in (("A", sorted(a - b)), ("B", sorted(b - a))):
@@ -2219,7 +2207,8 @@ def audit(config):
     if not config.root:
         raise InputError("audit", "--root DIR", "none")
     root = Path(config.root)
-    data = config.data or find_layout(root)
+    tables = [name for name in TABLES if find_table(name, root)]
+    data = config.data or ("covid" if (root / "splits").is_dir() else [*tables, "demo"][0])
     lists, problems = read_every_list(data, root, config.split)
     names = sorted({name for listed, _, _ in lists.values() for name in listed})
     patients = dict(zip(names, patient_ids(root, names)))
@@ -2246,13 +2235,6 @@ def audit(config):
     sound = "nothing wrong: no patient and no image in two parts, every file readable"
     print("\n".join(problems) or sound)
     return int(bool(problems))
-
-
-def find_layout(root):
-    """The layout of --data that a folder has."""
-    if (root / "splits").is_dir():
-        return "covid"
-    return next((data for data in TABLES if find_table(data, root)), "demo")
 
 
 def read_every_list(data, root, split):
