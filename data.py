@@ -1315,16 +1315,12 @@ def find_images(data, root, names, source, allow_outside=False):
     paths = locate(data, root, names, allow_outside)
     wrong = [i for i, path in enumerate(paths) if not path]
     if wrong:
-        name, path = names[wrong[0]], paths[wrong[0]]
-        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")  # as a whole
-        line = next(
-            (
-                number
-                for number, text in read_lines(source)
-                if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name
-            ),
-            "?",
-        )
+        name, path, line = names[wrong[0]], paths[wrong[0]], "?"
+        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")  # and no part of one
+        for number, text in read_lines(source):
+            if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name:
+                line = number
+                break
         folder = os.path.join(root or ".", DATASETS[data]["images"])
         reason = f"no image {name!r} in {folder} ({len(wrong)} of {len(names)} are missing)"
         if path == "":
