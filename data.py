@@ -6,6 +6,10 @@
 Nothing here knows a model or a loss. What cannot be used is refused by an InputError, in one line
 that says what was expected and found, in which file and line.
 
+The sections: errors and options; start-up; the folder of a run; pictures; reading images; text
+files; data sets as lists; as tables; their images, reports and masks; patients; the tokenizer;
+crops and batches; A/B pairs; the audit.
+
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W).
 """
 
@@ -374,8 +378,9 @@ def read_safetensors(content):
             entry["data_offsets"],
         )
         size = math.prod(shape) * kind.itemsize
-        if start != end or stop - start != size or min(shape, default=0) < 0:
-            raise ValueError(f"{name} does not lie where it says")
+        inside = start == end and stop - start == size and stop <= len(body)
+        if not inside or min(shape, default=0) < 0:
+            raise ValueError(f"{name} does not lie where it says; is the file complete?")
         numbers = torch.frombuffer(body, dtype=torch.uint8)[start:stop].clone()
         tensors[name], end = numbers.view(kind).reshape(shape), stop
     if end != len(body):
@@ -1029,6 +1034,22 @@ DATASETS = {
 NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
 
 
+def demo_root(root="", pairs=False):
+    """The folder of the demo records (default: demo), or of the demo pairs in it, drawn on first
+    use. Under torchrun one process draws the records."""
+    import demo  # only here, so that real data needs nothing of the drawing
+
+    root, rank = Path(root or "demo"), int(os.environ.get("RANK", 0))
+    if pairs:
+        return demo.demo_pairs(root)
+    if rank == 0 and not (root / "demo.json").exists():
+        print(f"drawing the demo records into {root}")
+        demo.write_demo_records(root)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        torch.distributed.barrier()
+    return root
+
+
 def split_files(data, root, split="", ratio=100):
     """The list files of a layout: {"train": path, "val": path, "test": path}. Where --data, --root,
     --split and --ratio do not fit, the error says what there is."""
@@ -1435,20 +1456,6 @@ def decode_runs(source, shape, path):
     return flat.reshape(shape[::-1]).T
 
 
-def read_bytes(path, short_side, deep=None, enlarge=True):
-    """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
-    return (read_image(path, short_side, deep, enlarge) * 255).round_().byte().numpy()
-
-
-def read_pair(item, side, deep=None):
-    """An image and its mask, both squeezed into a square: uint8 (2, side, side), the mask 0 or 255.
-    item: (path, the mask as `find_masks` gives it)."""
-    image = read_image(item[0], deep=deep)
-    mask = torch.from_numpy(np.ascontiguousarray(read_mask(item[1], image.shape[1:], item[0])))
-    pair = resize_pair(torch.cat([image, mask[None].float()]), (side, side))
-    return (pair * 255).round_().byte().numpy()
-
-
 # --------------------------------------------------------------------------------------------------
 # Patients, and the films that a model was trained on
 
@@ -1570,22 +1577,6 @@ def read_pretraining(path, root):
     return hash_films(
         root, [name.removeprefix("CheXpert-v1.0-small/") for _, name in read_csv(path, (column,))]
     )
-
-
-def demo_root(root="", pairs=False):
-    """The folder of the demo records (default: demo), or of the demo pairs in it, drawn on first
-    use. Under torchrun one process draws the records."""
-    import demo  # only here, so that real data needs nothing of the drawing
-
-    root, rank = Path(root or "demo"), int(os.environ.get("RANK", 0))
-    if pairs:
-        return demo.demo_pairs(root)
-    if rank == 0 and not (root / "demo.json").exists():
-        print(f"drawing the demo records into {root}")
-        demo.write_demo_records(root)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.barrier()
-    return root
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1728,7 +1719,7 @@ def hide_words(enc, tokens, words, ratio, generator=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Augmentations and batches
+# Crops, sets of images and their batches
 
 
 def statistics(images, mean=None, std=None):
@@ -1800,18 +1791,30 @@ def random_flip(images, generator=None):
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
+def read_bytes(path, short_side, deep=None, enlarge=True):
+    """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
+    return (read_image(path, short_side, deep, enlarge) * 255).round_().byte().numpy()
+
+
+def read_pair(item, side, deep=None):
+    """An image and its mask, both squeezed into a square: uint8 (2, side, side), the mask 0 or 255.
+    item: (path, the mask as `find_masks` gives it)."""
+    image = read_image(item[0], deep=deep)
+    mask = torch.from_numpy(np.ascontiguousarray(read_mask(item[1], image.shape[1:], item[0])))
+    pair = resize_pair(torch.cat([image, mask[None].float()]), (side, side))
+    return (pair * 255).round_().byte().numpy()
+
+
 class ImageSet(torch.utils.data.Dataset):
     """Grey images whose shorter side is `size`, as 8 bits, read when they are asked for.
 
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
-    `augment(images, generator=)`; (seed, draw) seed the generator, so that neither workers nor
+    `augment(images, generator=)`, which gets (B, 1, H, W), or a list of (1, H, W) where shapes
+    differ, and can be pickled. (seed, draw) seed the generator, so that neither workers nor
     resuming change it. Without `augment` it holds the centre crops of `crop` pixels a side
-    (default: `size`). set[i] is (image, i).
-    `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; for workers it must be
-    one that can be pickled. `deep` is the number that stands for white in 16-bit files (default:
-    `common_scale`). `masks`, one an image as `find_masks` gives them, make each item a whole image
-    and its mask as two channels (2, size, size). Without `enlarge`, for an `augment` that takes
-    crops, images below `size` stay as they are."""
+    (default: `size`). set[i] is (image, i). `deep` is white in 16-bit files (default:
+    `common_scale`). `masks`, as `find_masks` gives them, make each item a whole image and its mask
+    as two channels (2, size, size). Without `enlarge` images below `size` stay as they are."""
 
     def __init__(
         self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None, enlarge=True
@@ -1951,8 +1954,8 @@ def read_slice(path, rescale=None, blank=False):
 def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] in the format of the file `source`.
     `rescale` = (lo, hi) are the numbers that stand for -1 and 1. .npy and NIfTI keep the type of
-    `source` where that holds these, integers in 64 steps or more, else become float32; a NIfTI
-    keeps its header. A picture whose type does not hold them is refused."""
+    `source` where it `holds` these, else become float32; a picture is then refused. A NIfTI keeps
+    its header."""
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     low, high = rescale or (-1, 1)
@@ -1969,14 +1972,11 @@ def write_slice(path, image, source, rescale=None):
             dtype = np.dtype({"I": np.uint16, "F": np.float32}.get(mode[0], np.uint8))
             if dtype.kind == "u" and not rescale:
                 low, high = 0, np.iinfo(dtype).max
-    holds = dtype.kind == "f" or (dtype.kind in "iu" and high - low >= 64)
-    if holds:
-        limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-        holds = float(limits.min) <= low and high <= float(limits.max)
-    if not holds and kind == "picture":
-        expected = f"a format that holds B's values, {low:g} to {high:g}"
-        raise InputError(source, expected, f"{dtype} {form}; keep A as .npy or NIfTI")
-    dtype = dtype if holds else np.dtype(np.float32)
+    if not holds(dtype, low, high):
+        if kind == "picture":
+            expected = f"a format that holds B's values, {low:g} to {high:g}"
+            raise InputError(source, expected, f"{dtype} {form}; keep A as .npy or NIfTI")
+        dtype = np.dtype(np.float32)
     values = (array + 1) * ((high - low) / 2) + low
     values = (values if dtype.kind == "f" else values.round()).astype(dtype)
     if kind == "npy":
@@ -1992,6 +1992,17 @@ def write_slice(path, image, source, rescale=None):
     else:
         quality = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
         atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **quality))
+
+
+def holds(dtype, low, high):
+    """Whether a type holds the numbers from `low` to `high`, integers in 64 steps or more."""
+    if dtype.kind == "f":
+        limits = np.finfo(dtype)
+    elif dtype.kind in "iu" and high - low >= 64:
+        limits = np.iinfo(dtype)
+    else:
+        return False
+    return float(limits.min) <= low and high <= float(limits.max)
 
 
 def list_slices(folder):
