@@ -372,11 +372,8 @@ def read_safetensors(content):
     header.pop("__metadata__", None)
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        kind, shape, (start, stop) = (
-            SAFE_TYPES[entry["dtype"]],
-            entry["shape"],
-            entry["data_offsets"],
-        )
+        kind, shape = SAFE_TYPES[entry["dtype"]], entry["shape"]
+        start, stop = entry["data_offsets"]
         size = math.prod(shape) * kind.itemsize
         inside = start == end and stop - start == size and stop <= len(body)
         if not inside or min(shape, default=0) < 0:
@@ -1070,9 +1067,8 @@ def split_files(data, root, split="", ratio=100):
     names = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
     files = {part: root / name.format(split=split) for part, name in names.items()}
     if split and not (root / "splits").is_dir():  # the official code's names
-        files = {
-            part: next(root.glob(f"{split}/is*_{part}.txt"), path) for part, path in files.items()
-        }
+        for part, path in files.items():
+            files[part] = next(root.glob(f"{split}/is*_{part}.txt"), path)
     for path in files.values():
         if not path.is_file():
             there = ", ".join(sorted(os.listdir(root))[:12]) or "nothing"
@@ -1083,14 +1079,13 @@ def split_files(data, root, split="", ratio=100):
 
 def class_names(data, root, split, count):
     """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers."""
-    where, classes = f"--data {data}", DATASETS[data]["classes"]
+    numbered = [f"class {i + 1}" for i in range(count)]
+    where, classes = f"--data {data}", DATASETS[data]["classes"] or numbered
     path = Path(root or ".") / "classes.txt"
     if path.exists():
         where, classes = path, [line for _, line in read_lines(path)]
     elif data == "covid" and split.startswith("viral"):
         classes = ["Viral"]
-    elif classes is None:
-        classes = [f"class {i + 1}" for i in range(count)]
     if len(classes) != count:
         found = f"{len(classes)}: {', '.join(classes)}"
         raise InputError(where, f"{count} classes, as the lists have labels", found)
@@ -1144,11 +1139,11 @@ def read_list(path, num_labels=None, skip_bad=False):
 #
 # Lists go before a table. A table is divided into parts by patient.
 
-TABLES = {  # the file at the root, and its column of images
-    "csv": ("labels.csv", "image"),
-    "nih": ("Data_Entry_2017.csv", "Image Index"),
-    "chexpert": ("train.csv", "Path"),
-    "rsna": ("stage_2_train_labels.csv", "patientId"),
+TABLES = {  # the file at the root, its column of images, those that it may have, the findings
+    "csv": ("labels.csv", "image", ["patient", "split"], None),
+    "nih": ("Data_Entry_2017.csv", "Image Index", ["Patient ID"], ["Finding Labels"]),
+    "chexpert": ("train.csv", "Path", [], CHEXPERT_CLASSES),
+    "rsna": ("stage_2_train_labels.csv", "patientId", [], ["Target"]),
 }
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -1185,12 +1180,11 @@ def table_rows(data, path, uncertain):
         unsure = {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}[uncertain]
         values |= {"-1": unsure, "-1.0": unsure}
     column, classes = table_columns(data, path)
-    findings = {"nih": ["Finding Labels"], "rsna": ["Target"]}.get(data, classes)
-    header = read_header(path)
-    extra = {"nih": ["Patient ID"], "csv": ["patient", "split"]}.get(data, [])
-    extra = [name for name in extra if name in header]
-    for line, name, *cells in read_csv(path, [column, *findings, *extra]):
-        cells, others = cells[: len(findings)], dict(zip(extra, cells[len(findings) :]))
+    _, _, others, findings = TABLES[data]
+    findings, header = findings or classes, read_header(path)
+    others = [name for name in others if name in header]
+    for line, name, *cells in read_csv(path, [column, *findings, *others]):
+        cells, other = cells[: len(findings)], dict(zip(others, cells[len(findings) :]))
         if data == "nih":
             found = set(cells[0].split("|")) - {"No Finding"}
             cells = [str(int(name in found)) for name in classes] + sorted(found - set(classes))
@@ -1199,13 +1193,13 @@ def table_rows(data, path, uncertain):
             allowed = "0, 1 or blank" + " (or -1)" * (data == "chexpert")
             expected = f"an image and labels that are {allowed}"
             raise InputError(f"{path}: line {line}", expected, repr(wrong))
-        part = others.get("split", "").lower()
+        part = other.get("split", "").lower()
         if part not in ("", *SPLITS):
             raise InputError(f"{path}: line {line}: split", "train, val or test", repr(part))
         if data == "rsna":
             name = f"stage_2_train_images/{name}.dcm"
         name = plain_name(name).removeprefix("CheXpert-v1.0-small/")
-        patient = others.get("patient", others.get("Patient ID", ""))
+        patient = other.get("patient", other.get("Patient ID", ""))
         yield line, name, [values[cell] for cell in cells], patient, SPLITS.get(part, "")
 
 
@@ -1469,9 +1463,8 @@ def patient_table(root):
     tables = [Path(root or ".") / name for name in ("patients.csv", "records.csv")]
     table = next((path for path in tables if path.exists()), None)
     rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
-    return dict(
-        zip(image_keys(root, [name for _, name, _ in rows]), [patient for *_, patient in rows])
-    )
+    keys = image_keys(root, [name for _, name, _ in rows])
+    return dict(zip(keys, [patient for *_, patient in rows]))
 
 
 def patient_ids(root, names):
@@ -1486,25 +1479,21 @@ def not_excluded(paths, exclude, root):
     """The indices of the paths that are neither in the list file `exclude` nor of a patient in it.
     Warns of its names that are of no image and no patient among the paths."""
     listed = [split_line(line)[0] for _, line in read_lines(exclude)]
-    theirs, ours = (
-        list(zip(image_keys(root, names), patient_ids(root, names))) for names in (listed, paths)
-    )
+    theirs = list(zip(image_keys(root, listed), patient_ids(root, listed)))
+    ours = list(zip(image_keys(root, paths), patient_ids(root, paths)))
 
     def alone(films, others):
         """The indices of the films whose image and patient are not among the others'."""
         keys, patients = {key for key, _ in others}, {patient for _, patient in others} - {None}
         return [
-            i
-            for i, (key, patient) in enumerate(films)
-            if key not in keys and patient not in patients
+            i for i, film in enumerate(films) if film[0] not in keys and film[1] not in patients
         ]
 
     lost = alone(theirs, ours)
     if lost:
-        warn(
-            f"{exclude}: {len(lost)} of {len(theirs)} names are of no image here and of no patient "
-            f"of one, the first: {theirs[lost[0]][0]!r}"
-        )
+        count, first = f"{len(lost)} of {len(theirs)}", theirs[lost[0]][0]
+        here = "of no image here and of no patient of one"
+        warn(f"{exclude}: {count} names are {here}, the first: {first!r}")
     return alone(ours, theirs)
 
 
@@ -1544,14 +1533,10 @@ def trained_on(root, names, hashes):
     hashes = set(hashes.tolist())
     films, written = film_hashes(root, names)
     table = patient_table(root)
-    known = {
-        patient
-        for patient, film in zip(table.values(), film_hashes(root, table)[0])
-        if film in hashes
-    }
-    return [film in hashes for film in films], [
-        patient in hashes or own in known for patient, own in zip(written, patient_ids(root, names))
-    ]
+    known = {table[key] for key, film in zip(table, film_hashes(root, table)[0]) if film in hashes}
+    both = zip(written, patient_ids(root, names))
+    patients = [mark in hashes or patient in known for mark, patient in both]
+    return [film in hashes for film in films], patients
 
 
 def read_pretraining(path, root):
@@ -1574,9 +1559,8 @@ def read_pretraining(path, root):
     column = next((name for name in columns if name in header), None)
     if column is None:
         raise InputError(f"{path}: line 1", f"a column {' or '.join(columns)}", ", ".join(header))
-    return hash_films(
-        root, [name.removeprefix("CheXpert-v1.0-small/") for _, name in read_csv(path, (column,))]
-    )
+    names = [name for _, name in read_csv(path, (column,))]
+    return hash_films(root, [name.removeprefix("CheXpert-v1.0-small/") for name in names])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1776,12 +1760,10 @@ def random_resized_crop(
     left = torch.where(fits, draw[3, :, 0] * (w - width + 1), (w - width) / 2)
     boxes = torch.stack([top, left, height, width]).T.int().tolist()
     scaled = resize_pair if pair else resize
-    return torch.stack(
-        [
-            scaled(image[:, y : y + height, x : x + width], (size, size))
-            for image, (y, x, height, width) in zip(images, boxes)
-        ]
-    )
+    crops = []
+    for image, (y, x, height, width) in zip(images, boxes):
+        crops.append(scaled(image[:, y : y + height, x : x + width], (size, size)))
+    return torch.stack(crops)
 
 
 def random_flip(images, generator=None):
