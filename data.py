@@ -3,10 +3,16 @@
     python data.py audit --root DIR      # split leakage, class counts, unreadable files
     python data.py audit --root DIR --pretraining LIST    # test images that were pretrained on
 
-Nothing here knows a model or a loss.
+Nothing here knows a model or a loss. What cannot be used is refused by an InputError, in one line
+that says what was expected and found, in which file and line.
+
+The sections: errors and options; start-up; the folder of a run; pictures; reading images; text
+files; data sets as lists; as tables; their images, reports and masks; patients; the tokenizer;
+crops and batches; A/B pairs; the audit.
 
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W).
 """
+
 import argparse
 import base64
 import copy
@@ -45,7 +51,7 @@ from tqdm import tqdm
 from kernels import warp
 
 # --------------------------------------------------------------------------------------------------
-# Errors and options
+# Errors, warnings and options
 
 
 class InputError(Exception):
@@ -57,6 +63,17 @@ class InputError(Exception):
             where = f"{where}: expected {expected}, found {found}"
         text = " ".join(str(where).splitlines())
         super().__init__(text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}")
+
+
+def warn(text):
+    print(f"WARNING: {text}", file=sys.stderr)
+
+
+def note(text):
+    print(f"note: {text}", file=sys.stderr)
+
+
+say_once = functools.cache(note)
 
 
 def option(default, help, **metadata):
@@ -74,29 +91,37 @@ class RunConfig:
     resume: bool = option(False, "go on from OUT/last.pt", free=True)
     seed: int = option(0, "seed of every random choice of the run", within="[0, 4294967295]")
     steps: int = option(None, "optimiser steps, instead of the preset's epochs", within="[1, inf)")
-    epochs: float = option(None, "passes over the data, instead of the preset's steps",
-                           within="(0, inf)")
-    batch_size: int = option(None, "samples of a step, of all processes and passes together",
-                             within="[1, inf)")
+    epochs: float = option(
+        None, "passes over the data, instead of the preset's steps", within="(0, inf)"
+    )
+    batch_size: int = option(
+        None, "samples of a step, of all processes and passes together", within="[1, inf)"
+    )
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
     dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
-    workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
-                          free=True)
-    kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
-                           free=True)
+    workers: int = option(
+        0, "processes that read images (0: this one)", within="[0, 64]", free=True
+    )
+    kernels: bool = option(
+        True, "Triton kernels on CUDA; --no-kernels runs the torch references", free=True
+    )
+
+
+def flag_of(field):
+    return "--" + field.name.replace("_", "-")
 
 
 def parse_config(config_class, argv=None, description=None):
-    """Reads the command line of a dataclass: `--name value` for a field, `--[no-]name` for a bool.
-    Returns an instance. Raises InputError for a number out of its range."""
-    parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """An instance of a dataclass of options, read from the command line: `--name value` for a
+    field, `--[no-]name` for a bool."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     shared = {field.name for field in dataclasses.fields(RunConfig)}
     own = parser.add_argument_group("options of this command")
     every = parser.add_argument_group("options of every script")
     for field in dataclasses.fields(config_class):
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        text = field.metadata["help"]
         if "default" not in text:
             shown = {None: "the preset's", "": "none"}.get(field.default, field.default)
             text += f" (default: {shown})"
@@ -107,22 +132,21 @@ def parse_config(config_class, argv=None, description=None):
             kwargs["choices"] = field.metadata["choices"]
         else:
             kwargs |= {"type": field.type, "metavar": field.name.upper()}
-        (every if field.name in shared else own).add_argument(flag, **kwargs)
+        (every if field.name in shared else own).add_argument(flag_of(field), **kwargs)
     config = config_class(**vars(parser.parse_args(argv)))
     check_ranges(config)
     return config
 
 
 def check_ranges(config):
-    """Raises InputError for an option outside the interval that it names, NaN included."""
+    """Refuses an option outside the interval that it names, and NaN."""
     for field in dataclasses.fields(config):
         within, value = field.metadata.get("within"), getattr(config, field.name)
         if within and value is not None:
             low, high = map(float, within[1:-1].split(","))
             at_end = (value == low and within[0] == "[") or (value == high and within[-1] == "]")
             if not (low < value < high or at_end):
-                flag = "--" + field.name.replace("_", "-")
-                raise InputError(flag, f"a number in {within}", value)
+                raise InputError(flag_of(field), f"a number in {within}", value)
 
 
 def fill(config, preset):
@@ -149,26 +173,24 @@ def divide_batch(config, world):
     parts = world * config.accumulate
     batch = math.ceil(config.batch_size / parts) * parts
     if batch != config.batch_size and int(os.environ.get("RANK", 0)) == 0:
-        print(f"--batch-size {config.batch_size} becomes {batch}, which {world} processes x "
-              f"--accumulate {config.accumulate} share evenly")
+        parts = f"{world} processes x --accumulate {config.accumulate}"
+        print(f"--batch-size {config.batch_size} becomes {batch}, which {parts} share evenly")
     return dataclasses.replace(config, batch_size=batch)
 
 
 def share_of_batch(config, world):
-    """The samples that each of `world` processes takes in one of the `accumulate` passes of a step,
-    after `divide_batch`."""
+    """What each of `world` processes takes in one of the `accumulate` passes of a step."""
     return config.batch_size // (world * config.accumulate)
 
 
 def check_same(saved, config, path):
-    """Raises InputError where an option that shapes a result differs between `config` and `saved`,
-    the options of an earlier run, which the file `path` holds."""
+    """Refuses a `config` that differs from `saved`, the options of an earlier run in the file
+    `path`, in an option that shapes a result."""
     for field in dataclasses.fields(config):
-        before, now = saved.get(field.name), getattr(config, field.name)
+        before, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
         if not field.metadata.get("free") and before != now:
-            flag = "--" + field.name.replace("_", "-")
-            raise InputError(path, f"{flag} {now}, as asked for now",
-                             f"a run with {flag} {before}; give the same options, or another --out")
+            found = f"a run with {flag} {before}; give the same options, or another --out"
+            raise InputError(path, f"{flag} {now}, as asked for now", found)
 
 
 def run_script(main):
@@ -186,16 +208,14 @@ def run_script(main):
 
 def join(config):
     """Picks the device and joins the process group under torchrun. Returns (device, rank, world).
-    Raises InputError for a device that is not there."""
+    A device that is not there is refused."""
     if not config.kernels:
         os.environ["MEDVISION_NO_KERNELS"] = "1"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = {"cuda": cuda, "mps": mps, "cpu": True}
-    name = config.device
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there.get(name):
+    there = [name for name, here in (("cuda", cuda), ("mps", mps), ("cpu", True)) if here]
+    name = there[0] if config.device == "auto" else config.device
+    if name not in there:
         raise InputError("--device", "auto, cuda, mps or cpu with that hardware present", name)
     device = torch.device(name)
     if name == "cuda":
@@ -204,13 +224,6 @@ def join(config):
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
     return device, rank, world
-
-
-def seed(number):
-    """Seeds the generators of Python, numpy and torch."""
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.manual_seed(number)
 
 
 def autocast(config, device, narrow=False):
@@ -233,14 +246,40 @@ def multiplies_bf16(device_type):
     return False
 
 
+def seed(number):
+    """Seeds the generators of Python, numpy and torch."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+def seeded(*numbers):
+    """A torch.Generator whose stream depends on all the given integers."""
+    sequence = np.random.SeedSequence([number % 2**32 for number in numbers])
+    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+
+
+def random_state():
+    """The state of torch's generators, for a checkpoint; `set_random_state` puts it back."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
 # --------------------------------------------------------------------------------------------------
 # The folder of a run: checkpoints, log, results
 
 
 def atomic_write(path, write):
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it.
-    A reader sees the old file or the new one, never half of one. Raises InputError where the folder
-    cannot be written or the disk is full."""
+    """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it:
+    a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -261,97 +300,8 @@ def atomic_write(path, write):
             temporary.unlink()
 
 
-def save_checkpoint(path, state):
-    """Writes a dict of tensors and plain values atomically."""
-    atomic_write(path, lambda file: torch.save(state, file))
-
-
-SAFE_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-              "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def read_safetensors(path):
-    """The tensors of a .safetensors file by name: 8 bytes with the length of a header in JSON,
-    {name: {dtype, shape, data_offsets}}, then the numbers. Raises InputError where a header does
-    not fit the bytes that follow it."""
-    try:
-        content = Path(path).read_bytes()
-        length = int.from_bytes(content[:8], "little")
-        header, body = json.loads(content[8:8 + length]), bytearray(content[8 + length:])
-        header.pop("__metadata__", None)
-        places = sorted((*entry["data_offsets"], name) for name, entry in header.items())
-        end = 0
-        for start, stop, name in places:
-            entry = header[name]
-            size = math.prod(entry["shape"]) * SAFE_TYPES[entry["dtype"]].itemsize
-            if start != end or stop - start != size or min(entry["shape"], default=0) < 0:
-                raise ValueError(f"{name} does not lie where it says")
-            end = stop
-        if end != len(body):
-            raise ValueError("its numbers do not end where the file does")
-        tensors = {}
-        for start, stop, name in places:
-            kind, shape = SAFE_TYPES[header[name]["dtype"]], header[name]["shape"]
-            numbers = torch.frombuffer(body, dtype=torch.uint8)[start:stop].clone()
-            tensors[name] = numbers.view(kind).reshape(shape)
-        return tensors
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # a damaged header raises one of a dozen types
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{path}: not readable as safetensors ({reason})") from None
-
-
-def load_checkpoint(path):
-    """Reads a checkpoint onto the CPU: tensors and plain values, no pickled code.
-    A .safetensors file becomes {"model": its tensors}.
-    The one class allowed is argparse.Namespace, which holds the options in old checkpoints. Raises
-    InputError for a missing or unreadable file and for one that is no dict."""
-    if str(path).lower().endswith(".safetensors"):
-        return {"model": read_safetensors(path)}
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except Exception as error:  # a damaged file raises one of a dozen types
-        text = str(error).strip() or type(error).__name__
-        code = re.search(r"GLOBAL (\S+)", text)
-        if code:  # torch's own text goes on to say how to load the file unprotected
-            raise InputError(f"{path}: refused: it holds code to run ({code[1]}), not tensors and "
-                             "plain values alone") from None
-        reason = "damaged, or of another kind" if "Weights only" in text else text[:200]
-        raise InputError(f"{path}: not a readable checkpoint ({reason})") from None
-    if not isinstance(state, dict):
-        raise InputError(path, "a dict with a 'model' entry or a state dict", type(state).__name__)
-    return state
-
-
-def checkpoint_file(path, *names):
-    """`path`; of a run's folder, the first of the files `names` that it holds, else the last."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    return next((path / name for name in names if (path / name).exists()), path / names[-1])
-
-
-def random_state():
-    """The state of torch's generators, for a checkpoint; `set_random_state` puts it back."""
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 def check_writable(out):
-    """Raises InputError where the folder `out` cannot be written, and does not make it."""
+    """Refuses a folder `out` that cannot be written, and does not make it."""
     try:
         parents = (Path(out), *Path(out).absolute().parents)
         tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
@@ -375,9 +325,79 @@ def markdown_table(header, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken", "result.json",
-             "predictions.csv", "curves.png", "roc.png", "overlays.png", "reconstruction.png",
-             "translation.png")
+def save_checkpoint(path, state):
+    """Writes a dict of tensors and plain values."""
+    atomic_write(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint onto the CPU: a dict of tensors and plain values, no pickled code. A
+    .safetensors file becomes {"model": its tensors}. The one class allowed is argparse.Namespace,
+    which holds the options in old checkpoints."""
+    safetensors = str(path).lower().endswith(".safetensors")
+    try:
+        if safetensors:
+            return {"model": read_safetensors(Path(path).read_bytes())}
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # a damaged file raises one of a dozen types
+        text = f"{type(error).__name__}: {error}"
+        if safetensors:
+            raise InputError(f"{path}: not readable as safetensors ({text[:200]})") from None
+        code = re.search(r"GLOBAL (\S+)", text)
+        if code:  # torch's own text goes on to say how to load the file unprotected
+            found = f"it holds code to run ({code[1]}), not tensors and plain values alone"
+            raise InputError(f"{path}: refused: {found}") from None
+        reason = "damaged, or of another kind" if "Weights only" in text else text[:200]
+        raise InputError(f"{path}: not a readable checkpoint ({reason})") from None
+    if not isinstance(state, dict):
+        raise InputError(path, "a dict with a 'model' entry or a state dict", type(state).__name__)
+    return state
+
+
+SAFE_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_safetensors(content):
+    """The tensors by name in the bytes of a .safetensors file: 8 bytes with the length of a header
+    in JSON, {name: {dtype, shape, data_offsets}}, then the numbers, one tensor after the other."""
+    length = int.from_bytes(content[:8], "little")
+    header, body = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        kind, shape = SAFE_TYPES[entry["dtype"]], entry["shape"]
+        start, stop = entry["data_offsets"]
+        size = math.prod(shape) * kind.itemsize
+        inside = start == end and stop - start == size and stop <= len(body)
+        if not inside or min(shape, default=0) < 0:
+            raise ValueError(f"{name} does not lie where it says; is the file complete?")
+        numbers = torch.frombuffer(body, dtype=torch.uint8)[start:stop].clone()
+        tensors[name], end = numbers.view(kind).reshape(shape), stop
+    if end != len(body):
+        raise ValueError("its numbers do not end where the file does")
+    return tensors
+
+
+def checkpoint_file(path, *names):
+    """`path`; of a run's folder, the first of the files `names` that it holds, else the last."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in names if (path / name).exists()), path / names[-1])
+
+
+RUN_FILES = [
+    "last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken", "result.json",
+    "predictions.csv", "curves.png", "roc.png", "overlays.png", "reconstruction.png",
+    "translation.png",
+]  # fmt: skip
 
 
 class RunLog:
@@ -431,9 +451,31 @@ class Timed:
     def speed(self):
         """The three numbers of log.jsonl and result.json."""
         seconds = max(time.time() - self.began, 1e-9)
-        return {"images_per_second": self.images / seconds,
-                "share_waiting_for_data": self.waited / seconds,
-                "peak_memory_mib": peak_memory_mib(self.device)}
+        return {
+            "images_per_second": self.images / seconds,
+            "share_waiting_for_data": self.waited / seconds,
+            "peak_memory_mib": peak_memory_mib(self.device),
+        }
+
+
+def forget_peak_memory(device):
+    """Lets `peak_memory_mib` begin anew, so that a run does not show an earlier run's peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mib(device):
+    """Peak memory in MiB: of the GPU on cuda, of this process elsewhere (0 where unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 class Saving:
@@ -480,31 +522,10 @@ class Saving:
             sys.exit(128 + int(wanted[0]))
 
 
-def forget_peak_memory(device):
-    """Lets `peak_memory_mib` begin anew, so that a run does not show an earlier run's peak."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mib(device):
-    """Peak memory in MiB: of the GPU on cuda, of this process elsewhere (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def run_cells(folder, configs, run):
-    """Runs each of {name: configuration} in a folder of its own, `folder`/name, for a comparison.
-    Yields (name, content of result.json). A finished run is read instead, and one that was stopped
-    goes on; where the script has changed since, a warning says so. Raises InputError where the
-    folder holds a run with other options."""
+    """Runs each of {name: configuration} of a comparison in the folder `folder`/name. Yields (name,
+    content of result.json). A finished run is read instead, and one that was stopped goes on, with
+    a warning where the script has changed since; one with other options is refused."""
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
@@ -514,8 +535,8 @@ def run_cells(folder, configs, run):
             ran = read_json(cell / "options.json")
             check_same(ran, config, cell / "options.json")
             if ran.get("source", source) != source:
-                print(f"WARNING: {script.name} changed since {cell} was made; delete the folder to "
-                      "run it anew", file=sys.stderr)
+                advice = "delete the folder to run it anew"
+                warn(f"{script.name} changed since {cell} was made; {advice}")
         else:
             write_json(cell / "options.json", dataclasses.asdict(config) | {"source": source})
         if not (cell / "result.json").exists():
@@ -532,6 +553,7 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
     titles: one a column; captions: one a row, wrapped below it."""
+
     def picture(image):
         pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
         pixels = pixels.expand(3, *pixels.shape[-2:]).permute(1, 2, 0).contiguous()  # (H, W, 3)
@@ -544,8 +566,10 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     column = max(widths + [drawn.width for row in rows for drawn in row]) + gap
     width = column * len(titles)
     texts = [textwrap.wrap(text, width // 6) for text in captions or [""] * len(rows)]
-    heights = [max(drawn.height for drawn in row) + line * len(text) + gap
-               for row, text in zip(rows, texts)]
+    heights = [
+        max(drawn.height for drawn in row) + line * len(text) + gap
+        for row, text in zip(rows, texts)
+    ]
     canvas = Image.new("RGB", (gap + width, gap + line + sum(heights)), "white")
     draw, top = ImageDraw.Draw(canvas), gap + line
     for i, title in enumerate(titles):
@@ -559,8 +583,10 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
-           "#bcbd22", "#17becf", "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040"]
+COLOURS = [
+    "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
+    "#bcbd22", "#17becf", "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040",
+]  # fmt: skip
 
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
@@ -610,10 +636,16 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
 # --------------------------------------------------------------------------------------------------
 # Reading images
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".dcm", ".dicom", ".tif", ".tiff", ".bmp",
-                  ".nii", ".nii.gz")
-FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}n.1\0|.{4}n.2\0",
-               "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}"}
+IMAGE_SUFFIXES = [
+    ".png", ".jpg", ".jpeg", ".npy", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz",
+]  # fmt: skip
+KINDS = {".npy": "npy", ".dcm": "dicom", ".dicom": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}
+FIRST_BYTES = {
+    "npy": rb"\x93NUMPY",
+    "dicom": rb".{128}DICM",
+    "nifti": rb".{344}n.1\0|.{4}n.2\0",
+    "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}",
+}
 
 
 def file_kind(file):
@@ -623,20 +655,14 @@ def file_kind(file):
     for kind, pattern in FIRST_BYTES.items():
         if re.match(pattern, head, re.DOTALL):
             return kind
-    kinds = {".npy": "npy", ".dcm": "dicom", ".dicom": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}
     ending = split_ending(str(file.name))[1].lower()
-    return kinds.get(ending, "picture" if ending else "")
+    return KINDS.get(ending, "picture" if ending else "")
 
 
 def split_ending(name):
     """("chest.1", ".PNG") of "chest.1.PNG"; the second is "" without one of IMAGE_SUFFIXES."""
     ending = next((end for end in IMAGE_SUFFIXES if name[-7:].lower().endswith(end)), "")
-    return name[:len(name) - len(ending)], name[len(name) - len(ending):]
-
-
-@functools.cache
-def say_once(text):
-    print(f"note: {text}", file=sys.stderr)
+    return name[: len(name) - len(ending)], name[len(name) - len(ending) :]
 
 
 def read_pixels(path, short_side=None, grey=False):
@@ -645,9 +671,7 @@ def read_pixels(path, short_side=None, grey=False):
     The content tells the kind of a file. Full scale is the number that stands for white: 255 or
     65535 in a PNG, JPEG, TIFF or BMP; 1 in DICOM, which its own rules scale; None in .npy and
     NIfTI, whose numbers may mean anything. A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 of
-    its size whose shorter side is not below `short_side`, and as grey where `grey`.
-    Raises InputError for a file that is missing, empty, damaged, of another kind or shape, of
-    several pages, or with numbers that are not finite."""
+    its size whose shorter side is not below `short_side`, and as grey where `grey`."""
     try:
         with open(path, "rb") as file:
             kind, white = file_kind(file), None
@@ -670,14 +694,14 @@ def read_pixels(path, short_side=None, grey=False):
         reason = "; ".join([*map(str.strip, hints), first])  # a decoder to install is named last
         if isinstance(error, UnidentifiedImageError):
             reason = "another kind of file"
-        raise InputError(path, "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image",
-                         reason) from None
+        expected = "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image"
+        raise InputError(path, expected, reason) from None
     while pixels.ndim > 2 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     flat = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
     if not flat or not pixels.size or pixels.dtype.kind not in "buif":
-        raise InputError(path, "numbers of shape (H, W), (H, W, 1) or (H, W, 3)",
-                         f"{pixels.dtype} of shape {pixels.shape}")
+        found = f"{pixels.dtype} of shape {pixels.shape}"
+        raise InputError(path, "numbers of shape (H, W), (H, W, 1) or (H, W, 3)", found)
     wrong = np.count_nonzero(~np.isfinite(pixels))
     if wrong:
         raise InputError(path, "finite numbers", f"{wrong} of {pixels.size} NaN or infinite")
@@ -707,8 +731,7 @@ def read_picture(file, short_side, grey):
 def read_dicom(file):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
     They pass through the palette, or the modality LUT and then the VOI LUT or window. The minimum
-    becomes 0 and the maximum 1; padding does not count and becomes black; MONOCHROME1 is inverted.
-    Blank rescaling and windows without a width or centre are left out."""
+    becomes 0 and the maximum 1, but padding, which becomes black; MONOCHROME1 is inverted."""
     try:
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
@@ -717,35 +740,39 @@ def read_dicom(file):
     record = pydicom.dcmread(file, force=True)
     if int(record.get("NumberOfFrames") or 1) > 1:
         raise InputError(file.name, "one frame", record.NumberOfFrames)
-    for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
-        if name in record and record[name].is_empty:
-            say_once(f"DICOM with a blank {name}: taken as {default}")
-            setattr(record, name, default)
-    if "WindowWidth" in record or "WindowCenter" in record:
-        width = np.ravel(record.get("WindowWidth") or 0)[0]
-        if width < 1 or record.get("WindowCenter") is None:
-            say_once("DICOM with a window of no width or centre: read without a window")
-            record.pop("WindowWidth", None)
-            record.pop("WindowCenter", None)
-    if "PixelData" in record and not record.file_meta.get("TransferSyntaxUID"):
-        say_once("DICOM without a transfer syntax: read as little endian")
-        record.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2"
+    mend_dicom(record)
     raw, kind = record.pixel_array, record.PhotometricInterpretation
+    if kind == "PALETTE COLOR":
+        pixels = apply_color_lut(raw, record).astype(np.float64)
+    else:
+        pixels = apply_voi_lut(apply_modality_lut(raw, record), record).astype(np.float64)
     inside = np.ones(raw.shape, bool)
     if record.get("PixelPaddingValue") is not None:
         value, limit = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
         low, high = sorted([value, value if limit is None else limit])
         inside = (raw < low) | (raw > high)
-    if kind == "PALETTE COLOR":
-        pixels = apply_color_lut(raw, record).astype(np.float64)
-    else:
-        pixels = apply_voi_lut(apply_modality_lut(raw, record), record).astype(np.float64)
     if inside.any():
         pixels = stretch(pixels, pixels[inside])
     if kind == "MONOCHROME1":  # a large number is dark
         pixels = 1 - pixels
     pixels[~inside] = 0
     return pixels
+
+
+def mend_dicom(record):
+    """Takes the default for what some devices leave blank in a DICOM record, and says so once."""
+    for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
+        if name in record and record[name].is_empty:
+            say_once(f"DICOM with a blank {name}: taken as {default}")
+            setattr(record, name, default)
+    width, centre = np.ravel(record.get("WindowWidth") or 0)[0], record.get("WindowCenter")
+    if ("WindowWidth" in record or "WindowCenter" in record) and (width < 1 or centre is None):
+        say_once("DICOM with a window of no width or centre: read without a window")
+        record.pop("WindowWidth", None)
+        record.pop("WindowCenter", None)
+    if "PixelData" in record and not record.file_meta.get("TransferSyntaxUID"):
+        say_once("DICOM without a transfer syntax: read as little endian")
+        record.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2"
 
 
 def read_nifti(file):
@@ -773,22 +800,20 @@ def full_scale(highest):
 
 
 def read_image(path, short_side=None, deep=None, enlarge=True):
-    """Reads an image file as grey: float32 (1, H, W) in [0, 1]. `read_pixels` lists the formats.
+    """Reads an image file as grey: float32 (1, H, W) in [0, 1].
 
     short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size),
     which leaves smaller images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or
     16 bits, are divided by their full scale, which for 16 bits is `deep` (None: `full_scale` of
     this file's largest value). Other numbers are stretched from minimum to maximum where they leave
-    [0, 1]. Colour becomes grey by ITU-R 601.
-    Raises InputError, also for a 16-bit value above `deep`."""
+    [0, 1]. Colour becomes grey by ITU-R 601."""
     pixels, white = read_pixels(path, short_side, grey=True)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         white = np.iinfo(pixels.dtype).max
     if white == 65535:
-        white = deep or full_scale(pixels.max())
-        if pixels.max() > white:
-            raise InputError(path, f"values up to {white}, as in the other 16-bit images",
-                             pixels.max())
+        white, highest = deep or full_scale(pixels.max()), pixels.max()
+        if highest > white:
+            raise InputError(path, f"values up to {white}, as in the other 16-bit images", highest)
     if white is None:
         pixels = pixels.astype(np.float64)
         if pixels.min() < 0 or pixels.max() > 1:
@@ -797,8 +822,8 @@ def read_image(path, short_side=None, deep=None, enlarge=True):
         pixels = (pixels / np.float32(white or 1)).astype(np.float32)
     image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
-    smaller = min(image.shape[1:]) < (short_side or 0)
-    if short_side and short_side != min(image.shape[1:]) and (enlarge or not smaller):
+    shorter = min(image.shape[1:])
+    if short_side and short_side != shorter and (enlarge or short_side < shorter):
         image = resize(image, short_side)
     if image.dtype == torch.uint8:
         image = image.float() / 255
@@ -809,10 +834,9 @@ def read_image(path, short_side=None, deep=None, enlarge=True):
 
 def common_scale(*lists):
     """White of the 16-bit files in some lists of paths: `full_scale` of the largest value in 32
-    files of each list, None where none of them has 16 bits. It is said on stderr where it is below
-    65535."""
+    files of each list, None where none of them has 16 bits. It is said where it is below 65535."""
     highest = 0
-    for path in itertools.chain(*(paths[::math.ceil(max(1, len(paths)) / 32)] for paths in lists)):
+    for path in itertools.chain(*(paths[:: math.ceil(max(1, len(paths)) / 32)] for paths in lists)):
         try:
             pixels, white = read_pixels(path, short_side=1)
         except InputError:
@@ -838,13 +862,8 @@ def over_images(function, paths):
         with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
             return list(bar(pool.map(function, paths, chunksize=16)))
     except BrokenProcessPool:
-        raise InputError("the processes that read images ended: too little memory, or a script "
-                         "without `if __name__ == '__main__':` around its calls") from None
-
-
-def read_bytes(path, short_side, deep=None, enlarge=True):
-    """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
-    return (read_image(path, short_side, deep, enlarge) * 255).round_().byte().numpy()
+        reason = "too little memory, or a script without `if __name__ == '__main__':`"
+        raise InputError(f"the processes that read images ended: {reason}") from None
 
 
 def pixel_hash(path):
@@ -858,22 +877,23 @@ def pixel_hash(path):
 
 def readable(paths):
     """The indices of the images that can be read, for --skip-bad: each is decoded once here.
-    Says on stderr how many are left out. Raises InputError where none is left."""
+    Says how many are left out, and refuses paths of which none is left."""
     wrong = [reason for _, reason in over_images(pixel_hash, paths)]
     keep = [i for i, reason in enumerate(wrong) if not reason]
     first = next(filter(None, wrong), "")
     if not keep:
         raise InputError(f"{first}; no other image is left")
     if first:
-        print(f"WARNING: {len(wrong) - len(keep)} of {len(wrong)} images cannot be read and are "
-              f"left out, the first: {first}", file=sys.stderr)
+        count = f"{len(wrong) - len(keep)} of {len(wrong)}"
+        warn(f"{count} images cannot be read and are left out, the first: {first}")
     return keep
 
 
 def list_images(folder):
     """Every image below a folder, sorted paths. Linked folders are followed, each folder once.
     A file without a known ending is an image where its first bytes say so; the number of other
-    files is said on stderr. Raises InputError where no image is found."""
+    files is said."""
+
     def stop(error):
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
 
@@ -893,41 +913,19 @@ def list_images(folder):
                     known = file_kind(file)
             (paths if known else others).append(path)
     if others:
-        print(f"note: {folder}: {len(others)} files are no images and left out, such as "
-              f"{min(others)}", file=sys.stderr)
+        first = min(others)
+        note(f"{folder}: {len(others)} files are no images and left out, such as {first}")
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
     return sorted(paths)
 
 
 # --------------------------------------------------------------------------------------------------
-# Lists and reports
-
-# The published layouts: the folder of the images below the root, the list of each part (training
-# lists by the percentage of labels), and the classes in the order of the labels, which a
-# classes.txt at the root, one name a line, replaces.
-NIH_CLASSES = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule",
-               "Pneumonia", "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis",
-               "Pleural_Thickening", "Hernia"]
-CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
-LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
-         "val": "val_list.txt", "test": "test_list.txt"}
-DATASETS = {
-    "demo": {"images": "images", "classes": None, **LISTS},
-    "csv": {"images": "images", "classes": None, **LISTS},
-    "nih": {"images": "images", "or": "all_classes", "classes": NIH_CLASSES, **LISTS},
-    "rsna": {"images": "", "classes": ["Pneumonia"], **LISTS},
-    "chexpert": {"images": "", "classes": CHEXPERT_CLASSES, **LISTS},
-    "covid": {"images": "images", "classes": ["COVID-19"],
-              "train": {100: "splits/{split}/train.txt"},
-              "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
-}
-PLAIN_NAME = re.compile(r"\w[\w-]*(\.\w+)?")  # a name that `plain_name` leaves as it is
-NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
+# Text files: lines, JSON, CSV, the names of images
 
 
 def read_text(path):
-    """The text of a file. Raises InputError where it is missing or not UTF-8."""
+    """The text of a file in UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -937,13 +935,12 @@ def read_text(path):
 
 
 def read_lines(path):
-    """The lines of a text file that are not blank, as (line number, text). Raises InputError."""
+    """The lines of a text file that are not blank, as (line number, text)."""
     lines = enumerate(read_text(path).splitlines(), 1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
 def read_json(path):
-    """The content of a .json file. Raises InputError where it is missing or damaged."""
     try:
         return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -951,455 +948,45 @@ def read_json(path):
         raise InputError(f"{path}: line {line}: not readable as JSON ({error})") from None
 
 
-def plain_name(name):
-    """A name as every list writes it: `a/b.png`, whatever its slashes, `./`, quotes and spaces."""
-    name = name.strip().strip('"').replace("\\", "/")
-    return os.path.normpath(name) if "//" in name or "./" in name else name
-
-
-def split_line(line):
-    """`name l1 ... lk` or `name,l1,...,lk` as (name, labels): numbers at the end are labels, and a
-    name may hold spaces."""
-    name, *labels = [field.strip() for field in line.split(",")]
-    if labels and (split_ending(name.strip('"'))[1] or all(map(NUMBER.fullmatch, labels))):
-        return plain_name(name), labels
-    words, count = line.split(), 0
-    for word in reversed(words[1:]):
-        if word not in ("0", "1") and not NUMBER.fullmatch(word):
-            break
-        count += 1
-    return plain_name(line.rstrip().rsplit(None, count)[0]), words[len(words) - count:]
-
-
-def read_list(path, num_labels=None, skip_bad=False):
-    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)).
-    k is `num_labels`, or what most of the first lines have: 0 in a list of names only. Raises
-    InputError for an empty list and, with the line, for another number of labels, a label that is
-    not 0 or 1 and a name listed twice; `skip_bad` leaves such lines out and says so on stderr."""
-    lines = read_lines(path)
-    if not lines:
-        raise InputError(path, "a line `name label ...` an image", "an empty list")
-    k = num_labels
-    if k is None:
-        k = Counter(len(split_line(line)[1]) for _, line in lines[:1000]).most_common(1)[0][0]
-    first_line, rows, bad, known = {}, [], [], {}
-    for number, line in lines:
-        # A million lines hold few different rows of labels: most are looked up, not split again.
-        name, _, row = line.partition(" ")
-        if row in known and PLAIN_NAME.fullmatch(name):
-            labels = known[row]
-        else:
-            name, labels = split_line(line)
-            row = " ".join(labels)
-        if row not in known and (len(labels) != k or not set(labels) <= {"0", "1"}):
-            expected = "1 label" if k == 1 else f"{k} labels"
-            bad.append(f"line {number}: expected {expected}, each 0 or 1, after {name!r}, found "
-                       f"{row or 'none'}")
-        elif name in first_line:
-            bad.append(f"line {number}: {name!r} is listed before, in line {first_line[name]}")
-        else:
-            first_line[name] = number
-            if row not in known:
-                known[row] = list(map(float, labels))
-            rows.append(known[row])
-    if bad and not (skip_bad and rows):
-        raise InputError(f"{path}: {bad[0]}; correct the list, or leave out such lines "
-                         f"({len(bad)}) with --skip-bad-lines")
-    if bad:
-        print(f"WARNING: {path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}",
-              file=sys.stderr)
-    return list(first_line), torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), k))
-
-
-def split_files(data, root, split="", ratio=100):
-    """The list files of a layout: {"train": path, "val": path, "test": path}. Raises InputError,
-    saying what there is, where --data, --root, --split and --ratio do not fit."""
-    layout, root = DATASETS[data], Path(root or ".")
-    if not root.is_dir():
-        raise InputError(f"--root {root}: no such folder")
-    if "{split}" in layout["val"]:
-        splits = sorted(path.parent.name for path in
-                        [*root.glob("splits/*/train.txt"), *root.glob("*/is*_train.txt")])
-        if split not in splits:
-            there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
-            raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
-    elif split:
-        raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
-    if ratio not in layout["train"]:
-        ratios = " or ".join(map(str, layout["train"]))
-        raise InputError(f"--data {data}", f"--ratio {ratios}", ratio)
-    names = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
-    files = {part: root / name.format(split=split) for part, name in names.items()}
-    if split and not (root / "splits").is_dir():  # the official code's names
-        files = {part: next(root.glob(f"{split}/is*_{part}.txt"), path)
-                 for part, path in files.items()}
-    for path in files.values():
-        if not path.is_file():
-            there = sorted(os.listdir(root))[:12]
-            raise InputError(f"{path}: no such list, which --data {data} --ratio {ratio} needs; "
-                             f"{root} holds {', '.join(there) or 'nothing'}")
-    return files
-
-
-def class_names(data, root, split, count):
-    """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers.
-    Raises InputError for another count."""
-    where, classes = f"--data {data}", DATASETS[data]["classes"]
-    path = Path(root or ".") / "classes.txt"
-    if path.exists():
-        where, classes = path, [line for _, line in read_lines(path)]
-    elif data == "covid" and split.startswith("viral"):
-        classes = ["Viral"]
-    elif classes is None:
-        classes = [f"class {i + 1}" for i in range(count)]
-    if len(classes) != count:
-        raise InputError(where, f"{count} classes, as the lists have labels",
-                         f"{len(classes)}: {', '.join(classes)}")
-    return classes
-
-
-# The tables that data sets are published with, or that people write; lists go before them
-TABLES = {"csv": "labels.csv", "nih": "Data_Entry_2017.csv", "chexpert": "train.csv",
-          "rsna": "stage_2_train_labels.csv"}
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
-
-def find_table(data, root):
-    """The table of a data set at `root` that has no lists, else None."""
-    path = Path(root or ".") / TABLES.get(data, "")
-    return path if path.is_file() and not (path.parent / "val_list.txt").exists() else None
-
-
-def table_header(path):
-    """The names of the columns of a table; none of an empty file."""
+def read_header(path):
+    """The names of the columns of a CSV; none of an empty file."""
     lines = read_lines(path)
     return [name.strip() for name in next(csv.reader([lines[0][1]]))] if lines else []
 
 
-def table_columns(data, path):
-    """The column of the images of a table, and its classes. Raises InputError for neither."""
-    if data == "nih":
-        return "Image Index", NIH_CLASSES
-    if data == "chexpert":
-        return "Path", CHEXPERT_CLASSES
-    if data == "rsna":
-        return "patientId", ["Pneumonia"]
-    header = table_header(path)
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice:
-        raise InputError(f"{path}: line 1", "names that differ", f"{twice[0]!r} twice")
-    classes = [name for name in header[1:] if name not in ("patient", "split")]
-    if header[:1] != ["image"] or not classes:
-        raise InputError(f"{path}: line 1", "a header `image,finding,...`, perhaps with patient "
-                         "and split", ",".join(header) or "an empty file")
-    return "image", classes
-
-
-def table_rows(data, path, uncertain):
-    """The rows of a table: (line, name, labels, patient or "", part or ""). Raises InputError with
-    the line for a label that is not 0, 1 or blank (0), or CheXpert's -1, which is `uncertain`."""
-    values = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
-    if data == "chexpert":
-        unsure = {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}[uncertain]
-        values |= {"-1": unsure, "-1.0": unsure}
-    column, classes = table_columns(data, path)
-    findings = {"nih": ["Finding Labels"], "rsna": ["Target"]}.get(data, classes)
-    extra = {"nih": ["Patient ID"], "csv": ["patient", "split"]}.get(data, [])
-    header = table_header(path)
-    extra = [name for name in extra if name in header]
-    for line, name, *cells in read_csv(path, [column, *findings, *extra]):
-        cells, others = cells[:len(findings)], dict(zip(extra, cells[len(findings):]))
-        if data == "nih":
-            found = set(cells[0].split("|")) - {"No Finding"}
-            cells = [str(int(name in found)) for name in classes] + sorted(found - set(classes))
-        if not name or not set(cells) <= values.keys():
-            wrong = next((cell for cell in cells if cell not in values), "no image")
-            raise InputError(f"{path}: line {line}", "an image and labels that are 0, 1 or blank"
-                             + " (or -1)" * (data == "chexpert"), repr(wrong))
-        part = others.get("split", "").lower()
-        if part not in ("", *SPLITS):
-            raise InputError(f"{path}: line {line}: split", "train, val or test", repr(part))
-        if data == "rsna":
-            name = f"stage_2_train_images/{name}.dcm"
-        name = plain_name(name).removeprefix("CheXpert-v1.0-small/")
-        patient = others.get("patient", others.get("Patient ID", ""))
-        yield line, name, [values[cell] for cell in cells], patient, SPLITS.get(part, "")
-
-
-def nih_parts(root):
-    """What NIH's own lists say of its images: {name: "test", or "" for train or val}. Raises
-    InputError for an image in both lists."""
-    given = {}
-    for part, list_name in (("", "train_val_list.txt"), ("test", "test_list.txt")):
-        path = root / list_name
-        for line, text in read_lines(path) if path.is_file() else []:
-            name = plain_name(text)
-            if given.setdefault(name, part) != part:
-                raise InputError(f"{path}: line {line}: {name!r} is in train_val_list.txt as well")
-    return given
-
-
-def fixed_parts(path, patients, parts):
-    """The part that each known patient has where a table gives one, {patient: part}. The images of
-    the same patient that it leaves open go there too, so that no patient is trained and tested on.
-    Warns of patients whose images are given to several parts."""
-    fixed, several = {}, set()
-    for patient, part in zip(patients, parts):
-        if patient and part and fixed.setdefault(patient, part) != part:
-            several.add(patient)
-    if several:
-        print(f"WARNING: {path}: {len(several)} patients have images in several parts, one is "
-              f"{min(several)}: their test scores are too good")
-    return fixed
-
-
-def name_chexpert_test(count):
-    """Says in one line which of CheXpert's published lists a test part of `count` images is."""
-    return {234: "CheXpert's 234 validation images, on which MRM tests",
-            668: "CheXpert's own 668 test images, on which MED-PEFT tests"}.get(
-                count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
-
-
-def read_table(data, root, ratio=100, uncertain="ones"):
-    """The table of a data set as {part: (names, labels float32 (n, k), NaN where unknown)}.
-
-    The parts are those that the set publishes or the column `split` names; what they leave open is
-    split by patient, by a hash of the patient alone: 70 % train, 10 % val, 20 % test, the same in
-    every run. `ratio`: the percent of the training patients that are taken, by another hash.
-    Raises InputError for a table that cannot be used, an image listed twice and an empty part."""
-    path, root = find_table(data, root), Path(root or ".")
-    rows, first = {}, {}
-    for line, name, labels, patient, part in table_rows(data, path, uncertain):
-        if name in rows and data != "rsna":
-            raise InputError(f"{path}: line {line}: {name!r} is listed before, in line "
-                             f"{first[name]}")
-        if name in rows:  # RSNA has a row for each box
-            labels = list(map(max, labels, rows[name][0]))
-        first.setdefault(name, line)
-        rows[name] = labels, patient, part
-    if data == "chexpert" and (root / "valid.csv").is_file():
-        for _, name, labels, patient, _ in table_rows(data, root / "valid.csv", uncertain):
-            rows[name] = labels, patient, "test"
-    given = nih_parts(root) if data == "nih" else {}
-    if "" in given.values():  # train_val_list.txt is there, and its images alone are trained on
-        lost = [name for name in rows if name not in given]
-        if lost:
-            print(f"WARNING: {path}: {len(lost)} of {len(rows)} images are in neither "
-                  f"train_val_list.txt nor test_list.txt and are left out, the first: {lost[0]}")
-        rows = {name: row for name, row in rows.items() if name in given}
-    keys = [row[1] or known for known, row in zip(patient_ids(root, rows), rows.values())]
-    fixed = fixed_parts(path, keys, [row[2] or given.get(name, "") for name, row in rows.items()])
-    parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
-    for patient, (name, (labels, _, part)) in zip(keys, rows.items()):
-        digest = hashlib.sha256((patient or name).encode()).digest()
-        chance, other = (int.from_bytes(digest[i:i + 8], "big") / 2**64 for i in (0, 8))
-        part = part or given.get(name) or fixed.get(patient)
-        if not part:
-            chance = chance * 0.8 if given or data == "chexpert" else chance  # test is given
-            part = "train" if chance < 0.7 else "val" if chance < 0.8 else "test"
-        if part != "train" or other < ratio / 100:
-            parts[part][0].append(name)
-            parts[part][1].append(labels)
-    for part, (names, _) in parts.items():
-        if not names:
-            raise InputError(path, f"images of the part {part}", f"none among {len(rows)}; a "
-                             "column `split` names the parts")
-    return {part: (names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
-
-
-def locate(data, root, names, allow_outside=False):
-    """The path of each image, named relative to the layout's image folder or to the root.
-    The ending may be left out, or its case may differ. None stands for a name that is not there, ""
-    for one that leads out of the root, unless `allow_outside`."""
-    root = str(root or ".")
-    layout = DATASETS[data]
-    folders = dict.fromkeys(os.path.join(root, folder) for folder in
-                            (layout["images"], layout.get("or", ""), ""))
-    inside = os.path.join(os.path.abspath(root), "")
-
-    @functools.cache
-    def listing(folder):
-        """The files of a folder by their names with the ending in lower case, and without it."""
-        there = {}
-        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            stem, ending = split_ending(file)
-            there[stem + ending.lower()] = os.path.join(folder, file)
-            there.setdefault(stem, os.path.join(folder, file))
-        return there
-
-    def find(name):
-        name = plain_name(name)
-        places = [os.path.join(folder, name) for folder in folders]
-        if not allow_outside and (".." in name or os.path.isabs(name)):
-            places = [place for place in places if os.path.abspath(place).startswith(inside)]
-        for place in places:
-            if os.path.isfile(place):
-                return place
-        for place in places:
-            stem, ending = split_ending(os.path.basename(place))
-            found = listing(os.path.dirname(place)).get(stem + ending.lower())
-            if found and os.path.isfile(found):
-                return found
-        return None if len(places) == len(folders) else ""
-
-    return list(map(find, names))
-
-
-def find_images(data, root, names, source, allow_outside=False):
-    """The path (`locate`) of every name in the list or CSV `source`. Raises InputError, with the
-    line, where any is missing or leads out of the root."""
-    paths = locate(data, root, names, allow_outside)
-    wrong = [i for i, path in enumerate(paths) if not path]
-    if wrong:
-        name = names[wrong[0]]
-        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")  # as a whole
-        line = next((number for number, text in read_lines(source)
-                     if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name), "?")
-        folder = os.path.join(root or ".", DATASETS[data]["images"])
-        reason = f"no image {name!r} in {folder} ({len(wrong)} of {len(names)} are missing)"
-        if paths[wrong[0]] == "":
-            reason = f"{name!r} leads out of {root or '.'}; --allow-outside reads such images"
-        raise InputError(f"{source}: line {line}: {reason}")
-    return paths
-
-
 def read_csv(path, columns):
-    """The rows of a CSV as (line, value of each of `columns`); names in the header are stripped.
-    Raises InputError with the line at which the row begins, also where a field holds further rows:
-    a quote that is not closed takes in everything up to the next one."""
+    """The rows of a CSV as (line at which it begins, value of each of `columns`). A field that
+    holds further rows is refused: a quote that is not closed takes in everything up to the next."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     line = 1
     try:
         header = [name.strip() for name in next(reader, [])]
         if not set(columns) <= set(header):
-            raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}",
-                             ", ".join(header) or "an empty file")
+            found = ", ".join(header) or "an empty file"
+            raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}", found)
         places = [header.index(name) for name in columns]
         line = reader.line_num + 1
         for row in reader:
-            if row and (len(row) <= max(places) or any(row[len(header):])):
-                raise InputError(f"{path}: line {line}", f"{len(header)} fields",
-                                 f"{len(row)}; text with commas stands in double quotes")
+            if row and (len(row) <= max(places) or any(row[len(header) :])):
+                found = f"{len(row)}; text with commas stands in double quotes"
+                raise InputError(f"{path}: line {line}", f"{len(header)} fields", found)
             for field in row:
                 for piece in re.split(r"[,\n]", field)[1:]:
                     if "\n" in field and split_ending(piece.strip())[1]:
-                        raise InputError(f"{path}: line {line}", "one row", f"{piece.strip()!r} in "
-                                         "a field of it; a double quote is not closed")
+                        found = f"{piece.strip()!r} in a field of it; a double quote is not closed"
+                        raise InputError(f"{path}: line {line}", "one row", found)
             if row:
                 yield line, *(row[place].strip() for place in places)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}: line {line}: not readable as CSV ({error}); is a double quote "
-                         "not closed?") from None
+        reason = f"not readable as CSV ({error}); is a double quote not closed?"
+        raise InputError(f"{path}: line {line}: {reason}") from None
 
 
-def read_reports(path, root, allow_outside=False):
-    """The records of a training.csv (image_path, report_content): (image paths, reports).
-    A report may be empty. Raises InputError, with the line, for missing columns and images, and for
-    no record."""
-    names, reports = [], []
-    for line, name, report in read_csv(path, ("image_path", "report_content")):
-        if not name:
-            raise InputError(f"{path}: line {line}", "an image and its report", "no image_path")
-        names.append(plain_name(name))
-        reports.append(report)
-    if not reports:
-        raise InputError(path, "records below the header", "none")
-    return find_images("csv", root, names, path, allow_outside), reports
-
-
-class Runs(NamedTuple):
-    """The mask of an image in a CSV of run lengths: where it stands, whether its starts are
-    absolute, and the text of each of its rows."""
-
-    where: str
-    absolute: bool
-    rows: list
-
-
-def find_masks(masks, keys, paths, empty=()):
-    """The mask of each image, as `read_mask` takes it: a file, `Runs`, or None for an empty one.
-
-    masks: a folder with files KEY.png (`image_keys`), or SIIM's CSV (ImageId, EncodedPixels), in
-    which an image may have several rows, -1 stands for no mask, and starts are counted from the end
-    of the last run or, where they rise in every row, from the first pixel, which is 1. empty: the
-    indices of the images that may have no file. Raises InputError for an image without a mask.
-    """
-    masks = Path(masks)
-    if masks.is_dir():
-        found = [masks / f"{key}.png" for key in keys]
-        lost = [i for i, path in enumerate(found) if not path.is_file() and i not in empty]
-        if lost:
-            raise InputError(f"{found[lost[0]]}: no such mask, of the image {paths[lost[0]]} "
-                             f"({len(lost)} of {len(paths)} are missing)")
-        return [str(path) if path.is_file() else None for path in found]
-    if not masks.is_file():
-        raise InputError(f"--masks {masks}: no such folder or CSV")
-    runs, absolute = {}, None
-    for line, name, text in read_csv(masks, ("ImageId", "EncodedPixels")):
-        where = f"{masks}: line {line}: {name}"
-        if not re.fullmatch(r"-1|\d+ [1-9]\d*( \d+ [1-9]\d*)*", text):
-            raise InputError(where, "-1 or pairs `start length`", text[:40] or "nothing")
-        first = runs.setdefault(split_ending(os.path.basename(name))[0], Runs(where, False, []))
-        first.rows.append(text)
-        if "-1" in first.rows and set(first.rows) != {"-1"}:
-            raise InputError(where, "either -1 or runs in the rows of an image", "both")
-        numbers = list(map(int, text.split()))
-        if len(numbers) > 2:
-            ends = map(sum, zip(numbers[::2], numbers[1::2]))
-            rises = all(start >= end for start, end in zip(numbers[2::2], ends))
-            absolute = rises and absolute is not False
-    keys = [os.path.basename(key) for key in keys]
-    lost = [key for key in keys if key not in runs]
-    if lost:
-        raise InputError(f"{masks}: no row of the image {lost[0]} ({len(lost)} of {len(keys)} are "
-                         "missing)")
-    say_once(f"{masks}: the starts of runs are {'absolute' if absolute else 'relative'}")
-    return [runs[key]._replace(absolute=bool(absolute)) for key in keys]
-
-
-def is_empty(source):
-    """Whether a mask, as `find_masks` gives it, is known to be empty before its file is read."""
-    return source is None or (isinstance(source, Runs) and "-1" in source.rows)
-
-
-def read_mask(source, shape, path):
-    """The mask of the image `path`, which is `shape` (H, W) large: bool (H, W). See `find_masks`.
-    Raises InputError for a file of another size or with more than 0 and one other value, and for
-    runs that leave the image."""
-    mask = np.zeros(shape, bool)
-    if isinstance(source, Runs):
-        flat = np.zeros(mask.size, bool)
-        for row in source.rows:
-            numbers, end = [] if row == "-1" else list(map(int, row.split())), 0
-            for start, length in zip(numbers[::2], numbers[1::2]):
-                start = start - 1 if source.absolute else end + start
-                end = start + length
-                if start < 0 or end > mask.size:
-                    raise InputError(source.where, f"runs within the {mask.size} pixels of {path}",
-                                     f"pixels {start} to {end}")
-                flat[start:end] = True
-        return flat.reshape(shape[::-1]).T  # the runs go down the columns
-    if source is None:
-        return mask
-    pixels, _ = read_pixels(source, grey=True)
-    values = np.unique(pixels)
-    if pixels.shape != tuple(shape):
-        raise InputError(source, f"a mask of {shape[1]} x {shape[0]} pixels, as {path}",
-                         f"{pixels.shape[1]} x {pixels.shape[0]}" if pixels.ndim == 2 else "colour")
-    if values[0] != 0 or len(values) > 2:
-        raise InputError(source, "a mask of the values 0 and one other", f"{len(values)} values "
-                         f"from {values[0]} to {values[-1]}; save it as PNG, without smoothing")
-    return pixels > 0
-
-
-def read_pair(item, side, deep=None):
-    """An image and its mask, both squeezed into a square: uint8 (2, side, side), the mask 0 or 255.
-    item: (path, the mask as `find_masks` gives it)."""
-    image = read_image(item[0], deep=deep)
-    mask = torch.from_numpy(np.ascontiguousarray(read_mask(item[1], image.shape[1:], item[0])))
-    pair = resize_pair(torch.cat([image, mask[None].float()]), (side, side))
-    return (pair * 255).round_().byte().numpy()
+def plain_name(name):
+    """A name as every list writes it: `a/b.png`, whatever its slashes, `./`, quotes and spaces."""
+    name = name.strip().strip('"').replace("\\", "/")
+    return os.path.normpath(name) if "//" in name or "./" in name else name
 
 
 def image_keys(root, names):
@@ -1410,110 +997,38 @@ def image_keys(root, names):
     return [split_ending(name.removeprefix("images/"))[0] for name in names]
 
 
-# The patient in a name of NIH's or CheXpert's
-WRITTEN_PATIENT = re.compile(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)")
+# --------------------------------------------------------------------------------------------------
+# Data sets as lists, in the published layouts
 
-
-def patient_ids(root, names):
-    """The patient of each name, None where unknown.
-    They come from patients.csv or records.csv (columns image_path, patient_id) at the root, else
-    from names as NIH (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write them."""
-    tables = [Path(root) / name for name in ("patients.csv", "records.csv")]
-    table = next((path for path in tables if path.exists()), None)
-    rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
-    known = dict(zip(image_keys(root, [name for _, name, _ in rows]),
-                     [patient for _, _, patient in rows]))
-
-    def patient(key):
-        written = WRITTEN_PATIENT.search(key)
-        return known.get(key) or (written and written[0].strip("/"))
-
-    return list(map(patient, image_keys(root, names)))
-
-
-def not_excluded(paths, exclude, root):
-    """The indices of the paths that are neither in the list file `exclude` nor of a patient in it.
-    Says on stderr how many of its names are of no image and no patient among the paths."""
-    listed = image_keys(root, [split_line(line)[0] for _, line in read_lines(exclude)])
-    theirs, ours = patient_ids(root, listed), patient_ids(root, paths)
-    keys = image_keys(root, paths)
-    our_keys, our_patients = set(keys), set(ours) - {None}
-    lone = [key for key, patient in zip(listed, theirs)
-            if key not in our_keys and patient not in our_patients]
-    if lone:
-        print(f"WARNING: {exclude}: {len(lone)} of {len(listed)} names are of no image here and of "
-              f"no patient of one, the first: {lone[0]!r}", file=sys.stderr)
-    their_keys, their_patients = set(listed), set(theirs) - {None}
-    return [i for i, (key, patient) in enumerate(zip(keys, ours))
-            if key not in their_keys and patient not in their_patients]
-
-
-def film_hashes(root, names):
-    """Hashes of the image of each name and of its patient, where the name tells one, else None:
-    two lists of the first 8 bytes of a sha256 as signed integers.
-
-    Folders before the patient's part of a name do not count, so that copies of a data set that lie
-    otherwise on disk agree. Drawn films are called like NIH's, and have hashes of their own."""
-    drawn = "demo " if (Path(root or ".") / "demo.json").is_file() else ""
-
-    def number(text):
-        digest = hashlib.sha256((drawn + text).encode()).digest()
-        return int.from_bytes(digest[:8], "big", signed=True)
-
-    films, patients = [], []
-    for key in image_keys(root, names):
-        written = WRITTEN_PATIENT.search(key)
-        films.append(number("film " + (key[written.start():].strip("/") if written else key)))
-        patients.append(number("patient " + written[0].strip("/")) if written else None)
-    return films, patients
-
-
-def hash_films(root, names, *others):
-    """What a checkpoint keeps of the films that it was trained on: their hashes and those of their
-    patients, sorted, as one int64 tensor. `others`: such tensors of earlier training, or None."""
-    films, patients = film_hashes(root, names)
-    hashes = {*films, *patients} - {None}
-    return torch.tensor(sorted(hashes.union(*(x.tolist() for x in others if x is not None))),
-                        dtype=torch.int64)
-
-
-def trained_on(root, names, hashes):
-    """Which films were trained on, by `hashes` of `hash_films`: (those films, those of a patient
-    with a film that was), two lists of bools. Patients are found by their name's part, and by the
-    table of patients at `root` where a trained film stands in it."""
-    hashes = set(hashes.tolist())
-    films, written = film_hashes(root, names)
-    listed = [name for table in map(Path(root or ".").joinpath, ("patients.csv", "records.csv"))
-              if table.is_file() for _, name in read_csv(table, ("image_path",))]
-    known = {patient for film, patient in zip(film_hashes(root, listed)[0],
-                                              patient_ids(root, listed)) if film in hashes}
-    return [film in hashes for film in films], [
-        patient in hashes or own in known - {None}
-        for patient, own in zip(written, patient_ids(root, names))]
-
-
-def read_pretraining(path, root):
-    """The hashes (`hash_films`) of the films in a list file or a CSV with a column image_path,
-    image, Path or Image Index, or those that a checkpoint holds. Raises InputError for others."""
-    if Path(path).is_dir() or Path(path).suffix in (".pt", ".pth"):
-        path = checkpoint_file(path, "adapter.pt", "best.pt", "last.pt")
-        hashes = load_checkpoint(path).get("trained_on")
-        if not torch.is_tensor(hashes) or hashes.dtype != torch.int64:
-            raise InputError(path, "a checkpoint that names its training films", "one that does not"
-                             "; give the list that it was trained on")
-        return hashes
-    lines = read_lines(path)
-    if not lines:
-        raise InputError(path, "a list of images", "an empty file")
-    if Path(path).suffix.lower() != ".csv":
-        return hash_films(root, [split_line(line)[0] for _, line in lines])
-    header = [name.strip() for name in next(csv.reader([lines[0][1]]))]
-    columns = ("image_path", "image", "Path", "Image Index")
-    column = next((name for name in columns if name in header), None)
-    if column is None:
-        raise InputError(f"{path}: line 1", f"a column {' or '.join(columns)}", ", ".join(header))
-    return hash_films(root, [name.removeprefix("CheXpert-v1.0-small/")
-                             for _, name in read_csv(path, (column,))])
+# The folder of the images below the root, the list of each part (training lists by the percentage
+# of labels), and the classes in the order of the labels, which a classes.txt at the root, one name
+# a line, replaces.
+NIH_CLASSES = [
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+    "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+    "Hernia",
+]  # fmt: skip
+CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
+LISTS = {
+    "train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
+    "val": "val_list.txt",
+    "test": "test_list.txt",
+}
+DATASETS = {
+    "demo": {"images": "images", "classes": None, **LISTS},
+    "csv": {"images": "images", "classes": None, **LISTS},
+    "nih": {"images": "images", "or": "all_classes", "classes": NIH_CLASSES, **LISTS},
+    "rsna": {"images": "", "classes": ["Pneumonia"], **LISTS},
+    "chexpert": {"images": "", "classes": CHEXPERT_CLASSES, **LISTS},
+    "covid": {
+        "images": "images",
+        "classes": ["COVID-19"],
+        "train": {100: "splits/{split}/train.txt"},
+        "val": "splits/{split}/val.txt",
+        "test": "splits/{split}/test.txt",
+    },
+}
+NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
 
 
 def demo_root(root="", pairs=False):
@@ -1532,6 +1047,522 @@ def demo_root(root="", pairs=False):
     return root
 
 
+def split_files(data, root, split="", ratio=100):
+    """The list files of a layout: {"train": path, "val": path, "test": path}. Where --data, --root,
+    --split and --ratio do not fit, the error says what there is."""
+    layout, root = DATASETS[data], Path(root or ".")
+    if not root.is_dir():
+        raise InputError(f"--root {root}: no such folder")
+    if "{split}" in layout["val"]:
+        lists = [*root.glob("splits/*/train.txt"), *root.glob("*/is*_train.txt")]
+        splits = sorted(path.parent.name for path in lists)
+        if split not in splits:
+            there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
+            raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
+    elif split:
+        raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
+    if ratio not in layout["train"]:
+        ratios = " or ".join(map(str, layout["train"]))
+        raise InputError(f"--data {data}", f"--ratio {ratios}", ratio)
+    names = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
+    files = {part: root / name.format(split=split) for part, name in names.items()}
+    if split and not (root / "splits").is_dir():  # the official code's names
+        for part, path in files.items():
+            files[part] = next(root.glob(f"{split}/is*_{part}.txt"), path)
+    for path in files.values():
+        if not path.is_file():
+            there = ", ".join(sorted(os.listdir(root))[:12]) or "nothing"
+            needs = f"which --data {data} --ratio {ratio} needs"
+            raise InputError(f"{path}: no such list, {needs}; {root} holds {there}")
+    return files
+
+
+def class_names(data, root, split, count):
+    """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers."""
+    numbered = [f"class {i + 1}" for i in range(count)]
+    where, classes = f"--data {data}", DATASETS[data]["classes"] or numbered
+    path = Path(root or ".") / "classes.txt"
+    if path.exists():
+        where, classes = path, [line for _, line in read_lines(path)]
+    elif data == "covid" and split.startswith("viral"):
+        classes = ["Viral"]
+    if len(classes) != count:
+        found = f"{len(classes)}: {', '.join(classes)}"
+        raise InputError(where, f"{count} classes, as the lists have labels", found)
+    return classes
+
+
+def split_line(line):
+    """`name l1 ... lk` or `name,l1,...,lk` as (name, labels): numbers at the end are labels, and a
+    name may hold spaces."""
+    name, *labels = [field.strip() for field in line.split(",")]
+    if labels and (split_ending(name.strip('"'))[1] or all(map(NUMBER.fullmatch, labels))):
+        return plain_name(name), labels
+    words = reversed(line.split()[1:])
+    labels = list(itertools.takewhile(NUMBER.fullmatch, words))[::-1]
+    return plain_name(line.rstrip().rsplit(None, len(labels))[0]), labels
+
+
+def read_list(path, num_labels=None, skip_bad=False):
+    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)).
+    k is `num_labels`, or what most of the first lines have: 0 in a list of names only. Another
+    number of labels, a label that is not 0 or 1 and a name listed twice are refused with their
+    line; `skip_bad` leaves such lines out and says so."""
+    lines = [(number, *split_line(line)) for number, line in read_lines(path)]
+    if not lines:
+        raise InputError(path, "a line `name label ...` an image", "an empty list")
+    k = num_labels
+    if k is None:
+        k = Counter(len(labels) for _, _, labels in lines[:1000]).most_common(1)[0][0]
+    first_line, rows, bad = {}, [], []
+    for number, name, labels in lines:
+        if len(labels) != k or not set(labels) <= {"0", "1"}:
+            expected = "1 label" if k == 1 else f"{k} labels"
+            expected += f", each 0 or 1, after {name!r}"
+            found = " ".join(labels) or "none"
+            bad.append(f"line {number}: expected {expected}, found {found}")
+        elif name in first_line:
+            bad.append(f"line {number}: {name!r} is listed before, in line {first_line[name]}")
+        else:
+            first_line[name] = number
+            rows.append(labels)
+    if bad and not (skip_bad and rows):
+        advice = f"correct the list, or leave out such lines ({len(bad)}) with --skip-bad-lines"
+        raise InputError(f"{path}: {bad[0]}; {advice}")
+    if bad:
+        warn(f"{path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}")
+    return list(first_line), torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), k))
+
+
+# --------------------------------------------------------------------------------------------------
+# Data sets as tables of labels, as they are published or as people write them
+#
+# Lists go before a table. A table is divided into parts by patient.
+
+TABLES = {  # the file at the root, its column of images, those that it may have, the findings
+    "csv": ("labels.csv", "image", ["patient", "split"], None),
+    "nih": ("Data_Entry_2017.csv", "Image Index", ["Patient ID"], ["Finding Labels"]),
+    "chexpert": ("train.csv", "Path", [], CHEXPERT_CLASSES),
+    "rsna": ("stage_2_train_labels.csv", "patientId", [], ["Target"]),
+}
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def find_table(data, root):
+    """The table of a data set at `root` that has no lists, else None."""
+    root = Path(root or ".")
+    if data not in TABLES or (root / "val_list.txt").exists():
+        return None
+    path = root / TABLES[data][0]
+    return path if path.is_file() else None
+
+
+def table_columns(data, path):
+    """The column of the images of a table, and its classes."""
+    if data != "csv":
+        return TABLES[data][1], DATASETS[data]["classes"]
+    header = read_header(path)
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise InputError(f"{path}: line 1", "names that differ", f"{twice[0]!r} twice")
+    classes = [name for name in header[1:] if name not in ("patient", "split")]
+    if header[:1] != ["image"] or not classes:
+        expected = "a header `image,finding,...`, perhaps with patient and split"
+        raise InputError(f"{path}: line 1", expected, ",".join(header) or "an empty file")
+    return "image", classes
+
+
+def table_rows(data, path, uncertain):
+    """The rows of a table: (line, name, labels, patient or "", part or ""). A label is 0, 1, blank
+    (0), or CheXpert's -1, which is `uncertain`."""
+    values = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+    if data == "chexpert":
+        unsure = {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}[uncertain]
+        values |= {"-1": unsure, "-1.0": unsure}
+    column, classes = table_columns(data, path)
+    _, _, others, findings = TABLES[data]
+    findings, header = findings or classes, read_header(path)
+    others = [name for name in others if name in header]
+    for line, name, *cells in read_csv(path, [column, *findings, *others]):
+        cells, other = cells[: len(findings)], dict(zip(others, cells[len(findings) :]))
+        if data == "nih":
+            found = set(cells[0].split("|")) - {"No Finding"}
+            cells = [str(int(name in found)) for name in classes] + sorted(found - set(classes))
+        if not name or not set(cells) <= values.keys():
+            wrong = next((cell for cell in cells if cell not in values), "no image")
+            allowed = "0, 1 or blank" + " (or -1)" * (data == "chexpert")
+            expected = f"an image and labels that are {allowed}"
+            raise InputError(f"{path}: line {line}", expected, repr(wrong))
+        part = other.get("split", "").lower()
+        if part not in ("", *SPLITS):
+            raise InputError(f"{path}: line {line}: split", "train, val or test", repr(part))
+        if data == "rsna":
+            name = f"stage_2_train_images/{name}.dcm"
+        name = plain_name(name).removeprefix("CheXpert-v1.0-small/")
+        patient = other.get("patient", other.get("Patient ID", ""))
+        yield line, name, [values[cell] for cell in cells], patient, SPLITS.get(part, "")
+
+
+def read_rows(data, root, uncertain="ones"):
+    """The rows of a table, {name: (labels, patient or None, part or "")}, with the parts that NIH
+    and CheXpert publish beside it; and whether these name the whole test part."""
+    path, rows, first = find_table(data, root), {}, {}
+    for line, name, labels, patient, part in table_rows(data, path, uncertain):
+        if name in rows and data != "rsna":
+            before = f"is listed before, in line {first[name]}"
+            raise InputError(f"{path}: line {line}: {name!r} {before}")
+        if name in rows:  # RSNA has a row for each box
+            labels = list(map(max, labels, rows[name][0]))
+        first.setdefault(name, line)
+        rows[name] = labels, patient, part
+    if data == "chexpert" and (root / "valid.csv").is_file():
+        for _, name, labels, patient, _ in table_rows(data, root / "valid.csv", uncertain):
+            rows[name] = labels, patient, "test"
+    given = nih_parts(root) if data == "nih" else {}
+    if "" in given.values():  # train_val_list.txt is there, and its images alone are trained on
+        lost = [name for name in rows if name not in given]
+        if lost:
+            lists = "neither train_val_list.txt nor test_list.txt and are left out"
+            count = f"{len(lost)} of {len(rows)}"
+            print(f"WARNING: {path}: {count} images are in {lists}, the first: {lost[0]}")
+        rows = {name: row for name, row in rows.items() if name in given}
+    for known, (name, (labels, patient, part)) in zip(patient_ids(root, rows), rows.items()):
+        rows[name] = labels, patient or known, part or given.get(name, "")
+    return rows, bool(given) or data == "chexpert"
+
+
+def nih_parts(root):
+    """What NIH's own lists say of its images: {name: "test", or "" for train or val}."""
+    given = {}
+    for part, list_name in (("", "train_val_list.txt"), ("test", "test_list.txt")):
+        path = root / list_name
+        for line, text in read_lines(path) if path.is_file() else []:
+            name = plain_name(text)
+            if given.setdefault(name, part) != part:
+                raise InputError(f"{path}: line {line}: {name!r} is in train_val_list.txt as well")
+    return given
+
+
+def read_table(data, root, ratio=100, uncertain="ones"):
+    """The table of a data set as {part: (names, labels float32 (n, k), NaN where unknown)}.
+
+    The parts are those that the set publishes or the column `split` names. What they leave open
+    follows its patient, so that no patient is trained and tested on, or is split by a hash of the
+    patient alone: 70 % train, 10 % val, 20 % test, the same in every run. `ratio`: the percent of
+    the training patients that are taken, by another hash."""
+    path, root = find_table(data, root), Path(root or ".")
+    rows, test_is_given = read_rows(data, root, uncertain)
+    part_of, several = {}, set()
+    for _, patient, part in rows.values():
+        if patient and part and part_of.setdefault(patient, part) != part:
+            several.add(patient)
+    if several:
+        those = f"{len(several)} patients have images in several parts, one is {min(several)}"
+        print(f"WARNING: {path}: {those}: their test scores are too good")
+    parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
+    for name, (labels, patient, part) in rows.items():
+        digest = hashlib.sha256((patient or name).encode()).digest()
+        chance, other = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))
+        if test_is_given:
+            chance *= 0.8
+        part = part or part_of.get(patient)
+        if not part:
+            part = "train" if chance < 0.7 else "val" if chance < 0.8 else "test"
+        if part != "train" or other < ratio / 100:
+            parts[part][0].append(name)
+            parts[part][1].append(labels)
+    for part, (names, _) in parts.items():
+        if not names:
+            found = f"none among {len(rows)}; a column `split` names the parts"
+            raise InputError(path, f"images of the part {part}", found)
+    return {part: (names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
+
+
+def name_chexpert_test(count):
+    """Says in one line which of CheXpert's published lists a test part of `count` images is."""
+    return {
+        234: "CheXpert's 234 validation images, on which MRM tests",
+        668: "CheXpert's own 668 test images, on which MED-PEFT tests",
+    }.get(count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
+
+
+# --------------------------------------------------------------------------------------------------
+# The images of a list, with their reports and masks
+
+
+def locate(data, root, names, allow_outside=False):
+    """The path of each image, named relative to the layout's image folder or to the root, with its
+    ending in any case or without it. None stands for a name that is not there, "" for one that
+    leads out of the root, unless `allow_outside`."""
+    root, layout = str(root or "."), DATASETS[data]
+    folders = (layout["images"], layout.get("or", ""), "")
+    folders = list(dict.fromkeys(os.path.join(root, folder) for folder in folders))
+    inside = os.path.join(os.path.abspath(root), "")
+
+    @functools.cache
+    def listing(folder):
+        """The files of a folder by their names with the ending in lower case, and without it."""
+        there = {}
+        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            stem, ending = split_ending(file)
+            there[stem + ending.lower()] = os.path.join(folder, file)
+            there.setdefault(stem, os.path.join(folder, file))
+        return there
+
+    def find(name):
+        name = plain_name(name)
+        places = [os.path.join(folder, name) for folder in folders]
+        if not allow_outside and (".." in name or os.path.isabs(name)):
+            places = [place for place in places if os.path.abspath(place).startswith(inside)]
+        stem, ending = split_ending(os.path.basename(name))
+        similar = (listing(os.path.dirname(place)).get(stem + ending.lower()) for place in places)
+        for place in itertools.chain(places, filter(None, similar)):
+            if os.path.isfile(place):
+                return place
+        return None if len(places) == len(folders) else ""
+
+    return list(map(find, names))
+
+
+def find_images(data, root, names, source, allow_outside=False):
+    """The path of every name in the list or CSV `source`, as `locate` finds it. A name that is
+    missing or leads out of the root is refused with its line."""
+    paths = locate(data, root, names, allow_outside)
+    wrong = [i for i, path in enumerate(paths) if not path]
+    if wrong:
+        name, path, line = names[wrong[0]], paths[wrong[0]], "?"
+        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")  # and no part of one
+        for number, text in read_lines(source):
+            if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name:
+                line = number
+                break
+        folder = os.path.join(root or ".", DATASETS[data]["images"])
+        reason = f"no image {name!r} in {folder} ({len(wrong)} of {len(names)} are missing)"
+        if path == "":
+            reason = f"{name!r} leads out of {root or '.'}; --allow-outside reads such images"
+        raise InputError(f"{source}: line {line}: {reason}")
+    return paths
+
+
+def read_reports(path, root, allow_outside=False):
+    """The records of a training.csv (image_path, report_content): (image paths, reports).
+    A report may be empty."""
+    rows = list(read_csv(path, ("image_path", "report_content")))
+    for line, name, _ in rows:
+        if not name:
+            raise InputError(f"{path}: line {line}", "an image and its report", "no image_path")
+    if not rows:
+        raise InputError(path, "records below the header", "none")
+    names, reports = [plain_name(name) for _, name, _ in rows], [report for *_, report in rows]
+    return find_images("csv", root, names, path, allow_outside), reports
+
+
+class Runs(NamedTuple):
+    """The mask of an image in a CSV of run lengths: where it stands, whether its starts are
+    absolute, and the text of each of its rows."""
+
+    where: str
+    absolute: bool
+    rows: list
+
+
+def find_masks(masks, keys, paths, empty=()):
+    """The mask of each image, as `read_mask` takes it: a file, `Runs`, or None for an empty one.
+
+    masks: a folder with files KEY.png (`image_keys`), or SIIM's CSV of run lengths. empty: the
+    indices of the images that may have no file."""
+    masks = Path(masks)
+    if masks.is_file():
+        return find_runs(masks, [os.path.basename(key) for key in keys])
+    if not masks.is_dir():
+        raise InputError(f"--masks {masks}: no such folder or CSV")
+    found = [masks / f"{key}.png" for key in keys]
+    lost = [i for i, path in enumerate(found) if not path.is_file() and i not in empty]
+    if lost:
+        image = f"{paths[lost[0]]} ({len(lost)} of {len(paths)} are missing)"
+        raise InputError(f"{found[lost[0]]}: no such mask, of the image {image}")
+    return [str(path) if path.is_file() else None for path in found]
+
+
+def find_runs(path, keys):
+    """The `Runs` of each image in SIIM's CSV (ImageId, EncodedPixels). An image may have several
+    rows, of pairs `start length` or of -1, which stands for no mask. Starts are counted from the
+    end of the last run or, where they rise in every row, from the first pixel, which is 1."""
+    runs, absolute = {}, None
+    for line, name, text in read_csv(path, ("ImageId", "EncodedPixels")):
+        where = f"{path}: line {line}: {name}"
+        if not re.fullmatch(r"-1|\d+ [1-9]\d*( \d+ [1-9]\d*)*", text):
+            raise InputError(where, "-1 or pairs `start length`", text[:40] or "nothing")
+        first = runs.setdefault(split_ending(os.path.basename(name))[0], Runs(where, False, []))
+        first.rows.append(text)
+        if "-1" in first.rows and set(first.rows) != {"-1"}:
+            raise InputError(where, "either -1 or runs in the rows of an image", "both")
+        numbers = list(map(int, text.split()))
+        if len(numbers) > 2:
+            ends = map(sum, zip(numbers[::2], numbers[1::2]))
+            rises = all(start >= end for start, end in zip(numbers[2::2], ends))
+            absolute = rises and absolute is not False
+    lost = [key for key in keys if key not in runs]
+    if lost:
+        count = f"{len(lost)} of {len(keys)}"
+        raise InputError(f"{path}: no row of the image {lost[0]} ({count} are missing)")
+    say_once(f"{path}: the starts of runs are {'absolute' if absolute else 'relative'}")
+    return [runs[key]._replace(absolute=bool(absolute)) for key in keys]
+
+
+def is_empty(source):
+    """Whether a mask, as `find_masks` gives it, is known to be empty before its file is read."""
+    return source is None or (isinstance(source, Runs) and "-1" in source.rows)
+
+
+def read_mask(source, shape, path):
+    """The mask of the image `path`, which is `shape` (H, W) large: bool (H, W). See `find_masks`.
+    A file holds 0 and one other value."""
+    if is_empty(source):
+        return np.zeros(shape, bool)
+    if isinstance(source, Runs):
+        return decode_runs(source, shape, path)
+    pixels, _ = read_pixels(source, grey=True)
+    if pixels.shape != tuple(shape):
+        found = f"{pixels.shape[1]} x {pixels.shape[0]}" if pixels.ndim == 2 else "colour"
+        expected = f"a mask of {shape[1]} x {shape[0]} pixels, as {path}"
+        raise InputError(source, expected, found)
+    values = np.unique(pixels)
+    if values[0] != 0 or len(values) > 2:
+        found = f"{len(values)} values from {values[0]} to {values[-1]}"
+        found += "; save it as PNG, without smoothing"
+        raise InputError(source, "a mask of the values 0 and one other", found)
+    return pixels > 0
+
+
+def decode_runs(source, shape, path):
+    """The mask of `Runs`, which go down the columns."""
+    flat = np.zeros(shape[0] * shape[1], bool)
+    for row in source.rows:
+        numbers, end = list(map(int, row.split())), 0
+        for start, length in zip(numbers[::2], numbers[1::2]):
+            start = start - 1 if source.absolute else end + start
+            end = start + length
+            if start < 0 or end > flat.size:
+                expected = f"runs within the {flat.size} pixels of {path}"
+                raise InputError(source.where, expected, f"pixels {start} to {end}")
+            flat[start:end] = True
+    return flat.reshape(shape[::-1]).T
+
+
+# --------------------------------------------------------------------------------------------------
+# Patients, and the films that a model was trained on
+
+# The patient in a name of NIH's or CheXpert's
+WRITTEN_PATIENT = re.compile(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)")
+
+
+def patient_table(root):
+    """{key of an image: its patient} by patients.csv or records.csv (columns image_path,
+    patient_id) at the root; empty without them."""
+    tables = [Path(root or ".") / name for name in ("patients.csv", "records.csv")]
+    table = next((path for path in tables if path.exists()), None)
+    rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
+    keys = image_keys(root, [name for _, name, _ in rows])
+    return dict(zip(keys, [patient for *_, patient in rows]))
+
+
+def patient_ids(root, names):
+    """The patient of each name, None where unknown: by `patient_table`, else by the name as NIH
+    (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write it."""
+    table, keys = patient_table(root), image_keys(root, names)
+    written = [WRITTEN_PATIENT.search(key) for key in keys]
+    return [table.get(key) or (found and found[0].strip("/")) for key, found in zip(keys, written)]
+
+
+def not_excluded(paths, exclude, root):
+    """The indices of the paths that are neither in the list file `exclude` nor of a patient in it.
+    Warns of its names that are of no image and no patient among the paths."""
+    listed = [split_line(line)[0] for _, line in read_lines(exclude)]
+    theirs = list(zip(image_keys(root, listed), patient_ids(root, listed)))
+    ours = list(zip(image_keys(root, paths), patient_ids(root, paths)))
+
+    def alone(films, others):
+        """The indices of the films whose image and patient are not among the others'."""
+        keys, patients = {key for key, _ in others}, {patient for _, patient in others} - {None}
+        return [
+            i for i, film in enumerate(films) if film[0] not in keys and film[1] not in patients
+        ]
+
+    lost = alone(theirs, ours)
+    if lost:
+        count, first = f"{len(lost)} of {len(theirs)}", theirs[lost[0]][0]
+        here = "of no image here and of no patient of one"
+        warn(f"{exclude}: {count} names are {here}, the first: {first!r}")
+    return alone(ours, theirs)
+
+
+def film_hashes(root, names):
+    """Hashes of the image of each name and of its patient, where the name tells one, else None:
+    two lists of the first 8 bytes of a sha256 as signed integers.
+
+    Folders before the patient's part of a name do not count, so that copies of a data set that lie
+    otherwise on disk agree. Drawn films are called like NIH's, and have hashes of their own."""
+    drawn = "demo " if (Path(root or ".") / "demo.json").is_file() else ""
+
+    def number(text):
+        digest = hashlib.sha256((drawn + text).encode()).digest()
+        return int.from_bytes(digest[:8], "big", signed=True)
+
+    films, patients = [], []
+    for key in image_keys(root, names):
+        written = WRITTEN_PATIENT.search(key)
+        films.append(number("film " + (key[written.start() :].strip("/") if written else key)))
+        patients.append(number("patient " + written[0].strip("/")) if written else None)
+    return films, patients
+
+
+def hash_films(root, names, *others):
+    """What a checkpoint keeps of the films that it was trained on: their hashes and those of their
+    patients, sorted, as one int64 tensor. `others`: such tensors of earlier training, or None."""
+    films, patients = film_hashes(root, names)
+    hashes = {*films, *patients} - {None}
+    hashes.update(*(tensor.tolist() for tensor in others if tensor is not None))
+    return torch.tensor(sorted(hashes), dtype=torch.int64)
+
+
+def trained_on(root, names, hashes):
+    """Which films were trained on, by `hashes` of `hash_films`: (those films, those of a patient
+    with a film that was), two lists of bools. Patients are found by their name's part, and by
+    `patient_table` where a trained film stands in it."""
+    hashes = set(hashes.tolist())
+    films, written = film_hashes(root, names)
+    table = patient_table(root)
+    known = {table[key] for key, film in zip(table, film_hashes(root, table)[0]) if film in hashes}
+    both = zip(written, patient_ids(root, names))
+    patients = [mark in hashes or patient in known for mark, patient in both]
+    return [film in hashes for film in films], patients
+
+
+def read_pretraining(path, root):
+    """The hashes (`hash_films`) of the films in a list file or a CSV with a column image_path,
+    image, Path or Image Index, or those that a checkpoint holds."""
+    path = Path(path)
+    if path.is_dir() or path.suffix in (".pt", ".pth"):
+        path = checkpoint_file(path, "adapter.pt", "best.pt", "last.pt")
+        hashes = load_checkpoint(path).get("trained_on")
+        if not torch.is_tensor(hashes) or hashes.dtype != torch.int64:
+            found = "one that does not; give the list that it was trained on"
+            raise InputError(path, "a checkpoint that names its training films", found)
+        return hashes
+    lines = read_lines(path)
+    if not lines:
+        raise InputError(path, "a list of images", "an empty file")
+    if path.suffix.lower() != ".csv":
+        return hash_films(root, [split_line(line)[0] for _, line in lines])
+    header, columns = read_header(path), ("image_path", "image", "Path", "Image Index")
+    column = next((name for name in columns if name in header), None)
+    if column is None:
+        raise InputError(f"{path}: line 1", f"a column {' or '.join(columns)}", ", ".join(header))
+    names = [name for _, name in read_csv(path, (column,))]
+    return hash_films(root, [name.removeprefix("CheXpert-v1.0-small/") for name in names])
+
+
 # --------------------------------------------------------------------------------------------------
 # The report tokenizer
 
@@ -1541,10 +1572,14 @@ def demo_root(root="", pairs=False):
 # with the space before it; no token crosses words. In scripts without spaces (Chinese, Japanese,
 # Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256 bytes, the merges,
 # then the special tokens.
-UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
-            "\U00020000-\U0003ffff")
-WORD = (rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
-        r"| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+")
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
+    "\U00020000-\U0003ffff"
+)
+WORD = (
+    rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
+    r"| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"
+)
 SPECIAL = ("<pad>", "<mask>", "<eot>")
 
 
@@ -1556,18 +1591,21 @@ def split_words(report):
 def make_encoding(merges):
     """The tiktoken encoding of a list of byte strings, whose places are their ids."""
     return tiktoken.Encoding(
-        "reports", pat_str=WORD, mergeable_ranks={token: i for i, token in enumerate(merges)},
-        special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)})
+        "reports",
+        pat_str=WORD,
+        mergeable_ranks={token: i for i, token in enumerate(merges)},
+        special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)},
+    )
 
 
 def train_tokenizer(reports, vocab_size):
     """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens.
     Merges the most frequent pair of neighbours within words, ties to the smaller ids, until the
     vocabulary, special tokens included, is full or no pair occurs twice. Returns a
-    tiktoken.Encoding. Raises InputError for a vocabulary below the bytes and special tokens."""
+    tiktoken.Encoding."""
     if vocab_size < 256 + len(SPECIAL):
-        raise InputError("vocabulary size", f"at least {256 + len(SPECIAL)}, the bytes and "
-                         f"{', '.join(SPECIAL)}", vocab_size)
+        expected = f"at least {256 + len(SPECIAL)}, the bytes and {', '.join(SPECIAL)}"
+        raise InputError("vocabulary size", expected, vocab_size)
     counted = Counter(word for report in reports for word in split_words(report))
     words, counts = [list(word.encode()) for word in counted], list(counted.values())
     tokens = [bytes([i]) for i in range(256)]
@@ -1620,7 +1658,7 @@ def save_tokenizer(enc, path):
 
 
 def load_tokenizer(path):
-    """Reads what `save_tokenizer` wrote. Raises InputError, with the line, where it is damaged."""
+    """Reads what `save_tokenizer` wrote."""
     tokens = []  # tiktoken's own loader keeps a copy by path and would miss that the file changed
     for i, line in enumerate(read_text(path).splitlines()):
         try:
@@ -1629,8 +1667,8 @@ def load_tokenizer(path):
             if int(rank) != i:
                 raise ValueError
         except ValueError:
-            raise InputError(f"{path}: line {i + 1}", f"a token in base64 and its rank {i}",
-                             repr(line[:60])) from None
+            expected, found = f"a token in base64 and its rank {i}", repr(line[:60])
+            raise InputError(f"{path}: line {i + 1}", expected, found) from None
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
         raise InputError(path, "different tokens, all 256 bytes among them", "a damaged file")
     return make_encoding(tokens)
@@ -1646,7 +1684,7 @@ def encode_reports(enc, reports, length):
     for i, report in enumerate(reports):
         coded = [(token, w) for w, word in enumerate(split_words(report)) for token in pieces(word)]
         coded = torch.tensor(coded[:length]).reshape(-1, 2)
-        tokens[i, :len(coded)], words[i, :len(coded)] = coded.T
+        tokens[i, : len(coded)], words[i, : len(coded)] = coded.T
     return tokens, words
 
 
@@ -1665,13 +1703,7 @@ def hide_words(enc, tokens, words, ratio, generator=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# Augmentations and batches
-
-
-def seeded(*numbers):
-    """A torch.Generator whose stream depends on all the given integers."""
-    sequence = np.random.SeedSequence([number % 2**32 for number in numbers])
-    return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
+# Crops, sets of images and their batches
 
 
 def statistics(images, mean=None, std=None):
@@ -1707,8 +1739,9 @@ def resize_pair(pair, size):
     return torch.cat([resize(pair[:1], size), mask.to(pair.dtype)])
 
 
-def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
-                        pair=False):
+def random_resized_crop(
+    images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None, pair=False
+):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
     crop of its own for each image. `pair`: the channels are an image and its mask. Sampled as
@@ -1727,8 +1760,10 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     left = torch.where(fits, draw[3, :, 0] * (w - width + 1), (w - width) / 2)
     boxes = torch.stack([top, left, height, width]).T.int().tolist()
     scaled = resize_pair if pair else resize
-    return torch.stack([scaled(image[:, y:y + height, x:x + width], (size, size))
-                        for image, (y, x, height, width) in zip(images, boxes)])
+    crops = []
+    for image, (y, x, height, width) in zip(images, boxes):
+        crops.append(scaled(image[:, y : y + height, x : x + width], (size, size)))
+    return torch.stack(crops)
 
 
 def random_flip(images, generator=None):
@@ -1738,21 +1773,34 @@ def random_flip(images, generator=None):
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
+def read_bytes(path, short_side, deep=None, enlarge=True):
+    """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
+    return (read_image(path, short_side, deep, enlarge) * 255).round_().byte().numpy()
+
+
+def read_pair(item, side, deep=None):
+    """An image and its mask, both squeezed into a square: uint8 (2, side, side), the mask 0 or 255.
+    item: (path, the mask as `find_masks` gives it)."""
+    image = read_image(item[0], deep=deep)
+    mask = torch.from_numpy(np.ascontiguousarray(read_mask(item[1], image.shape[1:], item[0])))
+    pair = resize_pair(torch.cat([image, mask[None].float()]), (side, side))
+    return (pair * 255).round_().byte().numpy()
+
+
 class ImageSet(torch.utils.data.Dataset):
     """Grey images whose shorter side is `size`, as 8 bits, read when they are asked for.
 
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
-    `augment(images, generator=)`; (seed, draw) seed the generator, so that neither workers nor
+    `augment(images, generator=)`, which gets (B, 1, H, W), or a list of (1, H, W) where shapes
+    differ, and can be pickled. (seed, draw) seed the generator, so that neither workers nor
     resuming change it. Without `augment` it holds the centre crops of `crop` pixels a side
-    (default: `size`). set[i] is (image, i).
-    `augment` gets (B, 1, H, W), or a list of (1, H, W) where shapes differ; for workers it must be
-    one that can be pickled. `deep` is the number that stands for white in 16-bit files (default:
-    `full_scale` of the largest value in 32 of them). `masks`, one an image as `find_masks` gives
-    them, make each item a whole image and its mask as two channels (2, size, size). Without
-    `enlarge`, for an `augment` that takes crops, images below `size` stay as they are."""
+    (default: `size`). set[i] is (image, i). `deep` is white in 16-bit files (default:
+    `common_scale`). `masks`, as `find_masks` gives them, make each item a whole image and its mask
+    as two channels (2, size, size). Without `enlarge` images below `size` stay as they are."""
 
-    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
-                 enlarge=True):
+    def __init__(
+        self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None, enlarge=True
+    ):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
@@ -1769,26 +1817,27 @@ class ImageSet(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.names)
 
+    def reader(self):
+        """What reads one item, a path or a (path, mask), as a uint8 array."""
+        if self.masks is not None:
+            return functools.partial(read_pair, side=self.size, deep=self.deep)
+        size, deep = self.size, self.deep
+        return functools.partial(read_bytes, short_side=size, deep=deep, enlarge=self.enlarge)
+
     def read(self, index):
         """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
         if self.cache is not None:
             return self.cache[index]
-        if self.masks is not None:
-            pair = self.path(index), self.masks[index]
-            return torch.from_numpy(read_pair(pair, self.size, self.deep))
-        return torch.from_numpy(read_bytes(self.path(index), self.size, self.deep, self.enlarge))
+        path = self.path(index)
+        item = path if self.masks is None else (path, self.masks[index])
+        return torch.from_numpy(self.reader()(item))
 
     def preload(self, limit=2 * 2**30):
         """Decodes all images into memory, if they take less than `limit` bytes; returns self."""
         channels = 1 if self.masks is None else 2
         if self.cache is None and channels * len(self) * self.size**2 * 1.25 < limit:
-            read, items = functools.partial(read_bytes, short_side=self.size,
-                                            enlarge=self.enlarge), self.paths
-            if self.masks is not None:
-                read, items = functools.partial(read_pair, side=self.size), list(
-                    zip(self.paths, self.masks))
-            read = functools.partial(read, deep=self.deep)
-            images = [torch.from_numpy(image) for image in over_images(read, items)]
+            items = self.paths if self.masks is None else list(zip(self.paths, self.masks))
+            images = [torch.from_numpy(image) for image in over_images(self.reader(), items)]
             same = len({image.shape for image in images}) == 1
             self.cache = torch.stack(images) if same else images
         return self
@@ -1810,7 +1859,7 @@ class ImageSet(torch.utils.data.Dataset):
     def centre(self, image):
         """The (1, crop, crop) in the middle of an image (1, H, W)."""
         top, left = ((side - self.crop) // 2 for side in image.shape[1:])
-        return image[:, top:top + self.crop, left:left + self.crop]
+        return image[:, top : top + self.crop, left : left + self.crop]
 
 
 def load_batches(dataset, keys, workers):
@@ -1819,9 +1868,10 @@ def load_batches(dataset, keys, workers):
         yield from map(dataset.__getitem__, keys)
         return
     try:
-        yield from torch.utils.data.DataLoader(
-            dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork" if sys.platform == "linux" else None)
+        context = "fork" if sys.platform == "linux" else None
+        options = {"pin_memory": torch.cuda.is_available(), "multiprocessing_context": context}
+        loader = torch.utils.data.DataLoader
+        yield from loader(dataset, None, sampler=keys, num_workers=workers, **options)
     except InputError as error:  # a worker's error arrives with its traceback, the message last
         message = str(error).strip().split("\n")[-1]
         raise InputError(message.partition("InputError: ")[2]) from None
@@ -1831,6 +1881,7 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
     """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B in each process.
     All steps together walk along one endless row of epochs, each a permutation seeded by (seed,
     epoch); a step takes the next world * batch_size. So its number alone fixes what it holds."""
+
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
         return torch.randperm(len(dataset), generator=seeded(seed, epoch)).tolist()
@@ -1849,7 +1900,7 @@ def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
     """Each image of this process's share once, in order: (images, indices (B,)); the last batch may
     be smaller."""
     share = range(rank, len(dataset), world)
-    keys = [(list(share[i:i + batch_size]), 0) for i in range(0, len(share), batch_size)]
+    keys = [(list(share[i : i + batch_size]), 0) for i in range(0, len(share), batch_size)]
     return load_batches(dataset, keys, workers)
 
 
@@ -1861,9 +1912,8 @@ def read_slice(path, rescale=None, blank=False):
     """A 2-D image as float32 (C, H, W) in [-1, 1], C = 1 or 3; background is exactly -1.
 
     .npy and NIfTI keep their numbers, which must lie in [-1, 1]; pictures run from -1 (black) to 1
-    (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips. Raises InputError
-    for what cannot be read, sides below 32, constant images unless `blank`, numbers outside, and
-    DICOM, whose numbers are stretched file by file."""
+    (full scale). `rescale` = (lo, hi) maps lo..hi to -1..1 instead and clips. Refused are sides
+    below 32, constant images unless `blank`, and DICOM, whose numbers are stretched by file."""
     pixels, white = read_pixels(path)
     pixels = pixels.astype(np.float32)
     if white == 1:
@@ -1872,22 +1922,22 @@ def read_slice(path, rescale=None, blank=False):
         raise InputError(path, "at least 32 x 32 pixels", " x ".join(map(str, pixels.shape[:2])))
     low, high = float(pixels.min()), float(pixels.max())
     if low == high and not blank:
-        raise InputError(f"{path}: a constant image, every value is {low:g}: nothing to learn or "
-                         "measure, remove the pair")
+        reason = f"every value is {low:g}: nothing to learn or measure, remove the pair"
+        raise InputError(f"{path}: a constant image, {reason}")
     span = rescale or (white and (0, white))
     if span:
         pixels = np.clip((pixels - span[0]) * (2 / (span[1] - span[0])) - 1, -1, 1)
     elif low < -1 or high > 1:
-        raise InputError(path, "values from -1 to 1",
-                         f"{low:g} to {high:g}: --rescale LO,HI maps LO..HI to -1..1")
+        found = f"{low:g} to {high:g}: --rescale LO,HI maps LO..HI to -1..1"
+        raise InputError(path, "values from -1 to 1", found)
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
 
 def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] in the format of the file `source`.
     `rescale` = (lo, hi) are the numbers that stand for -1 and 1. .npy and NIfTI keep the type of
-    `source` where that holds these, integers in 64 steps or more, else become float32; a NIfTI
-    keeps its header. Raises InputError for a picture whose type does not hold them."""
+    `source` where it `holds` these, else become float32; a picture is then refused. A NIfTI keeps
+    its header."""
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     low, high = rescale or (-1, 1)
@@ -1904,14 +1954,11 @@ def write_slice(path, image, source, rescale=None):
             dtype = np.dtype({"I": np.uint16, "F": np.float32}.get(mode[0], np.uint8))
             if dtype.kind == "u" and not rescale:
                 low, high = 0, np.iinfo(dtype).max
-    holds = dtype.kind == "f" or (dtype.kind in "iu" and high - low >= 64)
-    if holds:
-        limits = np.finfo(dtype) if dtype.kind == "f" else np.iinfo(dtype)
-        holds = float(limits.min) <= low and high <= float(limits.max)
-    if not holds and kind == "picture":
-        raise InputError(source, f"a format that holds B's values, {low:g} to {high:g}",
-                         f"{dtype} {form}; keep A as .npy or NIfTI")
-    dtype = dtype if holds else np.dtype(np.float32)
+    if not holds(dtype, low, high):
+        if kind == "picture":
+            expected = f"a format that holds B's values, {low:g} to {high:g}"
+            raise InputError(source, expected, f"{dtype} {form}; keep A as .npy or NIfTI")
+        dtype = np.dtype(np.float32)
     values = (array + 1) * ((high - low) / 2) + low
     values = (values if dtype.kind == "f" else values.round()).astype(dtype)
     if kind == "npy":
@@ -1929,18 +1976,31 @@ def write_slice(path, image, source, rescale=None):
         atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **quality))
 
 
+def holds(dtype, low, high):
+    """Whether a type holds the numbers from `low` to `high`, integers in 64 steps or more."""
+    if dtype.kind == "f":
+        limits = np.finfo(dtype)
+    elif dtype.kind in "iu" and high - low >= 64:
+        limits = np.iinfo(dtype)
+    else:
+        return False
+    return float(limits.min) <= low and high <= float(limits.max)
+
+
 def list_slices(folder):
-    """The names of the images in a folder, sorted. Raises InputError where there is none."""
+    """The names of the images in a folder, sorted."""
     return [os.path.relpath(path, folder) for path in list_images(folder)]
 
 
 def list_pairs(folder):
-    """The names that `folder`/A and `folder`/B share. Raises InputError for names on one side."""
+    """The names that `folder`/A and `folder`/B share; none may be on one side alone."""
     a, b = (set(list_slices(Path(folder) / side)) for side in "AB")
-    lone = [f"only in {side}: {', '.join(sorted(names)[:5])} ({len(names)})"
-            for side, names in (("A", a - b), ("B", b - a)) if names]
+    lone = ""
+    for side, names in (("A", sorted(a - b)), ("B", sorted(b - a))):
+        if names:
+            lone += f"; only in {side}: {', '.join(names[:5])} ({len(names)})"
     if lone:
-        raise InputError(f"{folder}: A and B must hold the same file names; {'; '.join(lone)}")
+        raise InputError(f"{folder}: A and B must hold the same file names{lone}")
     return sorted(a)
 
 
@@ -2036,25 +2096,27 @@ class Pairs(torch.utils.data.Dataset):
             if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = a, b
             if a.shape[1:] != b.shape[1:]:
-                raise InputError(self.folder / "B" / name, f"{tuple(a.shape[1:])} pixels, as its A",
-                                 tuple(b.shape[1:]))
+                expected = f"{tuple(a.shape[1:])} pixels, as its A"
+                raise InputError(self.folder / "B" / name, expected, tuple(b.shape[1:]))
             first = first or (a.shape, b.shape)
             if (a.shape, b.shape) != first:
                 shapes = f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all N x N)"
-                raise InputError(self.folder / "A" / name, "the shapes of the files before it, "
-                                 + shapes, f"{tuple(a.shape)} and {tuple(b.shape)}")
+                expected = f"the shapes of the files before it, {shapes}"
+                found = f"{tuple(a.shape)} and {tuple(b.shape)}"
+                raise InputError(self.folder / "A" / name, expected, found)
         for side, span, value in zip("AB", self.rescale, highest):
             if span is None and value < -0.87:  # 4095 of 65535 is -0.875
-                raise InputError(self.folder / side, "values up to 1", f"{value:.3f} at most; does "
-                                 "it hold 12 bits in 16? --rescale LO,HI maps LO..HI to -1..1")
+                advice = "does it hold 12 bits in 16? --rescale LO,HI maps LO..HI to -1..1"
+                found = f"{value:.3f} at most; {advice}"
+                raise InputError(self.folder / side, "values up to 1", found)
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):
         return len(self.names)
 
     def read(self, name):
-        return [fit_square(read_slice(self.folder / side / name, span), self.size)
-                for side, span in zip("AB", self.rescale)]
+        places = ((self.folder / side / name, span) for side, span in zip("AB", self.rescale))
+        return [fit_square(read_slice(path, span), self.size) for path, span in places]
 
     def __getitem__(self, keys):
         """The batch of a list of (epoch, index): each part of the items stacked to (B, C, H, W)."""
@@ -2078,7 +2140,7 @@ class Pairs(torch.utils.data.Dataset):
                 order = np.random.default_rng([seed, epoch]).permutation(len(self))
                 order = np.resize(order, math.ceil(len(order) / world) * world)
             own = [(epoch, int(index)) for index in order[rank::world]]
-            keys += [own[i:i + batch] for i in range(0, len(own), batch)]
+            keys += [own[i : i + batch] for i in range(0, len(own), batch)]
         return load_batches(self, keys[start:], workers)
 
 
@@ -2115,29 +2177,35 @@ def fit_square(image, size):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     root: str = option("", "folder of the data set")
-    data: str = option("", "default: covid with ROOT/splits, else demo", choices=["", *DATASETS])
+    data: str = option(
+        "", "default: covid with ROOT/splits, else by its table, else demo", choices=["", *DATASETS]
+    )
     split: str = option("", "of a layout with several splits, this one only")
     allow_outside: bool = option(False, "also images that the lists name outside ROOT")
-    pretraining: str = option("", "list, CSV or checkpoint of ours with the images that a model was"
-                              " trained on before: which test images and patients are in it")
+    pretraining: str = option(
+        "",
+        "list, CSV or checkpoint of ours with the images that a model was"
+        " trained on before: which test images and patients are in it",
+    )
 
 
 def audit(config):
     """Prints images, patients and positives of every list, then what is wrong: a patient or the
     same pixels in two parts, test images that were pretrained on, files that are missing or
-    unreadable, bad lines. Returns 1 where anything is wrong, else 0. Raises InputError where there
-    are no lists."""
+    unreadable, bad lines. Returns 1 where anything is wrong, else 0."""
     if not config.root:
         raise InputError("audit", "--root DIR", "none")
     root = Path(config.root)
-    data = config.data or ("covid" if (root / "splits").is_dir() else "demo")
+    tables = [name for name in TABLES if find_table(name, root)]
+    data = config.data or ("covid" if (root / "splits").is_dir() else [*tables, "demo"][0])
     lists, problems = read_every_list(data, root, config.split)
-    names = sorted({name for listed, _ in lists.values() for name in listed})
+    names = sorted({name for listed, _, _ in lists.values() for name in listed})
     patients = dict(zip(names, patient_ids(root, names)))
+    if find_table(data, root):
+        patients |= {name: row[1] for name, row in read_rows(data, root)[0].items()}
     found = locate(data, root, names, config.allow_outside)
     paths = [path or name for path, name in zip(found, names)]
     digests, wrong = zip(*over_images(pixel_hash, paths))
-    digest_of = dict(zip(names, digests))
     problems += filter(None, wrong)
     folder = root / DATASETS[data]["images"]
     there = list_images(folder if folder.is_dir() else root)
@@ -2146,49 +2214,25 @@ def audit(config):
         print(f"{len(unlisted)} images are in no list, such as {min(unlisted)}")
     people = {key: {patients[name] for name in lists[key][0]} - {None} for key in lists}
     print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
-    for (split, part), (listed, labels) in lists.items():
-        classes = class_names(data, root, split, labels.shape[1])
+    for key, (listed, labels, classes) in lists.items():
         counts = ", ".join(f"{name} {int(count)}" for name, count in zip(classes, labels.sum(0)))
-        count = len(people[split, part]) or "?"
-        print(f"{f'{split} {part}'.strip():24s}{len(listed):8d}{count:>10}  {counts}")
-    for a, b in itertools.combinations(lists, 2):
-        if a[0] != b[0] or (a[1].startswith("train") and b[1].startswith("train")):
-            continue  # lists of other splits, or training lists, may share images
-        both, twice = f"{a[0]} {a[1]} and {b[1]}".strip(), sorted(people[a] & people[b])
-        first = {digest_of[name]: name for name in lists[a][0] if digest_of[name]}
-        same = [f"{first[digest_of[name]]} = {name}" for name in lists[b][0]
-                if digest_of[name] in first]
-        if twice:
-            problems.append(f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}")
-        if same:
-            problems.append(f"{both}: {len(same)} images with the same pixels in both: "
-                            f"{', '.join(same[:5])}")
+        title, count = " ".join(key).strip(), len(people[key]) or "?"
+        print(f"{title:24s}{len(listed):8d}{count:>10}  {counts}")
+    problems += leaks(lists, people, dict(zip(names, digests)))
     if config.pretraining:
         problems += audit_pretraining(config.pretraining, root, lists)
-    print("\n".join(problems)
-          or "nothing wrong: no patient and no image in two parts, every file readable")
+    sound = "nothing wrong: no patient and no image in two parts, every file readable"
+    print("\n".join(problems) or sound)
     return int(bool(problems))
 
 
-def audit_pretraining(path, root, lists):
-    """What is wrong with the test lists for a model that was trained on the films of `path`."""
-    hashes, problems = read_pretraining(path, root), []
-    for (split, part), (names, _) in lists.items():
-        films, patients = trained_on(root, names, hashes)
-        more = sum(patient and not film for film, patient in zip(films, patients))
-        where = f"{split} {part}".strip()
-        said = (f"{where}: {sum(films)} of {len(names)} images are in {path}, and {more} more are "
-                "of a patient in it")
-        if part.startswith("test") and (sum(films) or more):
-            name = next(name for name, *found in zip(names, films, patients) if any(found))
-            problems.append(f"{said}, the first: {name}")
-        else:
-            print(said)
-    return problems
-
-
 def read_every_list(data, root, split):
-    """Every list of a layout that is there: ({(split, part): (names, labels)}, [what is wrong])."""
+    """The lists of a layout that are there, or the parts of its table, as {(split, part): (names,
+    labels, classes)}, and what is wrong with them."""
+    table = find_table(data, root)
+    if table:
+        classes, parts = table_columns(data, table)[1], read_table(data, root)
+        return {("", part): (*listed, classes) for part, listed in parts.items()}, []
     layout, splits = DATASETS[data], [split]
     if "{split}" in layout["val"] and not split:
         splits = sorted(path.name for path in root.glob("splits/*") if path.is_dir()) or [""]
@@ -2200,11 +2244,48 @@ def read_every_list(data, root, split):
             if not path.exists():
                 continue
             try:
-                lists[split, path.stem] = read_list(path)
+                names, labels = read_list(path)
             except InputError as error:
                 problems.append(str(error))
-                lists[split, path.stem] = read_list(path, skip_bad=True)
+                names, labels = read_list(path, skip_bad=True)
+            classes = class_names(data, root, split, labels.shape[1])
+            lists[split, path.stem] = names, labels, classes
     return lists, problems
+
+
+def leaks(lists, people, digest_of):
+    """The patients and the pixels that two parts share. people: the patients of each list;
+    digest_of: the hash of each image by name."""
+    problems = []
+    for a, b in itertools.combinations(lists, 2):
+        if a[0] != b[0] or (a[1].startswith("train") and b[1].startswith("train")):
+            continue  # lists of other splits, or training lists, may share images
+        both, twice = f"{a[0]} {a[1]} and {b[1]}".strip(), sorted(people[a] & people[b])
+        first = {digest_of[name]: name for name in lists[a][0] if digest_of[name]}
+        same = [(first[digest_of[name]], name) for name in lists[b][0] if digest_of[name] in first]
+        if twice:
+            problems.append(f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}")
+        if same:
+            shown = ", ".join(f"{one} = {other}" for one, other in same[:5])
+            problems.append(f"{both}: {len(same)} images with the same pixels in both: {shown}")
+    return problems
+
+
+def audit_pretraining(path, root, lists):
+    """What is wrong with the test lists for a model that was trained on the films of `path`."""
+    hashes, problems = read_pretraining(path, root), []
+    for (split, part), (names, _, _) in lists.items():
+        films, patients = trained_on(root, names, hashes)
+        more = sum(patient and not film for film, patient in zip(films, patients))
+        where = f"{split} {part}".strip()
+        count = f"{sum(films)} of {len(names)} images are in {path}"
+        said = f"{where}: {count}, and {more} more are of a patient in it"
+        if part.startswith("test") and (sum(films) or more):
+            name = next(name for name, *found in zip(names, films, patients) if any(found))
+            problems.append(f"{said}, the first: {name}")
+        else:
+            print(said)
+    return problems
 
 
 def main(argv=None):

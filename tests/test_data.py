@@ -2107,6 +2107,56 @@ def test_the_published_test_lists_of_chexpert_are_named():
     assert said[9].startswith("9 images, neither")
 
 
+def test_the_audit_reads_a_table_where_there_are_no_lists(tmp_path, photo, capsys):
+    """The patients are the table's own; a patient or an image in two parts is found."""
+    (tmp_path / "images").mkdir()
+    rows = ["image,Edema,Mass,patient,split", "0.png,1,0,p0,train", "1.png,0,1,p1,train"]
+    rows += ["2.png,1,1,p2,val", "3.png,0,0,p3,test"]
+    for i in range(5):
+        Image.fromarray(np.roll(photo[:64, :64], i, 0)).save(tmp_path / f"images/{i}.png")
+    write_table(tmp_path, "labels.csv", rows)
+    for layout in ("", "csv"):  # found by the table, or named
+        status, text = audit(tmp_path, capsys, data=layout)
+        assert status == 0 and "1 images are in no list, such as 4" in text
+        assert "train                          2         2  Edema 1, Mass 1" in text
+        assert "test                           1         1  Edema 0, Mass 0" in text
+    write_table(tmp_path, "labels.csv", rows + ["4.png,1,0,p0,test"])
+    Image.fromarray(photo[:64, :64]).save(tmp_path / "images/2.png")  # as 0.png
+    status, text = audit(tmp_path, capsys)
+    assert status == 1 and "train and test: 1 patients in both: p0" in text
+    assert "train and val: 1 images with the same pixels in both: 0.png = 2.png" in text
+    fails(lambda: audit(write_table(tmp_path, "labels.csv", rows[:3]), capsys), "part val")
+
+
+@pytest.mark.parametrize("layout", ["nih", "chexpert"])
+def test_the_audit_reads_the_published_tables(tmp_path, photo, capsys, layout):
+    if layout == "nih":
+        names = [f"{i // 2:08d}_{i % 2:03d}.png" for i in range(60)]
+        rows = ["Image Index,Finding Labels,Patient ID"]
+        rows += [f"{name},Mass,{i // 2}" for i, name in enumerate(names)]
+        write_table(tmp_path, "Data_Entry_2017.csv", rows)
+        names = [f"all_classes/{name}" for name in names]
+    else:
+        names = [f"train/patient{i:05d}/study1/view1_frontal.jpg" for i in range(57)]
+        names += [f"valid/patient{i:05d}/study1/view1_frontal.jpg" for i in range(57, 60)]
+        rows = [f"CheXpert-v1.0-small/{name},1,,0,-1,1" for name in names]
+        header = "Path," + ",".join(data.CHEXPERT_CLASSES)
+        write_table(tmp_path, "train.csv", [header, *rows[:57]])
+        write_table(tmp_path, "valid.csv", [header, *rows[57:]])
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo[i : i + 40, :40]).save(tmp_path / name, quality=100)
+    parts = data.read_table(layout, tmp_path)
+    status, text = audit(tmp_path, capsys)
+    assert status == 0 and "nothing wrong" in text and "in no list" not in text
+    for part, (listed, labels) in parts.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"{part} ")).split()
+        patients = {re.search(r"\d{8}|patient\d+", name)[0] for name in listed}
+        assert row[1:3] == [str(len(listed)), str(len(patients))]
+        named = {"nih": f"Mass {len(listed)}", "chexpert": f"Edema {int(labels[:, 3].sum())}"}
+        assert named[layout] in text
+
+
 def test_nihs_own_table(tmp_path):
     rows = ["Image Index,Finding Labels,Follow-up #,Patient ID"]
     rows += [f"{i // 3:08d}_{i % 3:03d}.png,No Finding,0,{i // 3}" for i in range(300)]
