@@ -91,21 +91,17 @@ class RunConfig:
     resume: bool = option(False, "go on from OUT/last.pt", free=True)
     seed: int = option(0, "seed of every random choice of the run", within="[0, 4294967295]")
     steps: int = option(None, "optimiser steps, instead of the preset's epochs", within="[1, inf)")
-    epochs: float = option(
-        None, "passes over the data, instead of the preset's steps", within="(0, inf)"
-    )
-    batch_size: int = option(
-        None, "samples of a step, of all processes and passes together", within="[1, inf)"
-    )
+    epochs: float = option(None, "passes over the data, instead of the preset's steps",
+                           within="(0, inf)")
+    batch_size: int = option(None, "samples of a step, of all processes and passes together",
+                             within="[1, inf)")
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
     dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
-    workers: int = option(
-        0, "processes that read images (0: this one)", within="[0, 64]", free=True
-    )
-    kernels: bool = option(
-        True, "Triton kernels on CUDA; --no-kernels runs the torch references", free=True
-    )
+    workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
+                          free=True)
+    kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
+                           free=True)
 
 
 def flag_of(field):
@@ -451,11 +447,9 @@ class Timed:
     def speed(self):
         """The three numbers of log.jsonl and result.json."""
         seconds = max(time.time() - self.began, 1e-9)
-        return {
-            "images_per_second": self.images / seconds,
-            "share_waiting_for_data": self.waited / seconds,
-            "peak_memory_mib": peak_memory_mib(self.device),
-        }
+        return {"images_per_second": self.images / seconds,
+                "share_waiting_for_data": self.waited / seconds,
+                "peak_memory_mib": peak_memory_mib(self.device)}
 
 
 def forget_peak_memory(device):
@@ -566,10 +560,8 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     column = max(widths + [drawn.width for row in rows for drawn in row]) + gap
     width = column * len(titles)
     texts = [textwrap.wrap(text, width // 6) for text in captions or [""] * len(rows)]
-    heights = [
-        max(drawn.height for drawn in row) + line * len(text) + gap
-        for row, text in zip(rows, texts)
-    ]
+    heights = [max(drawn.height for drawn in row) + line * len(text) + gap
+               for row, text in zip(rows, texts)]
     canvas = Image.new("RGB", (gap + width, gap + line + sum(heights)), "white")
     draw, top = ImageDraw.Draw(canvas), gap + line
     for i, title in enumerate(titles):
@@ -640,12 +632,8 @@ IMAGE_SUFFIXES = [
     ".png", ".jpg", ".jpeg", ".npy", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz",
 ]  # fmt: skip
 KINDS = {".npy": "npy", ".dcm": "dicom", ".dicom": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}
-FIRST_BYTES = {
-    "npy": rb"\x93NUMPY",
-    "dicom": rb".{128}DICM",
-    "nifti": rb".{344}n.1\0|.{4}n.2\0",
-    "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}",
-}
+FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}n.1\0|.{4}n.2\0",
+               "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}"}
 
 
 def file_kind(file):
@@ -1009,24 +997,17 @@ NIH_CLASSES = [
     "Hernia",
 ]  # fmt: skip
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
-LISTS = {
-    "train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
-    "val": "val_list.txt",
-    "test": "test_list.txt",
-}
+LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
+         "val": "val_list.txt", "test": "test_list.txt"}
 DATASETS = {
     "demo": {"images": "images", "classes": None, **LISTS},
     "csv": {"images": "images", "classes": None, **LISTS},
     "nih": {"images": "images", "or": "all_classes", "classes": NIH_CLASSES, **LISTS},
     "rsna": {"images": "", "classes": ["Pneumonia"], **LISTS},
     "chexpert": {"images": "", "classes": CHEXPERT_CLASSES, **LISTS},
-    "covid": {
-        "images": "images",
-        "classes": ["COVID-19"],
-        "train": {100: "splits/{split}/train.txt"},
-        "val": "splits/{split}/val.txt",
-        "test": "splits/{split}/test.txt",
-    },
+    "covid": {"images": "images", "classes": ["COVID-19"],
+              "train": {100: "splits/{split}/train.txt"},
+              "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
 }
 NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
 
@@ -1280,10 +1261,9 @@ def read_table(data, root, ratio=100, uncertain="ones"):
 
 def name_chexpert_test(count):
     """Says in one line which of CheXpert's published lists a test part of `count` images is."""
-    return {
-        234: "CheXpert's 234 validation images, on which MRM tests",
-        668: "CheXpert's own 668 test images, on which MED-PEFT tests",
-    }.get(count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
+    return {234: "CheXpert's 234 validation images, on which MRM tests",
+            668: "CheXpert's own 668 test images, on which MED-PEFT tests"}.get(
+                count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1485,9 +1465,8 @@ def not_excluded(paths, exclude, root):
     def alone(films, others):
         """The indices of the films whose image and patient are not among the others'."""
         keys, patients = {key for key, _ in others}, {patient for _, patient in others} - {None}
-        return [
-            i for i, film in enumerate(films) if film[0] not in keys and film[1] not in patients
-        ]
+        return [i for i, film in enumerate(films) if film[0] not in keys
+                and film[1] not in patients]
 
     lost = alone(theirs, ours)
     if lost:
@@ -1572,14 +1551,10 @@ def read_pretraining(path, root):
 # with the space before it; no token crosses words. In scripts without spaces (Chinese, Japanese,
 # Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256 bytes, the merges,
 # then the special tokens.
-UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
-    "\U00020000-\U0003ffff"
-)
-WORD = (
-    rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
-    r"| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+"
-)
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
+            "\U00020000-\U0003ffff")
+WORD = (rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
+        r"| ?[\x00-\x1f!-/:-@\[-`{-\x7f]+")
 SPECIAL = ("<pad>", "<mask>", "<eot>")
 
 
@@ -1591,11 +1566,8 @@ def split_words(report):
 def make_encoding(merges):
     """The tiktoken encoding of a list of byte strings, whose places are their ids."""
     return tiktoken.Encoding(
-        "reports",
-        pat_str=WORD,
-        mergeable_ranks={token: i for i, token in enumerate(merges)},
-        special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)},
-    )
+        "reports", pat_str=WORD, mergeable_ranks={token: i for i, token in enumerate(merges)},
+        special_tokens={name: len(merges) + i for i, name in enumerate(SPECIAL)})
 
 
 def train_tokenizer(reports, vocab_size):
@@ -1739,9 +1711,8 @@ def resize_pair(pair, size):
     return torch.cat([resize(pair[:1], size), mask.to(pair.dtype)])
 
 
-def random_resized_crop(
-    images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None, pair=False
-):
+def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
+                        pair=False):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
     crop of its own for each image. `pair`: the channels are an image and its mask. Sampled as
@@ -1798,9 +1769,8 @@ class ImageSet(torch.utils.data.Dataset):
     `common_scale`). `masks`, as `find_masks` gives them, make each item a whole image and its mask
     as two channels (2, size, size). Without `enlarge` images below `size` stay as they are."""
 
-    def __init__(
-        self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None, enlarge=True
-    ):
+    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
+                 enlarge=True):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
@@ -2177,16 +2147,12 @@ def fit_square(image, size):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     root: str = option("", "folder of the data set")
-    data: str = option(
-        "", "default: covid with ROOT/splits, else by its table, else demo", choices=["", *DATASETS]
-    )
+    data: str = option("", "default: covid with ROOT/splits, else by its table, else demo",
+                       choices=["", *DATASETS])
     split: str = option("", "of a layout with several splits, this one only")
     allow_outside: bool = option(False, "also images that the lists name outside ROOT")
-    pretraining: str = option(
-        "",
-        "list, CSV or checkpoint of ours with the images that a model was"
-        " trained on before: which test images and patients are in it",
-    )
+    pretraining: str = option("", "list, CSV or checkpoint of ours with the images that a model was"
+                              " trained on before: which test images and patients are in it")
 
 
 def audit(config):
