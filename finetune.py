@@ -504,10 +504,14 @@ def recipe_for(family, method, name, percent, images=None):
     The family "small" has ours, for some number of training images, or for some hundreds where that
     is not known yet. Raises InputError for a family that knows no such data."""
     if family == "small" or method == "linear":
-        few, many = images is not None and images < 100, images is not None and images >= 1000
-        size = "below 100" if few else "1,000 or more" if many else "some hundred"
-        changed = FEW[method] if few else MANY[method] if many else {}
-        return SMALL[method] | changed, f"{method}, small models, {size} images"
+        size, changed = "100 to 999 images", {}
+        if images is None:
+            size = "as for some hundred images, whose number is not known yet"
+        elif images < 100:
+            size, changed = "fewer than 100 images", FEW[method]
+        elif images >= 1000:
+            size, changed = "1,000 images or more", MANY[method]
+        return SMALL[method] | changed, f"{method}, small models, {size}"
     cell = (family, method, name, percent)
     if cell in RECIPES:
         return RECIPES[cell], " ".join(map(str, cell)) + " %"
@@ -843,35 +847,40 @@ def fill_cell(config):
     return data.fill(config, {"out": out, "method": method, "ratio": ratio})
 
 
+def read_start(config, classes):
+    """What `config.weights` holds: (config, tensors by name or None for a random start, all that
+    the file says, options that follow from it). fc_norm and head are left out of the tensors where
+    the file does not name `classes` in the same order."""
+    if config.weights in SCRATCH:
+        preset = config.weights.removeprefix("scratch").removeprefix("-") or "tiny"
+        return config, None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}, {}
+    path = data.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
+    tensors, known = mrm.read_weights(path)
+    if "adapter" not in known:
+        if known.get("classes") != classes:
+            tensors = {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}
+        return config, tensors, known, {}
+    if config.method != "lora":
+        raise InputError(path, "--lora, which trains this adapter further (python lora.py merge "
+                         "makes a plain ViT of it)", f"--method {config.method}")
+    known = lora.read_adapter_file(path) | {"path": path}
+    known["base"], tensors = lora.read_base(path, known, config.base)
+    if known.get("classes") != classes:
+        raise InputError(path, f"the classes of the data, {classes}", known.get("classes"))
+    config = adapters_options(config, known["lora"], path)
+    return config, tensors, known, {"rank": known["lora"]["rank"]}  # another one does not load
+
+
 def fill_recipe(config, classes=None, images=None):
     """Reads the weights that a run starts from, and fills `config` from them and from its recipe,
     for a training list of `images`.
 
     Returns (config, sizes of the ViT, tensors by name or None for a random start, all that the file
-    holds). fc_norm and head are left out of the tensors where the file does not name `classes` in
-    the same order. Raises InputError for weights that are no ViT's.
+    holds). Raises InputError for weights that are no ViT's.
     """
     if config.weights is None:
         config = dataclasses.replace(config, weights=pretrain_demo(config))
-    found = {}
-    if config.weights in SCRATCH:
-        preset = config.weights.removeprefix("scratch").removeprefix("-") or "tiny"
-        tensors, known = None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}
-    else:
-        path = data.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
-        tensors, known = mrm.read_weights(path)
-        if "adapter" in known:
-            if config.method != "lora":
-                raise InputError(path, "--lora, which trains this adapter further (python lora.py "
-                                 "merge makes a plain ViT of it)", f"--method {config.method}")
-            known = lora.read_adapter_file(path) | {"path": path}
-            known["base"], tensors = lora.read_base(path, known, config.base)
-            config = adapters_options(config, known["lora"], path)
-            found = {"rank": known["lora"]["rank"]}  # `load_adapter` refuses another
-            if known.get("classes") != classes:
-                raise InputError(path, f"the classes of the data, {classes}", known.get("classes"))
-        elif known.get("classes") != classes:
-            tensors = {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}
+    config, tensors, known, found = read_start(config, classes)
     sizes = mrm.encoder_sizes(tensors, known, config.weights, config.num_heads)
     family = config.recipe or family_of(tensors, known, config, sizes["embed_dim"])
     recipe, note = recipe_for(family, config.method, config.data, config.ratio, images)
@@ -895,8 +904,12 @@ def fill_recipe(config, classes=None, images=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     config = data.divide_batch(data.fill(config, {"recipe": family} | preset), world)
     config = scale_rate(config)
-    if config.dry_run or family != "small":
+    if int(os.environ.get("RANK", 0)):
+        pass  # one process prints
+    elif config.dry_run or family != "small":
         print_recipe(typed, config, note, recipe, pixels | named | found)
+    else:
+        print(f"recipe: {note}; config.json has its values")
     share = data.share_of_batch(config, world)
     if config.task == "segment":
         config = data.fill(config, {"norm": "batch" if share >= 16 else "group"})
