@@ -586,6 +586,7 @@ class Run:
         self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
         self.steps = data.number_of_steps(config, self.per_epoch, 1)
         self.step, self.best, self.speed = 0, math.inf, {}
+        self.frames = []  # (epoch, translation of val's first image), see `draw_progress`
 
 
 def from_all(value):
@@ -657,6 +658,7 @@ def loop(run, log):
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
                     shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
                     print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
+                    draw_progress(run, epoch)
                 # Val chooses the weights. A GAN's losses cannot, since G's loss rises when D gets
                 # better; and the test must not, or it would flatter what it chose.
                 best = scores["mae"] < run.best
@@ -984,7 +986,7 @@ def save(run, best=False):
         if best:
             save_checkpoint(run.out / "best.pt", weights)
         state = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict(), "ranks": ranks}
-        state |= {name: getattr(run, name) for name in ("facts", "step", "steps", "best", "speed")}
+        state |= {name: getattr(run, name) for name in ("facts", "step", "steps", "best", "speed", "frames")}
         seconds = time.time() - run.start
         save_checkpoint(run.out / "last.pt", weights | state | {"seconds": seconds})
 
@@ -1009,6 +1011,7 @@ def resume(run):
         for side, pool in run.pools.items():
             pool.images = [image.to(run.device) for image in own["pools"][side]]
         run.step, run.best, run.speed = state["step"], state["best"], state["speed"]
+        run.frames = state.get("frames", [])
         run.start -= state["seconds"]
         data.set_random_state(own["random"])
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -1020,6 +1023,21 @@ def resume(run):
         lines = data.read_text(run.out / "log.jsonl").splitlines(True)
         kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step]
         data.atomic_write(run.out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+
+
+@torch.no_grad()
+def draw_progress(run, epoch):
+    """Redraws OUT/progress.png: the first image of val, its partner, and the translation at each
+    evaluation so far."""
+    a, b = run.val[0].item(0, 0)
+    run.model.eval()
+    fake = run.model.translate(a.to(run.device)[None])[0].cpu()
+    run.model.train()
+    run.frames.append((epoch, fake))
+    titles = ["A", "B", *(f"epoch {at:.3g}" for at, _ in run.frames)]
+    pictures = [(x + 1) / 2 for x in (a, b, *(frame for _, frame in run.frames))]
+    scale = max(1, 96 // a.shape[1])
+    data.save_grid(run.out / "progress.png", [pictures], titles=titles, scale=scale)
 
 
 @torch.no_grad()

@@ -552,8 +552,16 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
     monkeypatch.setattr(reggan, "save_checkpoint", real_save)
     again = reggan.train(dataclasses.replace(part, resume=True))
     assert again["mae"] == whole["mae"] and again["psnr"] == whole["psnr"]
-    a, b = (data.load_checkpoint(root / run / "last.pt")["model"] for run in ("whole", "part"))
+    saved = [data.load_checkpoint(root / run / "last.pt") for run in ("whole", "part")]
+    a, b = (state["model"] for state in saved)
     assert all(torch.equal(a[name], b[name]) for name in a)
+    # The translation of one image is kept and drawn at each evaluation, those before the stop too
+    frames, again = (state["frames"] for state in saved)
+    assert [epoch for epoch, _ in frames] == [epoch for epoch, _ in again] == [1, 2, 3, 4]
+    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(frames, again))
+    assert not torch.equal(frames[0][1], frames[-1][1])
+    progress = [Image.open(root / run / "progress.png") for run in ("whole", "part")]
+    assert np.array_equal(*map(np.asarray, progress))
 
 
 FORMATS = {
