@@ -1,17 +1,16 @@
 """A linear layer with a low-rank update: LoRA's forward and backward passes in two kernels.
 
-Hu et al., "LoRA", ICLR 2022, eq. 3, with the groups of a fused projection (loralib's MergedLinear:
-q and v of a ViT's qkv are adapted, k is not). For each adapted part g of the output's columns, with
-one mask `keep` for all groups, P[keep] = 1 - p,
+Hu et al., "LoRA", ICLR 2022, eq. 3, on parts of a fused projection, as q and v of a ViT's qkv. For
+each adapted part g of the output's columns, with one mask `keep` for all, P[keep] = 1 - p,
 
     t_g = s D(x) A_g^T     y_g = t_g B_g^T + x W_g^T + b_g               D(x) = keep * x / (1 - p)
     u_g = s' dy_g B_g      dx = keep * sum_g u_g A_g + dy W              s' = s / (1 - p)
                            dA_g = u_g^T (keep * x)     dB_g = dy_g^T t_g
 
-and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b, and x alone is
-kept. At ViT-B's qkv, x (12608, 768) -> t (12608, 8) -> y (12608, 2304) for 64 images, the low-rank
-part adds 0.7 % to the multiplications. As separate operations it reads x twice more, and writes a
-mask, D(x) and a delta as large as q and v.
+and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b; x and the small
+t are kept. At ViT-B's qkv and R = 4, x (12608, 768) -> t (12608, 8) -> y (12608, 2304) for a batch
+of 64, the low-rank part adds 0.7 % to the multiplications. As separate operations it reads x twice
+more, and writes a mask, D(x) and a delta as large as q and v.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R. Next: mrm.py; a fault in a kernel is followed in tests/debug_kernel.md.
@@ -109,7 +108,6 @@ class ReferenceFunction(torch.autograd.Function):
 # has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
 # their place in t, lora_A and lora_B. Tiles with a + start from the low-rank product. The programs
 # go down 8 rows before they go right, so that those of one time share rows of x and W in the cache.
-#
 #     part             0 = q                 1 = k                 2 = v
 #     bit of PARTS     1: group 0            0: no group           1: group 1
 #     starts from      t_0 B_0^T             0                     t_1 B_1^T
@@ -119,8 +117,7 @@ class ReferenceFunction(torch.autograd.Function):
 #     row tile 8     |+ 72 |+ 80 |+ 88 |   |  96 | 104 | 112 |   |+120 |+128 |+136 |
 #
 # The sizes of a layer are compile-time constants, M is not. A pointer that is None leaves its step
-# out. Rows beyond the last read the last one, for nothing in the loops, and are not stored. Tiles
-# of x are loaded whole, ahead of the products, and the mask of dropout comes after.
+# out. Rows beyond the last read the last one and are not stored. Dropout acts on loaded tiles of x.
 
 
 @jit()
@@ -146,8 +143,7 @@ def down_kernel(
     F_IN: tl.constexpr, F_LOW: tl.constexpr,  # the step in factor to the next column of in, rank
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """t = s D(x) A^T, or u = s' dy B with dB = dy^T t, or dA = u^T (keep * x).
-    A program reads BLOCK_M rows of one part of `in`."""
+    """t = s D(x) A^T, or u = s' dy B and dB = dy^T t, or dA = u^T (keep * x), for BLOCK_M rows."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     first_row, rows_left = tl.program_id(0).to(tl.int64) * BLOCK_M, M - tl.program_id(0) * BLOCK_M
@@ -249,9 +245,8 @@ def tile(m, out, depth, warps, stages):
     return dict(BLOCK_M=m, BLOCK_OUT=out, BLOCK_IN=depth), dict(num_warps=warps, num_stages=stages)
 
 
-# What up_kernel may run with: a GPU takes the fastest for each layer
 TILES = [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 3), tile(64, 128, 64, 4, 4)]
-FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]
+FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]  # a layer takes the fastest
 
 
 @functools.cache
@@ -367,15 +362,15 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
                 kernels=None):
     """y = x weight^T + bias, plus scale * D(x) A_g^T B_g^T on the columns of each adapted part g.
 
-    x: (..., K). weight: (N, K) and bias: (N,) or None, frozen: they get a gradient only if they ask
-    for one. lora_A: (GR, K), lora_B: (G N/P, R): the groups' factors one below the other.
-    scale: alpha / R. parts: P truth values, G of them true; part i is columns i N/P to (i+1) N/P.
+    x: (..., K). weight: (N, K), bias: (N,) or None: frozen, with a gradient if they ask for one.
+    lora_A: (GR, K), lora_B: (G N/P, R): the groups' factors one below the other. scale: alpha / R.
+    parts: P truth values, G of them true; part i is columns i N/P to (i+1) N/P.
     dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
     seed: fixes the mask, a number or a tensor of one, taken modulo 2^31. None draws one from
     torch's generator of the GPU (kernels) or CPU (reference), which processes must seed apart.
     kernels: whether the kernels or the reference run; None leaves it to x and `use_kernels`.
     Returns (..., N) in x's dtype, or autocast's; lora_A, lora_B and under autocast the weight may
-    have any. Raises ValueError for what does not fit, RuntimeError for kernels' second derivative.
+    have any. Raises ValueError for what does not fit, RuntimeError for kernels' second derivatives.
     """
     check(x, weight, bias, lora_A, lora_B, parts, dropout)
     if kernels is None:

@@ -53,9 +53,8 @@ def test_blanked_functions_fail_and_the_others_pass(tmp_path, blanked):
 
 def test_a_blanked_function_keeps_signature_and_docstring(tmp_path):
     path = tmp_path / "file.py"
-    path.write_text(
-        'class A:\n    def f(self, x):\n        """Says."""\n        # how\n        return x\n\nB = 1\n'
-    )
+    body = ['        """Says."""', "        # how", "        return x"]
+    path.write_text("\n".join(["class A:", "    def f(self, x):", *body, "", "B = 1", ""]))
     assert blank(path, "A.f") == 4
     assert path.read_text().splitlines()[1:] == [
         "    def f(self, x):",
