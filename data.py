@@ -360,7 +360,7 @@ SAFE_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+}
 
 
 def read_safetensors(content):
@@ -395,8 +395,8 @@ def checkpoint_file(path, *names):
 RUN_FILES = [
     "last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken", "result.json",
     "predictions.csv", "curves.png", "roc.png", "overlays.png", "reconstruction.png",
-    "translation.png",
-]  # fmt: skip
+    "attention.png", "translation.png", "progress.png",
+]
 
 
 class RunLog:
@@ -581,7 +581,7 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
 COLOURS = [
     "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
     "#bcbd22", "#17becf", "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040",
-]  # fmt: skip
+]
 
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
@@ -633,7 +633,7 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
 
 IMAGE_SUFFIXES = [
     ".png", ".jpg", ".jpeg", ".npy", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz",
-]  # fmt: skip
+]
 KINDS = {".npy": "npy", ".dcm": "dicom", ".dicom": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}
 FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}n.1\0|.{4}n.2\0",
                "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}"}
@@ -998,7 +998,7 @@ NIH_CLASSES = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
     "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
     "Hernia",
-]  # fmt: skip
+]
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
 LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
          "val": "val_list.txt", "test": "test_list.txt"}

@@ -986,7 +986,8 @@ def save(run, best=False):
         if best:
             save_checkpoint(run.out / "best.pt", weights)
         state = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict(), "ranks": ranks}
-        state |= {name: getattr(run, name) for name in ("facts", "step", "steps", "best", "speed", "frames")}
+        kept = ("facts", "step", "steps", "best", "speed", "frames")
+        state |= {name: getattr(run, name) for name in kept}
         seconds = time.time() - run.start
         save_checkpoint(run.out / "last.pt", weights | state | {"seconds": seconds})
 

@@ -62,7 +62,10 @@ def shortened(command):
         return command + " --epochs 1 --width 4 --seeds 1 --hosts nc,nc+r --levels 3"
     if script == "finetune.py" and "--compare" in command:
         return command + " --steps 3 --evaluations 1 --seeds 1 --ratios 10"
-    if any(f"--{word}" in command for word in ("predict", "reconstruct", "attention")) or script not in SHORTER:
+    if (
+        any(f"--{word}" in command for word in ("predict", "reconstruct", "attention"))
+        or script not in SHORTER
+    ):
         return command
     return command + " " + SHORTER[script]
 
