@@ -1320,7 +1320,8 @@ def find_images(data, root, names, source, allow_outside=False):
                 line = number
                 break
         folder = os.path.join(root or ".", DATASETS[data]["images"])
-        reason = f"no image {name!r} in {folder} ({len(wrong)} of {len(names)} are missing)"
+        where = f"{folder} or {root or '.'}"
+        reason = f"no image {name!r} in {where} ({len(wrong)} of {len(names)} are missing)"
         if path == "":
             reason = f"{name!r} leads out of {root or '.'}; --allow-outside reads such images"
         raise InputError(f"{source}: line {line}: {reason}")

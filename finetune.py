@@ -12,15 +12,15 @@
 Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better",
 2024 (LoRA).
 
-One batch of the demo: films (32, 1, 96, 96) are cropped to (32, 1, 48, 48), the ViT makes 16
-patches and a class token of each, (32, 17, 128), and fc_norm and the head turn the mean over the
-patches, (32, 128), into logits (32, 7). The loss is the binary cross-entropy of each finding,
--y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since a film may show several.
+One batch of the demo: random crops of films (32, 1, 96, 96) are resized to (32, 1, 48, 48), the ViT
+makes 16 patches and a class token of each, (32, 17, 128), and fc_norm and the head turn the mean
+over the patches, (32, 128), into logits (32, 7). The loss is the binary cross-entropy of each
+finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since a film may show several.
 `--method` decides what learns: "full" everything, "lora" two thin matrices beside q and v of each
 block (lora.py), fc_norm and the head, "linear" fc_norm and the head alone.
 
 Read down to "Segmentation" for the methods: model, optimiser, AUROC, the loop. What follows stands
-around a run: recipes, lists, weights, files, tables. Before this file comes lora.py, after it
+around a run: recipes, lists, weights, files, tables. Before this file comes mrm.py, after it
 kernels/warp.py.
 
 Where this file departs from their official code, and why:
@@ -71,7 +71,8 @@ from data import InputError, RunConfig, option
 
 def build_model(config, sizes, classes, tensors=None, known={}):
     """A ViT of the given weights with `classes` outputs, frozen as `config.method` says.
-    tensors, known: see `fill_recipe`. Raises InputError for weights or sizes that do not fit."""
+    tensors, known: what a file of weights holds, by `fill_recipe`; of a random start nothing.
+    Raises InputError for weights or sizes that do not fit."""
     try:
         if config.task == "segment":
             model = mrm.UPerNet(config.channels, config.norm, **sizes, drop_path=config.drop_path)
@@ -593,7 +594,8 @@ class FinetuneConfig(RunConfig):
                               "kept (default: 10)", within="[1, inf)")
     uncertain: str = option("ones", "what a CheXpert label of -1 is; ignore: no part in loss and "
                             "AUROC", choices=["ones", "zeros", "ignore"])
-    skip_bad_lines: bool = option(False, "leave out lines that cannot be read instead of stopping")
+    skip_bad_lines: bool = option(False, "leave out lines of a list that cannot be read, instead "
+                                  "of stopping")
     skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
     allow_outside: bool = option(False, "read images that a list names outside of --root")
     predict: str = option("", "folder of images, or one image: predict by --weights, and stop",
@@ -679,6 +681,9 @@ def read_lists(config):
             print(f"WARNING: {path}: one label only of {', '.join(undefined)}: AUROC undefined, "
                   "left out of the mean")
         parts[part_name] = Part(names, paths, labels)
+    if len(parts["val"].names) < 20:
+        print(f"WARNING: {len(parts['val'].names)} validation images choose the model, which is "
+              "little more than chance")
     if config.data == "chexpert":
         print(f"the test part is {data.name_chexpert_test(len(parts['test'].names))}")
     return parts, classes

@@ -15,7 +15,8 @@ In plain torch these are eight lines. `LoRALinear` computes the same for several
 
 Why q and v: attention's weights depend on q and k through their product alone, so that adapting q
 suffices to change where a token looks; adapting v changes what it takes from there. Why alpha / r:
-B A is a sum over r directions, and the factor keeps its size, so that one alpha serves every rank.
+B A is a sum over r directions. Where they learn alike it grows as r, and the factor keeps its size,
+so that one alpha serves every rank. The papers' alpha is 32, which makes the factor 8 at rank 4.
 
 One batch of the demo, rank 4: x (32, 17, 128) -> t = x A^T (32, 17, 8), four numbers for q and four
 for v -> t B^T (32, 17, 256), added to the q and v columns of x W^T + b (32, 17, 384). A (8, 128)
@@ -37,7 +38,8 @@ of every block, alpha 32, dropout 0.1. This file departs from MED-PEFT's code in
  3. An adapter file holds LoRA + fc_norm + head + what rebuilds the model, there everything.
 
 Beyond the paper: `finetune.py --targets qkv|all` adapts more layers, `--rslora` scales by
-alpha / sqrt(r) (Kalajdzievski, 2023), so that a larger rank learns faster, and `--dora` makes each
+alpha / sqrt(r) (Kalajdzievski, 2023), since the sum of r directions that have little to do with
+each other grows as sqrt(r), and `--dora` makes each
 layer a `DoRALinear`.
 
 Next: the reference half of kernels/lora_linear.py, which is this layer forward and backward by

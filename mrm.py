@@ -29,8 +29,9 @@ are hidden in the report. Fine-tuning keeps the encoder alone.
 
 The image decoder works at twice the encoder's resolution: the latent has to hold finer detail than
 the encoder was shown, at a quarter of the patches that showing it would take. The report decoder
-gets one vector, so that what the words need must stand in the mean of the patches. That mean is
-what a classifier's head sees later.
+gets one vector, so that what the words need must stand in the mean of the patches. A classifier's
+head sees such a mean later, over all patches. Neither uses the class token, which is there because
+MAE's and timm's weights have it. Both losses weigh 1, as in the paper.
 
     (1) image loss  = sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n
     (2) report loss = -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
@@ -46,7 +47,8 @@ A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visibl
     image decoder   latent -> (32, 15, 32) -> with 2 mask tokens (32, 17, 32) -> 1 block
                     -> (32, 16, 576), 16 patches of 24 x 24 pixels
     report decoder  mean of 14 tokens (32, 1, 128) -> (32, 1, 64), added to the L <= 40 tokens of
-                    each report (32, L, 64) -> 1 block -> (hidden tokens, 438 of the vocabulary)
+                    each report (32, L, 64) -> 1 block -> (hidden tokens, 438): the demo's reports
+                    make 438 tokens of the 800 that are allowed
 
 Where this file departs from the paper or its official code, and why:
  1. The sin-cos frequencies go from 1 down to 1e-4, as in MAE. The official code divides twice and
@@ -66,8 +68,8 @@ Where this file departs from the paper or its official code, and why:
     give many hidden ones away without a look at the image.
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
-tokens of a report. Read on in lora.py and finetune.py, where the encoder is used. data.py need not
-be read: its functions say by their names what they do.
+tokens of a report. Before this file comes lora.py, after it finetune.py. data.py need not be read:
+its functions say by their names what they do (`hide_words` there draws the hidden words).
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurI
 (arXiv:2110.06465). A supervised translator needs pairs that agree pixel by pixel. An unsupervised
 one needs no pairs, but its problem has many solutions. RegGAN takes pairs (a, b) as they are and
 treats their misalignment as noise in the labels: G translates a, and a registration network R
-predicts the flow that carries G(a) onto b. Only training needs R and D; G is used alone.
+predicts the flow by which G(a) is resampled onto b. Only training needs R and D; G is used alone.
 
     a --> G --> G(a) ------------------------------> D --> verdict: is this a real image of B?
                  |                                   ^
@@ -44,7 +44,8 @@ schedule. This file differs from the official code (Kid-Liet/Reg-GAN) in these p
     pool of old fakes in NC + R too, but not with --paper: there only the other hosts have one.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
-flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. One batch of the demo:
+flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. A flow says where each pixel reads:
+warp(image, flow)[p] = image[p + flow(p)]. One batch of the demo:
     a, b   (8, 1, 64, 64)
     G      (8, 8, 64, 64), (8, 16, 32, 32) through the residual blocks, (8, 8, 64, 64); G(a) as a
     D      (8, 8, 32, 32), (8, 16, 16, 16), (8, 32, 8, 8), (8, 64, 7, 7), (8, 1, 6, 6), mean (8, 1)
