@@ -409,6 +409,16 @@ def config(root, out, **kwargs):
     )
 
 
+def test_few_validation_images_are_warned_of(easy, tmp_path, capsys):
+    shutil.copytree(easy, tmp_path / "few")
+    path = tmp_path / "few" / "val_list.txt"
+    finetune.read_lists(FinetuneConfig(root=str(tmp_path / "few"), ratio=100))
+    assert "validation images" not in capsys.readouterr().out
+    path.write_text("".join(path.read_text().splitlines(True)[:19]))
+    finetune.read_lists(FinetuneConfig(root=str(tmp_path / "few"), ratio=100))
+    assert "WARNING: 19 validation images choose the model" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "linear"])
 def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     result = finetune.finetune(config(easy, tmp_path, method=method))
