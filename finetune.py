@@ -294,6 +294,18 @@ def split_batch(images, rows, labels):
     return images, labels[rows.to(labels.device)]
 
 
+def log_evaluation(log, history, score):
+    """Writes the last evaluation to the log, and draws OUT/curves.png anew: the losses and the
+    validation score of each evaluation so far."""
+    log.line(**history[-1])
+    if log.rank > 0:
+        return
+    steps = [line["step"] for line in history]
+    curves = {name: (steps, [line[name] for line in history])
+              for name in ("loss", "val_loss", score)}
+    data.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
+
+
 def train(config, model, parts, steps, saved, facts, log, device, world):
     """The training loop. Returns (best, history): the scores, step and trained tensors of the state
     that was best on the validation list, and a dict for each evaluation of that list."""
@@ -347,7 +359,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                 scores = evaluate(model, parts["val"], config, step + 1, device, log.rank, world)
                 history.append({"step": step + 1, "loss": sum(losses) / len(losses), **scores,
                                 **batches.speed()})
-                log.line(**history[-1])
+                log_evaluation(log, history, score)
                 losses.clear()
                 if scores[score] > best[score]:
                     best = scores | {"step": step + 1, "trained": trained_tensors(model)}
@@ -1035,8 +1047,8 @@ def finetune(config, kept=None):
     outcome = run_facts(config, model, parts, best, history, log)
     outcome |= {} if seen is None else {"test_trained_on": seen}
     if config.task == "segment":
-        return write_segmentation(config, parts["test"], scores, outcome, history, log)
-    return write_results(parts["test"], classes, scores.numpy(), outcome, history, log)
+        return write_segmentation(config, parts["test"], scores, outcome, log)
+    return write_results(parts["test"], classes, scores.numpy(), outcome, log)
 
 
 def dry_run(config):
@@ -1137,9 +1149,9 @@ def run_facts(config, model, parts, best, history, log):
         "peak_memory_mib": last["peak_memory_mib"], "seconds": time.time() - log.start}
 
 
-def write_results(part, classes, scores, facts, history, log):
-    """Writes result.json, predictions.csv, roc.png and curves.png, and prints the AUROCs, from the
-    logits (n, k) of the test list. Returns the content of result.json."""
+def write_results(part, classes, scores, facts, log):
+    """Writes result.json, predictions.csv and roc.png, and prints the AUROCs, from the logits
+    (n, k) of the test list. Returns the content of result.json."""
     labels = part.labels.numpy()
     mean, (low, high), per_class = auroc(scores, labels)
     result = {
@@ -1154,9 +1166,6 @@ def write_results(part, classes, scores, facts, history, log):
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
     data.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
                    "false positive rate", "true positive rate", diagonal=True)
-    steps, names = [line["step"] for line in history], ("loss", "val_loss", "val_auroc")
-    curves = {name: (steps, [line[name] for line in history]) for name in names}
-    data.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
     for name, value in zip(classes, per_class):
         text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
         print(f"  {name:20s} {text}")
@@ -1166,10 +1175,10 @@ def write_results(part, classes, scores, facts, history, log):
     return result
 
 
-def write_segmentation(config, part, logits, facts, history, log):
-    """Writes result.json, predictions.csv (pixels of each image), overlays.png and curves.png, and
-    prints the Dices, from the logits (n, H, W) of the test list, at `config.img_size` pixels a
-    side. Returns the content of result.json, whose areas count pixels of all images."""
+def write_segmentation(config, part, logits, facts, log):
+    """Writes result.json, predictions.csv (pixels of each image) and overlays.png, and prints the
+    Dices, from the logits (n, H, W) of the test list, at `config.img_size` pixels a side. Returns
+    the content of result.json, whose areas count pixels of all images."""
     found = find_pixels(logits, facts["threshold"], facts["smallest"])
     counts = both, predicted, true = count_pixels(found, part.truth)
     result, summary = {}, []
@@ -1193,9 +1202,6 @@ def write_segmentation(config, part, logits, facts, history, log):
         captions.append(f"{name}: Dice {dice[i]:.3f}")
     data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
                    max(1, 256 // config.img_size))
-    steps, names = [line["step"] for line in history], ("loss", "val_loss", "val_dice")
-    curves = {name: (steps, [line[name] for line in history]) for name in names}
-    data.save_plot(log.out / "curves.png", curves, "segmentation", "step", "")
     print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
           f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
     log.json("result.json", result)

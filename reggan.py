@@ -1029,8 +1029,8 @@ def resume(run):
 
 @torch.no_grad()
 def draw_progress(run, epoch):
-    """Redraws OUT/progress.png: the first image of val, its partner, and the translation at each
-    evaluation so far."""
+    """Redraws at an evaluation OUT/progress.png, the first image of val, its partner, and the
+    translation at each evaluation so far, and OUT/curves.png, losses and validation."""
     a, b = run.val[0].item(0, 0)
     run.model.eval()
     fake = run.model.translate(a.to(run.device)[None])[0].cpu()
@@ -1040,17 +1040,24 @@ def draw_progress(run, epoch):
     pictures = [(x + 1) / 2 for x in (a, b, *(frame for _, frame in run.frames))]
     scale = max(1, 96 // a.shape[1])
     data.save_grid(run.out / "progress.png", [pictures], titles=titles, scale=scale)
+    points = {}
+    for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
+        values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
+        for name in values.keys() - {"step", "epoch", "lr", "seconds"}:
+            points.setdefault(name, []).append((line["epoch"], values[name]))
+    curves = {name: tuple(zip(*points[name])) for name in sorted(points)}
+    host = run.config.host + (" + R" if run.config.reg else "")
+    data.save_plot(run.out / "curves.png", curves, host, "epoch", "loss")
 
 
 @torch.no_grad()
 def draw_run(run, aligned, moved, rows=4):
     """OUT/translation.png: pairs of the test part, their translations, and what R made of a
-    misaligned one. OUT/curves.png: losses and validation."""
+    misaligned one."""
     run.model.eval()
-    titles, pictures, host = ["A", "B", "G(A)", "|G(A) - B|"], [], run.config.host
+    titles, pictures = ["A", "B", "G(A)", "|G(A) - B|"], []
     if run.config.reg:
         titles += ["A moved", "B moved", "G(A) warped", "|warped - B|", "flow"]
-        host += " + R"
     for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
         a, b = (x.to(run.device)[None] for x in aligned.item(0, i))
         fake = run.model.translate(a)
@@ -1066,13 +1073,6 @@ def draw_run(run, aligned, moved, rows=4):
         pictures.append([(x[0].cpu() + 1) / 2 for x in row])
     scale = max(1, 128 // aligned.shape[1])
     data.save_grid(run.out / "translation.png", pictures, titles=titles, scale=scale)
-    points = {}
-    for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
-        values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
-        for name in values.keys() - {"step", "epoch", "lr", "seconds"}:
-            points.setdefault(name, []).append((line["epoch"], values[name]))
-    curves = {name: tuple(zip(*points[name])) for name in sorted(points)}
-    data.save_plot(run.out / "curves.png", curves, host, "epoch", "loss")
 
 
 def load_generator(path):
