@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXERCISES = {  # number: file, function, test file, words that choose the tests (pytest's -k)
-    1: ("lora.py", "LoRALinear.forward", "test_lora.py", "forward_and_gradients or a_layer_worked"),
+    1: ("lora.py", "LoRALinear.forward", "test_lora.py", "forward_and or a_layer_w or a_merged_l"),
     2: ("mrm.py", "MRM.encode", "test_mrm.py", "test_masking or decode_image"),
     3: ("kernels/warp.py", "warp_reference", "test_kernels.py", "warp_reference or warp_gradcheck"),
     4: ("mrm.py", "MRM.image_loss", "test_mrm.py", "image_loss_is_the_formula"),
