@@ -153,6 +153,7 @@ def set_rates(optimizer, config, step, steps):
     for group in optimizer.param_groups:
         group["lr"] = group["lr_scale"] * lr
 
+
 # --------------------------------------------------------------------------------------------------
 # AUROC
 
@@ -230,6 +231,7 @@ def roc_curve(scores, labels):
     last = np.r_[np.flatnonzero(np.diff(scores[order])), len(order) - 1]  # ties move together
     true, false = np.cumsum(labels[order])[last], np.cumsum(1 - labels[order])[last]
     return np.r_[0, false / max(1, false[-1])], np.r_[0, true / max(1, true[-1])]
+
 
 # --------------------------------------------------------------------------------------------------
 # The loop
@@ -367,6 +369,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
             saving.after(step + 1)
     return best, history
 
+
 # --------------------------------------------------------------------------------------------------
 # Segmentation: loss and metrics
 
@@ -443,6 +446,7 @@ def choose_threshold(logits, masks):
 # What the task decides
 SCORES = {"classify": "auroc", "segment": "dice"}
 LOSSES = {"classify": label_loss, "segment": segmentation_loss}
+
 
 # --------------------------------------------------------------------------------------------------
 # Recipes: the papers', by family of weights, method, data set and percent of labels, and ours
@@ -625,6 +629,7 @@ class FinetuneConfig(RunConfig):
                       "the validation list with the first seed (default: the recipe's)", free=True)
     seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and, on the demo, "
                         "of pretraining", within="[1, inf)", free=True)
+
 
 # --------------------------------------------------------------------------------------------------
 # Lists and images
@@ -810,6 +815,7 @@ def strong_augment(augment, randaugment, erasing, mean, std, images, generator):
             images[i, 0, top:top + h, left:left + w] = torch.from_numpy(noise).float()
     return images
 
+
 # --------------------------------------------------------------------------------------------------
 # Weights, and the options that follow from them
 
@@ -921,11 +927,10 @@ def fill_recipe(config, classes=None, images=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     config = data.divide_batch(data.fill(config, {"recipe": family} | preset), world)
     config = scale_rate(config)
-    if int(os.environ.get("RANK", 0)):
-        pass  # one process prints
-    elif config.dry_run or family != "small":
+    first = not int(os.environ.get("RANK", 0))  # of torchrun's processes one prints
+    if first and (config.dry_run or family != "small"):
         print_recipe(typed, config, note, recipe, pixels | named | found)
-    else:
+    elif first:
         print(f"recipe: {note}; config.json has its values")
     share = data.share_of_batch(config, world)
     if config.task == "segment":
@@ -989,6 +994,7 @@ def print_recipe(typed, config, note, recipe, weights):
             source = "typed"
         value = getattr(config, name)
         print(f"  {name:14s} {'' if value is None else value!s:22s} {source}")
+
 
 # --------------------------------------------------------------------------------------------------
 # One run
@@ -1114,6 +1120,7 @@ def hash_lists(parts, classes):
             digest.update(repr(part.masks).encode())
     return digest.hexdigest()
 
+
 # --------------------------------------------------------------------------------------------------
 # What a run leaves
 
@@ -1228,6 +1235,7 @@ def write_predictions(out, names, classes, probabilities, labels=None):
                 for row, known in zip(rows, labels)]
     data.write_csv(Path(out) / "predictions.csv", header, rows)
 
+
 # --------------------------------------------------------------------------------------------------
 # Prediction
 
@@ -1309,6 +1317,7 @@ def write_masks(out, names, paths, logits, settings):
         picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
         data.atomic_write(file, lambda stream: picture.save(stream, "PNG"))
     print(f"{len(files)} masks: {out}")
+
 
 # --------------------------------------------------------------------------------------------------
 # Comparison
