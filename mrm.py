@@ -744,6 +744,7 @@ def pretrain(config):
 def train(config, model, records, steps, saved, facts, log, world):
     """The training loop. Returns what the last evaluation measured."""
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
+    paths = records.images.paths  # a list that takes milliseconds to make
     autocast, optimizer = autocast_for(config, model, device), make_optimizer(model, config, device)
     seed_rank(config.seed, log.rank)
     step, history, parallel, image = 0, [], model, not config.report_only
@@ -783,7 +784,7 @@ def train(config, model, records, steps, saved, facts, log, world):
             # A finite loss can have a gradient that is not, which would spoil every weight
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            check_finite(step + 1, records.images.paths, seen, loss=losses, gradient=norm)
+            check_finite(step + 1, paths, seen, loss=losses, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
             # Films that are never trained on tell learning from knowing by heart
