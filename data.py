@@ -15,6 +15,7 @@ Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (
 
 import argparse
 import base64
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -439,8 +440,10 @@ class Timed:
         self.batches, self.device, self.world = iter(batches), device, world
         forget_peak_memory(device)
         self.began, self.waited, self.images = time.time(), 0.0, 0
+        self.cores = FreeCores(device)
 
     def __next__(self):
+        self.cores.look()
         asked = time.time()
         batch = next(self.batches)
         self.waited += time.time() - asked
@@ -453,6 +456,47 @@ class Timed:
         return {"images_per_second": self.images / seconds,
                 "share_waiting_for_data": self.waited / seconds,
                 "peak_memory_mib": peak_memory_mib(self.device)}
+
+
+class FreeCores:
+    """Keeps a loop on a CPU to the cores that other programs leave it; each step calls `look`.
+
+    OpenMP's threads spin while they wait for each other, so that all of them wait for one whose
+    core was taken: two runs of two threads on two cores would take ten times as long as one run.
+    So a run gives up as many threads as waited for a core, and tries again after half a minute.
+    Where OMP_NUM_THREADS is set, or the system does not count that waiting as Linux does, the
+    number of threads stays, and with it the last digits of the results."""
+
+    ALL = torch.get_num_threads()
+
+    def __init__(self, device, interval=2, pause=30):
+        free = device.type == "cpu" and self.ALL > 1 and "OMP_NUM_THREADS" not in os.environ
+        self.interval, self.pause = interval, pause
+        self.then, self.waited = time.time(), self.waiting()
+        self.next = self.then + interval if free else math.inf
+
+    def look(self):
+        now = time.time()
+        if now < self.next:
+            return
+        then, waited = self.then, self.waited
+        self.then, self.waited, self.next = now, self.waiting(), now + self.interval
+        lost = (self.waited - waited) / (now - then)  # threads that had no core
+        if torch.get_num_threads() < self.ALL:
+            torch.set_num_threads(self.ALL)
+        elif lost > 0.2:
+            torch.set_num_threads(max(1, self.ALL - max(1, round(lost))))
+            self.next = now + self.pause
+            say_once("another program holds a core: this run takes fewer threads while it does")
+
+    @staticmethod
+    def waiting():
+        """Seconds that the threads of this process were ready to run and had no core."""
+        seconds = 0.0
+        for file in Path("/proc/self/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # a thread that ended
+                seconds += int(file.read_text().split()[1]) / 1e9
+        return seconds
 
 
 def forget_peak_memory(device):

@@ -2,7 +2,10 @@
 
 import os
 
-import torch
+# A run gives threads up where another program holds their cores, and the last digits with them
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # before `import torch`
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before `import triton`

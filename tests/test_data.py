@@ -2280,3 +2280,46 @@ def test_a_finished_cell_notices_that_its_script_was_edited(tmp_path, monkeypatc
     data.write_json(path, old)
     assert list(data.run_cells(tmp_path / "cells", {"a": config}, run))
     assert "WARNING" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the waiting is counted on Linux alone")
+def test_a_run_leaves_a_core_that_another_program_takes():
+    """Two threads that may use one core only wait for it; one is given up, and tried again later."""
+    script = """
+import os, torch, data
+data.FreeCores.ALL = 2
+torch.set_num_threads(2)
+cores, x, seen = data.FreeCores(torch.device("cpu"), interval=0.3, pause=1.0), torch.ones(400, 400), []
+def work(seconds):
+    end = data.time.time() + seconds
+    while data.time.time() < end:
+        x @ x
+        cores.look()
+        seen.append(torch.get_num_threads())
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+for task in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(task), os.sched_getaffinity(0))
+work(4)
+print(seen[0], sorted(set(seen)), seen[seen.index(1):].count(2) > 0)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path(data.__file__).parent
+    )
+    assert run.stdout.split("\n")[0] == "2 [1, 2] True", run.stderr
+    assert run.stderr.count("another program holds a core") == 1
+
+
+@pytest.mark.parametrize("fixed", ["environment", "gpu"])
+def test_the_number_of_threads_stays(monkeypatch, fixed):
+    """With OMP_NUM_THREADS, and on a GPU, no waiting changes it."""
+    monkeypatch.setattr(data.FreeCores, "ALL", 2)
+    monkeypatch.setattr(data.FreeCores, "waiting", lambda self: 10 * time.time())
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail("threads changed"))
+    if fixed == "gpu":
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    device = torch.device("cpu" if fixed == "environment" else "cuda")
+    cores = data.FreeCores(device, interval=0)
+    cores.look()
+    cores.look()
