@@ -884,10 +884,10 @@ def common_scale(*lists):
     return scale
 
 
-def over_images(function, paths):
+def over_images(function, paths, verb="reading images"):
     """[function(path) for path in paths] with a progress bar, many paths in a process per core.
     `function` can be pickled. (Threads fight for Python's lock and take twice the time of none.)"""
-    bar = functools.partial(tqdm, desc="reading images", total=len(paths), leave=False, delay=1)
+    bar = functools.partial(tqdm, desc=verb, total=len(paths), leave=False, delay=1)
     linux = sys.platform == "linux"
     processes = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
     if processes == 1 or len(paths) < 200:
@@ -898,7 +898,7 @@ def over_images(function, paths):
             return list(bar(pool.map(function, paths, chunksize=16)))
     except BrokenProcessPool:
         reason = "too little memory, or a script without `if __name__ == '__main__':`"
-        raise InputError(f"the processes that read images ended: {reason}") from None
+        raise InputError(f"the processes that are {verb} ended: {reason}") from None
 
 
 def pixel_hash(path):

@@ -4,6 +4,7 @@
 """
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import tempfile
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
 
-from data import InputError, option, parse_config, run_script, write_csv, write_json
+from data import (InputError, option, over_images, parse_config, run_script, write_csv,
+                  write_json)
 
 # --------------------------------------------------------------------------------------------------
 # Chest films and their reports
@@ -325,8 +326,8 @@ def write_demo_records(out, patients=2400, size=128, seed=0):
                                  "needs --data as well as --root")
         for name in ("images", "masks"):
             (new / name).mkdir()
-        numbers = tqdm(range(1, patients + 1), "drawing patients", leave=False, disable=None)
-        drawn = [draw_patient(new, seed, size, patient) for patient in numbers]
+        draw = functools.partial(draw_patient, new, seed, size)
+        drawn = over_images(draw, range(1, patients + 1), "drawing patients")
         write_lists(new, np.random.default_rng(seed), drawn)
         write_json(new / "demo.json", {"patients": patients, "size": size, "seed": seed})
         if (out / "pairs").exists():  # the demo pairs live there too

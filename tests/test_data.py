@@ -1702,7 +1702,7 @@ data.run_script(lambda: data.over_images(data.pixel_hash, {paths!r} * 20))
         command, capture_output=True, text=True, cwd=tmp_path, input=code, timeout=120
     )
     # The tracebacks of the workers, which are processes of their own, may come after this line
-    message = "error: the processes that read images ended"
+    message = "error: the processes that are reading images ended"
     assert run.returncode == 2, run.stderr[-900:]
     assert any(line.startswith(message) for line in run.stderr.splitlines()), run.stderr[-900:]
 
