@@ -1301,7 +1301,8 @@ def read_table(data, root, ratio=100, uncertain="ones"):
             parts[part][1].append(labels)
     for part, (names, _) in parts.items():
         if not names:
-            found = f"none among {len(rows)}; a column `split` names the parts"
+            advice = "; a column `split` names the parts" * (data == "csv")
+            found = f"none among {len(rows)}{advice}"
             raise InputError(path, f"images of the part {part}", found)
     return {part: (names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
 

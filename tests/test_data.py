@@ -2157,6 +2157,47 @@ def test_the_audit_reads_the_published_tables(tmp_path, photo, capsys, layout):
         assert named[layout] in text
 
 
+def test_the_audit_reads_rsnas_table_of_boxes(tmp_path, photo, capsys):
+    pytest.importorskip("pydicom")
+    root, rows = tmp_path / "rsna", ["patientId,x,y,width,height,Target"]
+    films = root / "stage_2_train_images"
+    films.mkdir(parents=True)
+    for i in range(40):
+        write_dicom(films / f"p{i}.dcm", photo[i : i + 40, :40].astype(np.uint16))
+        boxes = ["1.0,2.0,3.0,4.0,1", "5.0,6.0,7.0,8.0,1"] if i % 3 == 0 else [",,,,0"]
+        rows += [f"p{i},{box}" for box in boxes]
+    table = "stage_2_train_labels.csv"
+    write_table(root, table, rows)
+    status, text = audit(root, capsys)
+    assert status == 0 and "nothing wrong" in text and "in no list" not in text
+    lines = [line.split() for line in text.splitlines()[1:4]]
+    assert [line[0] for line in lines] == ["train", "val", "test"]
+    assert sum(int(line[1]) for line in lines) == 40  # images, not boxes
+    assert sum(int(line[-1]) for line in lines) == 14  # with a box
+    parts = data.read_table("rsna", root)
+    one, other = (films / Path(parts[part][0][0]).name for part in ("train", "test"))
+    other.write_bytes(one.read_bytes())
+    [lost, short] = [films / Path(name).name for name in parts["train"][0][1:3]]
+    lost.unlink()
+    short.write_bytes(short.read_bytes()[:500])
+    status, text = audit(root, capsys)
+    assert status == 1 and "train and test: 1 images with the same pixels in both" in text
+    assert f"{lost.name}: no such image" in text
+    assert f"{short.name}: expected a complete PNG" in text
+    for line, message in (
+        ("q,1,2,3,4,2", "line 56: expected an image and labels that are 0, 1 or blank, found '2'"),
+        (",1,2,3,4,1", "line 56: expected an image and labels .* found 'no image'"),
+        ("q,1,2", "line 56: expected 6 fields, found 3"),
+    ):
+        write_table(root, table, [*rows, line])
+        with pytest.raises(data.InputError, match=f"{table}: {message}"):
+            audit(root, capsys)
+    write_table(root, table, rows[:1])
+    with pytest.raises(data.InputError) as error:
+        audit(root, capsys)  # no advice of a column that this table does not have
+    assert str(error.value).endswith("expected images of the part train, found none among 0")
+
+
 def test_nihs_own_table(tmp_path):
     rows = ["Image Index,Finding Labels,Follow-up #,Patient ID"]
     rows += [f"{i // 3:08d}_{i % 3:03d}.png,No Finding,0,{i // 3}" for i in range(300)]
