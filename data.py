@@ -700,13 +700,14 @@ def split_ending(name):
     return name[: len(name) - len(ending)], name[len(name) - len(ending) :]
 
 
-def read_pixels(path, short_side=None, grey=False):
+def read_pixels(path, short_side=None, grey=False, raw_dicom=False):
     """The numbers of an image file as they are stored: (array (H, W) or (H, W, 3), full scale).
 
     The content tells the kind of a file. Full scale is the number that stands for white: 255 or
-    65535 in a PNG, JPEG, TIFF or BMP; 1 in DICOM, which its own rules scale; None in .npy and
-    NIfTI, whose numbers may mean anything. A JPEG is decoded at the smallest of 1/8, 1/4, 1/2 of
-    its size whose shorter side is not below `short_side`, and as grey where `grey`."""
+    65535 in a PNG, JPEG, TIFF or BMP; 1 in DICOM, which its own rules scale (255 with `raw_dicom`:
+    see `read_dicom`); None in .npy and NIfTI, whose numbers may mean anything. A JPEG is decoded at
+    the smallest of 1/8, 1/4, 1/2 of its size whose shorter side is not below `short_side`, and as
+    grey where `grey`."""
     try:
         with open(path, "rb") as file:
             kind, white = file_kind(file), None
@@ -715,7 +716,7 @@ def read_pixels(path, short_side=None, grey=False):
             if kind == "npy":
                 pixels = np.load(file, allow_pickle=False)
             elif kind == "dicom":
-                pixels, white = read_dicom(file), 1
+                pixels, white = read_dicom(file, raw_dicom), 255 if raw_dicom else 1
             elif kind == "nifti":
                 pixels = np.asanyarray(read_nifti(file).dataobj)
             else:
@@ -763,10 +764,12 @@ def read_picture(file, short_side, grey):
     return np.array(picture.convert(mode)), 255
 
 
-def read_dicom(file):
+def read_dicom(file, raw_dicom=False):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
     They pass through the palette, or the modality LUT and then the VOI LUT or window. The minimum
-    becomes 0 and the maximum 1, but padding, which becomes black; MONOCHROME1 is inverted."""
+    becomes 0 and the maximum 1, but padding, which becomes black; MONOCHROME1 is inverted.
+    raw_dicom: as MED-PEFT reads RSNA's films instead. The stored numbers x 255 / their maximum are
+    rounded to 8 bits, without LUT, window and padding; MONOCHROME1 is inverted all the same."""
     try:
         import pydicom
         from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
@@ -777,6 +780,9 @@ def read_dicom(file):
         raise InputError(file.name, "one frame", record.NumberOfFrames)
     mend_dicom(record)
     raw, kind = record.pixel_array, record.PhotometricInterpretation
+    if raw_dicom:
+        pixels = np.abs(raw * (255 / (raw.max() or 1))).round().clip(0, 255).astype(np.uint8)
+        return 255 - pixels if kind == "MONOCHROME1" else pixels
     if kind == "PALETTE COLOR":
         pixels = apply_color_lut(raw, record).astype(np.float64)
     else:
@@ -834,15 +840,15 @@ def full_scale(highest):
     return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
 
 
-def read_image(path, short_side=None, deep=None, enlarge=True):
+def read_image(path, short_side=None, deep=None, enlarge=True, raw_dicom=False, mode="bicubic"):
     """Reads an image file as grey: float32 (1, H, W) in [0, 1].
 
-    short_side: pixels of the shorter side after an antialiased bicubic resize (None: full size),
+    short_side: pixels of the shorter side after a `resize` in the mode `mode` (None: full size),
     which leaves smaller images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or
     16 bits, are divided by their full scale, which for 16 bits is `deep` (None: `full_scale` of
     this file's largest value). Other numbers are stretched from minimum to maximum where they leave
-    [0, 1]. Colour becomes grey by ITU-R 601."""
-    pixels, white = read_pixels(path, short_side, grey=True)
+    [0, 1]. Colour becomes grey by ITU-R 601. raw_dicom: see `read_dicom`."""
+    pixels, white = read_pixels(path, short_side, grey=True, raw_dicom=raw_dicom)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         white = np.iinfo(pixels.dtype).max
     if white == 65535:
@@ -859,7 +865,7 @@ def read_image(path, short_side=None, deep=None, enlarge=True):
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     shorter = min(image.shape[1:])
     if short_side and short_side != shorter and (enlarge or short_side < shorter):
-        image = resize(image, short_side)
+        image = resize(image, short_side, mode)
     if image.dtype == torch.uint8:
         image = image.float() / 255
     if len(image) == 3:
@@ -1742,31 +1748,32 @@ def normalize(images, mean=None, std=None):
     return (images - mean) / std
 
 
-def resize(images, size):
+def resize(images, size, mode="bicubic"):
     """Resizes images (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or to an int for
-    the shorter side. Antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's."""
+    the shorter side. Antialiased "bicubic" (Keys, a = -1/2, widened where it reduces) or
+    "bilinear", as PIL's."""
     if isinstance(size, int):
         size = [round(side * size / min(images.shape[-2:])) for side in images.shape[-2:]]
     batch = images if images.ndim == 4 else images[None]
-    batch = F.interpolate(batch, size, mode="bicubic", antialias=True)
+    batch = F.interpolate(batch, size, mode=mode, antialias=True)
     batch = batch if batch.dtype == torch.uint8 else batch.clamp_(0, 1)
     return batch if images.ndim == 4 else batch[0]
 
 
-def resize_pair(pair, size):
+def resize_pair(pair, size, mode="bicubic"):
     """`resize` of an image and its mask (2, H, W) to `size` (h, w): the mask takes the value of the
     nearest pixel, so that it keeps two values."""
     mask = F.interpolate(pair[None, 1:].float(), size, mode="nearest-exact")[0]
-    return torch.cat([resize(pair[:1], size), mask.to(pair.dtype)])
+    return torch.cat([resize(pair[:1], size, mode), mask.to(pair.dtype)])
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
-                        pair=False):
+                        pair=False, mode="bicubic"):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
-    crop of its own for each image. `pair`: the channels are an image and its mask. Sampled as
-    torchvision's RandomResizedCrop does: of ten tries the first that fits, else the central crop of
-    the nearest aspect."""
+    crop of its own for each image. `pair`: the channels are an image and its mask; `mode`: see
+    `resize`. Sampled as torchvision's RandomResizedCrop does: of ten tries the first that fits,
+    else the central crop of the nearest aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -1782,7 +1789,7 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     scaled = resize_pair if pair else resize
     crops = []
     for image, (y, x, height, width) in zip(images, boxes):
-        crops.append(scaled(image[:, y : y + height, x : x + width], (size, size)))
+        crops.append(scaled(image[:, y : y + height, x : x + width], (size, size), mode))
     return torch.stack(crops)
 
 
@@ -1793,17 +1800,17 @@ def random_flip(images, generator=None):
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
-def read_bytes(path, short_side, deep=None, enlarge=True):
+def read_bytes(path, short_side, deep=None, **reading):
     """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
-    return (read_image(path, short_side, deep, enlarge) * 255).round_().byte().numpy()
+    return (read_image(path, short_side, deep, **reading) * 255).round_().byte().numpy()
 
 
-def read_pair(item, side, deep=None):
+def read_pair(item, side, deep=None, raw_dicom=False, mode="bicubic"):
     """An image and its mask, both squeezed into a square: uint8 (2, side, side), the mask 0 or 255.
     item: (path, the mask as `find_masks` gives it)."""
-    image = read_image(item[0], deep=deep)
+    image = read_image(item[0], deep=deep, raw_dicom=raw_dicom)
     mask = torch.from_numpy(np.ascontiguousarray(read_mask(item[1], image.shape[1:], item[0])))
-    pair = resize_pair(torch.cat([image, mask[None].float()]), (side, side))
+    pair = resize_pair(torch.cat([image, mask[None].float()]), (side, side), mode)
     return (pair * 255).round_().byte().numpy()
 
 
@@ -1816,14 +1823,14 @@ class ImageSet(torch.utils.data.Dataset):
     resuming change it. Without `augment` it holds the centre crops of `crop` pixels a side
     (default: `size`). set[i] is (image, i). `deep` is white in 16-bit files (default:
     `common_scale`). `masks`, as `find_masks` gives them, make each item a whole image and its mask
-    as two channels (2, size, size). Without `enlarge` images below `size` stay as they are."""
+    as two channels (2, size, size). `reading`: more of what `read_image` takes, such as enlarge."""
 
     def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
-                 enlarge=True):
+                 **reading):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
-        self.crop, self.enlarge = crop or size, enlarge
+        self.crop, self.reading = crop or size, reading
         self.deep, self.masks = deep or common_scale(paths) or 65535, masks
 
     @property
@@ -1839,9 +1846,9 @@ class ImageSet(torch.utils.data.Dataset):
     def reader(self):
         """What reads one item, a path or a (path, mask), as a uint8 array."""
         if self.masks is not None:
-            return functools.partial(read_pair, side=self.size, deep=self.deep)
+            return functools.partial(read_pair, side=self.size, deep=self.deep, **self.reading)
         size, deep = self.size, self.deep
-        return functools.partial(read_bytes, short_side=size, deep=deep, enlarge=self.enlarge)
+        return functools.partial(read_bytes, short_side=size, deep=deep, **self.reading)
 
     def read(self, index):
         """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
@@ -1896,10 +1903,13 @@ def load_batches(dataset, keys, workers):
         raise InputError(message.partition("InputError: ")[2]) from None
 
 
-def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0):
+def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0,
+                  taken=None):
     """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B in each process.
     All steps together walk along one endless row of epochs, each a permutation seeded by (seed,
-    epoch); a step takes the next world * batch_size. So its number alone fixes what it holds."""
+    epoch), or its first `taken` images; a step takes the next world * batch_size. So its number
+    alone fixes what it holds."""
+    taken = taken or len(dataset)
 
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
@@ -1909,7 +1919,7 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
         for step in range(start_step, steps):
             draw = step * world + rank
             places = range(draw * batch_size, (draw + 1) * batch_size)
-            rows = [permutation(place // len(dataset))[place % len(dataset)] for place in places]
+            rows = [permutation(place // taken)[place % taken] for place in places]
             yield rows, draw
 
     return load_batches(dataset, keys(), workers)

@@ -623,10 +623,11 @@ def load_records(config, paths, reports, device, tokenizer=None):
     return Records(images, heldout, tokenizer, tokens, words)
 
 
-def augment(images, generator, side, min_crop, flip=False, pair=False):
+def augment(images, generator, side, min_crop, flip=False, **crop):
     """Random crops (B, C, side, side) of at least the share `min_crop` of each image; `flip`
-    mirrors half of them. It is no local function, because worker processes find it by its name."""
-    images = data.random_resized_crop(images, side, (min_crop, 1.0), generator=generator, pair=pair)
+    mirrors half of them. `crop`: pair and mode of `data.random_resized_crop`. It is no local
+    function, because worker processes find it by its name."""
+    images = data.random_resized_crop(images, side, (min_crop, 1.0), generator=generator, **crop)
     return data.random_flip(images, generator) if flip else images
 
 

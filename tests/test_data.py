@@ -327,6 +327,36 @@ def test_dicom(tmp_path, photo, monkeypatch):
     fails(lambda: data.read_image(tmp_path / "without_ending"), "without_ending", "pip install")
 
 
+def test_dicom_as_stored(tmp_path, photo):
+    """RSNA's films as MED-PEFT reads them: no rescaling, no window and no padding, 8 bits."""
+    pytest.importorskip("pydicom")
+    path, raw = tmp_path / "a.dcm", photo[:, :300].astype(np.uint16) * 11 + 100
+    expected = np.rint(raw.astype(np.float64) * 255 / raw.max())
+    tags = dict(RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=900, WindowWidth=300)
+    for more, wanted in (
+        ({}, expected),
+        ({"PixelPaddingValue": 100}, expected),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, 255 - expected),
+    ):
+        write_dicom(path, raw, **tags | more)
+        image = data.read_image(path, raw_dicom=True)
+        assert np.array_equal(image[0].numpy(), (wanted / 255).astype(np.float32))
+        assert not np.allclose(image, data.read_image(path), atol=0.05)
+        pixels, white = data.read_pixels(path, raw_dicom=True)
+        assert pixels.dtype == np.uint8 and white == 255
+    small = Image.fromarray((255 - expected).astype(np.uint8)).resize((64, 109), Image.BICUBIC)
+    [(image, _)] = data.ImageSet([path], 64, raw_dicom=True)
+    assert np.abs(image[0].numpy() * 255 - np.asarray(small)[22:86]).max() <= 1.01
+    write_dicom(path, np.zeros((40, 40), np.uint16))
+    assert not data.read_image(path, raw_dicom=True).any()
+    signed = np.array([[-3000, -10], [0, 500]], np.int16)  # |x| x 255 / 500, at most 255
+    write_dicom(path, signed.astype("<i2"), PixelRepresentation=1, BitsStored=16, HighBit=15)
+    assert data.read_pixels(path, raw_dicom=True)[0].tolist() == [[255, 5], [0, 255]]
+    Image.fromarray(photo).save(tmp_path / "a.png")  # other files are read as ever
+    other = data.read_image(tmp_path / "a.png", raw_dicom=True)
+    assert torch.equal(other, data.read_image(tmp_path / "a.png"))
+
+
 def test_unreadable_images_have_one_clear_line(tmp_path, photo):
     for name in ("a.png", "a.jpg"):
         Image.fromarray(photo).save(tmp_path / name)
@@ -757,7 +787,7 @@ def test_random_resized_crop_follows_torchvisions_rule(monkeypatch):
         torch.meshgrid(torch.arange(90.0), torch.arange(160.0), indexing="ij")
     )  # a pixel knows its place
     monkeypatch.setattr(
-        data, "resize", lambda image, size: boxes.append(image) or resize(image, size)
+        data, "resize", lambda image, *how: boxes.append(image) or resize(image, *how)
     )
     crops = data.random_resized_crop(
         coordinates.expand(2000, -1, -1, -1),
@@ -793,6 +823,35 @@ def test_crops_repeat_differ_and_take_any_shape(photo):
     assert draw([image[:, :100], image[:, :, :200]]).shape == (2, 1, 96, 96)
     whole = data.random_resized_crop(image[None], 128, (1.0, 1.0), (1.0, 1.0))[0]
     assert torch.equal(whole, data.resize(image, 128))
+
+
+def test_crops_and_images_are_resized_bilinearly_where_asked(tmp_path, photo, monkeypatch):
+    """Against torch without antialiasing where it enlarges, and PIL, which torchvision uses."""
+    boxes, resize = [], data.resize
+    monkeypatch.setattr(
+        data, "resize", lambda image, *how: boxes.append(image) or resize(image, *how)
+    )
+    image = torch.from_numpy(photo[None, :60, :60] / np.float32(255))
+    draw = lambda **how: data.random_resized_crop(
+        image.expand(6, -1, -1, -1), 96, generator=torch.Generator().manual_seed(3), **how
+    )
+    crops, size = draw(mode="bilinear"), (96, 96)
+    for box, crop in zip(boxes, crops):
+        expected = F.interpolate(box[None], size, mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(crop, expected, atol=1e-5, rtol=0)
+    assert torch.equal(draw(), draw(mode="bicubic")) and not torch.equal(draw(), crops)
+    pair = torch.cat([image, (torch.arange(60) % 8 < 4).float().expand(1, 60, 60)])
+    [both] = data.random_resized_crop(
+        [pair], 96, generator=torch.Generator().manual_seed(3), pair=True, mode="bilinear"
+    )
+    expected = F.interpolate(boxes[-1][None], size, mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(both[:1], expected, atol=1e-5, rtol=0)
+    assert set(both[1].unique().tolist()) == {0.0, 1.0}  # a mask keeps its two values
+    Image.fromarray(photo[:300]).save(tmp_path / "a.png")
+    [(found, _)] = data.ImageSet([tmp_path / "a.png"], 128, mode="bilinear")
+    expected = Image.fromarray(photo[:300]).resize((round(512 * 128 / 300), 128), Image.BILINEAR)
+    left = (expected.width - 128) // 2
+    assert np.abs(found[0].numpy() * 255 - np.asarray(expected)[:, left : left + 128]).max() <= 1.01
 
 
 def test_narrow_models_stay_in_float32_on_a_cpu():
@@ -896,6 +955,39 @@ def test_train_batches_depend_on_the_step_alone(paths, preload):
         torch.cat(shares, 1).flatten()[:28].tolist() == order[:28]
     )  # two processes take turns in the same row
     assert not torch.equal(first[0][0][0], steps(0, 9)[3][0][0])
+
+
+@pytest.mark.parametrize("world, passes", [(1, 1), (2, 1), (1, 2)])
+def test_epochs_without_their_last_incomplete_batch(world, passes):
+    """Of 14 images and batches of 4 an epoch takes the first 12 of its permutation, and the next
+    epoch begins with the first image of its own."""
+
+    class Keys:
+        """Stands for images that are all alike: a batch is what was asked for."""
+
+        def __len__(self):
+            return 14
+
+        def __getitem__(self, key):
+            return key
+
+    def rows(first, last):
+        share = 4 // (world * passes)
+        of_rank = [
+            [
+                rows
+                for rows, _ in data.train_batches(
+                    Keys(), share, first * passes, last * passes, 5, rank, world, taken=12
+                )
+            ]
+            for rank in range(world)
+        ]
+        return [row for together in zip(*of_rank) for part in together for row in part]
+
+    orders = [torch.randperm(14, generator=data.seeded(5, epoch)).tolist() for epoch in range(3)]
+    expected = [orders[step // 3][step % 3 * 4 : step % 3 * 4 + 4] for step in range(8)]
+    assert rows(0, 8) == sum(expected, [])
+    assert rows(5, 8) == sum(expected[5:], [])  # resumed
 
 
 def test_eval_batches_cover_everything_once(paths):
@@ -1714,6 +1806,8 @@ def test_an_image_set_holds_its_paths_in_one_tensor():
     assert (
         images.paths == again.paths == names and images.path(7) == names[7] and len(images) == 1000
     )
+    assert images.reading == {}  # of options, and as small for any number of images
+    del images.reading
     assert not any(isinstance(value, (list, tuple, dict)) for value in vars(images).values())
     assert data.ImageSet([], 32).paths == [] and len(data.ImageSet([], 32)) == 0
 

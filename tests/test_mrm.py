@@ -1611,7 +1611,7 @@ def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
     shapes = [tuple(images.read(i).shape) for i in (0, 1)]
     assert shapes == [(1, 1335, 1157), (1, 300, 400)]
     seen, resize = [], data.resize
-    monkeypatch.setattr(data, "resize", lambda x, size: seen.append(x.shape[1:]) or resize(x, size))
+    monkeypatch.setattr(data, "resize", lambda x, *how: seen.append(x.shape[1:]) or resize(x, *how))
     for draw in range(3):
         batch, _ = images[[0] * 20, draw]
         assert batch.shape == (20, 1, 448, 448)
