@@ -32,11 +32,15 @@ Where this file departs from their official code, and why:
  3. Parameters are counted after freezing, LoRA apart from the head.
  4. An adapter file holds LoRA + fc_norm + head and names its base weights. An official checkpoint
     holds everything.
- 5. Gradients are clipped for LoRA and linear probes too, as MRM's full fine-tuning clips them;
-    training images are not flipped, since labels may know sides; the validation list is evaluated
-    10 times, not after each epoch. `--official` has the papers' form of these three.
- 6. Autocast is bfloat16 instead of float16, crops are bicubic in every recipe, and the last batch
-    of an epoch takes the first images of the next one instead of being dropped.
+ 5. Gradients are clipped for LoRA and linear probes too, as MRM's full fine-tuning clips them.
+    Training images are not flipped, since labels may know sides. The validation list is evaluated
+    10 times; the LoRA paper does it after each epoch. The last batch of an epoch takes the first
+    images of the next one; the LoRA paper drops it. Images are resized bicubically; MRM's full
+    fine-tuning does it bilinearly. RSNA's DICOM passes through its LUTs and window; the official
+    code divides the stored numbers by their maximum. `--official` has the papers' form of these.
+ 6. Autocast is bfloat16 instead of float16. Crops are cut out of films whose shorter side is twice
+    the input's. MRM's full fine-tuning is evaluated every few hundred steps, and the last batch of
+    an epoch is smaller there; ours is evaluated 10 times, and fills that batch.
  7. Segmentation squeezes whole films into squares, trains on few of the films that have no mask,
     and chooses the threshold and the smallest area on the validation list.
 
@@ -324,13 +328,13 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
         best, losses = saved["best"], saved["losses"]
     batches = data.Timed(data.train_batches(
         parts["train"].images, data.share_of_batch(config, world), step * config.accumulate,
-        steps * config.accumulate, config.seed, log.rank, world, config.workers), device, world)
+        steps * config.accumulate, config.seed, log.rank, world, config.workers,
+        images_of_epoch(config, len(labels))), device, world)
     every = max(1, steps // config.evaluations)
 
     def save(step):
-        mrm.save_state(log, model, optimizer, config, world, facts | {
-            "trained": trained_tensors(model), "best": best, "losses": losses, "step": step,
-            "history": history})
+        state = {"trained": trained_tensors(model), "best": best, "losses": losses, "step": step}
+        mrm.save_state(log, model, optimizer, config, world, facts | state | {"history": history})
 
     model.train()
     with data.Saving(save, world) as saving:
@@ -488,11 +492,9 @@ for name in LORA_ON_MRM:
             steps=steps, warmup=warmup / steps, lr=lr)
 # What every recipe leaves as it is unless it says otherwise
 PLAIN = dict(alpha=32.0, probe=0.0, randaugment=False, erasing=0.0)
-# What we do otherwise on purpose, and the papers' form of it (--official): their images are flipped
-# although labels and reports may know sides, the LoRA paper's gradients are not clipped, and the
-# validation list is looked at after each epoch
-OURS = dict(flip=False, clip=1.0, evaluations=10)
-OFFICIAL = dict(flip=True, clip=0.0)
+# What we do otherwise on purpose (point 5 above says why), in place of `official_form`
+OURS = dict(flip=False, clip=1.0, evaluations=10, drop_last=False, interpolation="bicubic",
+            raw_dicom=False)
 PAPER_SETS = ("nih", "chexpert", "rsna", "covid")
 FAMILIES = ("mrm", "medpeft", "cxr-mae", "small")
 TARGETS = tuple(lora.TARGETS)  # of LoRA
@@ -539,6 +541,27 @@ def recipe_for(family, method, name, percent, images=None):
     return RECIPES[near], f"{' '.join(map(str, near))} %, since {name} {percent} % is not published"
 
 
+def official_form(config, recipe):
+    """The papers' values of `OURS`. The LoRA paper's recipes count epochs, and MRM's steps."""
+    lora_paper = "epochs" in recipe
+    epochs = 10 if config.steps else config.epochs or recipe.get("epochs", 10)
+    mrm_full = MRM_FULL.items() <= recipe.items()
+    return dict(flip=True, clip=0.0 if lora_paper else 1.0, evaluations=max(1, round(epochs)),
+                drop_last=lora_paper, interpolation="bilinear" if mrm_full else "bicubic",
+                raw_dicom=config.data == "rsna")
+
+
+def images_of_epoch(config, images):
+    """How many of the training images an epoch takes: with `drop_last` those of whole batches.
+    Raises InputError where there is no whole batch."""
+    taken = images - images % config.batch_size if config.drop_last else images
+    if not taken:
+        raise InputError("--drop-last" + " (of --official)" * config.official,
+                         f"at least {config.batch_size} training images, one batch",
+                         f"{images}; type a smaller --batch-size, or --no-drop-last")
+    return taken
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
     task: str = option("classify", "classify: labels; segment: the pixels of a mask",
@@ -561,8 +584,9 @@ class FinetuneConfig(RunConfig):
     recipe: str = option(None, "whose values the options take: mrm (its own full fine-tuning, and "
                          "the LoRA paper's LoRA), medpeft or cxr-mae (the LoRA paper's on MRM's or "
                          "CXR-MAE's weights), small (default: by the weights)", choices=FAMILIES)
-    official: bool = option(False, "the papers' form where we depart: flips, no clipping but MRM's,"
-                            " validation after each epoch")
+    official: bool = option(False, "the papers' form where we depart: flips; RSNA's DICOM as stored"
+                            "; MRM's full fine-tuning with bilinear resizing; the LoRA paper's runs"
+                            " without clipping and last batches, validated after each epoch")
     dry_run: bool = option(False, "print the recipe and stop", free=True)
     method: str = option(None, "what is trained: everything; LoRA + fc_norm + head; fc_norm + head "
                          "(default: full)", choices=["full", "lora", "linear"])
@@ -590,6 +614,12 @@ class FinetuneConfig(RunConfig):
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
     flip: bool = option(None, "flip training images left-right at random (default: no, since "
                         "labels and reports may name sides)")
+    drop_last: bool = option(None, "leave out the last, incomplete batch of an epoch (default: no, "
+                             "the next epoch's first images fill it)")
+    interpolation: str = option(None, "of crops and test images (default: bicubic)",
+                                choices=["bicubic", "bilinear"])
+    raw_dicom: bool = option(None, "read DICOM as stored numbers x 255 / their maximum, in 8 bits, "
+                             "without LUT and window (default: no)")
     randaugment: bool = option(None, "RandAugment on training images (CXR-MAE's recipe)")
     erasing: float = option(None, "chance to fill a box of a training image with noise "
                             "(CXR-MAE's recipe)", within="[0, 1]")
@@ -733,14 +763,15 @@ def load_images(parts, config, kept):
     """
     side, segment = config.img_size, config.task == "segment"
     augment = functools.partial(mrm.augment, side=side, min_crop=config.min_crop, flip=config.flip,
-                                pair=segment)
+                                pair=segment, mode=config.interpolation)
     if config.randaugment or config.erasing:
         augment = functools.partial(strong_augment, augment, config.randaugment, config.erasing,
                                     config.mean, config.std)
+    reading = {"raw_dicom": config.raw_dicom, "mode": config.interpolation}  # of val and test
     deep = data.common_scale(*(part.paths for part in parts.values()))
     white = deep or 65535
     parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed,
-                                          white, parts["train"].masks)
+                                          white, parts["train"].masks, raw_dicom=config.raw_dicom)
     cache = parts["train"].images.preload().cache
     if segment and torch.is_tensor(cache) and not cache[:, 1].any():
         raise InputError("the train list", "a mask that is not empty", "none")
@@ -748,10 +779,11 @@ def load_images(parts, config, kept):
         part = parts[name]
         size = side if segment else config.test_side
         same = name in kept and (
-            kept[name].paths, kept[name].size, kept[name].crop, kept[name].masks, kept[name].deep
-            ) == (part.paths, size, side, part.masks, white)
+            kept[name].paths, kept[name].size, kept[name].crop, kept[name].masks, kept[name].deep,
+            kept[name].reading) == (part.paths, size, side, part.masks, white, reading)
         if not same:
-            kept[name] = data.ImageSet(part.paths, size, deep=white, masks=part.masks, crop=side)
+            kept[name] = data.ImageSet(part.paths, size, deep=white, masks=part.masks, crop=side,
+                                       **reading)
             kept[name].preload()
         part.images = kept[name]
         if segment:
@@ -917,11 +949,7 @@ def fill_recipe(config, classes=None, images=None):
             found |= {name: known["segment"][name] for name in ("channels", "norm")}
             found["img_size"] = sizes["img_size"]
         named["img_size"] *= 2  # an outline needs more pixels than a finding
-    departures = OURS
-    if config.official:  # MRM clips its full fine-tuning, which is given in steps
-        epochs = 10 if config.steps else config.epochs or recipe.get("epochs", 10)
-        departures = OFFICIAL | {"evaluations": max(1, round(epochs)),
-                                 "clip": 1.0 if "steps" in recipe else 0.0}
+    departures = official_form(config, recipe) if config.official else OURS
     typed, preset = config, PLAIN | departures | named | recipe | pixels | found
     preset["test_side"] = recipe.get("test_side", config.img_size or preset["img_size"])
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1018,7 +1046,7 @@ def finetune(config, kept=None):
     parts, classes = read_lists(config)
     images = len(parts["train"].names)
     config, sizes, tensors, known = fill_recipe(config, classes, images)
-    steps = data.number_of_steps(config, images, config.batch_size)
+    steps = data.number_of_steps(config, images_of_epoch(config, images), config.batch_size)
     data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors, known).to(device)
     facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
@@ -1028,7 +1056,7 @@ def finetune(config, kept=None):
     log = data.RunLog(config.out, config, rank, config.resume, start)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
              "pool": config.pool, "test_side": config.test_side, "deep": deep,
-             "method": config.method}
+             "reading": parts["test"].images.reading, "method": config.method}
     about["trained_on"], seen = known_films(config, parts, known)
     if config.method == "lora":
         about |= name_base(config, model, sizes, tensors, known, log)
@@ -1292,7 +1320,7 @@ def predict_folder(config):
         paths = [paths[i] for i in data.readable(paths)]
     masks = [None] * len(paths) if "segment" in saved else None
     images = data.ImageSet(paths, saved.get("test_side", model.img_size), deep=saved.get("deep"),
-                           masks=masks, crop=model.img_size)
+                           masks=masks, crop=model.img_size, **saved.get("reading", {}))
     scores = predict(model.to(device), images, config, device)
     names = [Path(path).relative_to(folder).as_posix() for path in paths]
     if masks:

@@ -113,6 +113,12 @@ def has(config, **values):
 SGD = dict(optimizer="sgd", weight_decay=0, layer_decay=1, mean=0.4978, std=0.2449, test_side=224)
 ADAMW = dict(optimizer="adamw", weight_decay=0.05, layer_decay=0.65, mean=0.4785, std=0.2834)
 COMMON = dict(drop_path=0.1, min_crop=0.08, img_size=224, probe=0, pool=1)
+# FACTS of the departures: ours, those of the LoRA paper's common settings, and of MRM's own recipe
+OURS = dict(
+    flip=False, clip=1, evaluations=10, drop_last=False, interpolation="bicubic", raw_dicom=False
+)
+PAPERS = dict(flip=True, clip=0, drop_last=True, interpolation="bicubic")
+MRMS = dict(flip=True, clip=1, drop_last=False, interpolation="bilinear")
 
 
 @pytest.mark.parametrize("name, percent", CELLS)
@@ -125,26 +131,29 @@ def test_the_36_runs_of_the_lora_paper(name, percent, capsys):
         | dict(lr=rate, rank=rank, alpha=32, dropout=0.1, epochs=100, warmup=5 / 100, batch_size=64)
     )
     for family in ("mrm", "medpeft"):
-        has(dry_run(family, name, percent, "lora"), **lora_on_mrm, randaugment=False, erasing=0)
+        extra = dict(randaugment=False, erasing=0)
+        has(dry_run(family, name, percent, "lora"), **lora_on_mrm | extra | OURS)
+        found = dry_run(family, name, percent, "lora", official=True)
+        has(found, **lora_on_mrm | extra | PAPERS, evaluations=100, raw_dicom=name == "rsna")
     epochs, rate, rank = ON_CXR_MAE[name][place]
     extra = dict(randaugment=True, erasing=0.25, test_side=256, batch_size=64)
-    has(
-        dry_run("cxr-mae", name, percent, "lora"),
-        **ADAMW | COMMON | extra,
-        lr=rate * 64 / 256,
-        rank=rank,
-        epochs=epochs,
-        warmup=5 / epochs,
-    )
+    on_cxr_mae = dict(lr=rate * 64 / 256, rank=rank, epochs=epochs, warmup=5 / epochs)
+    on_cxr_mae |= ADAMW | COMMON | extra
+    has(dry_run("cxr-mae", name, percent, "lora"), **on_cxr_mae | OURS)
+    found = dry_run("cxr-mae", name, percent, "lora", official=True)
+    has(found, **on_cxr_mae | PAPERS, evaluations=epochs, raw_dicom=name == "rsna")
     capsys.readouterr()
     # Of full fine-tuning NIH 1 % is published alone, and stands for the other cells
     full = dict(lr=1e-2, epochs=200, warmup=5 / 200, batch_size=64)
-    has(dry_run("medpeft", name, percent, "full"), **SGD | COMMON | full)
+    has(dry_run("medpeft", name, percent, "full"), **SGD | COMMON | full | OURS)
     printed = capsys.readouterr().out
     assert ("is not published" in printed) == ((name, percent) != ("nih", 1))
     assert "recipe: medpeft full nih 1 %" in printed
     full = dict(lr=5e-4 * 64 / 256, epochs=400, warmup=5 / 400)
-    has(dry_run("cxr-mae", name, percent, "full"), **ADAMW | COMMON | extra | full)
+    has(dry_run("cxr-mae", name, percent, "full"), **ADAMW | COMMON | extra | full | OURS)
+    for family, evaluations in (("medpeft", 200), ("cxr-mae", 400)):
+        found = dry_run(family, name, percent, "full", official=True)
+        has(found, **PAPERS, evaluations=evaluations, raw_dicom=name == "rsna")
 
 
 MRM_STEPS = {
@@ -160,7 +169,10 @@ def test_mrms_own_cells(name, percent):
         (1000, 50, 3e-2) if name == "covid" else MRM_STEPS[name][PERCENTS.index(percent)]
     )
     found = dry_run("mrm", name, percent, "full")
-    has(found, **SGD | COMMON, lr=lr, flip=False, clip=1, evaluations=10, batch_size=96)
+    has(found, **SGD | COMMON | OURS, lr=lr, batch_size=96)
+    official = dry_run("mrm", name, percent, "full", official=True)
+    has(official, **SGD | COMMON | MRMS, lr=lr, evaluations=10, raw_dicom=name == "rsna")
+    assert official.steps == steps
     assert found.epochs is None
     assert (found.steps, round(found.warmup * found.steps)) == (steps, warmup)
 
@@ -173,6 +185,9 @@ def test_the_official_form_and_what_each_value_comes_from(capsys):
     for line in (
         "rank 6 typed",
         "flip True the official form",
+        "drop_last True the official form",
+        "interpolation bicubic the official form",
+        "raw_dicom False the official form",
         "mean 0.4785 the recipe",
         "epochs 400 the recipe",
         "img_size 224 the weights",
@@ -180,8 +195,10 @@ def test_the_official_form_and_what_each_value_comes_from(capsys):
         assert line in lines, line
     few = dry_run("medpeft", "nih", 1, "lora", official=True, epochs=20)
     has(few, epochs=20, evaluations=20)  # still after each epoch
-    has(dry_run("mrm", "nih", 1, "full", official=True), flip=True, clip=1)
-    has(dry_run("medpeft", "nih", 1, "full", official=True), clip=0, evaluations=200)
+    typed = dict(drop_last=False, interpolation="bilinear", raw_dicom=False)
+    has(dry_run("medpeft", "rsna", 1, "lora", official=True, **typed), **typed, flip=True)
+    small = dry_run("small", "rsna", 1, "lora", official=True)  # no paper says how
+    has(small, drop_last=False, interpolation="bicubic", raw_dicom=True)
 
 
 def test_which_weights_they_are_is_read_from_the_file_or_asked_for(tmp_path):
@@ -540,8 +557,13 @@ def interrupted(monkeypatch, run):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(method="lora"), dict(method="full", optimizer="sgd", lr=0.01), dict(method="linear")],
-    ids=["lora", "full", "linear"],
+    [
+        dict(method="lora"),
+        dict(method="full", optimizer="sgd", lr=0.01),
+        dict(method="linear"),
+        dict(method="lora", drop_last=True, batch_size=24, accumulate=2),
+    ],
+    ids=["lora", "full", "linear", "drop_last"],
 )
 def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     whole = finetune.finetune(config(easy, tmp_path / "whole", **options))
@@ -572,6 +594,113 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     assert again["auroc"] == whole["auroc"]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_last_incomplete_batch_is_dropped(easy, tmp_path, monkeypatch, accumulate):
+    """Of 64 images and batches of 24 an epoch has two, of 48 different images."""
+    rows, batches = [], data.train_batches
+
+    def spy(*arguments):
+        for images, index in batches(*arguments):
+            rows.append(index.tolist())
+            yield images, index
+
+    monkeypatch.setattr(data, "train_batches", spy)
+    options = dict(method="linear", steps=None, epochs=3, batch_size=24, accumulate=accumulate)
+    result = finetune.finetune(config(easy, tmp_path / "o", drop_last=True, **options))
+    assert result["steps"] == 6 and len(rows) == 6 * accumulate
+    epochs = np.array(rows).reshape(3, 48)
+    assert [len(set(epoch)) for epoch in epochs.tolist()] == [48] * 3
+    orders = [torch.randperm(64, generator=data.seeded(0, epoch)) for epoch in range(3)]
+    assert epochs.tolist() == [order[:48].tolist() for order in orders]
+    if accumulate == 1:
+        rows.clear()
+        assert finetune.finetune(config(easy, tmp_path / "o", **options))["steps"] == 8
+        orders = torch.cat(orders).tolist()
+        assert sum(rows, []) == orders[: 8 * 24]  # without it the next epoch fills the batch
+
+
+def test_fewer_images_than_a_batch_are_one_line(easy, tmp_path):
+    few = config(easy, tmp_path / "o", method="linear", batch_size=65)
+    assert finetune.finetune(few)["steps"] == 4
+    with pytest.raises(data.InputError) as error:
+        finetune.finetune(dataclasses.replace(few, drop_last=True))
+    assert str(error.value) == (
+        "--drop-last: expected at least 65 training images, one batch, found 64; type a smaller "
+        "--batch-size, or --no-drop-last"
+    )
+
+
+def test_rsna_in_the_official_form(tmp_path, monkeypatch):
+    """Trained, tested and predicted on the stored numbers / their maximum, by whole batches."""
+    pytest.importorskip("pydicom")
+    from test_data import write_dicom
+
+    rng, root, films = np.random.default_rng(0), tmp_path / "rsna", {}
+    root.mkdir()
+    for part, n in (("train_1", 70), ("val_list", 24), ("test_list", 24)):
+        lines = []
+        for i in range(n):
+            name = f"{part}{i}.dcm"
+            films[name] = square(rng, i % 2).astype(np.uint16) * 7 + 50
+            kind = "MONOCHROME1" if i % 3 else "MONOCHROME2"
+            tags = dict(WindowCenter=900, WindowWidth=200, PhotometricInterpretation=kind)
+            write_dicom(root / name, films[name], **tags)
+            films[name] = np.rint(films[name] * (255 / films[name].max())).astype(np.uint8)
+            films[name] = 255 - films[name] if i % 3 else films[name]
+            lines.append(f"{name} {i % 2}")
+        (root / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    options = dict(data="rsna", ratio=1, recipe="medpeft", rank=2, lr=0.01, official=True)
+    options |= dict(steps=None, evaluations=None, probe=None, batch_size=None, epochs=2)
+    run, sets = config(root, tmp_path / "run", method="lora", **options), []
+    load = finetune.load_images
+
+    def spy(parts, *rest):
+        deep = load(parts, *rest)
+        sets.extend(part.images for part in parts.values())
+        return deep
+
+    monkeypatch.setattr(finetune, "load_images", spy)
+    result = finetune.finetune(run)
+    assert (result["steps"], result["batch_size"]) == (2, 64)  # 70 images: one batch an epoch
+    for images in sets:
+        for i, path in enumerate(images.paths):
+            film = Image.fromarray(films[Path(path).name])
+            expected = film.resize((images.size, images.size), Image.BICUBIC)
+            difference = images.cache[i][0].numpy().astype(int) - np.asarray(expected)
+            assert np.abs(difference).max() <= 2  # both round twice, along x and along y
+    tested = list(csv.reader((tmp_path / "run/predictions.csv").open()))[1:]
+    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt")))
+    for weights in ("run", "run/merged.pt"):  # read as it was trained
+        out = tmp_path / "predicted"
+        finetune.predict_folder(
+            FinetuneConfig(predict=str(root), weights=str(tmp_path / weights), out=str(out))
+        )
+        found = {row[0]: row[1] for row in csv.reader((out / "predictions.csv").open())}
+        for name, score, _ in tested:
+            assert float(found[name]) == pytest.approx(float(score), abs=1e-6), (weights, name)
+    saved = data.load_checkpoint(tmp_path / "run/adapter.pt")
+    assert saved["reading"] == {"raw_dicom": True, "mode": "bicubic"}
+    (root / "train_1.txt").write_text("".join(f"train_1{i}.dcm {i % 2}\n" for i in range(40)))
+    with pytest.raises(data.InputError, match=r"--drop-last \(of --official\): .* 64 .* found 40"):
+        finetune.finetune(run)
+
+
+def test_kept_images_are_those_of_the_same_reading(easy, tmp_path):
+    kept, seen = {}, []
+    for mode in ("bicubic", "bilinear", "bilinear"):
+        parts, _ = finetune.read_lists(config(easy, tmp_path, ratio=100))
+        options = dict(interpolation=mode, raw_dicom=False, img_size=24, min_crop=0.5)
+        options |= dict(flip=False, randaugment=False, erasing=0.0, test_side=24)
+        finetune.load_images(parts, config(easy, tmp_path, **options), kept)
+        seen.append(parts["test"].images)
+        films = parts["train"].images.cache[:2].float() / 255  # and its crops are of that mode
+        crops, _ = parts["train"].images[[0, 1], 7]
+        draw = data.seeded(0, 7)
+        expected = data.random_resized_crop(films, 24, (0.5, 1.0), generator=draw, mode=mode)
+        assert torch.equal(crops, expected)
+    assert seen[1] is seen[2] and not torch.equal(seen[0].cache, seen[1].cache)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -582,6 +711,9 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
         dict(lr=0.1),
         dict(mean=0.0),
         dict(flip=True),
+        dict(drop_last=True),
+        dict(interpolation="bilinear"),
+        dict(raw_dicom=True),
     ],
     ids=lambda other: next(iter(other)),
 )
