@@ -2419,12 +2419,13 @@ def test_a_finished_cell_notices_that_its_script_was_edited(tmp_path, monkeypatc
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the waiting is counted on Linux alone")
 def test_a_run_leaves_a_core_that_another_program_takes():
-    """Two threads that may use one core only wait for it; one is given up, and tried again later."""
+    """Of two threads that wait for one core, one is given up, and tried again later."""
     script = """
 import os, torch, data
 data.FreeCores.ALL = 2
 torch.set_num_threads(2)
-cores, x, seen = data.FreeCores(torch.device("cpu"), interval=0.3, pause=1.0), torch.ones(400, 400), []
+cores, x = data.FreeCores(torch.device("cpu"), interval=0.3, pause=1.0), torch.ones(400, 400)
+seen = []
 def work(seconds):
     end = data.time.time() + seconds
     while data.time.time() < end:
