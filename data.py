@@ -434,7 +434,8 @@ class RunLog:
 
 
 class Timed:
-    """Hands out `batches` and measures how fast a loop takes them and how long it waits."""
+    """Hands out `batches` and measures how fast a loop takes them and how long it waits; as a
+    string, what a progress line shows of that."""
 
     def __init__(self, batches, device, world=1):
         self.batches, self.device, self.world = iter(batches), device, world
@@ -456,6 +457,17 @@ class Timed:
         return {"images_per_second": self.images / seconds,
                 "share_waiting_for_data": self.waited / seconds,
                 "peak_memory_mib": peak_memory_mib(self.device)}
+
+    def __str__(self):
+        speed, waiting, memory = self.speed().values()
+        return f"{speed:.0f} images/s, {100 * waiting:.0f} % waiting for data, {memory:.0f} MiB"
+
+    def steps(self, first, last, name, rank):
+        """The numbers first ... last - 1, with a progress line that shows the speed."""
+        bar = tqdm(range(first, last), name, last, initial=first, disable=rank > 0)
+        for step in bar:
+            yield step
+            bar.set_postfix_str(str(self), refresh=False)
 
 
 class FreeCores:

@@ -62,7 +62,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
-from tqdm import tqdm
 
 import data
 import lora
@@ -338,8 +337,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
 
     model.train()
     with data.Saving(save, world) as saving:
-        for step in tqdm(range(step, steps), initial=step, total=steps, desc=config.method,
-                         disable=log.rank > 0):
+        for step in batches.steps(step, steps, config.method, log.rank):
             set_rates(optimizer, config, step, steps)
             loss_of_step, seen = torch.zeros((), device=device), []
             for _ in range(config.accumulate):

@@ -85,7 +85,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 from data import InputError, RunConfig, option
@@ -760,9 +759,8 @@ def train(config, model, records, steps, saved, facts, log, world):
         state = facts | {"model": model.state_dict(), "step": step, "history": history}
         save_state(log, model, optimizer, config, world, state)
 
-    bar = {"initial": step, "total": steps, "desc": "pretrain", "disable": log.rank > 0}
     with data.Saving(save, world) as saving:
-        for step in tqdm(range(step, steps), **bar):
+        for step in batches.steps(step, steps, "pretrain", log.rank):
             # The rate rises slowly at first, while Adam has seen too few gradients to scale them
             lr = cosine_lr(step, steps, round(config.warmup * steps), config.lr)
             for group in optimizer.param_groups:

@@ -654,11 +654,11 @@ def loop(run, log):
             run.speed = batches.speed()
             if run.step % every == 0 or ends:
                 scores = evaluate(run, *run.val)
-                log.line(step=run.step, epoch=epoch, val=scores)
+                log.line(step=run.step, epoch=epoch, val=scores, **run.speed)
                 if run.rank == 0:
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
                     shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
-                    print(f"epoch {epoch:g}: val", ", ".join(shown), flush=True)
+                    print(f"epoch {epoch:g}: val", ", ".join([*shown, str(batches)]), flush=True)
                     draw_progress(run, epoch)
                 # Val chooses the weights. A GAN's losses cannot, since G's loss rises when D gets
                 # better; and the test must not, or it would flatter what it chose.

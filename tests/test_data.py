@@ -930,6 +930,20 @@ def test_image_set(paths):
     )
 
 
+def test_the_progress_line_shows_the_speed(capsys):
+    batches = iter(lambda: time.sleep(0.01) or [torch.zeros(8, 1)], None)  # 800 images/s at most
+    timed = data.Timed(batches, torch.device("cpu"))
+    for step in timed.steps(2, 22, "train", 0):
+        next(timed)
+        assert step == 1 + timed.images // 8
+    line = capsys.readouterr().err.split("\r")[-1]
+    speed, waiting, memory = re.search(
+        r"train: 100%.* 22/22 .* (\d+) images/s, (\d+) % waiting for data, (\d+) MiB", line
+    ).groups()
+    assert 0 < int(speed) <= 800 and int(waiting) > 30 and int(memory) > 50
+    assert list(timed.steps(0, 3, "train", 1)) == [0, 1, 2] and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("preload", [False, True])
 def test_train_batches_depend_on_the_step_alone(paths, preload):
     def steps(start, stop, workers=0, rank=0, world=1):

@@ -996,6 +996,8 @@ def test_steps_instead_of_epochs_and_the_result_says_how_fast_it_was(drawn, tmp_
     result = reggan.train(c)  # 6 pairs, 2 each: an epoch and a third
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val" in line] == [3, 4]
+    speed = {"images_per_second", "share_waiting_for_data", "peak_memory_mib"}
+    assert all(speed <= line.keys() for line in lines if "val" in line)
     assert [line["epoch"] for line in lines if "val" in line] == pytest.approx([1, 4 / 3])
     assert (
         0 < result["share_waiting_for_data"] < 1
