@@ -80,8 +80,24 @@ say_once = functools.cache(note)
 def option(default, help, **metadata):
     """A dataclass field with its help text. A default of None means the preset's (see `fill`).
     metadata: argparse's `choices`; `within`, the interval that the value lies in, as "[0, 1)";
+    `parse`, what makes the value of its text where the type alone does not;
     `free=True` for an option that may change between a run and its resumption."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+def cores():
+    """The cores that this process may use: its share, where torchrun started several here."""
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def count_workers(text):
+    """The number of --workers. On a CPU auto is none: the step itself takes every core."""
+    if text == "auto":
+        return min(8, cores()) if torch.cuda.is_available() else 0
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number or auto, found {text!r}")
+    return int(text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +115,8 @@ class RunConfig:
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
     dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
-    workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
+    workers: int = option(0, "processes that read images (0: this one; auto: one a core and 8 at "
+                          "most with a GPU, else 0)", within="[0, 64]", parse=count_workers,
                           free=True)
     kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
                            free=True)
@@ -128,7 +145,8 @@ def parse_config(config_class, argv=None, description=None):
         elif "choices" in field.metadata:
             kwargs["choices"] = field.metadata["choices"]
         else:
-            kwargs |= {"type": field.type, "metavar": field.name.upper()}
+            parse = field.metadata.get("parse", field.type)
+            kwargs |= {"type": parse, "metavar": field.name.upper()}
         (every if field.name in shared else own).add_argument(flag_of(field), **kwargs)
     config = config_class(**vars(parser.parse_args(argv)))
     check_ranges(config)
@@ -906,11 +924,10 @@ def over_images(function, paths, verb="reading images"):
     """[function(path) for path in paths] with a progress bar, many paths in a process per core.
     `function` can be pickled. (Threads fight for Python's lock and take twice the time of none.)"""
     bar = functools.partial(tqdm, desc=verb, total=len(paths), leave=False, delay=1)
-    linux = sys.platform == "linux"
-    processes = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+    processes = cores()
     if processes == 1 or len(paths) < 200:
         return list(bar(map(function, paths)))
-    context = multiprocessing.get_context("fork" if linux else None)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     try:
         with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
             return list(bar(pool.map(function, paths, chunksize=16)))

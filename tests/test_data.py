@@ -944,6 +944,28 @@ def test_the_progress_line_shows_the_speed(capsys):
     assert list(timed.steps(0, 3, "train", 1)) == [0, 1, 2] and capsys.readouterr().err == ""
 
 
+def test_workers_auto(monkeypatch, capsys):
+    monkeypatch.setattr(data, "cores", lambda: 3)
+    for there, expected in ((False, 0), (True, 3)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        assert data.parse_config(Config, ["--workers", "auto"]).workers == expected
+    monkeypatch.setattr(data, "cores", lambda: 64)
+    assert data.parse_config(Config, ["--workers", "auto"]).workers == 8
+    assert data.parse_config(Config, ["--workers", "5"]).workers == 5
+    fails(lambda: data.parse_config(Config, ["--workers", "65"]), "--workers", "[0, 64]")
+    for text in ("many", "-1"):
+        with pytest.raises(SystemExit):
+            data.parse_config(Config, ["--workers", text])
+        assert "expected a number or auto" in capsys.readouterr().err
+
+
+def test_cores_are_shared_by_the_processes_of_torchrun(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    every = data.cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert data.cores() == max(1, every // 2)
+
+
 @pytest.mark.parametrize("preload", [False, True])
 def test_train_batches_depend_on_the_step_alone(paths, preload):
     def steps(start, stop, workers=0, rank=0, world=1):
