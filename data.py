@@ -37,12 +37,14 @@ import tempfile
 import textwrap
 import threading
 import time
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -295,9 +297,10 @@ def set_random_state(state):
 # The folder of a run: checkpoints, log, results
 
 
-def atomic_write(path, write):
+def atomic_write(path, write, sync=True):
     """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it:
-    a reader sees the old file or the new one, never half of one."""
+    a reader sees the old file or the new one, never half of one. Without `sync`, which takes
+    milliseconds, that does not hold where the power fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -305,7 +308,8 @@ def atomic_write(path, write):
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save raises a RuntimeError of its own while it handles the disk's error.
@@ -1843,6 +1847,50 @@ def read_pair(item, side, deep=None, raw_dicom=False, mode="bicubic"):
     return (pair * 255).round_().byte().numpy()
 
 
+# What decodes an image: this file and two libraries. Pixels of other versions are not taken
+VERSIONS = f"{torch.__version__} {PIL.__version__}".encode()
+DECODER = hashlib.sha256(Path(__file__).read_bytes() + VERSIONS).hexdigest()
+
+
+def read_cached(reader, folder, item, fill=False):
+    """`reader(item)` (see `ImageSet.reader`) as a uint8 array (C, H, W), by way of a file below
+    `folder`, which is mapped into memory: all processes share its pages. `fill` only makes it.
+
+    Its name stands for the item and the reader's options. It holds a stamp (32 bytes) of `DECODER`
+    and of the sizes and times of change of the image and its mask, the crc32 of what follows (4),
+    the shape (12) and the pixels. Where stamp or crc32 do not fit, the image is read again and the
+    file replaced. Raises InputError where it cannot be written."""
+    path, *mask = [item] if isinstance(item, str) else item
+    try:
+        states = [os.stat(file) for file in (path, *mask) if isinstance(file, str)]
+    except OSError:
+        return reader(item)  # which says what is wrong
+    states = [(state.st_size, state.st_mtime_ns) for state in states]
+    name = repr((reader.func.__name__, reader.keywords, os.path.abspath(path), mask))
+    name = hashlib.sha256(name.encode()).hexdigest()
+    stamp = hashlib.sha256(repr((DECODER, name, states)).encode()).digest()
+    file = Path(folder, name[:2], name[2:])
+    try:
+        entry = np.memmap(file, np.uint8, "c")
+        good = entry[:32].tobytes() == stamp
+        if good and fill:
+            return None
+        if good and zlib.crc32(entry[36:]) == entry[32:36].view(np.uint32)[0]:
+            pixels = entry[48:].reshape(entry[36:48].view(np.uint32))
+            # Small ones are copied, because a process may map 65,530 files and no more
+            return pixels if pixels.size > 2**16 else np.array(pixels)
+    except (OSError, ValueError, IndexError):  # there is none, or one cut short
+        pass
+    pixels = reader(item)
+    rest = np.array(pixels.shape, np.uint32).tobytes() + pixels.tobytes()
+    entry = stamp + np.uint32(zlib.crc32(rest)).tobytes() + rest
+    try:
+        atomic_write(file, lambda file: file.write(entry), sync=False)
+    except InputError as error:
+        raise InputError(f"{error}; make room or give another --cache") from None
+    return None if fill else pixels
+
+
 class ImageSet(torch.utils.data.Dataset):
     """Grey images whose shorter side is `size`, as 8 bits, read when they are asked for.
 
@@ -1852,15 +1900,17 @@ class ImageSet(torch.utils.data.Dataset):
     resuming change it. Without `augment` it holds the centre crops of `crop` pixels a side
     (default: `size`). set[i] is (image, i). `deep` is white in 16-bit files (default:
     `common_scale`). `masks`, as `find_masks` gives them, make each item a whole image and its mask
-    as two channels (2, size, size). `reading`: more of what `read_image` takes, such as enlarge."""
+    as two channels (2, size, size). `reading`: more of what `read_image` takes, such as enlarge.
+    `folder` keeps the decoded images for the next run (`read_cached`)."""
 
     def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
-                 **reading):
+                 folder="", **reading):
         # One array: counting references to a list of strings would copy it into every worker.
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
         self.crop, self.reading = crop or size, reading
         self.deep, self.masks = deep or common_scale(paths) or 65535, masks
+        self.folder = folder
 
     @property
     def paths(self):
@@ -1874,10 +1924,11 @@ class ImageSet(torch.utils.data.Dataset):
 
     def reader(self):
         """What reads one item, a path or a (path, mask), as a uint8 array."""
-        if self.masks is not None:
-            return functools.partial(read_pair, side=self.size, deep=self.deep, **self.reading)
         size, deep = self.size, self.deep
-        return functools.partial(read_bytes, short_side=size, deep=deep, **self.reading)
+        read = functools.partial(read_bytes, short_side=size, deep=deep, **self.reading)
+        if self.masks is not None:
+            read = functools.partial(read_pair, side=size, deep=deep, **self.reading)
+        return functools.partial(read_cached, read, self.folder) if self.folder else read
 
     def read(self, index):
         """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
@@ -1888,10 +1939,18 @@ class ImageSet(torch.utils.data.Dataset):
         return torch.from_numpy(self.reader()(item))
 
     def preload(self, limit=2 * 2**30):
-        """Decodes all images into memory, if they take less than `limit` bytes; returns self."""
+        """Decodes all images into `folder`, where there is one (each of torchrun's processes on
+        this machine a share), and into memory, if they take less than `limit` bytes there. Returns
+        self."""
         channels = 1 if self.masks is None else 2
+        items = self.paths if self.masks is None else list(zip(self.paths, self.masks))
+        if self.cache is None and self.folder:
+            rank = int(os.environ.get("LOCAL_RANK", 0))
+            share = items[rank :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
+            over_images(functools.partial(self.reader(), fill=True), share, "filling the cache")
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()
         if self.cache is None and channels * len(self) * self.size**2 * 1.25 < limit:
-            items = self.paths if self.masks is None else list(zip(self.paths, self.masks))
             images = [torch.from_numpy(image) for image in over_images(self.reader(), items)]
             same = len({image.shape for image in images}) == 1
             self.cache = torch.stack(images) if same else images

@@ -640,6 +640,8 @@ class FinetuneConfig(RunConfig):
                             "AUROC", choices=["ones", "zeros", "ignore"])
     skip_bad_lines: bool = option(False, "leave out lines of a list that cannot be read, instead "
                                   "of stopping")
+    cache: str = option("", "folder that keeps the decoded images (8 bits) for the next run",
+                        free=True)
     skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
     allow_outside: bool = option(False, "read images that a list names outside of --root")
     predict: str = option("", "folder of images, or one image: predict by --weights, and stop",
@@ -769,7 +771,8 @@ def load_images(parts, config, kept):
     deep = data.common_scale(*(part.paths for part in parts.values()))
     white = deep or 65535
     parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed,
-                                          white, parts["train"].masks, raw_dicom=config.raw_dicom)
+                                          white, parts["train"].masks, folder=config.cache,
+                                          raw_dicom=config.raw_dicom)
     cache = parts["train"].images.preload().cache
     if segment and torch.is_tensor(cache) and not cache[:, 1].any():
         raise InputError("the train list", "a mask that is not empty", "none")
@@ -781,7 +784,7 @@ def load_images(parts, config, kept):
             kept[name].reading) == (part.paths, size, side, part.masks, white, reading)
         if not same:
             kept[name] = data.ImageSet(part.paths, size, deep=white, masks=part.masks, crop=side,
-                                       **reading)
+                                       folder=config.cache, **reading)
             kept[name].preload()
         part.images = kept[name]
         if segment:
@@ -870,7 +873,7 @@ def pretrain_demo(config, init="mrm", seed=0):
         out=folder, root=config.root if config.data == "demo" else "", seed=seed,
         image_only=init == "image-only", report_only=init == "report-only",
         mask_ratio=0.75 if init == "image-only" else None,  # the best of 0.25, 0.5 and 0.75
-        device=config.device, dtype=config.dtype, workers=config.workers)
+        device=config.device, dtype=config.dtype, workers=config.workers, cache=config.cache)
     if not (Path(folder) / "result.json").exists():
         print(f"no --weights given: pretraining the tiny {init} on the demo records, in {folder}")
         mrm.pretrain(settings)
@@ -1318,7 +1321,8 @@ def predict_folder(config):
         paths = [paths[i] for i in data.readable(paths)]
     masks = [None] * len(paths) if "segment" in saved else None
     images = data.ImageSet(paths, saved.get("test_side", model.img_size), deep=saved.get("deep"),
-                           masks=masks, crop=model.img_size, **saved.get("reading", {}))
+                           masks=masks, crop=model.img_size, folder=config.cache,
+                           **saved.get("reading", {}))
     scores = predict(model.to(device), images, config, device)
     names = [Path(path).relative_to(folder).as_posix() for path in paths]
     if masks:

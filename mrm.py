@@ -469,6 +469,8 @@ class MRMConfig(RunConfig):
                        choices=["demo", "csv"])
     root: str = option(None, "data folder (demo: where the demo records are, or are drawn)")
     exclude: str = option(None, "list file: its images and those of its patients are left out")
+    cache: str = option("", "folder that keeps the decoded images (8 bits) for the next run",
+                        free=True)
     skip_bad: bool = option(False, "leave out images that cannot be read, with a count")
     allow_outside: bool = option(False, "read images that the table names outside of --root")
     preset: str = option("tiny", "model and recipe; base is the paper's", choices=list(MODELS))
@@ -616,9 +618,11 @@ def load_records(config, paths, reports, device, tokenizer=None):
         kept = math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
     crop = functools.partial(augment, side=side, min_crop=config.min_crop)
     white = data.common_scale(paths[:count], paths[count:]) or 65535  # one scale for all records
-    images = data.ImageSet(paths[:count], kept, crop, config.seed, white, enlarge=False).preload()
-    heldout = torch.stack([image for image, _ in data.ImageSet(paths[count:], side, deep=white)])
-    heldout = data.normalize(heldout.to(device), config.mean, config.std)
+    images = data.ImageSet(paths[:count], kept, crop, config.seed, white, enlarge=False,
+                           folder=config.cache).preload()
+    heldout = data.ImageSet(paths[count:], side, deep=white, folder=config.cache)
+    heldout = torch.stack([image for image, _ in heldout]).to(device)
+    heldout = data.normalize(heldout, config.mean, config.std)
     return Records(images, heldout, tokenizer, tokens, words)
 
 

@@ -944,6 +944,252 @@ def test_the_progress_line_shows_the_speed(capsys):
     assert list(timed.steps(0, 3, "train", 1)) == [0, 1, 2] and capsys.readouterr().err == ""
 
 
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths of the images that are decoded, as they are."""
+    seen, read = [], data.read_pixels
+    monkeypatch.setattr(
+        data, "read_pixels", lambda path, *a, **k: seen.append(path) or read(path, *a, **k)
+    )
+    return seen
+
+
+def batches_of(image_set, workers=0):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a machine of one core warns of two workers
+        return [images for images, _ in data.train_batches(image_set, 4, 0, 7, 5, workers=workers)]
+
+
+@pytest.mark.parametrize("limit", [2**31, 0], ids=["in memory", "mapped"])
+def test_a_set_with_a_cache_gives_the_same_batches_and_is_decoded_once(
+    paths, tmp_path, decoded, limit
+):
+    plain = batches_of(data.ImageSet(paths, 40, crop32, 5, 65535))
+    for run in range(2):
+        decoded.clear()
+        cached = data.ImageSet(paths, 40, crop32, 5, 65535, folder=str(tmp_path / "c")).preload(
+            limit
+        )
+        assert (cached.cache is None) == (limit == 0)
+        for workers in (0, 2):
+            assert all(map(torch.equal, batches_of(cached, workers), plain))
+        assert sorted(decoded) == (paths if run == 0 else [])
+    films = [file for file in (tmp_path / "c").rglob("*") if file.is_file()]
+    assert len(films) == len(paths)
+    sizes = [48 + data.read_bytes(path, 40, 65535).size for path in paths]
+    assert sorted(file.stat().st_size for file in films) == sorted(sizes)
+    assert sum(isinstance(cached.reader()(path), np.memmap) for path in paths) == 0  # small ones
+    large = data.ImageSet(paths[-1:], 400, folder=str(tmp_path / "c")).preload(0)
+    assert isinstance(large.reader()(paths[-1]), np.memmap)
+    assert torch.equal(large[0][0], data.ImageSet(paths[-1:], 400)[0][0])
+
+
+def test_a_cache_of_images_and_masks_follows_both_files(tmp_path, photo, decoded):
+    mask = np.zeros((60, 70), np.uint8)
+    mask[10:30, 20:50] = 255
+    for i in range(3):
+        Image.fromarray(photo[i * 50 :][:60, :70]).save(tmp_path / f"{i}.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    paths, file = [str(tmp_path / f"{i}.png") for i in range(3)], str(tmp_path / "mask.png")
+    masks = [file, None, data.Runs("m.csv: line 2", True, ["5 9"])]
+
+    def pairs(masks, folder=str(tmp_path / "c")):
+        decoded.clear()
+        kept = data.ImageSet(paths, 32, deep=255, masks=masks, folder=folder).preload()
+        return torch.stack([pair for pair, _ in kept])
+
+    assert torch.equal(pairs(masks, ""), pairs(masks)) and len(decoded) == 4
+    assert torch.equal(pairs(masks, ""), pairs(masks)) and decoded == []
+    Image.fromarray(mask.T.reshape(60, 70)).save(file)
+    os.utime(file, ns=(0, 0))
+    assert torch.equal(pairs(masks), pairs(masks, ""))
+    pairs(masks)
+    assert decoded == []
+    os.utime(paths[0], ns=(0, 0))
+    pairs(masks)
+    assert decoded == [paths[0], file]
+    other = [None, None, data.Runs("m.csv: line 2", True, ["5 900"])]  # masks of the same films
+    assert torch.equal(pairs(other), pairs(other, "")) and pairs(other)[2, 1].sum() > 1
+
+
+@pytest.mark.parametrize("change", ["pixels", "time", "size"])
+def test_a_film_that_changed_is_decoded_again_and_no_other(paths, tmp_path, decoded, change):
+    films = [str(tmp_path / Path(path).name) for path in paths[:11]]
+    for film, path in zip(films, paths):
+        Path(film).write_bytes(Path(path).read_bytes())
+
+    def load():
+        decoded.clear()
+        return data.ImageSet(films, 48, deep=65535, folder=str(tmp_path / "c")).preload()
+
+    load()
+    before = os.stat(films[3])
+    if change == "pixels":
+        Path(films[3]).write_bytes(Path(paths[5]).read_bytes())
+        os.utime(films[3], ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    elif change == "time":
+        os.utime(films[3], ns=(0, 0))
+    else:  # as a copy that keeps the time does
+        Path(films[3]).write_bytes(Path(films[3]).read_bytes() + b"more")
+        os.utime(films[3], ns=(before.st_atime_ns, before.st_mtime_ns))
+    images = load()
+    assert decoded == [films[3]]
+    expected = data.read_image(films[3])
+    assert torch.equal(images[3][0], expected)
+    load()
+    assert decoded == []
+    assert sum(file.is_file() for file in (tmp_path / "c").rglob("*")) == 11  # no old copies stay
+    os.unlink(films[3])
+    fails(load, films[3], "no such image")
+
+
+def test_a_cache_never_mixes_sizes_scales_or_versions(paths, tmp_path, decoded, monkeypatch):
+    deep = str(tmp_path / "deep.png")
+    Image.fromarray(np.arange(0, 4096, dtype=np.uint16).reshape(64, 64)).save(deep)
+    asked = [
+        (40, 4095, True),
+        (40, 65535, True),
+        (41, 4095, True),
+        (90, 4095, True),
+        (90, 4095, False),
+    ]
+    for _ in range(2):
+        for size, white, enlarge in asked:
+            options = dict(deep=white, enlarge=enlarge, crop=32)
+            plain = data.ImageSet([deep, *paths[:11]], size, **options)
+            kept = data.ImageSet([deep, *paths[:11]], size, **options, folder=str(tmp_path / "c"))
+            assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, kept.preload(0)))
+    kept = data.ImageSet(paths[:11], 40, deep=65535, folder=str(tmp_path / "c"))
+    decoded.clear()
+    kept.preload(0)
+    assert not decoded
+    monkeypatch.setattr(data, "DECODER", "another version of data.py")
+    kept.preload(0)
+    assert sorted(decoded) == paths[:11]
+
+
+@pytest.mark.parametrize("length", [0, 20, 32, 33, 40, 47, 48, 1000, -1, "flip", "zeros", "shape"])
+def test_a_damaged_file_of_a_cache_is_made_anew(paths, tmp_path, decoded, length):
+    kept = data.ImageSet(paths[:2], 48, deep=65535, folder=str(tmp_path)).preload()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    file, whole = next(iter(before.items()))
+    if length == "flip":
+        file.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    elif length == "shape":
+        file.write_bytes(whole[:40] + whole[36:40] + whole[44:])
+    else:  # "zeros": what a power failure can leave
+        file.write_bytes(bytes(len(whole)) if length == "zeros" else whole[:length])
+    decoded.clear()
+    again = data.ImageSet(paths[:2], 48, deep=65535, folder=str(tmp_path)).preload()
+    assert torch.equal(again.cache, kept.cache) and len(decoded) == 1
+    assert {file: file.read_bytes() for file in before} == before
+
+
+FILL = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import data
+data.cores = lambda: {cores}
+paths = data.list_images({images!r})
+data.run_script(lambda: data.ImageSet(paths, 64, deep=65535, folder={cache!r}).preload(0))
+"""
+
+
+def fill(images, cache, cores=1, before="", **variables):
+    code = FILL.format(
+        folder=str(Path(data.__file__).parent), images=str(images), cache=str(cache), cores=cores
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", before + code],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables,
+    )
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory, photo):
+    """A folder of 300 films."""
+    folder = tmp_path_factory.mktemp("films")
+    for i in range(300):
+        Image.fromarray(photo[i : i + 100, : 100 + i % 7]).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def is_whole(folder, films):
+    """Whether a cache holds every film as it is, and nothing beside them."""
+    paths = data.list_images(films)
+    files = [file for file in Path(folder).rglob("*") if file.is_file()]
+    images = data.ImageSet(paths, 64, deep=65535, folder=str(folder))
+    same = all(
+        np.array_equal(images.reader()(path), data.read_bytes(path, 64, 65535)) for path in paths
+    )
+    return same and len(files) == len(paths) and not list(Path(folder).rglob("*.tmp"))
+
+
+def test_processes_that_fill_a_cache_at_once_do_not_harm_each_other(films, tmp_path):
+    for process in [fill(films, tmp_path, cores) for cores in (1, 2)]:
+        error = process.communicate()[1]
+        assert process.returncode == 0, error
+    assert is_whole(tmp_path, films)
+
+
+def test_processes_of_torchrun_share_the_work(films, tmp_path):
+    for rank in ("0", "1"):
+        process = fill(films, tmp_path, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2")
+        process.communicate()
+        assert len([f for f in tmp_path.rglob("*") if f.is_file()]) == 150 * (1 + int(rank))
+    assert is_whole(tmp_path, films)
+
+
+def test_a_build_that_is_killed_goes_on_where_it_was(films, tmp_path, decoded):
+    process = fill(films, tmp_path)
+    while len(list(tmp_path.glob("*/*"))) < 20:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    done = [f for f in tmp_path.glob("*/*") if not f.name.startswith(".")]
+    for file in tmp_path.glob("*/.*.tmp"):  # the one it was writing
+        file.unlink()
+    paths = data.list_images(films)
+    data.ImageSet(paths, 64, deep=65535, folder=str(tmp_path)).preload(0)
+    assert len(decoded) == 300 - len(done) and is_whole(tmp_path, films)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(films, paths, tmp_path):
+    (tmp_path / "file").write_text("")
+    images = data.ImageSet(paths, 40, deep=65535, folder=str(tmp_path / "file"))
+    for call in (
+        images.preload,
+        lambda: images[0],
+        lambda: list(data.eval_batches(images, 2, workers=1)),
+    ):
+        fails(call, tmp_path / "file", "cannot be written", "another --cache")
+    pytest.importorskip("resource")
+    small = """if True:
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    """
+    for cores in (1, 2):  # as on a full disk
+        process = fill(films, tmp_path / "full", cores, small)
+        error = process.communicate()[1]
+        assert process.returncode == 2 and error.count("\n") == 1, error
+        assert "cannot be written: File too large; make room" in error
+    assert not [file for file in (tmp_path / "full").rglob("*") if file.is_file()]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_a_cache_that_is_whole_may_be_read_only(paths, tmp_path):
+    images = data.ImageSet(paths, 40, deep=65535, folder=str(tmp_path / "c")).preload(0)
+    for folder in (tmp_path / "c").rglob("*"):
+        folder.chmod(0o555)
+    (tmp_path / "c").chmod(0o555)
+    images.preload(0)
+    other = data.ImageSet(paths, 41, deep=65535, folder=str(tmp_path / "c"))
+    fails(other.preload, tmp_path / "c", "Permission denied", "another --cache")
+
+
 def test_workers_auto(monkeypatch, capsys):
     monkeypatch.setattr(data, "cores", lambda: 3)
     for there, expected in ((False, 0), (True, 3)):

@@ -748,6 +748,7 @@ def test_two_processes_predict_every_test_image_once(easy, tmp_path):
     """Under torchrun: one run folder, and what the processes gathered is what one process predicts
     with the saved model."""
     sizes = "--steps 4 --evaluations 2 --batch-size 4 --device cpu --weights scratch --lora".split()
+    sizes += ["--cache", str(tmp_path / "cache")]
     command = [
         sys.executable,
         "-m",
@@ -771,6 +772,7 @@ def test_two_processes_predict_every_test_image_once(easy, tmp_path):
     names, _ = data.read_list(easy / "test_list.txt")
     assert [row[0] for row in rows[1:]] == names
     model, saved = finetune.load_run(tmp_path / "run")
+    assert len([file for file in (tmp_path / "cache").glob("*/*")]) == 64 + 24 + 24
     test_set = data.ImageSet([str(easy / "images" / name) for name in names], model.img_size)
     with torch.no_grad():
         images = torch.stack([image for image, _ in test_set])
@@ -778,6 +780,27 @@ def test_two_processes_predict_every_test_image_once(easy, tmp_path):
     np.testing.assert_allclose(
         np.array([row[1:3] for row in rows[1:]], dtype=float), expected.numpy(), atol=1e-4
     )
+
+
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_a_run_with_a_cache_gives_the_numbers_of_one_without(
+    easy, holes, tmp_path, monkeypatch, task
+):
+    root, settings = (easy, config) if task == "classify" else (holes, segment)
+    timed = {"images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds"}
+    numbers, read, decoded = [], data.read_pixels, []
+    for name, limit in (("without", 2**31), ("first", 2**31), ("second", 2**31), ("mapped", 0)):
+        monkeypatch.setattr(data.ImageSet.preload, "__defaults__", (limit,))
+        monkeypatch.setattr(
+            data, "read_pixels", lambda *a, **k: decoded.append(name) or read(*a, **k)
+        )
+        cache = "" if name == "without" else str(tmp_path / "cache")
+        result = finetune.finetune(settings(root, tmp_path / name, cache=cache, img_size=48))
+        lines = [*map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()), result]
+        numbers.append([{k: v for k, v in line.items() if k not in timed} for line in lines])
+    assert json.dumps(numbers[0]) == json.dumps(numbers[1])
+    assert json.dumps(numbers[0]) == json.dumps(numbers[2]) == json.dumps(numbers[3])
+    assert decoded.count("second") == decoded.count("mapped") < decoded.count("first") / 2
 
 
 @pytest.mark.skipif(not data.multiplies_bf16("cpu"), reason="bfloat16 is emulated here, and slow")

@@ -560,6 +560,16 @@ def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
     assert data.load_checkpoint(tmp_path / "last.pt")["mean"] == 0
 
 
+def test_a_run_with_a_cache_has_the_losses_of_one_without(films, tmp_path):
+    runs = [
+        mrm.pretrain(record_run(films, tmp_path / str(i), cache=cache))
+        for i, cache in enumerate(("", str(tmp_path / "cache"), str(tmp_path / "cache")))
+    ]
+    for name in ("image_loss", "report_loss", "heldout_image_loss", "heldout_report_loss"):
+        assert runs[0][name] == runs[1][name] == runs[2][name]
+    assert len(list((tmp_path / "cache").glob("*/*"))) == 40
+
+
 def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path, monkeypatch):
     whole = mrm.pretrain(record_run(films, tmp_path / "whole"))
     saved = json.loads((tmp_path / "whole/config.json").read_text())
