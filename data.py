@@ -482,7 +482,7 @@ class Timed:
 
     def __str__(self):
         speed, waiting, memory = self.speed().values()
-        return f"{speed:.0f} images/s, {100 * waiting:.0f} % waiting for data, {memory:.0f} MiB"
+        return f"{speed:.1f} images/s, {100 * waiting:.0f} % waiting for data, {memory:.0f} MiB"
 
     def steps(self, first, last, name, rank):
         """The numbers first ... last - 1, with a progress line that shows the speed."""

@@ -8,11 +8,13 @@
     python tests/measure.py lungs COVID DIR  # writes the lists of COVID's lung masks into DIR
     python tests/measure.py unet OUT ...     # a U-Net in UPerNet's place
     python tests/measure.py real COVID NIH DIR  # writes real records for pretraining into DIR
+    python tests/measure.py cache FILMS DIR  # what --cache DIR saves on a folder of films
 
 The command `unet` takes the options of finetune.py after its folder.
 """
 
 import contextlib
+import functools
 import sys
 import time
 from pathlib import Path
@@ -379,6 +381,32 @@ def unet(out, *options):
     finetune.finetune(config)
 
 
+def cache(films, folder, side=224):
+    """Prints the milliseconds of CPU that a film of the folder `films` costs, decoded, read from
+    the cache `folder` and from memory, with its random crop to side x side pixels and without."""
+    torch.set_num_threads(1)
+    data.cores = lambda: 1  # the time of other processes is not counted
+    paths, side = data.list_images(films)[:1000], int(side)
+    crop = functools.partial(mrm.augment, side=side, min_crop=0.2)
+    decoded, cached = (data.ImageSet(paths, 2 * side, crop, folder=f) for f in ("", folder))
+    batches = [(list(range(len(paths)))[i : i + 64], i) for i in range(0, len(paths), 64)]
+
+    def cost(name, call):
+        began = time.process_time()
+        call()
+        print(f"{name}: {1000 * (time.process_time() - began) / len(paths):.3f} ms a film")
+
+    cost("fills the cache", lambda: cached.preload(0))
+    cost("looks through the full cache", lambda: cached.preload(0))
+    for name, images in (("decoded", decoded), ("cached", cached)):
+        cost(f"{name}", lambda: [images.read(i) for i in range(len(paths))])
+        cost(f"{name}, with its crop", lambda: [images[batch] for batch in batches])
+    cost("from the cache into memory", cached.preload)
+    cost("in memory, with its crop", lambda: [cached[batch] for batch in batches])
+    files = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
+    print(f"{len(paths)} films, {sum(files) / 2**20:.0f} MiB")
+
+
 if __name__ == "__main__":
     {
         "lungs": lungs,
@@ -389,4 +417,5 @@ if __name__ == "__main__":
         "step": step,
         "motions": motions,
         "bound": bound,
+        "cache": cache,
     }[sys.argv[1]](*sys.argv[2:])

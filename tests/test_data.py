@@ -938,9 +938,9 @@ def test_the_progress_line_shows_the_speed(capsys):
         assert step == 1 + timed.images // 8
     line = capsys.readouterr().err.split("\r")[-1]
     speed, waiting, memory = re.search(
-        r"train: 100%.* 22/22 .* (\d+) images/s, (\d+) % waiting for data, (\d+) MiB", line
+        r"train: 100%.* 22/22 .* (\d+\.\d) images/s, (\d+) % waiting for data, (\d+) MiB", line
     ).groups()
-    assert 0 < int(speed) <= 800 and int(waiting) > 30 and int(memory) > 50
+    assert 0 < float(speed) <= 800 and int(waiting) > 30 and int(memory) > 50
     assert list(timed.steps(0, 3, "train", 1)) == [0, 1, 2] and capsys.readouterr().err == ""
 
 
