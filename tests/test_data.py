@@ -1044,28 +1044,29 @@ def test_a_film_that_changed_is_decoded_again_and_no_other(paths, tmp_path, deco
 
 
 def test_a_cache_never_mixes_sizes_scales_or_versions(paths, tmp_path, decoded, monkeypatch):
-    deep = str(tmp_path / "deep.png")
+    deep, folder = str(tmp_path / "deep.png"), str(tmp_path / "c")
     Image.fromarray(np.arange(0, 4096, dtype=np.uint16).reshape(64, 64)).save(deep)
+    films = [deep, *paths[:11]]
     asked = [
-        (40, 4095, True),
-        (40, 65535, True),
-        (41, 4095, True),
-        (90, 4095, True),
-        (90, 4095, False),
+        (40, dict(deep=4095)),
+        (40, dict(deep=65535)),
+        (41, dict(deep=4095)),
+        (90, dict(deep=4095)),
+        (90, dict(deep=4095, enlarge=False)),
+        (90, dict(deep=4095, mode="bilinear")),
     ]
     for _ in range(2):
-        for size, white, enlarge in asked:
-            options = dict(deep=white, enlarge=enlarge, crop=32)
-            plain = data.ImageSet([deep, *paths[:11]], size, **options)
-            kept = data.ImageSet([deep, *paths[:11]], size, **options, folder=str(tmp_path / "c"))
+        for size, options in asked:
+            plain = data.ImageSet(films, size, **options, crop=32)
+            kept = data.ImageSet(films, size, **options, crop=32, folder=folder)
             assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, kept.preload(0)))
-    kept = data.ImageSet(paths[:11], 40, deep=65535, folder=str(tmp_path / "c"))
+    kept = data.ImageSet(films, 40, deep=65535, folder=folder)
     decoded.clear()
     kept.preload(0)
     assert not decoded
     monkeypatch.setattr(data, "DECODER", "another version of data.py")
     kept.preload(0)
-    assert sorted(decoded) == paths[:11]
+    assert sorted(decoded) == sorted(films)
 
 
 @pytest.mark.parametrize("length", [0, 20, 32, 33, 40, 47, 48, 1000, -1, "flip", "zeros", "shape"])
