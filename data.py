@@ -19,6 +19,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import difflib
 import functools
 import gzip
 import hashlib
@@ -132,11 +133,13 @@ def parse_config(config_class, argv=None, description=None):
     """An instance of a dataclass of options, read from the command line: `--name value` for a
     field, `--[no-]name` for a bool."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]; --help lists them",
+                                     description=description, formatter_class=layout)
     shared = {field.name for field in dataclasses.fields(RunConfig)}
     own = parser.add_argument_group("options of this command")
     every = parser.add_argument_group("options of every script")
-    for field in dataclasses.fields(config_class):
+    fields = dataclasses.fields(config_class)
+    for field in fields:
         text = field.metadata["help"]
         if "default" not in text:
             shown = {None: "the preset's", "": "none"}.get(field.default, field.default)
@@ -150,7 +153,11 @@ def parse_config(config_class, argv=None, description=None):
             parse = field.metadata.get("parse", field.type)
             kwargs |= {"type": parse, "metavar": field.name.upper()}
         (every if field.name in shared else own).add_argument(flag_of(field), **kwargs)
-    config = config_class(**vars(parser.parse_args(argv)))
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag_of, fields), 1)
+        raise InputError(f"{unknown[0]}: no such option" + "".join(f"; {n} is one" for n in near))
+    config = config_class(**vars(values))
     check_ranges(config)
     return config
 
@@ -363,7 +370,9 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
+        others = ", ".join(sorted(file.name for file in Path(path).parent.glob("*.pt")))
+        others = f"; its folder holds {others}, of another kind of run" if others else ""
+        raise InputError(f"{path}: no such checkpoint{others}") from None
     except Exception as error:  # a damaged file raises one of a dozen types
         text = f"{type(error).__name__}: {error}"
         if safetensors:

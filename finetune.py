@@ -19,6 +19,10 @@ finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since a film may
 `--method` decides what learns: "full" everything, "lora" two thin matrices beside q and v of each
 block (lora.py), fc_norm and the head, "linear" fc_norm and the head alone.
 
+A run says which recipe it takes. The papers' are keyed by weights, method, data set and ratio; a
+ViT that is no ViT-B, and data of one's own, take ours, by the number of training images. On the
+demo's 10 %, full and LoRA train the head alone for the first half of their steps (`set_rates`).
+
 Read down to "Segmentation" for the methods: model, optimiser, AUROC, the loop. What follows stands
 around a run: recipes, lists, weights, files, tables. Before this file comes mrm.py, after it
 kernels/warp.py.
@@ -110,9 +114,8 @@ def label_loss(logits, labels):
 
 
 def make_optimizer(model, config):
-    """SGD or AdamW; block i of d learns at layer_decay^(d - i) of the rate (BEiT).
-
-    The embeddings count as the block before the first, fc_norm and head as the one after the last.
+    """SGD or AdamW. Layer i learns at layer_decay^(d + 1 - i) of the rate (BEiT): the embeddings
+    are layer 0, the d blocks layers 1 to d, fc_norm and the head layer d + 1.
     """
     groups, depth = {}, len(model.blocks)
     for name, parameter in model.named_parameters():
@@ -185,6 +188,8 @@ def weighted_auroc(scores, labels, weights):
 
 def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
     """AUROC of each class, and of each class in each of `resamples` draws of n from the n samples.
+    Films are drawn, although a patient may have several: on the demo, drawing its patients moves
+    the ends of the interval by 0.001.
 
     scores, labels (n, k). Returns (classes that have both labels, AUROC of each, array (classes,
     resamples)). The draws depend on n, `resamples` and `seed` alone: two models that scored the
@@ -607,7 +612,8 @@ class FinetuneConfig(RunConfig):
     pool: int = option(1, "the head sees the mean of each of pool x pool regions, instead of one "
                        "mean of all patches, which knows no places (the papers' is 1)",
                        within="[1, inf)")
-    drop_path: float = option(None, "chance to skip a branch of the last block", within="[0, 1)")
+    drop_path: float = option(None, "chance to skip a branch of the last block (a ViT of one "
+                              "block skips none)", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
     flip: bool = option(None, "flip training images left-right at random (default: no, since "

@@ -15,8 +15,10 @@ In plain torch these are eight lines. `LoRALinear` computes the same for several
 
 Why q and v: attention's weights depend on q and k through their product alone, so that adapting q
 suffices to change where a token looks; adapting v changes what it takes from there. Why alpha / r:
-B A is a sum over r directions. Where they learn alike it grows as r, and the factor keeps its size,
-so that one alpha serves every rank. The papers' alpha is 32, which makes the factor 8 at rank 4.
+B A is a sum over r directions. Where they learn alike the sum grows as r; dividing by r keeps its
+size, so that one alpha serves every rank. The papers' alpha is 32, which makes the factor 8 at
+rank 4. Why B = 0: the layer starts as the plain one. A must not be 0 as well, because the gradient
+of each has the other as a factor, and neither would ever learn.
 
 One batch of the demo, rank 4: x (32, 17, 128) -> t = x A^T (32, 17, 8), four numbers for q and four
 for v -> t B^T (32, 17, 256), added to the q and v columns of x W^T + b (32, 17, 384). A (8, 128)
@@ -39,8 +41,7 @@ of every block, alpha 32, dropout 0.1. This file departs from MED-PEFT's code in
 
 Beyond the paper: `finetune.py --targets qkv|all` adapts more layers, `--rslora` scales by
 alpha / sqrt(r) (Kalajdzievski, 2023), since the sum of r directions that have little to do with
-each other grows as sqrt(r), and `--dora` makes each
-layer a `DoRALinear`.
+each other grows as sqrt(r), and `--dora` makes each layer a `DoRALinear`.
 
 Next: the reference half of kernels/lora_linear.py, which is this layer forward and backward by
 hand; then mrm.py. Exercises 1, 8 and 9 of tests/exercises.md change this file.
@@ -326,7 +327,7 @@ def save_adapter(path, model, **extra):
 
 def read_adapter_file(path):
     """All that an adapter file holds, as a dict. Raises InputError where it is no adapter."""
-    saved = data.load_checkpoint(path)
+    saved = data.load_checkpoint(data.checkpoint_file(path, "adapter.pt"))
     if not {"adapter", "lora"} <= saved.keys():
         raise InputError(path, "an adapter (entries 'adapter' and 'lora')", sorted(saved)[:5])
     adapter, settings = saved["adapter"], saved["lora"]
@@ -351,7 +352,7 @@ def load_adapter(model, path):
         if given.get(name) != own.get(name):
             raise InputError(f"{path}: {name} {given.get(name, 'is missing and')} does not fit the "
                              f"model ({own.get(name, 'no such tensor')}): the adapter was trained "
-                             "on other weights")
+                             "on other weights, or with another --rank or --targets")
     model.load_state_dict(saved["adapter"], strict=False)
     return saved
 

@@ -30,8 +30,9 @@ are hidden in the report. Fine-tuning keeps the encoder alone.
 The image decoder works at twice the encoder's resolution: the latent has to hold finer detail than
 the encoder was shown, at a quarter of the patches that showing it would take. The report decoder
 gets one vector, so that what the words need must stand in the mean of the patches. A classifier's
-head sees such a mean later, over all patches. Neither uses the class token, which is there because
-MAE's and timm's weights have it. Both losses weigh 1, as in the paper.
+head sees such a mean later, over all patches. Both leave the class token out, to which the image
+decoder may attend; it is there because MAE's and timm's weights have it. Both losses weigh 1, as in
+the paper.
 
     (1) image loss  = sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n
     (2) report loss = -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
@@ -63,9 +64,9 @@ Where this file departs from the paper or its official code, and why:
  6. The report decoder is pre-norm and normalises the image's vector before it adds it to the
     words. The official post-norm BERT needs many more steps before its guesses depend on the
     image. Dropout acts on what a branch adds, not on attention weights too.
- 7. Only in the tiny preset, each image is standardised by itself, and 1/8 of the patches and 90 %
-    of the words are hidden. Its ViT has 16 patches, and the visible words of a demo report would
-    give many hidden ones away without a look at the image.
+ 7. In the presets tiny and mini each image is standardised by itself. In tiny alone, 1/8 of the
+    patches and 90 % of the words are hidden: its ViT has 16 patches, and the visible words of a
+    demo report would give many hidden ones away without a look at the image.
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
 tokens of a report. Before this file comes lora.py, after it finetune.py. data.py need not be read:
@@ -482,9 +483,9 @@ class MRMConfig(RunConfig):
     word_ratio: float = option(None, "share of report words hidden", within="(0, 1]")
     vocab_size: int = option(None, "tokens of the reports' vocabulary", within="[259, inf)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
-    mean: float = option(None, "mean of the pixels in [0, 1] (tiny: each image's own)",
+    mean: float = option(None, "mean of the pixels in [0, 1] (tiny, mini: each image's)",
                          within="(-inf, inf)")
-    std: float = option(None, "deviation of the pixels (tiny: each's own)", within="(0, inf)")
+    std: float = option(None, "deviation of the pixels (tiny, mini: each's own)", within="(0, inf)")
     base_lr: float = option(None, "peak learning rate at a batch of 256, where --lr is "
                             "not given", within="(0, inf)")
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
@@ -1170,7 +1171,10 @@ class UPerNet(ViT):
 def open_run(config, count):
     """The run `config.weights` and its first `count` held-out records: (config with that run's
     options, MRM, its checkpoint, images (B, C, 2H, 2W) in [0, 1], reports)."""
-    run = Path(config.weights or "runs/mrm")
+    if not config.weights:
+        raise InputError("--reconstruct and --attention need --weights RUN, the folder of a run of "
+                         "this script, such as the main job's runs/mrm-demo")
+    run = Path(config.weights)
     tensors, saved = read_weights(run)
     if "arguments" not in saved or "decoder_pred.weight" not in tensors:
         raise InputError(run, "an MRM checkpoint of this script", "one without the decoders")
@@ -1208,14 +1212,14 @@ def reconstruct(config, count=6):
         tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
         tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
         tokens, *masked = mask_report(tokenizer, tokens, words, config.word_ratio)
-        _, hidden, padding = masked
+        hidden = masked[1]
         logits = model.report_decoder(latent[:, 1:], *(part.to(images.device) for part in masked))
         guesses = tokens.clone()
         guesses[hidden] = logits.argmax(-1).cpu()
         right = (guesses == tokens)[hidden].float()
         if len(right):
             print(f"{100 * right.mean():.1f} % of the hidden tokens are guessed right")
-        captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, padding)]
+        captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, words)]
     out = Path(config.out) / "reconstruction.png"
     data.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
     print(out)
@@ -1224,7 +1228,7 @@ def reconstruct(config, count=6):
 def restored_pictures(model, images, config):
     """Rows (original, masked input, restored) of images (B, C, H, W) in [0, 1], and the latent.
     The model predicts standardised patches, so that each prediction takes the mean and deviation of
-    its true patch here."""
+    its true patch here, which flatters it."""
     grey_mean, grey_std = data.statistics(images, config.mean, config.std)
     images = data.normalize(images, config.mean, config.std)
     latent, mask, ids_restore = model.encode(half_size(images), config.mask_ratio)
@@ -1239,11 +1243,13 @@ def restored_pictures(model, images, config):
     return list(zip(*columns)), latent
 
 
-def caption(tokenizer, tokens, guesses, hidden, padding):
-    """A report in one line, its hidden words as [truth > guess], or [truth] if guessed right."""
-    text, length = "", int((~padding).sum())
-    for is_hidden, places in itertools.groupby(range(length), lambda place: bool(hidden[place])):
+def caption(tokenizer, tokens, guesses, hidden, words):
+    """A report in one line, its hidden words as [truth > guess], or [truth] if guessed right. Each
+    is guessed by itself, so that the guesses beside each other need make no sentence."""
+    text, length = "", int((words >= 0).sum())
+    for word, places in itertools.groupby(range(length), words.tolist().__getitem__):
         places = list(places)
+        is_hidden = hidden[places[0]]
         truth, guess = (tokenizer.decode(ids[places].tolist()) for ids in (tokens, guesses))
         if not is_hidden:
             text += truth
@@ -1269,9 +1275,11 @@ def draw_attention(config, count=6):
     and which patches speak for (red) and against (blue) the words `config.words` of the report.
 
     The report decoder has no attention over patches, because it sees their mean. So the map of the
-    words is gradient times token, <d log p(words) / d token_n, token_n>, with them alone hidden.
-    A side is the word that only the film gives away; the name of a finding often follows from the
-    rest of its sentence. The class token has no task of its own in MRM, so that its look says less.
+    words is gradient times token, <d log p(words) / d token_n, token_n>, with them hidden and as
+    many others as in training. A side is the word that only the film gives away; the name of a
+    finding often follows from the rest of its sentence. The caption compares log p with what it is
+    by the patches of the next film: where they are alike, the map explains nothing. The class token
+    has no task of its own in MRM, so that its look says less.
     """
     config = dataclasses.replace(config, device="cpu")  # some films alone
     config, model, saved, images, reports = open_run(config, None)
@@ -1287,7 +1295,9 @@ def draw_attention(config, count=6):
     rows = hidden.any(1).nonzero().flatten()[:count]  # the first films whose reports have them
     if len(rows) == 0:
         raise InputError("--words", "words that a held-out report holds", config.words)
-    images, tokens, hidden, padding = images[rows], tokens[rows], hidden[rows], words[rows] < 0
+    images, tokens, words, asked_for = images[rows], tokens[rows], words[rows], hidden[rows]
+    _, hidden = data.hide_words(tokenizer, tokens, words, config.word_ratio)
+    hidden |= asked_for
     inputs = tokens.masked_fill(hidden, tokenizer.encode_single_token("<mask>"))
     with torch.no_grad():
         films = half_size(data.normalize(images, config.mean, config.std))
@@ -1298,16 +1308,23 @@ def draw_attention(config, count=6):
         weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(-1)
         looks = weights.mean(1)[:, 0, 1:]  # (B, N): from the class token, the mean over heads
         patches = model.norm(last(x))[:, 1:]  # (B, N, D)
-    patches.requires_grad_()
-    logits = model.report_decoder(patches, inputs, hidden, padding)
-    log_p = -F.cross_entropy(logits, tokens[hidden], reduction="sum")
-    (gradient,) = torch.autograd.grad(log_p, patches)
+
+    def log_p(patches):
+        """(B,): log p of the words that are asked about, by the patches (B, N, D) of each film."""
+        logits = model.report_decoder(patches, inputs, hidden, words < 0)
+        each = -F.cross_entropy(logits, tokens[hidden], reduction="none")
+        return (torch.zeros(tokens.shape).masked_scatter(hidden, each) * asked_for).sum(1)
+
+    own, others = log_p(patches.requires_grad_()), log_p(patches.detach().roll(1, 0))
+    (gradient,) = torch.autograd.grad(own.sum(), patches)
     speaks = (gradient * patches.detach()).sum(2)  # (B, N)
-    guesses = tokens.masked_scatter(hidden, logits.argmax(1))
-    captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, padding)]
+    captions = [f"{tokenizer.decode(ids[chosen].tolist()).strip()}: log p {mine:.1f}, by the next "
+                f"film {other:.1f}" for ids, chosen, mine, other in
+                zip(tokens, asked_for, own.tolist(), others.tolist())]
     grid = list(zip(images, overlay(images, looks), overlay(images, speaks)))
     out = Path(config.out) / "attention.png"
-    data.save_grid(out, grid, ["film", "class token", config.words], captions, scale=2)
+    titles = ["film", "class token", "for (red), against (blue)"]
+    data.save_grid(out, grid, titles, captions, scale=2)
     print(out)
 
 

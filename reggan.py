@@ -20,9 +20,10 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
     D's own        D <== verdict; G(a) is detached          D learns to tell b from G(a)
     What reaches R runs on through G(a) to G: R may ask G for an image that is easier to move.
 
-G cannot learn the motion of a pair: it is random, and a alone, which is all that G sees, does not
-show it. A motion common to all pairs is another matter: nothing in a tells whether b was moved or
-belongs there, so that G may move every image alike and R take it back (see `running_mean`).
+G cannot learn how b was moved: that is random, and a, which is all that G sees, does not show it. A
+motion common to all pairs is another matter: nothing in a tells whether b was moved or belongs
+there, so that G may move every image alike and R take it back (see `running_mean`). And what a
+shows of its own motion, such as a zoom, G can undo in part (see `equivariance_loss`).
 
     python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
     python reggan.py --improved         # with what stands under "Beyond the paper"
@@ -1057,7 +1058,7 @@ def draw_run(run, aligned, moved, rows=4):
     run.model.eval()
     titles, pictures = ["A", "B", "G(A)", "|G(A) - B|"], []
     if run.config.reg:
-        titles += ["A moved", "B moved", "G(A) warped", "|warped - B|", "flow"]
+        titles += ["A moved", "B moved", "G(moved A), warped", "|it - moved B|", "flow"]
     for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
         a, b = (x.to(run.device)[None] for x in aligned.item(0, i))
         fake = run.model.translate(a)
@@ -1087,6 +1088,8 @@ def load_generator(path):
             model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
             translate = model
         else:
+            if "in_chans" not in state:
+                raise LookupError(f"no generator, but {', '.join(sorted(state))}")
             state["config"].pop("accumulate", None)  # an option of earlier versions
             config, in_chans = complete(Config(**state["config"])), state["in_chans"]
             model = build(config, in_chans, state["out_chans"], state["shape"])

@@ -37,8 +37,8 @@ def adapted_parts(parts, N, R):
 
 
 def reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep):
-    """y (M, N) and t^T / s' (GR, M). keep: (M, K) uint8 or None; 1 / (1 - p) is part of `scale`.
-    Products of width R go rank first, (R, K) x (K, M): 2 to 10 times faster on a CPU."""
+    """y (M, N), and the head's t_g as t (GR, M), without s and 1 / (1 - p), which are in `scale`.
+    keep: (M, K) uint8 or None. Products of width R go rank first: 2 to 10 times faster on a CPU."""
     y = F.linear(x, weight, bias)                                                  # (M, N)
     t = lora_A @ (x if keep is None else x * keep).t()                             # (GR, M)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):

@@ -156,8 +156,8 @@ def forward_kernel(
 # amax is below 2^(-64-h) and the quantum is 2^-126.
 # On paper: 256 x 256 pixels, amax 0.75. Then h = 16, e = 0 (0.75 < 2^0) and k = 62 - 16 - 0 = 46.
 # An addend g w = 0.3 is 10066330 / 2^25 in float32, and 10066330 * 2^21 as an integer: nothing is
-# lost. Only of addends below 2^-22 bits are cut off, those under 2^-46. If all 2^16 pixels read one
-# place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
+# lost. A float32 has 24 bits: only an addend below 2^-22 has some under 2^-46, which are cut off.
+# If all 2^16 pixels read one place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
 # Error. Truncation loses less than one quantum an addend, 2^-k <= 2^(h-61) amax: 2^-45 amax at
 # 256 x 256, 2^-41 amax at 1024 x 1024. The sum is exact, and rounded once to float32. A float sum
 # of n addends errs by up to n 2^-24 of the partial sums, so that this one is the more accurate for

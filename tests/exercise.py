@@ -15,9 +15,11 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXERCISES = {  # number: file, function, test file, words that choose the tests (pytest's -k)
-    1: ("lora.py", "LoRALinear.forward", "test_lora.py", "forward_and or a_layer_w or a_merged_l"),
+    1: ("lora.py", "LoRALinear.forward", "test_lora.py",
+        "forward_and or a_layer_w or a_merged_l or dropout_is_on"),
     2: ("mrm.py", "MRM.encode", "test_mrm.py", "test_masking or decode_image"),
-    3: ("kernels/warp.py", "warp_reference", "test_kernels.py", "warp_reference or warp_gradcheck"),
+    3: ("kernels/warp.py", "warp_reference", "test_kernels.py",
+        "warp_reference or warp_gradcheck or warp_golden[reference]"),
     4: ("mrm.py", "MRM.image_loss", "test_mrm.py", "image_loss_is_the_formula"),
     5: ("reggan.py", "training_step", "test_reggan.py", "a_step_trains or registration_losses"),
     6: ("finetune.py", "weighted_auroc", "test_finetune.py", "auroc_against or auroc_worked"),

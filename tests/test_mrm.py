@@ -680,8 +680,12 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
 def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch):
     """The class token's weights head by head; the words' map by differences of log p."""
     mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
-    drawn, overlay = [], mrm.overlay
+    drawn, overlay, hide, save, kept = [], mrm.overlay, data.hide_words, data.save_grid, {}
     monkeypatch.setattr(mrm, "overlay", lambda *both: drawn.append(both) or overlay(*both))
+    monkeypatch.setattr(data, "hide_words", lambda *a: kept.setdefault("hidden", hide(*a)))
+    monkeypatch.setattr(
+        data, "save_grid", lambda *a, **k: kept.setdefault("grid", a) and save(*a, **k)
+    )
     mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "run"), words="Heart,clear"))
     assert (tmp_path / "run/attention.png").stat().st_size > 0
     (shown, looks), (_, speaks) = drawn
@@ -701,17 +705,24 @@ def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch):
     reports = [f"The heart is normal in film {i} and the lungs are clear." for i in range(32, 38)]
     tokens, words = data.encode_reports(tokenizer, reports, 40)
     names = [word.strip() for word in data.split_words(reports[0])]
-    hidden = (words == names.index("heart")) | (words == names.index("clear"))
+    asked = (words == names.index("heart")) | (words == names.index("clear"))
+    hidden = asked | kept["hidden"][1]
+    assert hidden.sum() > asked.sum() * 2  # others are hidden too, as in training
     inputs = tokens.masked_fill(hidden, tokenizer.encode_single_token("<mask>"))
 
     def log_p(patches):
         logits = model.report_decoder(patches, inputs, hidden, words < 0)
         every = torch.zeros(6, 40, dtype=torch.double)
         every[hidden] = logits.log_softmax(-1).gather(1, tokens[hidden][:, None])[:, 0]
-        return every.sum(1)
+        return (every * asked).sum(1)
 
     with torch.no_grad():
         patches = model.norm(model.run_blocks(seen))[:, 1:]
+        own, others = log_p(patches), log_p(patches.roll(1, 0))
+        assert kept["grid"][3] == [
+            f"heart clear: log p {mine:.1f}, by the next film {other:.1f}"
+            for mine, other in zip(own, others)
+        ]
         for n in range(16):
             step = torch.zeros(16, 1, dtype=torch.double)
             step[n] = 1e-4
