@@ -77,7 +77,10 @@ def test_parse_config(capsys):
         data.parse_config(Config, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "rank (default: 4)" in text and "a share, 100 % is all (default: 0.5)" in text
-    for wrong in (["--kind", "c"], ["--rank", "x"], ["--unknown"]):
+    for wrong, message in (("--rnk", "^--rnk: no such option; --rank is one$"), ("--x", "^--x: no")):
+        with pytest.raises(InputError, match=message):
+            data.parse_config(Config, [wrong])
+    for wrong in (["--kind", "c"], ["--rank", "x"]):
         with pytest.raises(SystemExit) as stop:
             data.parse_config(Config, wrong)
         assert stop.value.code == 2
