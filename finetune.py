@@ -616,6 +616,8 @@ class FinetuneConfig(RunConfig):
                               "block skips none)", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
+    checkpoint_activations: bool = option(False, "blocks run again in the backward pass instead of "
+                                          "keeping what they computed: less memory", free=True)
     flip: bool = option(None, "flip training images left-right at random (default: no, since "
                         "labels and reports may name sides)")
     drop_last: bool = option(None, "leave out the last, incomplete batch of an epoch (default: no, "
@@ -1056,6 +1058,8 @@ def finetune(config, kept=None):
     steps = data.number_of_steps(config, images_of_epoch(config, images), config.batch_size)
     data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors, known).to(device)
+    if config.checkpoint_activations:
+        mrm.checkpoint_blocks(model)
     facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
              "weights": lora.fingerprint(model.state_dict())}
     saved = mrm.last_state(config, steps, **facts)
@@ -1510,9 +1514,19 @@ def compare(config):
     print(text)
 
 
+PARTS = (  # the rows of --profile: (row, class or dict, name of the function)
+    ("backbone", mrm.ViT, "tokens"), ("head", mrm.ViT, "forward"),
+    ("backbone", mrm.UPerNet, "forward"), ("head", mrm.UPerHead, "forward"),
+    ("layers with LoRA", lora.LoRALinear, "forward"),  # the frozen product and the adapter's
+    ("layers with LoRA", lora.DoRALinear, "forward"), *(("loss", LOSSES, task) for task in LOSSES))
+
+
 def main():
     config = data.parse_config(FinetuneConfig, description=__doc__)
-    if config.compare:
+    if config.profile:
+        weights = config.weights or pretrain_demo(config)  # before the clock runs
+        data.profile(finetune, dataclasses.replace(config, weights=weights), PARTS)
+    elif config.compare:
         compare(config)
     elif config.predict:
         predict_folder(config)

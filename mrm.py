@@ -86,6 +86,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import data
 from data import InputError, RunConfig, option
@@ -187,6 +188,16 @@ class Block(nn.Module):
     def forward(self, x, mask=None):
         x = x + self.drop(self.attn(self.norm1(x), mask))
         return x + self.drop(self.mlp(self.norm2(x)))
+
+
+def checkpoint_blocks(model):
+    """Lets each transformer block of `model` keep its input alone, and run again in the backward
+    pass (Chen et al., 2016): less memory for a third more time. Dropout and drop path draw the same
+    numbers again, so that losses and gradients stay as they are. Returns the model."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    return model
 
 
 class PatchEmbed(nn.Module):
@@ -491,6 +502,8 @@ class MRMConfig(RunConfig):
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     weight_decay: float = option(0.05, "weight decay of AdamW", within="[0, inf)")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
+    checkpoint_activations: bool = option(False, "blocks run again in the backward pass instead of "
+                                          "keeping what they computed: less memory", free=True)
     holdout: int = option(None, "last records, never trained on, for the losses in the log and "
                           "--reconstruct (default: 64)", within="[1, inf)")
     reconstruct: bool = option(False, "draw what --weights restores, and stop", free=True)
@@ -721,6 +734,8 @@ def pretrain(config):
     model = MRM(**arguments).to(device)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
+    if config.checkpoint_activations:
+        checkpoint_blocks(model)
     facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
               "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}
     # By these hashes fine-tuning knows whether it tests on films that were trained on here
@@ -1328,10 +1343,18 @@ def draw_attention(config, count=6):
     print(out)
 
 
+PARTS = (  # the rows of --profile: (row, class or dict, name of the function)
+    ("hidden words", Records, "report_batch"), ("encoder forward", MRM, "encode"),
+    ("image decoder", MRM, "decode_image"), ("image loss", MRM, "image_loss"),
+    ("report decoder", ReportDecoder, "forward"), ("report loss", MRM, "report_loss"))
+
+
 def main():
     config = data.parse_config(MRMConfig, description=__doc__)
     if config.reconstruct:
         reconstruct(config)
+    elif config.profile:
+        data.profile(pretrain, config, PARTS)
     elif config.attention:
         draw_attention(config)
     else:

@@ -1199,6 +1199,13 @@ def write_tables(out, table, rows, levels):
     data.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
 
 
+PARTS = (  # the rows of --profile: (row, class or dict, name of the function)
+    ("generator", Generator, "forward"), ("generator", NiceGenerator, "forward"),
+    ("registration", Registration, "forward"), ("registration", CoarseToFine, "forward"),
+    ("warp", globals(), "warp"), ("discriminator", Discriminator, "forward"),
+    ("discriminator", NiceDiscriminator, "forward"), ("discriminator", NiceDiscriminator, "encode"))
+
+
 def main():
     presets = {"small": SMALL, "improved changes": IMPROVED, "paper changes": PAPER}
     lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
@@ -1207,6 +1214,8 @@ def main():
         translate_folder(config)
     elif config.compare:
         compare(config)
+    elif config.profile:
+        data.profile(train, config, PARTS)
     else:
         result = train(config)
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks

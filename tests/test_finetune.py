@@ -2293,3 +2293,40 @@ def test_one_image_that_is_none_is_refused(easy, tmp_path):
                 device="cpu",
             )
         )
+
+
+@pytest.mark.parametrize("options", [{"method": "lora", "dora": True}, {"method": "full"}])
+def test_a_run_with_checkpointed_blocks_is_the_run_without(easy, tmp_path, options, monkeypatch):
+    """With LoRA's dropout and drop path, whose random numbers are drawn again."""
+    options = dict(weights="scratch-mini", steps=3, drop_path=0.5, dropout=0.5) | options
+    blocks, forward = [], mrm.Attention.forward
+    monkeypatch.setattr(
+        mrm.Attention, "forward", lambda self, x, mask: blocks.append(1) or forward(self, x, mask)
+    )
+    results, calls = [], []
+    for name in ("plain", "again"):
+        again = {"checkpoint_activations": name == "again"}
+        finetune.finetune(config(easy, tmp_path / name, **options | again))
+        results.append(data.load_checkpoint(tmp_path / name / "last.pt"))
+        calls.append(len(blocks))
+    assert calls[1] - calls[0] == calls[0] + 3 * 4  # four blocks, one more time in each of 3 steps
+    first, second = (result["trained"] for result in results)
+    assert results[0]["history"][-1]["loss"] == results[1]["history"][-1]["loss"]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("options, row", [("--lora", "layers with LoRA"), ("--method full", "")])
+def test_profile_says_where_the_time_of_a_step_goes(
+    easy, tmp_path, options, row, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = f"{options} --root {easy} --weights scratch --device cpu --profile"
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *options.split()])
+    finetune.main()
+    text = capsys.readouterr().out
+    rows = {line[:24].strip() for line in text.splitlines() if " ms" in line}
+    expected = {"data", "backbone", "head", "loss", "backward", "norm of the gradients"}
+    expected |= {"optimiser", "the rest", "a step"} | ({row} - {""})
+    assert rows == expected and list(tmp_path.iterdir()) == []
+    assert finetune.LOSSES["classify"] is finetune.label_loss

@@ -1,12 +1,15 @@
 """mrm.py against independent formulas: the ViT against a float64 loop, masking and losses against
 NumPy, learning; runs, their options and their resumption."""
 
+import copy
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1673,3 +1676,80 @@ def test_a_run_is_not_resumed_with_another_batch_of_a_step(tmp_path):
     data.save_checkpoint(tmp_path / "last.pt", saved)
     with pytest.raises(data.InputError, match="a run with the same images of a step as now"):
         mrm.last_state(filled, 9, images_of_a_step=filled.batch_size)
+
+
+def counted(monkeypatch):
+    """Counts the calls of attention."""
+    calls, forward = [], mrm.Attention.forward
+
+    def counting(self, *args):
+        calls.append(self)
+        return forward(self, *args)
+
+    monkeypatch.setattr(mrm.Attention, "forward", counting)
+    return calls
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointed_blocks_change_no_loss_and_no_gradient(autocast, monkeypatch):
+    torch.manual_seed(0)
+    plain = randomised(mrm.MRM(**TINY | {"report_dropout": 0.5}, vocab_size=30)).train()
+    again = mrm.checkpoint_blocks(copy.deepcopy(plain))
+    assert list(again.state_dict()) == list(plain.state_dict())
+    tokens, hidden = torch.randint(30, (4, 9)), torch.rand(4, 9) < 0.5
+    padding = torch.arange(9) >= torch.tensor([[9], [5], [7], [9]])
+    report = tokens, tokens.masked_fill(hidden, 0), hidden & ~padding, padding
+    images, calls, results = torch.rand(4, 1, 32, 32), counted(monkeypatch), []
+    for model in (plain, again):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = model(images, report)
+        sum(losses).backward()
+        after = torch.rand(())  # the same numbers come next
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*losses, after, *gradients])
+        assert len(calls) == {id(plain): 4, id(again): 12}[id(model)]  # 4, then two times 4
+    assert len(results[0]) > 40 and all(map(torch.equal, *results))
+
+
+def test_a_run_with_checkpointed_blocks_is_the_run_without(films, tmp_path, monkeypatch):
+    first = mrm.pretrain(record_run(films, tmp_path / "a"))
+    calls = counted(monkeypatch)
+    again = mrm.pretrain(record_run(films, tmp_path / "b", checkpoint_activations=True))
+    losses = [name for name in first if name.endswith("loss")]
+    assert [first[name] for name in losses] == [again[name] for name in losses]
+    assert len(calls) == 4 * (3 + 3 + 3)  # three blocks: forward, backward, held-out records
+    going_on = record_run(films, tmp_path / "b", resume=True, steps=5)  # the option may change
+    assert mrm.pretrain(going_on)["steps"] == 5
+
+
+def table_of(text):
+    """{row: (milliseconds, percent)} of what --profile prints."""
+    found = re.findall(r"^(\S.*?) +([\d.]+) ms +([\d.]+) %$", text, re.M)
+    return {row: (float(time), float(share)) for row, time, share in found}
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_profile_says_where_the_time_of_a_step_goes(films, tmp_path, passes, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = f"--data csv --root {films} --holdout 8 --batch-size 4 --device cpu --profile"
+    decode, step = mrm.MRM.decode_image, torch.optim.AdamW.step
+
+    def slowly(*args):
+        time.sleep(0.02)
+        return decode(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mrm.MRM, "decode_image", slowly)
+        patch.setattr(sys, "argv", ["mrm.py", *options.split(), "--accumulate", str(passes)])
+        mrm.main()
+        assert mrm.MRM.decode_image is slowly  # what stood in for it is gone
+    assert torch.optim.AdamW.step is step or torch.optim.AdamW.step.hooked
+    rows = table_of(capsys.readouterr().out)
+    total, _ = rows.pop("a step")
+    assert {"data", "hidden words", "encoder forward", "image decoder", "image loss"} < rows.keys()
+    assert {"report decoder", "report loss", "backward", "optimiser", "the rest"} < rows.keys()
+    assert 20 * passes <= rows["image decoder"][0] < total  # the sleep alone is 20
+    for place, whole in ((0, total), (1, 100)):
+        assert sum(row[place] for row in rows.values()) == pytest.approx(whole, abs=0.6)
+    assert list(tmp_path.iterdir()) == []  # no run of the user's is touched

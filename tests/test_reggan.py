@@ -1726,3 +1726,15 @@ def test_blank_slices_and_upper_case_endings_are_translated(root):
     assert np.load(root / "out/blank.npy").shape == (40, 36)
     with pytest.raises(data.InputError, match="--out: expected another folder than --translate"):
         reggan.translate_folder(dataclasses.replace(c, out=str(root / "val/A")))
+
+
+@pytest.mark.parametrize("host", ["nc", "nice"])
+def test_profile_says_where_the_time_of_a_step_goes(drawn, tmp_path, host, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = f"--host {host} --root {drawn} --width 4 --blocks 1 --device cpu --profile"
+    monkeypatch.setattr(sys, "argv", ["reggan.py", *options.split()])
+    reggan.main()
+    rows = {line[:24].strip() for line in capsys.readouterr().out.splitlines() if " ms" in line}
+    expected = {"data", "generator", "registration", "warp", "discriminator", "backward"}
+    assert rows == expected | {"optimiser", "the rest", "a step"}
+    assert reggan.warp is warp and list(tmp_path.iterdir()) == []
