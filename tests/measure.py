@@ -2,6 +2,10 @@
 
     python tests/measure.py pixels DEMO      # logistic regression of the demo films' pixels: AUROC
     python tests/measure.py vit              # steps of ViT-B/16, float32 against bfloat16
+    python tests/measure.py limits           # steps of ViT-B/16 beside their products alone
+    python tests/measure.py scaling          # how a LoRA step grows with size, depth, rank, images
+    python tests/measure.py overheads        # what a step of the tiny MRM consists of
+    python tests/measure.py memory           # peak memory of ViT-B/16, full against LoRA
     python tests/measure.py step             # an NC + R step, the official code against ours
     python tests/measure.py motions RUN      # the share of each kind of motion that a run's R finds
     python tests/measure.py bound SEED       # NC at level 5 with the true flow in R's place
@@ -15,9 +19,12 @@ The command `unet` takes the options of finetune.py after its folder.
 
 import contextlib
 import functools
+import itertools
+import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -30,9 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import finetune
+import lora
 import mrm
 import reggan
-from kernels import cpu
+from kernels import bench, cpu
 
 
 def pixels(root, layout="demo", split="", ratio=100, side=32):
@@ -74,46 +82,184 @@ def official_layers(module):
     return module
 
 
-def vit(rounds=3):
-    """Seconds a step of ViT-B/16: LoRA of rank 4 on 8 images of 224 x 224, and MRM on 4 records of
-    448 x 448 with 100 tokens, in float32 and in bfloat16 autocast, in turn in one process."""
-    torch.manual_seed(0)
-    recipe = finetune.RECIPES["mrm", "lora", "nih", 1]
-    config = data.fill(finetune.FinetuneConfig(method="lora"), recipe)
+def vit_step(method="lora", images=8, dtype=torch.bfloat16, size=224, depth=12, rank=4):
+    """A ViT-B/16 of 14 classes with the optimiser of the paper's recipe for 1 % of NIH, and a
+    function that runs one of its training steps on random images."""
+    recipe = finetune.PLAIN | finetune.RECIPES["mrm", method, "nih", 1] | {"rank": rank}
+    config = data.fill(finetune.FinetuneConfig(method=method), recipe)
     sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER_SIZES}
-    classifier = finetune.build_model(config, sizes, 14).train()
-    record = mrm.MRM(**mrm.BASE, vocab_size=30000).train()
-    images, targets, records = (
-        torch.rand(8, 1, 224, 224),
-        torch.rand(8, 14).round(),
-        torch.rand(4, 1, 448, 448),
-    )
-    tokens, hidden = torch.randint(30000, (4, 100)), torch.rand(4, 100) < 0.5
-    report = tokens, tokens.masked_fill(hidden, 0), hidden, torch.zeros(4, 100, dtype=torch.bool)
-    losses = {
-        "LoRA, batch 8": lambda: F.binary_cross_entropy_with_logits(
-            classifier(images).float(), targets
-        ),
-        "MRM, batch 4": lambda: sum(record(records, report)),
-    }
-    optimizers = {
-        "LoRA, batch 8": finetune.make_optimizer(classifier, config),
-        "MRM, batch 4": torch.optim.AdamW(
-            [p for p in record.parameters() if p.requires_grad], lr=1e-4, fused=True
-        ),
-    }
-    times = {(name, dtype): [] for name in losses for dtype in (torch.float32, torch.bfloat16)}
+    model = finetune.build_model(config, sizes | {"img_size": size, "depth": depth}, 14).train()
+    optimizer = finetune.make_optimizer(model, config)
+    films, targets = torch.rand(images, 1, size, size), torch.rand(images, 14).round()
+
+    def run(first=images):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(films[:first])
+        finetune.label_loss(logits.float(), targets[:first]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, run
+
+
+def record_step(images, words, dtype=torch.float32, mask_ratio=0.75, word_ratio=0.5, **sizes):
+    """A function that runs one training step of MRM on random records of `words` tokens."""
+    model = mrm.MRM(**sizes).train()
+    optimizer = mrm.make_optimizer(model, mrm.MRMConfig(lr=1e-4), torch.device("cpu"))
+    films = torch.rand(images, 1, 2 * sizes["img_size"], 2 * sizes["img_size"])
+    tokens = torch.randint(sizes["vocab_size"], (images, words))
+    hidden = torch.rand(images, words) < word_ratio
+    padding = torch.zeros_like(hidden)
+    report = tokens, tokens.masked_fill(hidden, 0), hidden, padding
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = sum(model(films, report, mask_ratio=mask_ratio))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def median_times(runs, rounds=3, clock=time.process_time):
+    """Seconds for each of {name: function}: the median of `rounds` turns, in each of which every
+    function runs, after one to warm up. The clock is by default the process's own CPU time, which
+    other processes hardly disturb, and which with several threads is their sum."""
+    times = {name: [] for name in runs}
     for turn in range(1 + rounds):
-        for (name, dtype), values in times.items():
-            began = time.time()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                loss = losses[name]()
-            loss.backward()
-            optimizers[name].step()
-            optimizers[name].zero_grad()
-            values += [time.time() - began] * (turn > 0)  # the first warms up
-    for (name, dtype), values in times.items():
-        print(f"{name}, {dtype}: {' '.join(f'{v:.2f}' for v in values)} s a step", flush=True)
+        for name, run in runs.items():
+            began = clock()
+            run()
+            times[name] += [clock() - began] * (turn > 0)
+    return {name: sorted(values)[rounds // 2] for name, values in times.items()}
+
+
+def vit(rounds=3):
+    """Seconds a step of ViT-B/16: LoRA of rank 4 on 8 images of 224 x 224, and MRM on 4
+    records of 448 x 448 with 100 tokens, in float32 and in bfloat16 autocast."""
+    runs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        runs["LoRA, batch 8", dtype] = vit_step(dtype=dtype)[1]
+        runs["MRM, batch 4", dtype] = record_step(4, 100, dtype, **mrm.BASE, vocab_size=30000)
+    for (name, dtype), seconds in median_times(runs, rounds, time.time).items():
+        print(f"{name}, {dtype}: {seconds:.2f} s a step")
+
+
+def memory(*cell):
+    """MiB that a step of ViT-B/16 at 224 x 224 in bfloat16 takes on top of what is there after the
+    imports, weights and optimiser included: full and LoRA, 8 and 64 images, with and without --checkpoint-activations, each
+    cell in a process of its own. A cell is named by its three words."""
+    if not cell:
+        for cell in itertools.product(("lora", "full"), ("8", "64"), ("keep", "checkpoint")):
+            command = [sys.executable, __file__, "memory", *cell]
+            print(
+                subprocess.run(command, capture_output=True, text=True).stdout, end="", flush=True
+            )
+        return
+    method, images, how = cell
+    before = data.peak_memory_mib(torch.device("cpu"))
+    model, run = vit_step(method, int(images))
+    if how == "checkpoint":
+        mrm.checkpoint_blocks(model)
+    run(1)  # after a step of one image the optimiser has its state
+    began = time.process_time()
+    run()
+    peak, seconds = data.peak_memory_mib(torch.device("cpu")), time.process_time() - began
+    print(f"{' '.join(cell)}: {peak - before:.0f} MiB, {seconds:.1f} s of CPU a step")
+
+
+def products(rows, dtype, weights, width=768):
+    """(GFLOP, function) of the products of a ViT's block alone, at `rows` rows: forward and for the
+    gradients of the inputs and, with `weights`, of the weights."""
+    runs = []
+    for i, o in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
+        x, w, dy = (torch.rand(shape).to(dtype) for shape in ((rows, i), (o, i), (rows, o)))
+        runs += [lambda x=x, w=w: x @ w.t(), lambda w=w, dy=dy: dy @ w]
+        runs += [lambda x=x, dy=dy: dy.t() @ x] * weights
+    return 24 * rows * width**2 * (2 + weights) / 1e9, lambda: [run() for run in runs]
+
+
+def official_attention(self, x, mask=None):
+    """timm's of the papers' time: the weights of attention are made and kept."""
+    q, k, v = self.heads(x)
+    weights = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1)
+    return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+def official_lora(self, x):
+    """loralib's merged linear layer, which MED-PEFT uses."""
+    layer = self.weight, self.bias, self.lora_A, self.lora_B, self.dropout
+    return bench.grouped_convolution(x.flatten(0, 1), *layer).view(*x.shape[:2], -1)
+
+
+def official(run):
+    """`run` with the papers' forms of attention and of LoRA."""
+
+    def run_official():
+        with (
+            mock.patch.object(mrm.Attention, "forward", official_attention),
+            mock.patch.object(lora.LoRALinear, "forward", official_lora),
+        ):
+            run()
+
+    return run_official
+
+
+def limits(images=8, rounds=3):
+    """How fast a step of ViT-B/16 is beside its products alone, full and LoRA, in the papers' form
+    too. On one core (OMP_NUM_THREADS=1), as the two commands after this one."""
+    rows, runs, counts = int(images) * 197, {}, {}
+    for method, dtype in itertools.product(("lora", "full"), (torch.bfloat16, torch.float32)):
+        name = f"{method}, {str(dtype)[6:]}"
+        # 2 rows x parameters for each product; attention has q k^T and weights v
+        count, runs[name, "products"] = products(rows, dtype, method == "full")
+        counts[name] = 12 * count, 3 * 12 * 4 * rows * 197 * 768 / 1e9
+        runs[name, "ours"] = vit_step(method, int(images), dtype)[1]
+        if dtype == torch.float32:
+            runs[name, "official"] = official(vit_step(method, int(images), dtype)[1])
+    times = median_times(runs, int(rounds))
+    for (name, form), seconds in times.items():
+        linear, attention = counts[name]
+        speed, ceiling = (linear + attention) / seconds, linear / 12 / times[name, "products"]
+        if form != "products":
+            print(
+                f"{name}, {form}: {linear:.0f} + {attention:.0f} GFLOP, {seconds:.2f} s, "
+                f"{speed:.0f} of {ceiling:.0f} GFLOP/s, {100 * speed / ceiling:.0f} %"
+            )
+
+
+def scaling(images=2, rounds=3):
+    """How the time of a LoRA step of ViT-B/16 grows with image size, depth, rank and number of
+    images: the exponent is the slope of the logarithms."""
+    grow = {"size": (112, 160, 224, 320), "depth": (3, 6, 12, 24), "rank": (4, 16, 64, 256)}
+    for option, values in (grow | {"images": (1, 2, 4, 8)}).items():
+        runs = {value: vit_step(**{"images": int(images), option: value})[1] for value in values}
+        times = median_times(runs, int(rounds))
+        slope = np.polyfit(np.log(values), np.log(list(times.values())), 1)[0]
+        shown = ", ".join(f"{value}: {seconds:.2f} s" for value, seconds in times.items())
+        print(f"{option} {shown}; exponent {slope:.2f}", flush=True)
+
+
+def overheads(rounds=20):
+    """What a step of the tiny MRM consists of, and how fast each kind of work is alone."""
+    ratios = {name: mrm.PRESETS["tiny"][name] for name in ("mask_ratio", "word_ratio")}
+    run = record_step(32, 40, **ratios, **mrm.MODELS["tiny"], vocab_size=438)
+    small = torch.rand(8)
+    run()  # the optimiser makes its state
+    with FlopCounterMode(display=False) as operations, Bytes() as moved:
+        run()
+    count, alone = products(32 * 15, torch.float32, True, 128)
+    large = torch.rand(2, 2**24)
+    runs = {"step": run, "products": alone, "copy": lambda: large[0].copy_(large[1])}
+    runs["calls"] = lambda: [small + 1 for _ in range(1000)]
+    times = median_times(runs, rounds)
+    print(
+        f"tiny MRM: {operations.get_total_flops() / 1e9:.2f} GFLOP, {moved.total / 1e6:.0f} MB, "
+        f"{moved.calls} operations in {1000 * times['step']:.1f} ms; alone "
+        f"{count / times['products']:.0f} GFLOP/s, {2**27 / times['copy'] / 1e9:.1f} GB/s, "
+        f"{1000 * times['calls']:.1f} us a call of an operation"
+    )
 
 
 def official_step(model, a, b, opt_g, opt_d):
@@ -139,13 +285,14 @@ def official_step(model, a, b, opt_g, opt_d):
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations read and write, views left out."""
+    """Counts operations and the bytes of the tensors that they read and write, views left out."""
 
-    total = 0
+    total = calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if not function.is_view:
+            self.calls += 1
             self.total += sum(
                 t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)
             )
@@ -414,6 +561,10 @@ if __name__ == "__main__":
         "unet": unet,
         "pixels": pixels,
         "vit": vit,
+        "limits": limits,
+        "scaling": scaling,
+        "overheads": overheads,
+        "memory": memory,
         "step": step,
         "motions": motions,
         "bound": bound,
