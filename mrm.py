@@ -192,8 +192,8 @@ class Block(nn.Module):
 
 def checkpoint_blocks(model):
     """Lets each transformer block of `model` keep its input alone, and run again in the backward
-    pass (Chen et al., 2016): less memory for a third more time. Dropout and drop path draw the same
-    numbers again, so that losses and gradients stay as they are. Returns the model."""
+    pass (Chen et al., 2016): less memory for one more forward pass. Dropout and drop path draw the
+    same numbers again, so that losses and gradients stay as they are. Returns the model."""
     for block in model.modules():
         if isinstance(block, Block):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -148,8 +148,8 @@ def vit(rounds=3):
 
 def memory(*cell):
     """MiB that a step of ViT-B/16 at 224 x 224 in bfloat16 takes on top of what is there after the
-    imports, weights and optimiser included: full and LoRA, 8 and 64 images, with and without --checkpoint-activations, each
-    cell in a process of its own. A cell is named by its three words."""
+    imports, weights and optimiser included: full and LoRA, 8 and 64 images, with and without
+    --checkpoint-activations, each cell in a process of its own. Three words name a cell."""
     if not cell:
         for cell in itertools.product(("lora", "full"), ("8", "64"), ("keep", "checkpoint")):
             command = [sys.executable, __file__, "memory", *cell]
