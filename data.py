@@ -43,6 +43,7 @@ from collections import Counter, defaultdict
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import PIL
@@ -564,11 +565,11 @@ def peak_memory_mib(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-# What every loop does beside the parts of its method: (row, class or dict, name of the function)
+# What every loop does beside the parts of its method: (row, owner, name of the function)
 OF_EVERY_LOOP = (
     ("data", Timed, "__next__"), ("backward", torch.Tensor, "backward"),
-    ("norm of the gradients", vars(torch.nn.utils), "clip_grad_norm_"),
-    ("norm of the gradients", vars(torch.nn.utils), "get_total_norm"),
+    ("norm of the gradients", torch.nn.utils, "clip_grad_norm_"),
+    ("norm of the gradients", torch.nn.utils, "get_total_norm"),
     ("optimiser", torch.optim.Optimizer, "zero_grad"), ("optimiser", torch.optim.SGD, "step"),
     ("optimiser", torch.optim.Adam, "step"), ("optimiser", torch.optim.AdamW, "step"))
 
@@ -577,10 +578,11 @@ def profile(run, config, parts):
     """Prints where the time of a step of the training `run(config)` goes, in the mean of 20 steps
     after 5. The rows sum to the step, since what is in no part is a row too.
 
-    parts: (row, class or dict, name) of functions. A timed one stands in for each while this runs,
-    so that the loops have no line for it. A part within a part counts for its own row alone. On a
-    GPU the clock waits for the device where a part begins and ends. What Python and the device
-    otherwise do at the same time adds up, so that a step takes longer than it does unmeasured.
+    parts: (row, owner, name) of functions; the owner is a class, a module or a dict. A timed one
+    stands in for each while this runs, so that the loops have no line for it. A part within a part
+    counts for its own row alone. On a GPU the clock waits for the device where a part begins and
+    ends. What Python and the device otherwise do at the same time adds up, so that a step takes
+    longer than it does unmeasured.
     """
     device, rank, _ = join(config)
     seconds, inside, since, fetched = Counter(), ["the rest"], 0.0, 0
@@ -612,23 +614,22 @@ def profile(run, config, parts):
                 inside.pop()
         return stand_in
 
-    parts = [(row, owner, name, *((getattr, setattr) if isinstance(owner, type) else
-                                  (dict.get, dict.__setitem__)))
-             for row, owner, name in (*parts, *OF_EVERY_LOOP)]
-    plain = [get(owner, name) for _, owner, name, get, _ in parts]
     try:
-        for (row, owner, name, _, put), function in zip(parts, plain):
-            put(owner, name, timed(row, function))
-        with tempfile.TemporaryDirectory() as out:  # of 1000 steps none of the first 25 evaluates
+        with contextlib.ExitStack() as stack:
+            for row, owner, name in (*parts, *OF_EVERY_LOOP):
+                if isinstance(owner, dict):
+                    stand_in = mock.patch.dict(owner, {name: timed(row, owner[name])})
+                else:
+                    stand_in = mock.patch.object(owner, name, timed(row, getattr(owner, name)))
+                stack.enter_context(stand_in)
+            # Of 1000 steps none of the first 25 evaluates
+            out = stack.enter_context(tempfile.TemporaryDirectory())
             run(dataclasses.replace(config, out=out, steps=1000, epochs=None, resume=False))
     except StopIteration:
         total, rest = sum(seconds.values()), seconds.pop("the rest")
         for row, value in [*seconds.items(), ("the rest", rest), ("a step", total)] * (rank == 0):
             print(f"{row:24s}{1000 * value / 20:10.2f} ms{100 * value / total:7.1f} %")
         note(f"peak memory {peak_memory_mib(device):.0f} MiB on {device}")
-    finally:
-        for (_, owner, name, _, put), function in zip(parts, plain):
-            put(owner, name, function)
 
 
 class Saving:

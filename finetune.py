@@ -1514,7 +1514,7 @@ def compare(config):
     print(text)
 
 
-PARTS = (  # the rows of --profile: (row, class or dict, name of the function)
+PARTS = (  # the rows of --profile: (row, owner, name of the function)
     ("backbone", mrm.ViT, "tokens"), ("head", mrm.ViT, "forward"),
     ("backbone", mrm.UPerNet, "forward"), ("head", mrm.UPerHead, "forward"),
     ("layers with LoRA", lora.LoRALinear, "forward"),  # the frozen product and the adapter's

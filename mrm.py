@@ -1343,7 +1343,7 @@ def draw_attention(config, count=6):
     print(out)
 
 
-PARTS = (  # the rows of --profile: (row, class or dict, name of the function)
+PARTS = (  # the rows of --profile: (row, owner, name of the function)
     ("hidden words", Records, "report_batch"), ("encoder forward", MRM, "encode"),
     ("image decoder", MRM, "decode_image"), ("image loss", MRM, "image_loss"),
     ("report decoder", ReportDecoder, "forward"), ("report loss", MRM, "report_loss"))

@@ -1199,7 +1199,7 @@ def write_tables(out, table, rows, levels):
     data.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
 
 
-PARTS = (  # the rows of --profile: (row, class or dict, name of the function)
+PARTS = (  # the rows of --profile: (row, owner, name of the function)
     ("generator", Generator, "forward"), ("generator", NiceGenerator, "forward"),
     ("registration", Registration, "forward"), ("registration", CoarseToFine, "forward"),
     ("warp", globals(), "warp"), ("discriminator", Discriminator, "forward"),

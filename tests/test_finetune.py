@@ -1935,7 +1935,7 @@ def test_a_segmentation_leaves_what_the_design_promises(holes, tmp_path, method,
     saved = json.loads((out / "result.json").read_text())
     assert saved == json.loads(json.dumps(result))
     assert saved["task"] == "segment" and saved["images_with_mask"] == 8
-    assert f"with batch norm, 48 x 48 pixels" in capsys.readouterr().out
+    assert "with batch norm, 48 x 48 pixels" in capsys.readouterr().out
     for name in ("dice", "dice_all", "dice_official"):
         low, high = saved[f"{name}_ci"]
         assert 0 <= low <= saved[name] <= high <= 1
