@@ -222,6 +222,9 @@ def check_same(saved, config, path):
 
 def run_script(main):
     """Runs `main()`; an InputError ends the script with its one line and status 2."""
+    for stream in (getattr(sys, name, None) for name in ("stdout", "stderr")):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except InputError as error:
@@ -349,7 +352,8 @@ def write_json(path, value):
 def write_csv(path, header, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    atomic_write(path, lambda file: file.write(text.getvalue().encode()))
+    content = text.getvalue().encode(errors="surrogateescape")  # names of files may be no UTF-8
+    atomic_write(path, lambda file: file.write(content))
 
 
 def markdown_table(header, rows):
@@ -584,6 +588,9 @@ def profile(run, config, parts):
     ends. What Python and the device otherwise do at the same time adds up, so that a step takes
     longer than it does unmeasured.
     """
+    for name in ("compare", "predict", "translate", "reconstruct", "attention"):
+        if getattr(config, name, False):
+            raise InputError(f"--profile and --{name}", "one of them", "both")
     device, rank, _ = join(config)
     seconds, inside, since, fetched = Counter(), ["the rest"], 0.0, 0
     first, last = (steps * getattr(config, "accumulate", 1) + 1 for steps in (5, 25))
@@ -624,7 +631,8 @@ def profile(run, config, parts):
                 stack.enter_context(stand_in)
             # Of 1000 steps none of the first 25 evaluates
             out = stack.enter_context(tempfile.TemporaryDirectory())
-            run(dataclasses.replace(config, out=out, steps=1000, epochs=None, resume=False))
+            once = {"evaluations": 1} if hasattr(config, "evaluations") else {}
+            run(dataclasses.replace(config, out=out, steps=1000, epochs=None, resume=False, **once))
     except StopIteration:
         total, rest = sum(seconds.values()), seconds.pop("the rest")
         for row, value in [*seconds.items(), ("the rest", rest), ("a step", total)] * (rank == 0):
@@ -864,6 +872,8 @@ def read_picture(file, short_side, grey):
             raise InputError(file.name, "one page", picture.n_frames)
         if picture.format == "JPEG" and short_side:
             picture.draft("L" if grey else None, (short_side, short_side))
+        if picture.format == "TIFF" and picture.mode[0] == "I" and picture.tag_v2.get(262) == 0:
+            raise InputError(file.name, "0 for black", "0 for white (MinIsWhite), of 16 bits")
         picture.load()
         picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
@@ -893,8 +903,10 @@ def read_dicom(file, raw_dicom=False):
         raise InputError(file.name, "one frame", record.NumberOfFrames)
     mend_dicom(record)
     raw, kind = record.pixel_array, record.PhotometricInterpretation
+    if raw_dicom and raw.min() < 0:
+        raise InputError(file.name, "no number below 0 for --raw-dicom", raw.min())
     if raw_dicom:
-        pixels = np.abs(raw * (255 / (raw.max() or 1))).round().clip(0, 255).astype(np.uint8)
+        pixels = (raw * (255 / (raw.max() or 1))).round().astype(np.uint8)
         return 255 - pixels if kind == "MONOCHROME1" else pixels
     if kind == "PALETTE COLOR":
         pixels = apply_color_lut(raw, record).astype(np.float64)
@@ -958,13 +970,15 @@ def read_image(path, short_side=None, deep=None, enlarge=True, raw_dicom=False, 
 
     short_side: pixels of the shorter side after a `resize` in the mode `mode` (None: full size),
     which leaves smaller images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or
-    16 bits, are divided by their full scale, which for 16 bits is `deep` (None: `full_scale` of
-    this file's largest value). Other numbers are stretched from minimum to maximum where they leave
-    [0, 1]. Colour becomes grey by ITU-R 601. raw_dicom: see `read_dicom`."""
+    16 bits, are divided by their full scale, which for 16 bits is `deep` (None or 0: `full_scale`
+    of this file's largest value). Other numbers are stretched from minimum to maximum where they
+    leave [0, 1]. Colour becomes grey by ITU-R 601. raw_dicom: see `read_dicom`."""
     pixels, white = read_pixels(path, short_side, grey=True, raw_dicom=raw_dicom)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         white = np.iinfo(pixels.dtype).max
     if white == 65535:
+        if deep == 0:
+            say_once(f"{path} has 16 bits, unlike those looked at: its white is its own")
         white, highest = deep or full_scale(pixels.max()), pixels.max()
         if highest > white:
             raise InputError(path, f"values up to {white}, as in the other 16-bit images", highest)
@@ -988,7 +1002,7 @@ def read_image(path, short_side=None, deep=None, enlarge=True, raw_dicom=False, 
 
 def common_scale(*lists):
     """White of the 16-bit files in some lists of paths: `full_scale` of the largest value in 32
-    files of each list, None where none of them has 16 bits. It is said where it is below 65535."""
+    files of each list, 0 where none of them has 16 bits. It is said where it is below 65535."""
     highest = 0
     for path in itertools.chain(*(paths[:: math.ceil(max(1, len(paths)) / 32)] for paths in lists)):
         try:
@@ -997,7 +1011,7 @@ def common_scale(*lists):
             continue  # the error is raised when the image is read for use
         if white == 65535 or (white is None and pixels.dtype.str[1:] == "u2"):
             highest = max(highest, int(pixels.max()))
-    scale = full_scale(highest) if highest else None
+    scale = full_scale(highest) if highest else 0
     if scale and scale < 65535:
         say_once(f"no value above {highest} in the 16-bit images looked at: {scale} is white")
     return scale
@@ -1146,7 +1160,8 @@ def image_keys(root, names):
     """What identifies the image of each name or path: its path below the root, without a leading
     images/ and without the ending."""
     root = os.path.join(str(root or "."), "")
-    names = (plain_name(str(name).removeprefix(root)) for name in names)
+    whole = os.path.join(os.path.abspath(root), "")  # names may be absolute where the root is not
+    names = (plain_name(str(name).removeprefix(root).removeprefix(whole)) for name in names)
     return [split_ending(name.removeprefix("images/"))[0] for name in names]
 
 
@@ -1312,6 +1327,10 @@ def table_columns(data, path):
     if twice:
         raise InputError(f"{path}: line 1", "names that differ", f"{twice[0]!r} twice")
     classes = [name for name in header[1:] if name not in ("patient", "split")]
+    for name in classes:
+        if re.sub(r"\W|_|id$", "", name.lower()) in ("", "patient", "split"):
+            expected = "names of findings, `patient` and `split`"
+            raise InputError(f"{path}: line 1", expected, f"a column {name!r}")
     if header[:1] != ["image"] or not classes:
         expected = "a header `image,finding,...`, perhaps with patient and split"
         raise InputError(f"{path}: line 1", expected, ",".join(header) or "an empty file")
@@ -1936,7 +1955,7 @@ def read_cached(reader, folder, item, fill=False):
     `folder`, which is mapped into memory: all processes share its pages. `fill` only makes it.
 
     Its name stands for the item and the reader's options. It holds a stamp (32 bytes) of `DECODER`
-    and of the sizes and times of change of the image and its mask, the crc32 of what follows (4),
+    and of the sizes, times and inodes of the image and its mask, the crc32 of what follows (4),
     the shape (12) and the pixels. Where stamp or crc32 do not fit, the image is read again and the
     file replaced. Raises InputError where it cannot be written."""
     path, *mask = [item] if isinstance(item, str) else item
@@ -1944,7 +1963,7 @@ def read_cached(reader, folder, item, fill=False):
         states = [os.stat(file) for file in (path, *mask) if isinstance(file, str)]
     except OSError:
         return reader(item)  # which says what is wrong
-    states = [(state.st_size, state.st_mtime_ns) for state in states]
+    states = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in states]
     name = repr((reader.func.__name__, reader.keywords, os.path.abspath(path), mask))
     name = hashlib.sha256(name.encode()).hexdigest()
     stamp = hashlib.sha256(repr((DECODER, name, states)).encode()).digest()
@@ -1988,7 +2007,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.size, self.augment, self.seed, self.cache = size, augment, seed, None
         self.crop, self.reading = crop or size, reading
-        self.deep, self.masks = deep or common_scale(paths) or 65535, masks
+        self.deep, self.masks = common_scale(paths) if deep is None else deep, masks
         self.folder = folder
 
     @property

@@ -736,6 +736,11 @@ def read_lists(config):
             print(f"WARNING: {path}: one label only of {', '.join(undefined)}: AUROC undefined, "
                   "left out of the mean")
         parts[part_name] = Part(names, paths, labels)
+    places = {name: set(map(os.path.realpath, part.paths)) for name, part in parts.items()}
+    twice = len(places["train"] & (places["val"] | places["test"]) | places["val"] & places["test"])
+    if twice:
+        print(f"WARNING: {twice} image files stand in several parts, under other names perhaps; "
+              "python data.py audit lists them")
     if len(parts["val"].names) < 20:
         print(f"WARNING: {len(parts['val'].names)} validation images choose the model, which is "
               "little more than chance")
@@ -764,7 +769,7 @@ def leave_out_empty(part, share):
 
 def load_images(parts, config, kept):
     """Gives each part its images, decoded into memory where they fit. Returns the number that is
-    white in the 16-bit images of all parts, None where there are none.
+    white in the 16-bit images of all parts (see `data.common_scale`).
 
     `kept` holds the validation and test images of the last run, and then those of this one: the
     runs of a comparison share images that are the same.
@@ -776,8 +781,7 @@ def load_images(parts, config, kept):
         augment = functools.partial(strong_augment, augment, config.randaugment, config.erasing,
                                     config.mean, config.std)
     reading = {"raw_dicom": config.raw_dicom, "mode": config.interpolation}  # of val and test
-    deep = data.common_scale(*(part.paths for part in parts.values()))
-    white = deep or 65535
+    white = data.common_scale(*(part.paths for part in parts.values()))
     parts["train"].images = data.ImageSet(parts["train"].paths, 2 * side, augment, config.seed,
                                           white, parts["train"].masks, folder=config.cache,
                                           raw_dicom=config.raw_dicom)
@@ -800,7 +804,7 @@ def load_images(parts, config, kept):
                                     for pairs, _ in data.eval_batches(part.images, 64)])
             if not part.truth.any():
                 raise InputError(f"the {name} list", "a mask that is not empty", "none")
-    return deep
+    return white
 
 
 def rand_augment(image, rng, magnitude=9, deviation=0.5):
@@ -1318,6 +1322,10 @@ def predict_folder(config):
     or for that one image."""
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
+    for name in ("img_size", "test_side", "interpolation", "raw_dicom"):
+        if getattr(config, name) is not None:
+            option = name.replace("_", "-")
+            raise InputError(f"--predict reads images as its run did, without --{option}")
     model, saved = load_run(config.weights, config.base)
     pixels = mrm.pixel_statistics(config, saved["mean"], saved["std"])
     config = data.fill(config, {"out": "runs/predict"} | pixels)
@@ -1524,7 +1532,8 @@ PARTS = (  # the rows of --profile: (row, owner, name of the function)
 def main():
     config = data.parse_config(FinetuneConfig, description=__doc__)
     if config.profile:
-        weights = config.weights or pretrain_demo(config)  # before the clock runs
+        done = config.weights or config.compare or config.predict
+        weights = done or pretrain_demo(config)  # before the clock runs
         data.profile(finetune, dataclasses.replace(config, weights=weights), PARTS)
     elif config.compare:
         compare(config)

@@ -631,7 +631,7 @@ def load_records(config, paths, reports, device, tokenizer=None):
         # area `min_crop` and aspect 3/4, needs to have `side` of its own across: 1,157 for 448
         kept = math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
     crop = functools.partial(augment, side=side, min_crop=config.min_crop)
-    white = data.common_scale(paths[:count], paths[count:]) or 65535  # one scale for all records
+    white = data.common_scale(paths[:count], paths[count:])  # one scale for all records
     images = data.ImageSet(paths[:count], kept, crop, config.seed, white, enlarge=False,
                            folder=config.cache).preload()
     heldout = data.ImageSet(paths[count:], side, deep=white, folder=config.cache)
@@ -1195,6 +1195,9 @@ def open_run(config, count):
         raise InputError(run, "an MRM checkpoint of this script", "one without the decoders")
     ran = saved.get("config", {})  # the options of that run say which records it held out
     filled = {name: ran.get(name, RECORDS[name]) for name in RECORDS}
+    if config.holdout and config.holdout > filled["holdout"]:
+        most = f"at most the run's {filled['holdout']}; it was trained on the others"
+        raise InputError("--holdout", most, config.holdout)
     filled |= {name: saved[name] for name in ("mask_ratio", "word_ratio")}
     filled |= pixel_statistics(config, saved["mean"], saved["std"])
     config = data.fill(config, filled | {"out": str(run if run.is_dir() else run.parent)})
@@ -1216,6 +1219,12 @@ def open_run(config, count):
     return config, model, saved, images, reports
 
 
+def tokenizer_of(weights):
+    """The tokenizer in the folder of a run, or beside a checkpoint of it."""
+    run = Path(weights)
+    return data.load_tokenizer((run if run.is_dir() else run.parent) / "tokenizer.tiktoken")
+
+
 @torch.no_grad()
 def reconstruct(config, count=6):
     """Draws OUT/reconstruction.png for held-out records: original, masked input, restored image,
@@ -1224,7 +1233,7 @@ def reconstruct(config, count=6):
     pictures, latent = restored_pictures(model, images, config)
     captions = [""] * len(images)
     if hasattr(model, "report_decoder"):
-        tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
+        tokenizer = tokenizer_of(config.weights)
         tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
         tokens, *masked = mask_report(tokenizer, tokens, words, config.word_ratio)
         hidden = masked[1]
@@ -1300,16 +1309,20 @@ def draw_attention(config, count=6):
     config, model, saved, images, reports = open_run(config, None)
     if config.image_only:
         raise InputError(f"--attention --weights {config.out}", "a run with reports", "images only")
-    tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
+    tokenizer = tokenizer_of(config.weights)
     tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
-    hidden, asked = torch.zeros_like(tokens, dtype=torch.bool), config.words.lower().split(",")
+    hidden = torch.zeros_like(tokens, dtype=torch.bool)
+    found, asked = set(), [word.strip() for word in config.words.lower().split(",")]
     for row, report in enumerate(reports):
         for number, word in enumerate(data.split_words(report)):
             if word.strip().lower() in asked:
                 hidden[row] |= words[row] == number
+                found.add(word.strip().lower())
     rows = hidden.any(1).nonzero().flatten()[:count]  # the first films whose reports have them
     if len(rows) == 0:
         raise InputError("--words", "words that a held-out report holds", config.words)
+    for word in set(asked) - found:
+        data.warn(f"--words: no held-out report holds {word!r} as one word")
     images, tokens, words, asked_for = images[rows], tokens[rows], words[rows], hidden[rows]
     _, hidden = data.hide_words(tokenizer, tokens, words, config.word_ratio)
     hidden |= asked_for
@@ -1333,9 +1346,9 @@ def draw_attention(config, count=6):
     own, others = log_p(patches.requires_grad_()), log_p(patches.detach().roll(1, 0))
     (gradient,) = torch.autograd.grad(own.sum(), patches)
     speaks = (gradient * patches.detach()).sum(2)  # (B, N)
-    captions = [f"{tokenizer.decode(ids[chosen].tolist()).strip()}: log p {mine:.1f}, by the next "
-                f"film {other:.1f}" for ids, chosen, mine, other in
-                zip(tokens, asked_for, own.tolist(), others.tolist())]
+    captions = [f"{tokenizer.decode(ids[chosen].tolist()).strip()}: log p {mine:.1f}"
+                + f", by the next film {other:.1f}" * (len(rows) > 1) for ids, chosen, mine, other
+                in zip(tokens, asked_for, own.tolist(), others.tolist())]
     grid = list(zip(images, overlay(images, looks), overlay(images, speaks)))
     out = Path(config.out) / "attention.png"
     titles = ["film", "class token", "for (red), against (blue)"]
@@ -1351,10 +1364,10 @@ PARTS = (  # the rows of --profile: (row, owner, name of the function)
 
 def main():
     config = data.parse_config(MRMConfig, description=__doc__)
-    if config.reconstruct:
-        reconstruct(config)
-    elif config.profile:
+    if config.profile:
         data.profile(pretrain, config, PARTS)
+    elif config.reconstruct:
+        reconstruct(config)
     elif config.attention:
         draw_attention(config)
     else:

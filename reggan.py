@@ -1210,12 +1210,12 @@ def main():
     presets = {"small": SMALL, "improved changes": IMPROVED, "paper changes": PAPER}
     lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
     config = data.parse_config(Config, description="\n".join([__doc__, *lines]))
-    if config.translate:
+    if config.profile:
+        data.profile(train, config, PARTS)
+    elif config.translate:
         translate_folder(config)
     elif config.compare:
         compare(config)
-    elif config.profile:
-        data.profile(train, config, PARTS)
     else:
         result = train(config)
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks

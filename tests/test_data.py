@@ -352,9 +352,9 @@ def test_dicom_as_stored(tmp_path, photo):
     assert np.abs(image[0].numpy() * 255 - np.asarray(small)[22:86]).max() <= 1.01
     write_dicom(path, np.zeros((40, 40), np.uint16))
     assert not data.read_image(path, raw_dicom=True).any()
-    signed = np.array([[-3000, -10], [0, 500]], np.int16)  # |x| x 255 / 500, at most 255
-    write_dicom(path, signed.astype("<i2"), PixelRepresentation=1, BitsStored=16, HighBit=15)
-    assert data.read_pixels(path, raw_dicom=True)[0].tolist() == [[255, 5], [0, 255]]
+    signed = np.array([[-3000, -10], [0, 500]], "<i2")
+    write_dicom(path, signed, PixelRepresentation=1, BitsStored=16, HighBit=15)
+    fails(lambda: data.read_image(path, raw_dicom=True), "a.dcm", "no number below 0", "-3000")
     Image.fromarray(photo).save(tmp_path / "a.png")  # other files are read as ever
     other = data.read_image(tmp_path / "a.png", raw_dicom=True)
     assert torch.equal(other, data.read_image(tmp_path / "a.png"))
@@ -2746,3 +2746,61 @@ def test_the_number_of_threads_stays(monkeypatch, fixed):
     cores = data.FreeCores(device, interval=0)
     cores.look()
     cores.look()
+
+
+def test_absolute_names_below_a_relative_root_are_the_same_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = f"{tmp_path}/films/images/a.png"
+    for root in ("films", "./films", f"{tmp_path}/films"):
+        assert data.image_keys(root, [whole, "images/a.png", "a.png"]) == ["a", "a", "a"]
+
+
+def test_a_cached_film_that_is_swapped_at_equal_size_and_time_is_read_anew(tmp_path):
+    paths = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    for path, value in zip(paths, (0.2, 0.8)):
+        np.save(path, np.full((64, 64), value, np.float32))
+        os.utime(path, (1, 1))
+
+    def read():
+        images = data.ImageSet([str(path) for path in paths], 32, folder=str(tmp_path / "c"))
+        return [round(image.mean().item(), 1) for image, _ in images]
+
+    assert read() == read() == [0.2, 0.8]
+    paths[0].rename(tmp_path / "t")
+    paths[1].rename(paths[0])
+    (tmp_path / "t").rename(paths[1])
+    assert read() == [0.8, 0.2]
+
+
+def test_a_tiff_of_16_bits_with_white_as_0_is_refused(tmp_path, photo):
+    Image.fromarray(photo.astype(np.uint16) * 257).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "a.tif") as picture:
+        assert picture.tag_v2[262] == 0
+    fails(lambda: data.read_image(tmp_path / "a.tif"), "a.tif", "expected 0 for black")
+    Image.fromarray(photo.astype(np.uint16) * 257).save(tmp_path / "b.tif")
+    assert np.allclose(data.read_image(tmp_path / "b.tif")[0], photo / 255, atol=1e-6)
+
+
+def test_a_rare_film_of_16_bits_has_the_same_white_wherever_it_is_read(tmp_path, photo, capfd):
+    """32 films of a list are looked at; this one, of 12 bits, is not among them."""
+    paths = [str(tmp_path / f"{i:02d}.png") for i in range(66)]
+    for path in paths:
+        Image.fromarray(photo).save(path)
+    Image.fromarray(photo.astype(np.uint16) * 16).save(paths[1])
+    images = data.ImageSet(paths, 64)
+    assert images.deep == 0 and "01.png has 16 bits" not in capfd.readouterr().err
+    assert torch.allclose(images[1][0], images[2][0] * (255 * 16 / 4095), atol=0.02)
+    assert "01.png has 16 bits, unlike those looked at" in capfd.readouterr().err
+    assert torch.equal(images[1][0], data.ImageSet(paths[1:2], 64)[0][0])
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    data.write_csv(tmp_path / "a.csv", ["image"], [[name]])
+    assert (tmp_path / "a.csv").read_bytes() == b"image\ncaf\xe9.png\n"
+
+
+@pytest.mark.parametrize("column", ["", "Patient", "patient_id", "Split"])
+def test_a_column_that_is_no_finding_is_refused(tmp_path, column):
+    (tmp_path / "labels.csv").write_text(f"image,a,{column}\n1.png,0,1\n")
+    fails(lambda: data.table_columns("csv", tmp_path / "labels.csv"), "line 1", repr(column))

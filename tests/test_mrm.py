@@ -680,7 +680,7 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
         torch.testing.assert_close(restored[~hidden], original[~hidden], atol=1e-5, rtol=0)
 
 
-def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch):
+def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch, capsys):
     """The class token's weights head by head; the words' map by differences of log p."""
     mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
     drawn, overlay, hide, save, kept = [], mrm.overlay, data.hide_words, data.save_grid, {}
@@ -731,6 +731,17 @@ def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch):
             step[n] = 1e-4
             change = (log_p(patches * (1 + step)) - log_p(patches * (1 - step))) / 2e-4
             torch.testing.assert_close(speaks[:, n].double(), change, atol=1e-5, rtol=1e-3)
+    run = mrm.MRMConfig(
+        weights=str(tmp_path / "run"), out=str(tmp_path / "o"), words="clear, kidney"
+    )
+    mrm.draw_attention(run)  # the tokenizer is that of --weights
+    assert (tmp_path / "o/attention.png").exists()
+    said = capsys.readouterr().err
+    assert "no held-out report holds 'kidney'" in said and "'clear'" not in said
+    with pytest.raises(
+        data.InputError, match="--holdout: expected at most the run's 8; .* found 9"
+    ):
+        mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), holdout=9))
     with pytest.raises(data.InputError, match="--words: expected words that a held-out report"):
         mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "run"), words="kidney"))
     mrm.pretrain(record_run(films, tmp_path / "alone", steps=1, image_only=True))
