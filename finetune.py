@@ -1070,7 +1070,7 @@ def finetune(config, kept=None):
     deep = load_images(parts, config, {} if kept is None else kept)
     log = data.RunLog(config.out, config, rank, config.resume, start)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
-             "pool": config.pool, "test_side": config.test_side, "deep": deep,
+             "pool": config.pool, "test_side": config.test_side, "deep": deep or None,
              "reading": parts["test"].images.reading, "method": config.method}
     about["trained_on"], seen = known_films(config, parts, known)
     if config.method == "lora":
