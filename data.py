@@ -513,13 +513,13 @@ class FreeCores:
 
     OpenMP's threads spin while they wait for each other, so that all of them wait for one whose
     core was taken: two runs of two threads on two cores would take ten times as long as one run.
-    So a run gives up as many threads as waited for a core, and tries again after half a minute.
-    Where OMP_NUM_THREADS is set, or the system does not count that waiting as Linux does, the
-    number of threads stays, and with it the last digits of the results."""
+    So a run gives up as many threads as waited for a core through most of five seconds, and tries
+    again after a minute. Where OMP_NUM_THREADS is set, or the system does not count that waiting as
+    Linux does, the number of threads stays, and with it the last digits of the results."""
 
     ALL = torch.get_num_threads()
 
-    def __init__(self, device, interval=2, pause=30):
+    def __init__(self, device, interval=5, pause=60):
         free = device.type == "cpu" and self.ALL > 1 and "OMP_NUM_THREADS" not in os.environ
         self.interval, self.pause = interval, pause
         self.then, self.waited = time.time(), self.waiting()
@@ -534,7 +534,7 @@ class FreeCores:
         lost = (self.waited - waited) / (now - then)  # threads that had no core
         if torch.get_num_threads() < self.ALL:
             torch.set_num_threads(self.ALL)
-        elif lost > 0.2:
+        elif lost > 0.4:
             torch.set_num_threads(max(1, self.ALL - max(1, round(lost))))
             self.next = now + self.pause
             say_once("another program holds a core: this run takes fewer threads while it does")
