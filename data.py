@@ -162,6 +162,9 @@ def parse_config(config_class, argv=None, description=None):
         raise InputError(f"{unknown[0]}: no such option" + "".join(f"; {n} is one" for n in near))
     config = config_class(**vars(values))
     check_ranges(config)
+    for name in ("compare", "predict", "translate", "reconstruct", "attention"):
+        if getattr(config, "profile", False) and getattr(config, name, False):
+            raise InputError(f"--profile and --{name}", "one of them", "both")
     return config
 
 
@@ -588,9 +591,6 @@ def profile(run, config, parts):
     ends. What Python and the device otherwise do at the same time adds up, so that a step takes
     longer than it does unmeasured.
     """
-    for name in ("compare", "predict", "translate", "reconstruct", "attention"):
-        if getattr(config, name, False):
-            raise InputError(f"--profile and --{name}", "one of them", "both")
     device, rank, _ = join(config)
     seconds, inside, since, fetched = Counter(), ["the rest"], 0.0, 0
     first, last = (steps * getattr(config, "accumulate", 1) + 1 for steps in (5, 25))
@@ -978,7 +978,7 @@ def read_image(path, short_side=None, deep=None, enlarge=True, raw_dicom=False, 
         white = np.iinfo(pixels.dtype).max
     if white == 65535:
         if deep == 0:
-            say_once(f"{path} has 16 bits, unlike those looked at: its white is its own")
+            say_once("images of 16 bits, unlike those looked at: each has a white of its own")
         white, highest = deep or full_scale(pixels.max()), pixels.max()
         if highest > white:
             raise InputError(path, f"values up to {white}, as in the other 16-bit images", highest)

@@ -736,7 +736,7 @@ def read_lists(config):
             print(f"WARNING: {path}: one label only of {', '.join(undefined)}: AUROC undefined, "
                   "left out of the mean")
         parts[part_name] = Part(names, paths, labels)
-    places = {name: set(map(os.path.realpath, part.paths)) for name, part in parts.items()}
+    places = {name: set(map(os.path.normpath, part.paths)) for name, part in parts.items()}
     twice = len(places["train"] & (places["val"] | places["test"]) | places["val"] & places["test"])
     if twice:
         print(f"WARNING: {twice} image files stand in several parts, under other names perhaps; "
@@ -1532,8 +1532,7 @@ PARTS = (  # the rows of --profile: (row, owner, name of the function)
 def main():
     config = data.parse_config(FinetuneConfig, description=__doc__)
     if config.profile:
-        done = config.weights or config.compare or config.predict
-        weights = done or pretrain_demo(config)  # before the clock runs
+        weights = config.weights or pretrain_demo(config)  # before the clock runs
         data.profile(finetune, dataclasses.replace(config, weights=weights), PARTS)
     elif config.compare:
         compare(config)

@@ -2330,3 +2330,30 @@ def test_profile_says_where_the_time_of_a_step_goes(
     expected |= {"optimiser", "the rest", "a step"} | ({row} - {""})
     assert rows == expected and list(tmp_path.iterdir()) == []
     assert finetune.LOSSES["classify"] is finetune.label_loss
+
+
+def test_an_image_of_two_parts_is_warned_of(easy, tmp_path, capsys):
+    """Under another name: with the folder, and without its ending."""
+    root = tmp_path / "root"
+    shutil.copytree(easy, root)
+    name = (root / "train_list.txt").read_text().split()[0]
+    lines = (root / "test_list.txt").read_text().splitlines()
+    lines[0] = f"{name.removesuffix('.png')} {lines[0].split(maxsplit=1)[1]}"
+    (root / "test_list.txt").write_text("\n".join(lines))
+    finetune.read_lists(config(easy, tmp_path / "a", ratio=100))
+    assert "several parts" not in capsys.readouterr().out
+    finetune.read_lists(config(root, tmp_path / "a", ratio=100))
+    assert "WARNING: 1 image files stand in several parts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--img-size 96", "--test-side 96", "--raw-dicom"])
+def test_predict_refuses_what_it_would_ignore(tmp_path, option):
+    words = f"--predict {tmp_path} --weights {tmp_path} {option}".split()
+    with pytest.raises(data.InputError, match=f"without {option.split()[0]}"):
+        finetune.predict_folder(data.parse_config(FinetuneConfig, words))
+
+
+@pytest.mark.parametrize("other", ["--compare", "--predict x"])
+def test_profile_refuses_other_commands(other):
+    with pytest.raises(data.InputError, match=f"--profile and {other.split()[0]}: expected one"):
+        data.parse_config(FinetuneConfig, ["--profile", *other.split()])
