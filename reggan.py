@@ -1080,6 +1080,7 @@ def load_generator(path):
     """(model, translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN
     generator (netG_A2B.pth). Raises InputError for any other file."""
     state = load_checkpoint(data.checkpoint_file(path, "best.pt"))
+    wanted = "a checkpoint of this reggan.py or a Reg-GAN generator"
     try:
         if "model_head.1.weight" in state:
             width, in_chans = state["model_head.1.weight"].shape[:2]
@@ -1089,14 +1090,13 @@ def load_generator(path):
             translate = model
         else:
             if "in_chans" not in state:
-                raise LookupError(f"no generator, but {', '.join(sorted(state))}")
+                raise InputError(path, wanted, f"one with {', '.join(sorted(state)[:5])}")
             state["config"].pop("accumulate", None)  # an option of earlier versions
             config, in_chans = complete(Config(**state["config"])), state["in_chans"]
             model = build(config, in_chans, state["out_chans"], state["shape"])
             translate, state = model.translate, state["model"]
         model.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        wanted = "a checkpoint of this reggan.py or a Reg-GAN generator"
         raise InputError(path, wanted, " ".join(repr(error).split())[:200]) from None
     if not all(weight.isfinite().all() for weight in state.values()):
         raise InputError(path, "finite weights", "NaN or infinity")
