@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import (InputError, option, over_images, parse_config, run_script, write_csv,
-                  write_json)
+from common import InputError, option, parse_config, run_script, write_csv, write_json
+from data import over_images
 
 # --------------------------------------------------------------------------------------------------
 # Chest films and their reports

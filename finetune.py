@@ -67,10 +67,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
+import common
 import data
 import lora
 import mrm
-from data import InputError, RunConfig, option
+from common import InputError, RunConfig, option
 
 # --------------------------------------------------------------------------------------------------
 # Model, loss, optimiser, learning rate
@@ -313,7 +314,7 @@ def log_evaluation(log, history, score):
     steps = [line["step"] for line in history]
     curves = {name: (steps, [line[name] for line in history])
               for name in ("loss", "val_loss", score)}
-    data.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
+    common.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
 
 
 def train(config, model, parts, steps, saved, facts, log, device, world):
@@ -330,8 +331,8 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
         model.load_state_dict(saved["trained"], strict=False)
         step, history = mrm.restore_state(saved, optimizer, log)
         best, losses = saved["best"], saved["losses"]
-    batches = data.Timed(data.train_batches(
-        parts["train"].images, data.share_of_batch(config, world), step * config.accumulate,
+    batches = common.Timed(data.train_batches(
+        parts["train"].images, common.share_of_batch(config, world), step * config.accumulate,
         steps * config.accumulate, config.seed, log.rank, world, config.workers,
         images_of_epoch(config, len(labels))), device, world)
     every = max(1, steps // config.evaluations)
@@ -341,7 +342,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
         mrm.save_state(log, model, optimizer, config, world, facts | state | {"history": history})
 
     model.train()
-    with data.Saving(save, world) as saving:
+    with common.Saving(save, world) as saving:
         for step in batches.steps(step, steps, config.method, log.rank):
             set_rates(optimizer, config, step, steps)
             loss_of_step, seen = torch.zeros((), device=device), []
@@ -890,7 +891,7 @@ def pretrain_demo(config, init="mrm", seed=0):
         print(f"no --weights given: pretraining the tiny {init} on the demo records, in {folder}")
         mrm.pretrain(settings)
         return folder
-    result, ran = (data.read_json(Path(folder) / name) for name in ("result.json", "config.json"))
+    result, ran = (common.read_json(Path(folder) / name) for name in ("result.json", "config.json"))
     print(f"no --weights given: {folder} is used again, the tiny {init} after "
           f"{result['steps']} steps on the records of {ran['root'] or 'demo'}")
     changed = ["mrm.py"] if result.get("mrm.py") != mrm.SOURCE else []
@@ -912,7 +913,7 @@ def fill_cell(config):
     if config.task == "classify" and config.masks:
         raise InputError("--masks", "--task segment", "--task classify")
     out = "runs/finetune" if config.task == "classify" else "runs/segment"
-    return data.fill(config, {"out": out, "method": method, "ratio": ratio})
+    return common.fill(config, {"out": out, "method": method, "ratio": ratio})
 
 
 def read_start(config, classes):
@@ -922,7 +923,7 @@ def read_start(config, classes):
     if config.weights in SCRATCH:
         preset = config.weights.removeprefix("scratch").removeprefix("-") or "tiny"
         return config, None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}, {}
-    path = data.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
+    path = common.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
     tensors, known = mrm.read_weights(path)
     if "adapter" not in known:
         if known.get("classes") != classes:
@@ -966,16 +967,16 @@ def fill_recipe(config, classes=None, images=None):
     typed, preset = config, PLAIN | departures | named | recipe | pixels | found
     preset["test_side"] = recipe.get("test_side", config.img_size or preset["img_size"])
     world = int(os.environ.get("WORLD_SIZE", 1))
-    config = data.divide_batch(data.fill(config, {"recipe": family} | preset), world)
+    config = common.divide_batch(common.fill(config, {"recipe": family} | preset), world)
     config = scale_rate(config)
     first = not int(os.environ.get("RANK", 0))  # of torchrun's processes one prints
     if first and (config.dry_run or family != "small"):
         print_recipe(typed, config, note, recipe, pixels | named | found)
     elif first:
         print(f"recipe: {note}; config.json has its values")
-    share = data.share_of_batch(config, world)
+    share = common.share_of_batch(config, world)
     if config.task == "segment":
-        config = data.fill(config, {"norm": "batch" if share >= 16 else "group"})
+        config = common.fill(config, {"norm": "batch" if share >= 16 else "group"})
         if config.norm == "batch" and share < 2:
             raise InputError("--norm batch", "--batch-size 2 or more for each process and pass",
                              share)
@@ -1050,17 +1051,17 @@ def finetune(config, kept=None):
     `kept`: see `load_images`. Raises InputError for anything the user gave that cannot be used.
     """
     start = time.time()
-    device, rank, world = data.join(config)
+    device, rank, world = common.join(config)
     config = fill_cell(config)
     if rank == 0:
-        data.check_writable(config.out)
+        common.check_writable(config.out)
     if config.dry_run:
         return dry_run(config)
     parts, classes = read_lists(config)
     images = len(parts["train"].names)
     config, sizes, tensors, known = fill_recipe(config, classes, images)
-    steps = data.number_of_steps(config, images_of_epoch(config, images), config.batch_size)
-    data.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
+    steps = common.number_of_steps(config, images_of_epoch(config, images), config.batch_size)
+    common.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors, known).to(device)
     if config.checkpoint_activations:
         mrm.checkpoint_blocks(model)
@@ -1068,7 +1069,7 @@ def finetune(config, kept=None):
              "weights": lora.fingerprint(model.state_dict())}
     saved = mrm.last_state(config, steps, **facts)
     deep = load_images(parts, config, {} if kept is None else kept)
-    log = data.RunLog(config.out, config, rank, config.resume, start)
+    log = common.RunLog(config.out, config, rank, config.resume, start)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
              "pool": config.pool, "test_side": config.test_side, "deep": deep or None,
              "reading": parts["test"].images.reading, "method": config.method}
@@ -1078,7 +1079,7 @@ def finetune(config, kept=None):
     else:
         about["weights"] = config.weights
     if rank == 0 and data.find_table(config.data, config.root):
-        data.write_csv(log.out / "split.csv", ["image", "split"], [
+        common.write_csv(log.out / "split.csv", ["image", "split"], [
             [name, part] for part, listed in parts.items() for name in listed.names])
     if rank == 0:
         print_plan(config, model, images, steps, device)
@@ -1091,7 +1092,7 @@ def finetune(config, kept=None):
     if rank == 0 and config.method == "lora":
         lora.save_adapter(log.out / "adapter.pt", model, **about)
     elif rank == 0:
-        data.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
+        common.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
     scores = predict(model, parts["test"].images, config, device, rank, world)
     outcome = run_facts(config, model, parts, best, history, log)
     outcome |= {} if seen is None else {"test_trained_on": seen}
@@ -1149,7 +1150,7 @@ def name_base(config, model, sizes, tensors, known, log):
         base, state = log.out / "base.pt", model.state_dict()
         tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
         if log.rank == 0:
-            data.save_checkpoint(base, {"model": tensors, "arguments": sizes})
+            common.save_checkpoint(base, {"model": tensors, "arguments": sizes})
     return {"weights": os.path.abspath(base), "base_fingerprint": lora.fingerprint(tensors),
             "weights_from_here": os.path.relpath(base, log.out)}
 
@@ -1214,7 +1215,7 @@ def write_results(part, classes, scores, facts, log):
     write_predictions(log.out, part.names, classes, 1 / (1 + np.exp(-scores)), labels)
     curves = {f"{name} {value[0]:.3f}": roc_curve(scores[:, c], labels[:, c])
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
-    data.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
+    common.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
                    "false positive rate", "true positive rate", diagonal=True)
     for name, value in zip(classes, per_class):
         text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
@@ -1242,7 +1243,7 @@ def write_segmentation(config, part, logits, facts, log):
                "images_with_mask": int((true > 0).sum()), "pixels": config.img_size**2, **facts}
     if log.rank > 0:
         return result
-    data.write_csv(log.out / "predictions.csv", ["image", *COUNTS],
+    common.write_csv(log.out / "predictions.csv", ["image", *COUNTS],
                    [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
     dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
     order = [i for i in dice.argsort() if true[i] > 0]
@@ -1250,7 +1251,7 @@ def write_segmentation(config, part, logits, facts, log):
         film = part.images[i][0][:1].expand(3, -1, -1)
         rows.append([film, overlay(film, part.truth[i]), overlay(film, found[i])])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
-    data.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
+    common.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
                    max(1, 256 // config.img_size))
     print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
           f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
@@ -1276,7 +1277,7 @@ def write_predictions(out, names, classes, probabilities, labels=None):
         header += [f"label {name}" for name in classes]
         rows = [row + ["" if np.isnan(label) else int(label) for label in known]
                 for row, known in zip(rows, labels)]
-    data.write_csv(Path(out) / "predictions.csv", header, rows)
+    common.write_csv(Path(out) / "predictions.csv", header, rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1289,8 +1290,8 @@ def load_run(run, base=""):
     base: the base weights of an adapter, where they have moved. Returns (ViT in eval mode, all that
     the file holds). Raises InputError for any other file, and for base weights that have changed.
     """
-    path = data.checkpoint_file(run, "adapter.pt", "best.pt")
-    saved = data.load_checkpoint(path)
+    path = common.checkpoint_file(run, "adapter.pt", "best.pt")
+    saved = common.load_checkpoint(path)
     needed = {"weights"} if "adapter" in saved else {"model"}
     if not needed | {"sizes", "classes", "mean", "std"} <= saved.keys():
         raise InputError(path, "the adapter.pt or best.pt of a fine-tuning run",
@@ -1328,8 +1329,8 @@ def predict_folder(config):
             raise InputError(f"--predict reads images as its run did, without --{option}")
     model, saved = load_run(config.weights, config.base)
     pixels = mrm.pixel_statistics(config, saved["mean"], saved["std"])
-    config = data.fill(config, {"out": "runs/predict"} | pixels)
-    device, _, _ = data.join(config)
+    config = common.fill(config, {"out": "runs/predict"} | pixels)
+    device, _, _ = common.join(config)
     folder = Path(config.predict)
     if folder.is_file():
         paths, folder = [str(folder)], folder.parent
@@ -1363,7 +1364,7 @@ def write_masks(out, names, paths, logits, settings):
         full = F.interpolate(logit[None, None], size, mode="bilinear")[0]
         kept = find_pixels(logit[None], threshold, smallest).any()  # `smallest` is of its size
         picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
-        data.atomic_write(file, lambda stream: picture.save(stream, "PNG"))
+        common.atomic_write(file, lambda stream: picture.save(stream, "PNG"))
     print(f"{len(files)} masks: {out}")
 
 
@@ -1442,13 +1443,13 @@ def run_row(config, name, row, kept):
         return {"-".join([*name, *([rate] if rate else []), str(seed)]).replace(" ", ""):
                 dataclasses.replace(row, seed=seed, **options) for seed in seeds}
 
-    first = {rate: next(data.run_cells(config.out, cells([config.seed], rate), run))[1]
+    first = {rate: next(common.run_cells(config.out, cells([config.seed], rate), run))[1]
              for rate in rates}
     score = SCORES[config.task]
     best = max(rates, key=lambda rate: first[rate][f"val_{score}"])
     every = cells(range(config.seed, config.seed + config.seeds), best)
     results, draws = [], []
-    for cell, result in data.run_cells(config.out, every, run):
+    for cell, result in common.run_cells(config.out, every, run):
         results.append(result)
         path = Path(config.out) / cell / "predictions.csv"
         if config.task == "segment":
@@ -1494,7 +1495,7 @@ def compare(config):
     A finished run is kept in its folder and not repeated. The demo's weights are pretrained once
     for each seed, on first use. Test images shared by two rows pair their bootstrap draws.
     """
-    config = data.fill(config, {"out": "runs/compare"})
+    config = common.fill(config, {"out": "runs/compare"})
     kept, rows, table = {}, {}, []
     for name, row in list_rows(config).items():
         results, draws = rows[name] = run_row(config, name, row, kept)
@@ -1514,11 +1515,11 @@ def compare(config):
     paired = ["data", "labels %", "with", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
     wins = Counter((a, b) for _, _, _, a, b, gain, *_ in pairs if float(gain) > 0)
     of = Counter((a, b) for _, _, _, a, b, *_ in pairs)
-    text = data.markdown_table(header, table) + "\n" + data.markdown_table(paired, pairs) + "\n"
+    text = common.markdown_table(header, table) + "\n" + common.markdown_table(paired, pairs) + "\n"
     text += "".join(f"{a} is ahead of {b} in {wins[a, b]} of {of[a, b]} cells\n" for a, b in of)
-    data.write_csv(Path(config.out) / "compare.csv", header, table)
-    data.write_csv(Path(config.out) / "paired.csv", paired, pairs)
-    data.atomic_write(Path(config.out) / "compare.md", lambda file: file.write(text.encode()))
+    common.write_csv(Path(config.out) / "compare.csv", header, table)
+    common.write_csv(Path(config.out) / "paired.csv", paired, pairs)
+    common.atomic_write(Path(config.out) / "compare.md", lambda file: file.write(text.encode()))
     print(text)
 
 
@@ -1530,10 +1531,10 @@ PARTS = (  # the rows of --profile: (row, owner, name of the function)
 
 
 def main():
-    config = data.parse_config(FinetuneConfig, description=__doc__)
+    config = common.parse_config(FinetuneConfig, description=__doc__)
     if config.profile:
         weights = config.weights or pretrain_demo(config)  # before the clock runs
-        data.profile(finetune, dataclasses.replace(config, weights=weights), PARTS)
+        common.profile(finetune, dataclasses.replace(config, weights=weights), PARTS)
     elif config.compare:
         compare(config)
     elif config.predict:
@@ -1543,4 +1544,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

@@ -60,10 +60,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
+import common
 import kernels
 import mrm
-from data import InputError, option
+from common import InputError, option
 
 # --------------------------------------------------------------------------------------------------
 # The layer
@@ -322,12 +322,12 @@ def save_adapter(path, model, **extra):
     settings = {"rank": first.rank, "alpha": first.scale * first.rank, "dropout": first.dropout,
                 "targets": targets, "dora": isinstance(first, DoRALinear)}
     adapter = {name: tensor.cpu().contiguous() for name, tensor in lora_state_dict(model).items()}
-    data.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
+    common.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
 
 
 def read_adapter_file(path):
     """All that an adapter file holds, as a dict. Raises InputError where it is no adapter."""
-    saved = data.load_checkpoint(data.checkpoint_file(path, "adapter.pt"))
+    saved = common.load_checkpoint(common.checkpoint_file(path, "adapter.pt"))
     if not {"adapter", "lora"} <= saved.keys():
         raise InputError(path, "an adapter (entries 'adapter' and 'lora')", sorted(saved)[:5])
     adapter, settings = saved["adapter"], saved["lora"]
@@ -429,7 +429,7 @@ def merge(config):
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
     kept = "sizes classes mean std pool test_side deep reading segment trained_on".split()
     about = {name: saved[name] for name in kept if name in saved}
-    data.save_checkpoint(out, {"model": merged, **about})
+    common.save_checkpoint(out, {"model": merged, **about})
     print(f"{out}: {len(merged)} tensors, a plain ViT")
 
 
@@ -454,7 +454,7 @@ def inspect(config):
             shares[label] = (values.norm() / weights[part].norm()).item()
             shown = " ".join(f"{value:.3g}" for value in values[:8])
             rows.append((label, f"{values.norm():.3g}", f"{shares[label]:.1%}", shown))
-    print(data.markdown_table(("part", "length", "of the weight's", "singular values"), rows))
+    print(common.markdown_table(("part", "length", "of the weight's", "singular values"), rows))
     most = sorted(shares, key=shares.get, reverse=True)[:3]
     print("changed most: " + ", ".join(f"{label} ({shares[label]:.1%})" for label in most))
 
@@ -487,8 +487,8 @@ def export_peft(config):
                    "lora_alpha": max(alphas.values()), "alpha_pattern": alphas,
                    "lora_dropout": saved["lora"]["dropout"], "target_modules": list(layers),
                    "bias": "none", "use_dora": bool(saved["lora"].get("dora", False))}
-    data.save_checkpoint(out / "adapter_model.bin", tensors)
-    data.write_json(out / "adapter_config.json", description)
+    common.save_checkpoint(out / "adapter_model.bin", tensors)
+    common.write_json(out / "adapter_config.json", description)
     shown = ", ".join(map(str, sorted(set(ranks.values()))))
     print(f"{out}: {len(tensors)} tensors of rank {shown} for peft")
 
@@ -503,7 +503,7 @@ def write_imported(config, adapter, rank, alpha, dropout, targets, dora=False):
              "weights_from_here": os.path.relpath(base, out.parent),
              "base_fingerprint": fingerprint(tensors)}
     adapted_layers(config.peft, saved, base, tensors)
-    data.save_checkpoint(out, saved)
+    common.save_checkpoint(out, saved)
     print(f"{out}: {len(adapter)} tensors, LoRA of rank {rank} for {base}")
 
 
@@ -526,7 +526,7 @@ def import_peft(config):
     if not config.peft or not config.weights:
         raise InputError("import-peft", "--peft DIR and --weights BASE", "one of them at most")
     described = Path(config.peft) / "adapter_config.json"
-    settings = data.read_json(described)
+    settings = common.read_json(described)
     if not isinstance(settings, dict):
         raise InputError(described, "the settings of an adapter", type(settings).__name__)
     for name, values in PEFT_PLAIN.items():
@@ -573,7 +573,7 @@ def read_peft_tensors(folder):
     than LoRA's of a ViT's blocks."""
     files = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
     path = next((file for file in files if file.exists()), files[0])
-    tensors, adapter = data.load_checkpoint(path), {}
+    tensors, adapter = common.load_checkpoint(path), {}
     for name, tensor in (tensors.get("model", tensors) or {"no tensor": None}).items():
         short = name.removeprefix("base_model.model.").removesuffix(".weight")
         short = short.replace("lora_magnitude_vector", "lora_magnitude")
@@ -606,7 +606,7 @@ def export_medpeft(config):
         tensors[name + ".lora_A"] = layer.lora_A.detach()
         tensors[name + ".lora_B"] = layer.lora_B.detach() * (layer.scale * layer.rank / 32)
     out = Path(config.out or Path(config.adapter).with_name("medpeft.pth"))
-    data.save_checkpoint(out, {"model": tensors})
+    common.save_checkpoint(out, {"model": tensors})
     print(f"{out}: {len(tensors)} tensors, a checkpoint of MED-PEFT")
 
 
@@ -648,8 +648,8 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         raise InputError(usage)
     command = commands[sys.argv[1]]
-    command(data.parse_config(LoRAConfig, sys.argv[2:], command.__doc__))
+    command(common.parse_config(LoRAConfig, sys.argv[2:], command.__doc__))
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

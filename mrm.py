@@ -69,8 +69,8 @@ Where this file departs from the paper or its official code, and why:
     demo report would give many hidden ones away without a look at the image.
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
-tokens of a report. Before this file comes lora.py, after it finetune.py. data.py need not be read:
-its functions say by their names what they do (`hide_words` there draws the hidden words).
+tokens of a report. Before this file comes lora.py, after it finetune.py. data.py and common.py need
+not be read: their functions say by their names what they do (`hide_words` draws the hidden words).
 """
 
 import dataclasses
@@ -88,8 +88,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import common
 import data
-from data import InputError, RunConfig, option
+from common import InputError, RunConfig, option
 
 # --------------------------------------------------------------------------------------------------
 # Patches and positions
@@ -518,8 +519,8 @@ def fill_options(config, world):
     Raises InputError for options that contradict each other."""
     preset = PRESETS[config.preset]
     pixels = pixel_statistics(config, preset["mean"], preset["std"])
-    config = data.fill(config, RECORDS | {"out": "runs/mrm"} | preset | pixels)
-    config = data.divide_batch(config, world)
+    config = common.fill(config, RECORDS | {"out": "runs/mrm"} | preset | pixels)
+    config = common.divide_batch(config, world)
     if config.lr is None:  # the linear scaling rule (Goyal et al., 2017)
         config = dataclasses.replace(config, lr=config.base_lr * config.batch_size / 256)
     else:
@@ -535,8 +536,8 @@ def fill_options(config, world):
 
 
 def pixel_statistics(config, mean, std):
-    """{"mean", "std"} for `data.fill`, None for each image's own. Where the user types only one of
-    the two, the other is MIMIC-CXR's instead of each image's own."""
+    """{"mean", "std"} for `common.fill`, None for each image's own. Where the user types only one
+    of the two, the other is MIMIC-CXR's instead of each image's own."""
     if mean is None and (config.mean is not None or config.std is not None):
         mean, std = MEAN, STD
     return {"mean": mean, "std": std}
@@ -590,11 +591,11 @@ class Records:
 
     def batches(self, config, step, steps, rank, world):
         """The batches (images, rows) of this process from step `step` on, timed."""
-        share, passes = data.share_of_batch(config, world), config.accumulate
+        share, passes = common.share_of_batch(config, world), config.accumulate
         first, last = step * passes, steps * passes
         batches = data.train_batches(self.images, share, first, last, config.seed, rank, world,
                                      config.workers)
-        return data.Timed(batches, self.heldout.device, world)
+        return common.Timed(batches, self.heldout.device, world)
 
     def report_batch(self, rows, config, generator=None):
         """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
@@ -677,8 +678,8 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
 
 
 def autocast_for(config, model, device):
-    """`data.autocast` for a ViT: on a CPU, --dtype auto takes bfloat16 for wide models alone."""
-    return data.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
+    """`common.autocast` for a ViT: on a CPU, --dtype auto takes bfloat16 for wide models alone."""
+    return common.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -705,19 +706,19 @@ def draw_curves(out, history):
     steps = [line["step"] for line in history]
     names = ("image_loss", "heldout_image_loss", "report_loss", "heldout_report_loss")
     curves = {name: (steps, [line[name] for line in history]) for name in names}
-    data.save_plot(Path(out) / "curves.png", curves, "MRM pretraining", "step", "loss")
+    common.save_plot(Path(out) / "curves.png", curves, "MRM pretraining", "step", "loss")
 
 
 def pretrain(config):
     """Trains an MRM as `config` says and returns the content of result.json. Leaves config.json,
     last.pt, tokenizer.tiktoken, log.jsonl, result.json and curves.png in `config.out`."""
     start = time.time()
-    device, rank, world = data.join(config)
+    device, rank, world = common.join(config)
     asked, config = config, fill_options(config, world)
     if rank == 0:
-        data.check_writable(config.out)
+        common.check_writable(config.out)
     paths, reports = read_records(config)
-    steps = data.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
+    steps = common.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
     facts = {  # a resumed run must have the same
         "records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
         "number_of_processes": world,
@@ -730,7 +731,7 @@ def pretrain(config):
     records = load_records(config, paths, reports, device, tokenizer)
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
     arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
-    data.seed(config.seed)
+    common.seed(config.seed)
     model = MRM(**arguments).to(device)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
@@ -741,7 +742,7 @@ def pretrain(config):
     # By these hashes fine-tuning knows whether it tests on films that were trained on here
     root = data.demo_root(config.root) if config.data == "demo" else config.root
     facts["trained_on"] = data.hash_films(root, records.images.paths, before.get("trained_on"))
-    log = data.RunLog(config.out, config, rank, config.resume, start)
+    log = common.RunLog(config.out, config, rank, config.resume, start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
         sizes = f"{parameters / 1e6:.1f} M parameters, {len(records.images)} records"
@@ -779,7 +780,7 @@ def train(config, model, records, steps, saved, facts, log, world):
         state = facts | {"model": model.state_dict(), "step": step, "history": history}
         save_state(log, model, optimizer, config, world, state)
 
-    with data.Saving(save, world) as saving:
+    with common.Saving(save, world) as saving:
         for step in batches.steps(step, steps, "pretrain", log.rank):
             # The rate rises slowly at first, while Adam has seen too few gradients to scale them
             lr = cosine_lr(step, steps, round(config.warmup * steps), config.lr)
@@ -827,7 +828,7 @@ def train(config, model, records, steps, saved, facts, log, world):
 def seed_rank(seed, rank):
     """Gives every process but the first its own random numbers, for masks and dropout."""
     if rank:
-        data.seed(data.seeded(seed, rank).initial_seed() % 2**32)
+        common.seed(common.seeded(seed, rank).initial_seed() % 2**32)
 
 
 def check_finite(step, paths, rows, **values):
@@ -852,16 +853,16 @@ def average(values, world):
 def save_state(log, model, optimizer, config, world, state):
     """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need. Every process
     calls it, because each adds its own random state. Weights that are not finite are refused."""
-    random = [data.random_state()] * world
+    random = [common.random_state()] * world
     if world > 1:
-        torch.distributed.all_gather_object(random, data.random_state())
+        torch.distributed.all_gather_object(random, common.random_state())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise InputError(f"step {state['step']}: {name} is not finite; lower --lr or use "
                              f"--dtype fp32; {log.out / 'last.pt'} holds the state before it")
     if log.rank == 0:
         more = {"config": dataclasses.asdict(config), "optimizer": optimizer.state_dict()}
-        data.save_checkpoint(log.out / "last.pt", state | more | {"random": random})
+        common.save_checkpoint(log.out / "last.pt", state | more | {"random": random})
 
 
 def last_state(config, steps, **facts):
@@ -870,9 +871,9 @@ def last_state(config, steps, **facts):
     if not config.resume:
         return None
     path = Path(config.out) / "last.pt"
-    saved = data.load_checkpoint(path)
+    saved = common.load_checkpoint(path)
     length = {"steps": config.steps, "epochs": config.epochs}  # compared below
-    data.check_same(saved.get("config", {}) | length, config, path)
+    common.check_same(saved.get("config", {}) | length, config, path)
     for name, value in facts.items():
         if saved.get(name) != value:
             same = f"a run with the same {name.replace('_', ' ')} as now"
@@ -890,13 +891,13 @@ def last_state(config, steps, **facts):
 def restore_state(saved, optimizer, log):
     """Puts back optimiser, random state and log of a resumed run. Returns (step, history)."""
     optimizer.load_state_dict(saved["optimizer"])
-    data.set_random_state(saved["random"][log.rank])
+    common.set_random_state(saved["random"][log.rank])
     if log.rank == 0:  # drops the lines of steps after the checkpoint, which are run again
         steps = {line["step"] for line in saved["history"]}
-        lines = data.read_text(log.out / "log.jsonl").splitlines(True)
+        lines = common.read_text(log.out / "log.jsonl").splitlines(True)
         whole = [line for line in lines if line.endswith("}\n")]
         text = "".join(line for line in whole if json.loads(line)["step"] in steps)
-        data.atomic_write(log.out / "log.jsonl", lambda file: file.write(text.encode()))
+        common.atomic_write(log.out / "log.jsonl", lambda file: file.write(text.encode()))
     return saved["step"], saved["history"]
 
 
@@ -960,8 +961,8 @@ def read_weights(path):
     """Reads a checkpoint (a file or a run's folder): (its tensors by name, all that it holds).
     An entry such as `state_dict` is opened, and a prefix such as `module.` or `visual.trunk.` comes
     off the names; tensors without the encoder's prefix are left out."""
-    path = data.checkpoint_file(path, "best.pt", "last.pt")
-    saved = tensors = data.load_checkpoint(path)
+    path = common.checkpoint_file(path, "best.pt", "last.pt")
+    saved = tensors = common.load_checkpoint(path)
     for name in ("model", "state_dict", "model_ema", "teacher", "module"):
         if isinstance(tensors.get(name), dict):
             tensors = tensors[name]
@@ -1200,11 +1201,11 @@ def open_run(config, count):
         raise InputError("--holdout", most, config.holdout)
     filled |= {name: saved[name] for name in ("mask_ratio", "word_ratio")}
     filled |= pixel_statistics(config, saved["mean"], saved["std"])
-    config = data.fill(config, filled | {"out": str(run if run.is_dir() else run.parent)})
+    config = common.fill(config, filled | {"out": str(run if run.is_dir() else run.parent)})
     config = dataclasses.replace(config, image_only=ran.get("image_only", False))
     print(f"{run}: records of {config.root or config.data}")
-    device, _, _ = data.join(config)
-    data.seed(config.seed)
+    device, _, _ = common.join(config)
+    common.seed(config.seed)
     model = MRM(**saved["arguments"]).to(device).eval()
     try:
         model.load_state_dict(tensors)
@@ -1245,7 +1246,7 @@ def reconstruct(config, count=6):
             print(f"{100 * right.mean():.1f} % of the hidden tokens are guessed right")
         captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, words)]
     out = Path(config.out) / "reconstruction.png"
-    data.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
+    common.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
     print(out)
 
 
@@ -1322,7 +1323,7 @@ def draw_attention(config, count=6):
     if len(rows) == 0:
         raise InputError("--words", "words that a held-out report holds", config.words)
     for word in set(asked) - found:
-        data.warn(f"--words: no held-out report holds {word!r} as one word")
+        common.warn(f"--words: no held-out report holds {word!r} as one word")
     images, tokens, words, asked_for = images[rows], tokens[rows], words[rows], hidden[rows]
     _, hidden = data.hide_words(tokenizer, tokens, words, config.word_ratio)
     hidden |= asked_for
@@ -1352,7 +1353,7 @@ def draw_attention(config, count=6):
     grid = list(zip(images, overlay(images, looks), overlay(images, speaks)))
     out = Path(config.out) / "attention.png"
     titles = ["film", "class token", "for (red), against (blue)"]
-    data.save_grid(out, grid, titles, captions, scale=2)
+    common.save_grid(out, grid, titles, captions, scale=2)
     print(out)
 
 
@@ -1363,9 +1364,9 @@ PARTS = (  # the rows of --profile: (row, owner, name of the function)
 
 
 def main():
-    config = data.parse_config(MRMConfig, description=__doc__)
+    config = common.parse_config(MRMConfig, description=__doc__)
     if config.profile:
-        data.profile(pretrain, config, PARTS)
+        common.profile(pretrain, config, PARTS)
     elif config.reconstruct:
         reconstruct(config)
     elif config.attention:
@@ -1375,4 +1376,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

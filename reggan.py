@@ -72,8 +72,10 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
 
+import common
 import data
-from data import InputError, Pairs, RunConfig, RunLog, load_checkpoint, option, save_checkpoint
+from common import InputError, RunConfig, RunLog, load_checkpoint, option, save_checkpoint
+from data import Pairs
 from kernels import warp
 from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's, quick on a CPU
 
@@ -507,7 +509,7 @@ def complete(config):
     noise = 3.0
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
         noise = 0.0 if config.elastic else None
-    config = data.fill(config, preset | {"noise": noise, "elastic": 0.0})
+    config = common.fill(config, preset | {"noise": noise, "elastic": 0.0})
     if 0 < config.size < 32:
         raise InputError("--size", "0, or 32 pixels or more", config.size)
     if config.kernel % 2 == 0:
@@ -568,16 +570,16 @@ class Run:
     def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.out, self.start = Path(config.out or "runs/reggan"), time.time()
-        self.autocast = data.autocast(config, device)
+        self.autocast = common.autocast(config, device)
         self.pairs, self.val, self.test = all_pairs(config)
         names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
         names = hashlib.sha256(names.encode()).hexdigest()
         self.facts = {"names of the pairs": names, "number of processes": world}  # see `resume`
-        data.seed(config.seed)
+        common.seed(config.seed)
         self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
         self.model.to(device)
         if rank:  # the processes start from the same weights, then draw numbers of their own
-            data.seed(data.seeded(config.seed, rank).initial_seed() % 2**32)
+            common.seed(common.seeded(config.seed, rank).initial_seed() % 2**32)
         groups = [{"params": trainable(self.model, "netG"), "peak": config.lr}]
         if config.reg:
             groups.append({"params": trainable(self.model, "registration"), "peak": config.reg_lr})
@@ -586,7 +588,7 @@ class Run:
         self.opt_d = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
         self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
         self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
-        self.steps = data.number_of_steps(config, self.per_epoch, 1)
+        self.steps = common.number_of_steps(config, self.per_epoch, 1)
         self.step, self.best, self.speed = 0, math.inf, {}
         self.frames = []  # (epoch, translation of val's first image), see `draw_progress`
 
@@ -631,8 +633,8 @@ def loop(run, log):
     every, epochs = max(per_epoch, steps // 10), math.ceil(steps / per_epoch)
     batches = run.pairs.batches(config.batch_size, epochs, True, config.seed, run.step, run.rank,
                                 run.world, config.workers)
-    batches = data.Timed(batches, run.device, run.world)
-    with data.Saving(lambda step: save(run), run.world) as saving:
+    batches = common.Timed(batches, run.device, run.world)
+    with common.Saving(lambda step: save(run), run.world) as saving:
         while run.step < steps:
             # The pairs are moved anew in every epoch, so that G cannot learn their motion by heart.
             a, b = (x.to(run.device) for x in next(batches))
@@ -672,9 +674,9 @@ def loop(run, log):
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
     config = complete(config)
-    device, rank, world = data.join(config)
+    device, rank, world = common.join(config)
     if rank == 0:
-        data.check_writable(config.out or "runs/reggan")
+        common.check_writable(config.out or "runs/reggan")
     run = Run(config, device, rank, world)
     if config.resume:
         resume(run)
@@ -980,7 +982,7 @@ def save(run, best=False):
             advice = f"lower --lr; {run.out / 'last.pt'} holds the state before"
             raise InputError(f"step {run.step}: {name} is not finite: {advice}")
     pools = {side: [image.clone() for image in pool.images] for side, pool in run.pools.items()}
-    ranks = from_all({"random": data.random_state(), "pools": pools})
+    ranks = from_all({"random": common.random_state(), "pools": pools})
     if run.rank == 0:
         weights = {"model": run.model.state_dict(), "config": dataclasses.asdict(run.config)}
         weights |= {"in_chans": run.pairs.in_chans, "out_chans": run.pairs.out_chans}
@@ -1001,7 +1003,7 @@ def resume(run):
     state = load_checkpoint(path)
     length = {"steps": run.config.steps, "epochs": run.config.epochs}  # compared below
     try:
-        data.check_same(state["config"] | length, run.config, path)
+        common.check_same(state["config"] | length, run.config, path)
         if run.steps < state["step"]:
             least = f"at least the {state['step']} steps that {path} has taken"
             raise InputError("--steps or --epochs", least, f"{run.steps} steps")
@@ -1016,16 +1018,16 @@ def resume(run):
         run.step, run.best, run.speed = state["step"], state["best"], state["speed"]
         run.frames = state.get("frames", [])
         run.start -= state["seconds"]
-        data.set_random_state(own["random"])
+        common.set_random_state(own["random"])
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
     if run.rank == 0 and run.steps != state["steps"]:
         rates = f"from step {run.step + 1} on the learning rates are those of {run.steps} steps"
         print(f"{path}: going on to {run.steps} steps instead of {state['steps']}; {rates}")
     if run.rank == 0:  # the steps after the checkpoint are taken again, so their lines are dropped
-        lines = data.read_text(run.out / "log.jsonl").splitlines(True)
+        lines = common.read_text(run.out / "log.jsonl").splitlines(True)
         kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step]
-        data.atomic_write(run.out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+        common.atomic_write(run.out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
 
 
 @torch.no_grad()
@@ -1040,7 +1042,7 @@ def draw_progress(run, epoch):
     titles = ["A", "B", *(f"epoch {at:.3g}" for at, _ in run.frames)]
     pictures = [(x + 1) / 2 for x in (a, b, *(frame for _, frame in run.frames))]
     scale = max(1, 96 // a.shape[1])
-    data.save_grid(run.out / "progress.png", [pictures], titles=titles, scale=scale)
+    common.save_grid(run.out / "progress.png", [pictures], titles=titles, scale=scale)
     points = {}
     for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
         values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
@@ -1048,7 +1050,7 @@ def draw_progress(run, epoch):
             points.setdefault(name, []).append((line["epoch"], values[name]))
     curves = {name: tuple(zip(*points[name])) for name in sorted(points)}
     host = run.config.host + (" + R" if run.config.reg else "")
-    data.save_plot(run.out / "curves.png", curves, host, "epoch", "loss")
+    common.save_plot(run.out / "curves.png", curves, host, "epoch", "loss")
 
 
 @torch.no_grad()
@@ -1073,13 +1075,13 @@ def draw_run(run, aligned, moved, rows=4):
             row += [a, b, warped, (warped - b).abs() - 1, warp(grid, flow)]
         pictures.append([(x[0].cpu() + 1) / 2 for x in row])
     scale = max(1, 128 // aligned.shape[1])
-    data.save_grid(run.out / "translation.png", pictures, titles=titles, scale=scale)
+    common.save_grid(run.out / "translation.png", pictures, titles=titles, scale=scale)
 
 
 def load_generator(path):
     """(model, translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN
     generator (netG_A2B.pth). Raises InputError for any other file."""
-    state = load_checkpoint(data.checkpoint_file(path, "best.pt"))
+    state = load_checkpoint(common.checkpoint_file(path, "best.pt"))
     wanted = "a checkpoint of this reggan.py or a Reg-GAN generator"
     try:
         if "model_head.1.weight" in state:
@@ -1111,8 +1113,8 @@ def translate_folder(config):
         wanted = "a run's folder, its best.pt, or a Reg-GAN netG_A2B.pth"
         raise InputError(f"--translate needs --weights RUN: {wanted}")
     model, translate, trained, in_chans = load_generator(config.weights)
-    device, _, _ = data.join(config)
-    autocast = data.autocast(config, device)
+    device, _, _ = common.join(config)
+    autocast = common.autocast(config, device)
     model.to(device).eval()
     span_a, span_b = data.parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
@@ -1146,8 +1148,8 @@ def compare(config):
             name = f"{row}_{level}_{seed}"
             keys[name] = {"row": row, "level": level, "seed": seed}
             cells[name] = cell_config(config, row, level, seed)
-    _, rank, _ = data.join(config)
-    for name, result in data.run_cells(out / "cells", cells, train):
+    _, rank, _ = common.join(config)
+    for name, result in common.run_cells(out / "cells", cells, train):
         table.append(keys[name] | result)
         if rank == 0:
             write_tables(out, table, rows, levels)
@@ -1182,7 +1184,7 @@ TABLES |= {"folding": "share of pixels where the flow folds"}
 def write_tables(out, table, rows, levels):
     """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
     names = list(dict.fromkeys(name for line in table for name in line))
-    data.write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
+    common.write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
 
     def cell(row, level, measure):
         runs = [line for line in table if (line["row"], line["level"]) == (row, level)]
@@ -1195,8 +1197,8 @@ def write_tables(out, table, rows, levels):
     for measure, title in TABLES.items():
         lines = [[row] + [cell(row, level, measure) for level in levels] for row in rows]
         lines = [line for line in lines if any(line[1:])]
-        parts.append(f"{title}\n\n{data.markdown_table(header, lines)}")
-    data.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
+        parts.append(f"{title}\n\n{common.markdown_table(header, lines)}")
+    common.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
 
 
 PARTS = (  # the rows of --profile: (row, owner, name of the function)
@@ -1209,9 +1211,9 @@ PARTS = (  # the rows of --profile: (row, owner, name of the function)
 def main():
     presets = {"small": SMALL, "improved changes": IMPROVED, "paper changes": PAPER}
     lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
-    config = data.parse_config(Config, description="\n".join([__doc__, *lines]))
+    config = common.parse_config(Config, description="\n".join([__doc__, *lines]))
     if config.profile:
-        data.profile(train, config, PARTS)
+        common.profile(train, config, PARTS)
     elif config.translate:
         translate_folder(config)
     elif config.compare:
@@ -1225,4 +1227,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run_script(main)
+    common.run_script(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-import data
+import common
 
 
 def attempt(run, root, out, seconds=-1):
@@ -29,7 +29,7 @@ def attempt(run, root, out, seconds=-1):
     try:
         sys.stdout = sys.stderr = open(Path(root).parent / "output.txt", "a")
         os.dup2(sys.stderr.fileno(), 2)
-        data.Saving.__init__.__defaults__ = (1, seconds)
+        common.Saving.__init__.__defaults__ = (1, seconds)
         run(root, out)
         code = 0
     except SystemExit as error:
@@ -69,10 +69,10 @@ def kill_many(run, state, root, kills, seed):
             raise AssertionError((code, (folder / "output.txt").read_text()[-3000:]))
         if (out / "last.pt").exists():
             try:
-                now = data.load_checkpoint(out / "last.pt")["step"]
+                now = common.load_checkpoint(out / "last.pt")["step"]
                 count["lost"] += now < step
                 step = now
-            except data.InputError:
+            except common.InputError:
                 count["corrupt"] += 1
         if code == 0:
             ours = state(out)
@@ -89,14 +89,14 @@ def signals(run, state, root):
     folder, out, codes = root.parent, root.parent / "run", {}
     assert outcome(attempt(run, root, folder / "whole")) == 0
     for number in (signal.SIGINT, signal.SIGTERM):
-        before = data.load_checkpoint(out / "last.pt")["step"] if out.exists() else 0
+        before = common.load_checkpoint(out / "last.pt")["step"] if out.exists() else 0
         saved = (out / "last.pt").stat().st_mtime_ns if out.exists() else 0
         child = attempt(run, root, out, seconds=1e9)
         while not (out / "last.pt").exists() or (out / "last.pt").stat().st_mtime_ns == saved:
             time.sleep(0.002)  # the first evaluation has been saved
         os.kill(child, number)
         codes[number.name] = outcome(child)
-        assert data.load_checkpoint(out / "last.pt")["step"] > before
+        assert common.load_checkpoint(out / "last.pt")["step"] > before
         text = (folder / "output.txt").read_text()
         assert "stopping after this step" in text
         assert "the same command with --resume goes on" in text

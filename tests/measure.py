@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import data
 import finetune
 import lora
@@ -86,7 +87,7 @@ def vit_step(method="lora", images=8, dtype=torch.bfloat16, size=224, depth=12, 
     """A ViT-B/16 of 14 classes with the optimiser of the paper's recipe for 1 % of NIH, and a
     function that runs one of its training steps on random images."""
     recipe = finetune.PLAIN | finetune.RECIPES["mrm", method, "nih", 1] | {"rank": rank}
-    config = data.fill(finetune.FinetuneConfig(method=method), recipe)
+    config = common.fill(finetune.FinetuneConfig(method=method), recipe)
     sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER_SIZES}
     model = finetune.build_model(config, sizes | {"img_size": size, "depth": depth}, 14).train()
     optimizer = finetune.make_optimizer(model, config)
@@ -158,14 +159,14 @@ def memory(*cell):
             )
         return
     method, images, how = cell
-    before = data.peak_memory_mib(torch.device("cpu"))
+    before = common.peak_memory_mib(torch.device("cpu"))
     model, run = vit_step(method, int(images))
     if how == "checkpoint":
         mrm.checkpoint_blocks(model)
     run(1)  # after a step of one image the optimiser has its state
     began = time.process_time()
     run()
-    peak, seconds = data.peak_memory_mib(torch.device("cpu")), time.process_time() - began
+    peak, seconds = common.peak_memory_mib(torch.device("cpu")), time.process_time() - began
     print(f"{' '.join(cell)}: {peak - before:.0f} MiB, {seconds:.1f} s of CPU a step")
 
 
@@ -455,7 +456,7 @@ def lungs(covid, folder, seed=0):
     names = sorted(path.name for path in (covid / "images").iterdir() if path.stem in stems)
     patients = [patient or name for patient, name in zip(data.patient_ids(covid, names), names)]
     order = sorted(set(patients))
-    order = [order[i] for i in torch.randperm(len(order), generator=data.seeded(seed)).tolist()]
+    order = [order[i] for i in torch.randperm(len(order), generator=common.seeded(seed)).tolist()]
     ends = [len(order) // 3, len(order) // 3 + len(order) // 10]
     parts = {"test": order[: ends[0]], "val": order[ends[0] : ends[1]], "train": order[ends[1] :]}
     for part, members in parts.items():
@@ -479,7 +480,7 @@ def real(covid, nih, folder):
     for name, _ in rows:
         source = covid if (covid / "images" / name).exists() else nih
         (folder / "images" / name).symlink_to((source / "images" / name).absolute())
-    data.write_csv(folder / "training.csv", ["image_path", "report_content"], rows)
+    common.write_csv(folder / "training.csv", ["image_path", "report_content"], rows)
     (folder / "patients.csv").write_bytes((covid / "records.csv").read_bytes())
     tests = sorted((covid / "splits").glob("*/test.txt"))
     (folder / "test.txt").write_text("".join(path.read_text() for path in tests))
@@ -523,7 +524,7 @@ def unet(out, *options):
     optimiser, rate, choice on val, metrics. There is no auxiliary head, and all layers have the
     same rate."""
     command = ["--task", "segment", "--weights", "scratch", "--layer-decay", "1", "--out", out]
-    config = data.parse_config(finetune.FinetuneConfig, [*command, *options])
+    config = common.parse_config(finetune.FinetuneConfig, [*command, *options])
     finetune.build_model = lambda config, *_: UNet(config.img_size, config.norm)
     finetune.finetune(config)
 

@@ -1,22 +1,15 @@
-"""Tests of data.py (reading, lists, reports, tokenizer, batches, pictures, audit, checkpoints)
-against PIL, scikit-image, pydicom, tiktoken's loader and a naive byte-pair encoding; every kind of
-bad input has its one line."""
+"""Tests of data.py (reading, lists, reports, tokenizer, batches, pairs, audit) against PIL,
+scikit-image, pydicom, tiktoken's loader and a naive byte-pair encoding; every kind of bad input has
+its one line."""
 
-import argparse
-import dataclasses
 import functools
-import importlib
-import json
-import math
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import time
 import warnings
-import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -29,10 +22,12 @@ import tiktoken.load
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_common import fails
 
+import common
 import data
 import mrm
-from data import InputError
+from common import InputError
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 
@@ -41,158 +36,6 @@ SHARED = Path(__file__).resolve().parents[1] / "../shared"
 def photo():
     """A real grey picture with fine detail, uint8 (512, 512)."""
     return skimage.data.camera()
-
-
-def one_line(error):
-    """The message, after checking that it is one line."""
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def fails(call, *parts):
-    with pytest.raises(InputError) as error:
-        call()
-    for part in parts:
-        assert str(part) in one_line(error), str(error.value)
-
-
-# ---- Command lines, schedule, checkpoints
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(data.RunConfig):
-    rank: int = data.option(4, "rank")
-    share: float = data.option(0.5, "a share, 100 % is all")
-    flip: bool = data.option(False, "mirror")
-    kind: str = data.option("a", "which", choices=["a", "b"])
-
-
-def test_parse_config(capsys):
-    assert data.parse_config(Config, []) == Config()
-    config = data.parse_config(
-        Config, "--rank 8 --flip --no-kernels --out runs/x --share .1 --kind b".split()
-    )
-    assert config == Config(rank=8, flip=True, kernels=False, out="runs/x", share=0.1, kind="b")
-    with pytest.raises(SystemExit):
-        data.parse_config(Config, ["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "rank (default: 4)" in text and "a share, 100 % is all (default: 0.5)" in text
-    for wrong, message in (("--rnk", "--rnk: no such option; --rank is one"), ("--x", "--x: no")):
-        with pytest.raises(InputError, match=f"^{message}"):
-            data.parse_config(Config, [wrong])
-    for wrong in (["--kind", "c"], ["--rank", "x"]):
-        with pytest.raises(SystemExit) as stop:
-            data.parse_config(Config, wrong)
-        assert stop.value.code == 2
-
-
-def test_run_script_prints_one_line_and_exits_with_2(capsys):
-    def main():
-        raise InputError("a.txt: line 3: wrong")
-
-    with pytest.raises(SystemExit) as stop:
-        data.run_script(main)
-    assert stop.value.code == 2 and capsys.readouterr().err == "error: a.txt: line 3: wrong\n"
-
-
-def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / "sub" / "a.bin"
-    data.atomic_write(path, lambda file: file.write(b"old"))
-
-    def crash(file):
-        file.write(b"half")
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        data.atomic_write(path, crash)
-    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
-    fails(
-        lambda: data.atomic_write(path / "below", lambda file: None),
-        path / "below",
-        "cannot be written",
-    )
-
-
-def test_atomic_write_keeps_the_old_checkpoint_on_a_full_disk(tmp_path):
-    resource = pytest.importorskip("resource")
-    code = f"""if True:
-        import resource, signal, torch, data
-        data.save_checkpoint({str(tmp_path / "a.pt")!r}, {{"model": torch.ones(2)}})
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        state = {{"model": torch.ones(10**6)}}
-        data.run_script(lambda: data.save_checkpoint({str(tmp_path / "a.pt")!r}, state))"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(data.__file__).parent
-    )
-    assert (
-        run.returncode == 2 and run.stderr.count("\n") == 1 and "cannot be written" in run.stderr
-    ), run.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"] and data.load_checkpoint(
-        tmp_path / "a.pt"
-    )["model"].shape == (2,)
-
-
-def test_checkpoints(tmp_path):
-    path = tmp_path / "a.pt"
-    state = {
-        "model": {"w": torch.randn(3, 4)},
-        "step": 7,
-        "random": data.random_state(),
-        "args": argparse.Namespace(lr=0.1),
-    }
-    expected = torch.rand(3)
-    data.save_checkpoint(path, state)
-    loaded = data.load_checkpoint(path)
-    assert (
-        torch.equal(loaded["model"]["w"], state["model"]["w"])
-        and loaded["step"] == 7
-        and loaded["args"].lr == 0.1
-    )
-    data.set_random_state(loaded["random"])
-    assert torch.equal(torch.rand(3), expected)
-
-    whole = path.read_bytes()
-    for wrong in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
-        path.write_bytes(wrong)
-        fails(lambda: data.load_checkpoint(path), path, "not a readable checkpoint")
-    fails(lambda: data.load_checkpoint(tmp_path / "none.pt"), "none.pt: no such checkpoint")
-    fails(lambda: data.load_checkpoint(tmp_path), tmp_path)
-    torch.save([1, 2], path)
-    fails(lambda: data.load_checkpoint(path), path, "expected a dict", "list")
-
-
-class Evil:
-    def __reduce__(self):
-        return (Path.touch, (Path(self.__dict__["path"]),))
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_checkpoint_runs_no_code(tmp_path):
-    evil = Evil()
-    evil.path = str(tmp_path / "owned")
-    torch.save({"model": evil}, tmp_path / "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps({"model": evil}))
-    for name in ("a.pt", "b.pt"):
-        fails(lambda: data.load_checkpoint(tmp_path / name), name)
-    assert not (tmp_path / "owned").exists()
-
-
-def test_run_log(tmp_path):
-    log = data.RunLog(tmp_path / "run", Config(rank=2))
-    log.line(step=1, loss=torch.tensor(0.5))
-    data.RunLog(tmp_path / "run", Config(), resume=True).line(step=2)
-    log.json("result.json", {"auroc": np.float32(0.5)})
-    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2] and lines[0]["loss"] == 0.5
-    assert data.read_json(tmp_path / "run/result.json") == {"auroc": 0.5}
-    data.RunLog(tmp_path / "other", Config(), rank=1).line(step=1)
-    assert not (tmp_path / "other").exists()
-    (tmp_path / "file").write_text("")
-    fails(lambda: data.RunLog(tmp_path / "file", Config()), tmp_path / "file", "cannot be written")
-    (tmp_path / "broken.json").write_text('{"a": 1,\n')
-    fails(lambda: data.read_json(tmp_path / "broken.json"), "broken.json: line 2")
-    fails(lambda: data.read_json(tmp_path / "none.json"), "none.json: no such file")
 
 
 # ---- Reading images
@@ -857,19 +700,6 @@ def test_crops_and_images_are_resized_bilinearly_where_asked(tmp_path, photo, mo
     assert np.abs(found[0].numpy() * 255 - np.asarray(expected)[:, left : left + 128]).max() <= 1.01
 
 
-def test_narrow_models_stay_in_float32_on_a_cpu():
-    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    for dtype, narrow, wanted in (
-        ("auto", True, False),
-        ("auto", False, supported),
-        ("bf16", True, True),
-        ("fp32", False, False),
-    ):
-        autocast = data.autocast(data.RunConfig(dtype=dtype), torch.device("cpu"), narrow)
-        with autocast():
-            assert (F.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype == torch.bfloat16) == wanted
-
-
 def test_random_flip():
     images = torch.arange(12.0).reshape(1, 1, 3, 4).expand(400, -1, -1, -1)
     flipped = data.random_flip(images, torch.Generator().manual_seed(0))
@@ -931,20 +761,6 @@ def test_image_set(paths):
         all(torch.equal(a, b) for a, b in zip(many.cache, mixed.cache * 20))
         and len(many.cache) == 280
     )
-
-
-def test_the_progress_line_shows_the_speed(capsys):
-    batches = iter(lambda: time.sleep(0.01) or [torch.zeros(8, 1)], None)  # 800 images/s at most
-    timed = data.Timed(batches, torch.device("cpu"))
-    for step in timed.steps(2, 22, "train", 0):
-        next(timed)
-        assert step == 1 + timed.images // 8
-    line = capsys.readouterr().err.split("\r")[-1]
-    speed, waiting, memory = re.search(
-        r"train: 100%.* 22/22 .* (\d+\.\d) images/s, (\d+) % waiting for data, (\d+) MiB", line
-    ).groups()
-    assert 0 < float(speed) <= 800 and int(waiting) > 30 and int(memory) > 50
-    assert list(timed.steps(0, 3, "train", 1)) == [0, 1, 2] and capsys.readouterr().err == ""
 
 
 @pytest.fixture
@@ -1195,28 +1011,6 @@ def test_a_cache_that_is_whole_may_be_read_only(paths, tmp_path):
     fails(other.preload, tmp_path / "c", "Permission denied", "another --cache")
 
 
-def test_workers_auto(monkeypatch, capsys):
-    monkeypatch.setattr(data, "cores", lambda: 3)
-    for there, expected in ((False, 0), (True, 3)):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-        assert data.parse_config(Config, ["--workers", "auto"]).workers == expected
-    monkeypatch.setattr(data, "cores", lambda: 64)
-    assert data.parse_config(Config, ["--workers", "auto"]).workers == 8
-    assert data.parse_config(Config, ["--workers", "5"]).workers == 5
-    fails(lambda: data.parse_config(Config, ["--workers", "65"]), "--workers", "[0, 64]")
-    for text in ("many", "-1"):
-        with pytest.raises(SystemExit):
-            data.parse_config(Config, ["--workers", text])
-        assert "expected a number or auto" in capsys.readouterr().err
-
-
-def test_cores_are_shared_by_the_processes_of_torchrun(monkeypatch):
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    every = data.cores()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert data.cores() == max(1, every // 2)
-
-
 @pytest.mark.parametrize("preload", [False, True])
 def test_train_batches_depend_on_the_step_alone(paths, preload):
     def steps(start, stop, workers=0, rank=0, world=1):
@@ -1271,7 +1065,7 @@ def test_epochs_without_their_last_incomplete_batch(world, passes):
         ]
         return [row for together in zip(*of_rank) for part in together for row in part]
 
-    orders = [torch.randperm(14, generator=data.seeded(5, epoch)).tolist() for epoch in range(3)]
+    orders = [torch.randperm(14, generator=common.seeded(5, epoch)).tolist() for epoch in range(3)]
     expected = [orders[step // 3][step % 3 * 4 : step % 3 * 4 + 4] for step in range(8)]
     assert rows(0, 8) == sum(expected, [])
     assert rows(5, 8) == sum(expected[5:], [])  # resumed
@@ -1303,51 +1097,6 @@ def test_a_truncated_image_ends_a_run_with_its_line(paths, tmp_path):
             bad,
             "expected a complete",
         )
-
-
-# ---- Pictures
-
-
-def test_save_grid(tmp_path):
-    red, grey = torch.zeros(3, 20, 30), torch.full((20, 30), 0.5)
-    red[0] = 1
-    data.save_grid(
-        tmp_path / "g.png",
-        [[red, grey], [grey[None]]],
-        ["red", "grey"],
-        ["a report " * 20, ""],
-        scale=2,
-    )
-    picture = np.asarray(Image.open(tmp_path / "g.png"))
-    assert (picture == [255, 0, 0]).all(-1).sum() == 40 * 60 and (picture == [128] * 3).all(
-        -1
-    ).sum() >= 2 * 40 * 60
-    assert (picture[0] == 255).all() and (picture[-1] == 255).all() and (picture[:, 0] == 255).all()
-    assert (picture.sum(-1) < 200).sum() > 100  # text
-    data.save_grid(tmp_path / "h.png", [[grey]])
-    assert Image.open(tmp_path / "h.png").size == (46, 52)
-    fails(lambda: data.save_grid(tmp_path / "g.png/x.png", [[grey]]), "cannot be written")
-
-
-def test_save_plot(tmp_path):
-    curves = {
-        "loss": (range(5), [4, 3, None, math.nan, 1]),
-        "empty": ([], []),
-        "point": ([2], [2.0]),
-    }
-    data.save_plot(tmp_path / "p.png", curves, "title", "step", "loss")
-    data.save_plot(
-        tmp_path / "q.png", {"Edema 0.5": ([0, 1], [0, 1])}, "ROC", "x", "y", diagonal=True
-    )
-    data.save_plot(tmp_path / "r.png", {}, "nothing", "x", "y")
-    data.save_plot(tmp_path / "s.png", {"flat": ([1, 2], [0.5, 0.5])}, "flat", "x", "y")
-    for name in "pqrs":
-        assert Image.open(tmp_path / f"{name}.png").size[1] == 430
-    blue = (
-        np.abs(np.asarray(Image.open(tmp_path / "p.png")).astype(int) - [31, 119, 180]).sum(-1) < 60
-    ).sum()
-    assert blue > 300
-    assert not list(tmp_path.glob(".*"))
 
 
 # ---- Audit
@@ -1452,10 +1201,10 @@ def test_audit_of_what_was_pretrained_on(folder, tmp_path, capsys):
         assert f"val_list: 0 of 1 images are in {path}, and 0 more" in text
     path = tmp_path / "run/last.pt"
     for names, expected in ((["a0.png", "b0"], 0), (["images/c1.png"], 1)):
-        data.save_checkpoint(path, {"model": {}, "trained_on": data.hash_films(folder, names)})
+        common.save_checkpoint(path, {"model": {}, "trained_on": data.hash_films(folder, names)})
         assert audit(folder, capsys, pretraining=str(path))[0] == expected
         assert audit(folder, capsys, pretraining=str(path.parent))[0] == expected
-    data.save_checkpoint(path, {"model": {}})
+    common.save_checkpoint(path, {"model": {}})
     bad = {path: "expected a checkpoint that names its training films"}
     bad[write(tmp_path / "e.txt", "")] = "found an empty file"
     bad[write(tmp_path / "e.csv", "")] = "found an empty file"
@@ -1672,7 +1421,7 @@ def test_dicom_with_blank_or_missing_numbers_is_read_by_the_defaults_and_said_on
     path, raw = tmp_path / "a.dcm", (np.mgrid[:64, :64].sum(0) * 30).astype(np.uint16)
     whole, windowed = raw / raw.max(), ((raw - 100.0 - 1999.5) / 2999 + 0.5).clip(0, 1)
     window = {"WindowCenter": 2000, "WindowWidth": 3000}
-    data.say_once.cache_clear()
+    common.say_once.cache_clear()
     for expected, tags, said in (
         (
             windowed,
@@ -1771,7 +1520,7 @@ def test_fewer_bits_in_16_are_told_from_several_files(tmp_path, capsys, bits):
         Image.fromarray(deep).save(tmp_path / f"{i}.png") if i else np.save(
             tmp_path / "0.npy", deep.astype(">u2")
         )
-    data.say_once.cache_clear()
+    common.say_once.cache_clear()
     images = data.ImageSet(data.list_images(tmp_path), 64)
     for preload in (False, True):
         images = images.preload() if preload else images
@@ -1965,8 +1714,8 @@ def test_null_bytes_and_loops_of_links_are_refused_in_one_line(folder):
     (folder / "loop.png").symlink_to(folder / "loop.png")
     for call in (
         data.read_image,
-        data.read_text,
-        data.load_checkpoint,
+        common.read_text,
+        common.load_checkpoint,
         data.read_slice,
         data.read_list,
     ):
@@ -2073,6 +1822,7 @@ multiprocessing.set_start_method("spawn", force=True)
 import data
 import mrm
 data.sys = types.SimpleNamespace(platform="darwin", stderr=sys.stderr, exit=sys.exit)
+data.cores = lambda: 2
 data.run_script(lambda: data.over_images(data.pixel_hash, {paths!r} * 20))
 """
     (tmp_path / "main.py").write_text(code)
@@ -2097,46 +1847,6 @@ def test_an_image_set_holds_its_paths_in_one_tensor():
     del images.reading
     assert not any(isinstance(value, (list, tuple, dict)) for value in vars(images).values())
     assert data.ImageSet([], 32).paths == [] and len(data.ImageSet([], 32)) == 0
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_checkpoint_that_would_run_code_is_refused_without_advice(tmp_path):
-    evil = Evil()
-    evil.path = str(tmp_path / "owned")
-    for state, code in (
-        ({"model": evil}, "touch"),
-        (torch.nn.Linear(2, 2), "torch.nn"),
-        ({"a": np.float64(3)}, "numpy"),
-    ):
-        torch.save(state, tmp_path / "a.pt")
-        fails(
-            lambda: data.load_checkpoint(tmp_path / "a.pt"),
-            "a.pt: refused: it holds code to run",
-            "tensors",
-        )
-        with pytest.raises(InputError) as error:
-            data.load_checkpoint(tmp_path / "a.pt")
-        assert not any(
-            word in str(error.value)
-            for word in ("weights_only", "trust", "safe_globals", "likely succeed")
-        )
-    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
-        archive.writestr("a.txt", "no checkpoint")
-    fails(lambda: data.load_checkpoint(tmp_path / "a.pt"), "a.pt: not a readable checkpoint")
-    (tmp_path / "a.pt").write_bytes(pickle.dumps([1, 2]))
-    fails(lambda: data.load_checkpoint(tmp_path / "a.pt"), "a.pt")
-
-
-def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
-    log = data.RunLog(tmp_path / "run", Config())
-    (tmp_path / "run/log.jsonl").unlink()
-    (tmp_path / "run/log.jsonl").mkdir()
-    fails(lambda: log.line(step=1), "log.jsonl: cannot be written")
-
-
-def test_errors_are_one_line_and_short():
-    assert str(InputError("a\nb", "c\r\nd", "e\x85f")) == "a b: expected c d, found e f"
-    assert len(str(InputError("x" * 10**6))) < 1000
 
 
 def test_a_long_list_opens_quickly(tmp_path):
@@ -2211,64 +1921,6 @@ class TestShared:
     def test_audit(self, capsys):
         status, text = audit(SHARED / "covid", capsys, split="covid1")
         assert status == 0 and "nothing wrong" in text
-
-
-# ---- Stopping and saving
-
-STOPPED = """
-import sys, time
-sys.path.insert(0, {repository!r})
-import data
-import mrm
-def save(steps):
-    print("saved", steps, flush=True)
-with data.Saving(save, seconds=1e9) as saving:
-    for step in range(10**6):
-        time.sleep(0.01)
-        if step == 3:
-            print("running", flush=True)
-        saving.after(step + 1)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(number):
-    code = STOPPED.format(repository=str(Path(data.__file__).parent))
-    run = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert run.stdout.readline() == "running\n"
-    run.send_signal(number)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and "Traceback" not in err and "once more" in err
-    assert re.fullmatch(
-        r"saved (\d+)\nstopped after step \1: the same command with --resume goes on\n", out
-    )
-
-
-def test_a_loop_is_saved_every_few_minutes_and_handlers_come_back(monkeypatch):
-    saved, before, clock = [], signal.getsignal(signal.SIGTERM), [0.0]
-    monkeypatch.setattr(data.time, "time", lambda: clock[0])
-    with data.Saving(saved.append, seconds=180) as saving:
-        assert signal.getsignal(signal.SIGTERM) == saving.note
-        for step in range(20):
-            clock[0] += 50
-            saving.after(step + 1)
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert saved == [4, 8, 12, 16, 20]  # every 200 seconds, the first step that is beyond 180
-
-
-def test_a_new_run_leaves_no_file_of_the_one_before_it(tmp_path):
-    for name in ("adapter.pt", "best.pt", "last.pt", "notes.txt"):
-        (tmp_path / name).write_text("old")
-    data.RunLog(tmp_path, data.RunConfig(), resume=True)
-    assert (tmp_path / "adapter.pt").exists()
-    data.RunLog(tmp_path, data.RunConfig())
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "log.jsonl",
-        "notes.txt",
-    ]
 
 
 def runs_of(mask, absolute=False):
@@ -2571,10 +2223,10 @@ def test_the_audit_reads_rsnas_table_of_boxes(tmp_path, photo, capsys):
         ("q,1,2", "line 56: expected 6 fields, found 3"),
     ):
         write_table(root, table, [*rows, line])
-        with pytest.raises(data.InputError, match=f"{table}: {message}"):
+        with pytest.raises(common.InputError, match=f"{table}: {message}"):
             audit(root, capsys)
     write_table(root, table, rows[:1])
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(common.InputError) as error:
         audit(root, capsys)  # no advice of a column that this table does not have
     assert str(error.value).endswith("expected images of the part train, found none among 0")
 
@@ -2660,7 +2312,7 @@ def test_rsnas_boxes_are_one_label_a_patient(tmp_path):
 )
 def test_bad_tables_are_one_line(tmp_path, layout, name, lines, message):
     root = write_table(tmp_path, name, lines)
-    with pytest.raises(data.InputError, match=message) as error:
+    with pytest.raises(common.InputError, match=message) as error:
         data.read_table(layout, root)
     assert name in str(error.value) and "\n" not in str(error.value)
 
@@ -2671,81 +2323,8 @@ def test_covids_official_list_names(tmp_path):
         (tmp_path / f"covid1/iscovid_{part}.txt").write_text("a.jpg 1\n")
     files = data.split_files("covid", tmp_path, "covid1")
     assert files["val"].name == "iscovid_val.txt"
-    with pytest.raises(data.InputError, match="expected --split covid1, found viral1"):
+    with pytest.raises(common.InputError, match="expected --split covid1, found viral1"):
         data.split_files("covid", tmp_path, "viral1")
-
-
-def test_a_finished_cell_notices_that_its_script_was_edited(tmp_path, monkeypatch, capsys):
-    script = tmp_path / "method.py"
-    script.write_text(
-        "import dataclasses, data\n"
-        "@dataclasses.dataclass(frozen=True, kw_only=True)\n"
-        "class Config(data.RunConfig):\n"
-        "    width: int = data.option(3, 'width')\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    config, ran = importlib.import_module("method").Config(), []
-
-    def run(config):
-        ran.append(config.out)
-        data.write_json(Path(config.out) / "result.json", {"mae": 1.0})
-
-    for text, warnings in (("", 0), ("", 0), ("# another loss\n", 1)):
-        script.write_text(script.read_text() + text)
-        assert list(data.run_cells(tmp_path / "cells", {"a": config}, run)) == [("a", {"mae": 1.0})]
-        said = capsys.readouterr().err
-        assert said.count("WARNING: method.py changed since") == said.count("WARNING") == warnings
-    assert ran == [str(tmp_path / "cells/a")]  # it is warned of, not run again
-    path = tmp_path / "cells/a/options.json"
-    old = data.read_json(path)
-    del old["source"]  # as an older version wrote it: nothing is known, nothing is said
-    data.write_json(path, old)
-    assert list(data.run_cells(tmp_path / "cells", {"a": config}, run))
-    assert "WARNING" not in capsys.readouterr().err
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the waiting is counted on Linux alone")
-def test_a_run_leaves_a_core_that_another_program_takes():
-    """Of two threads that wait for one core, one is given up, and tried again later."""
-    script = """
-import os, torch, data
-data.FreeCores.ALL = 2
-torch.set_num_threads(2)
-cores, x = data.FreeCores(torch.device("cpu"), interval=0.3, pause=1.0), torch.ones(400, 400)
-seen = []
-def work(seconds):
-    end = data.time.time() + seconds
-    while data.time.time() < end:
-        x @ x
-        cores.look()
-        seen.append(torch.get_num_threads())
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-for task in os.listdir("/proc/self/task"):
-    os.sched_setaffinity(int(task), os.sched_getaffinity(0))
-work(4)
-print(seen[0], sorted(set(seen)), seen[seen.index(1):].count(2) > 0)
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-c", script]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=Path(data.__file__).parent
-    )
-    assert run.stdout.split("\n")[0] == "2 [1, 2] True", run.stderr
-    assert run.stderr.count("another program holds a core") == 1
-
-
-@pytest.mark.parametrize("fixed", ["environment", "gpu"])
-def test_the_number_of_threads_stays(monkeypatch, fixed):
-    """With OMP_NUM_THREADS, and on a GPU, no waiting changes it."""
-    monkeypatch.setattr(data.FreeCores, "ALL", 2)
-    monkeypatch.setattr(data.FreeCores, "waiting", lambda self: 10 * time.time())
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail("threads changed"))
-    if fixed == "gpu":
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    device = torch.device("cpu" if fixed == "environment" else "cuda")
-    cores = data.FreeCores(device, interval=0)
-    cores.look()
-    cores.look()
 
 
 def test_absolute_names_below_a_relative_root_are_the_same_images(tmp_path, monkeypatch):
@@ -2792,12 +2371,6 @@ def test_a_rare_film_of_16_bits_has_the_same_white_wherever_it_is_read(tmp_path,
     assert torch.allclose(images[1][0], images[2][0] * (255 * 16 / 4095), atol=0.02)
     assert "images of 16 bits, unlike those looked at" in capfd.readouterr().err
     assert torch.equal(images[1][0], data.ImageSet(paths[1:2], 64)[0][0])
-
-
-def test_names_that_are_no_text_can_be_written(tmp_path):
-    name = os.fsdecode(b"caf\xe9.png")
-    data.write_csv(tmp_path / "a.csv", ["image"], [[name]])
-    assert (tmp_path / "a.csv").read_bytes() == b"image\ncaf\xe9.png\n"
 
 
 @pytest.mark.parametrize("column", ["", "Patient", "patient_id", "Split"])

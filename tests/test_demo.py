@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
+import common
 import demo as demo_drawing
 
 PATIENTS = 120
@@ -337,11 +337,11 @@ def test_bad_arguments_and_folders(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     for out in ("file", "file/records", "other"):
-        with pytest.raises(data.InputError) as error:
+        with pytest.raises(common.InputError) as error:
             demo_drawing.write_demo_records(tmp_path / out, patients=50, size=32)
         assert str(tmp_path / out) in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
-    with pytest.raises(data.InputError, match="50 patients"):
+    with pytest.raises(common.InputError, match="50 patients"):
         demo_drawing.write_demo_records(tmp_path / "few", patients=5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
 

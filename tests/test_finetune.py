@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
+import common
 import data
 import finetune
 import lora
@@ -205,17 +206,17 @@ def test_which_weights_they_are_is_read_from_the_file_or_asked_for(tmp_path):
     encoder = mrm.ViT(img_size=32, patch_size=16, depth=1).state_dict()
     mrms = encoder | {"bert_encoder.embeddings.weight": torch.zeros(2, 2)}
     for name, tensors in (("MRM", encoder), ("CXR-MAE", mrms)):  # names that mislead
-        data.save_checkpoint(tmp_path / f"{name}.pth", {"model": tensors})
+        common.save_checkpoint(tmp_path / f"{name}.pth", {"model": tensors})
     options = dict(data="nih", ratio=1, method="lora", dry_run=True)
     found = finetune.finetune(FinetuneConfig(weights=str(tmp_path / "CXR-MAE.pth"), **options))
     has(found, optimizer="sgd", lr=0.05)
     assert found.recipe == "mrm"
     asked = FinetuneConfig(weights=str(tmp_path / "MRM.pth"), **options)
-    with pytest.raises(data.InputError, match="MRM.pth: expected --recipe mrm, medpeft, cxr-mae"):
+    with pytest.raises(common.InputError, match="MRM.pth: expected --recipe mrm, medpeft, cxr-mae"):
         finetune.finetune(asked)
     found = finetune.finetune(dataclasses.replace(asked, recipe="cxr-mae"))
     has(found, optimizer="adamw", mean=0.4785)
-    with pytest.raises(data.InputError, match="--recipe mrm: expected --data nih or chexpert or"):
+    with pytest.raises(common.InputError, match="--recipe mrm: expected --data nih or chexpert or"):
         finetune.finetune(dataclasses.replace(asked, recipe="mrm", data="csv"))
 
 
@@ -296,9 +297,9 @@ def test_typed_options_win_over_the_recipe_and_small_models_have_their_own():
     config = filled(data="nih", method="lora", ratio=10, **typed)
     assert {name: getattr(config, name) for name in typed} == typed and config.steps is None
     recipe, _ = finetune.recipe_for("mrm", "lora", "nih", 10)
-    config = data.fill(FinetuneConfig(data="nih", **typed), recipe)
+    config = common.fill(FinetuneConfig(data="nih", **typed), recipe)
     assert {name: getattr(config, name) for name in typed} == typed and config.steps is None
-    config = data.fill(FinetuneConfig(data="nih", steps=7), recipe)
+    config = common.fill(FinetuneConfig(data="nih", steps=7), recipe)
     assert (config.steps, config.epochs, config.rank, config.lr) == (7, None, 8, 0.05)
     assert filled(data="nih", method="lora").recipe == "small"
     config = filled(lora=True)
@@ -308,7 +309,7 @@ def test_typed_options_win_over_the_recipe_and_small_models_have_their_own():
     ]
     assert filled(data="nih").ratio == 100 and filled(data="nih").method == "full"
     with pytest.raises(
-        data.InputError, match="--lora and --method: expected one of them, found --method full"
+        common.InputError, match="--lora and --method: expected one of them, found --method full"
     ):
         filled(lora=True, method="full")
 
@@ -334,7 +335,7 @@ def test_mean_and_std_zero_included():
     assert filled().mean is filled().std is None  # of the tiny preset: each image's own
     assert (filled(mean=0.0).mean, filled(mean=0.0).std) == (0.0, mrm.STD)
     assert (filled(std=0.5).mean, filled(std=0.5).std) == (mrm.MEAN, 0.5)
-    with pytest.raises(data.InputError, match=r"--std: expected a number in \(0, inf\), found 0"):
+    with pytest.raises(common.InputError, match=r"--std: expected a number in \(0, inf\), found 0"):
         filled(std=0.0)
 
 
@@ -500,7 +501,7 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
         and ran["method"] == method
         and ran["ratio"] == 10
     )
-    assert ran == data.load_checkpoint(tmp_path / "last.pt")["config"]
+    assert ran == common.load_checkpoint(tmp_path / "last.pt")["config"]
     assert (saved["steps"], saved["batch_size"], saved["lr"]) == (4, 16, recipe["lr"])
     lora, head = saved["lora_parameters"], saved["head_parameters"]
     assert head == 2 * 128 + 2 * 128 + 2 and lora == (
@@ -524,7 +525,7 @@ def test_overfits_one_batch():
     sizes = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=4)
     for method, lr in (("full", 3e-3), ("lora", 3e-2)):
         options = FinetuneConfig(method=method, dropout=0.0, lr=lr, layer_decay=1.0, rank=4)
-        options = data.fill(options, finetune.PLAIN | finetune.SMALL[method])
+        options = common.fill(options, finetune.PLAIN | finetune.SMALL[method])
         model = finetune.build_model(options, sizes, 2)
         optimizer = finetune.make_optimizer(model, options)
         for _ in range(150):
@@ -543,7 +544,7 @@ def test_full_fine_tuning_learns(easy, tmp_path):
 
 def interrupted(monkeypatch, run):
     """A run that ends right after its first evaluation has been saved."""
-    save = data.save_checkpoint
+    save = common.save_checkpoint
 
     def save_and_stop(path, state):
         save(path, state)
@@ -551,7 +552,7 @@ def interrupted(monkeypatch, run):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "save_checkpoint", save_and_stop)
+        patch.setattr(common, "save_checkpoint", save_and_stop)
         finetune.finetune(run)
 
 
@@ -569,7 +570,7 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     whole = finetune.finetune(config(easy, tmp_path / "whole", **options))
     interrupted(monkeypatch, config(easy, tmp_path / "part", **options))
     assert (
-        data.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2
+        common.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2
         and not (tmp_path / "part/result.json").exists()
     )
     part = finetune.finetune(config(easy, tmp_path / "part", resume=True, **options))
@@ -577,7 +578,7 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     assert {n: v for n, v in part.items() if n not in timed} == {
         n: v for n, v in whole.items() if n not in timed
     }
-    a, b = (data.load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "part"))
+    a, b = (common.load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "part"))
     assert a["step"] == b["step"] == 4 and all(
         torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"]
     )
@@ -610,7 +611,7 @@ def test_the_last_incomplete_batch_is_dropped(easy, tmp_path, monkeypatch, accum
     assert result["steps"] == 6 and len(rows) == 6 * accumulate
     epochs = np.array(rows).reshape(3, 48)
     assert [len(set(epoch)) for epoch in epochs.tolist()] == [48] * 3
-    orders = [torch.randperm(64, generator=data.seeded(0, epoch)) for epoch in range(3)]
+    orders = [torch.randperm(64, generator=common.seeded(0, epoch)) for epoch in range(3)]
     assert epochs.tolist() == [order[:48].tolist() for order in orders]
     if accumulate == 1:
         rows.clear()
@@ -622,7 +623,7 @@ def test_the_last_incomplete_batch_is_dropped(easy, tmp_path, monkeypatch, accum
 def test_fewer_images_than_a_batch_are_one_line(easy, tmp_path):
     few = config(easy, tmp_path / "o", method="linear", batch_size=65)
     assert finetune.finetune(few)["steps"] == 4
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(common.InputError) as error:
         finetune.finetune(dataclasses.replace(few, drop_last=True))
     assert str(error.value) == (
         "--drop-last: expected at least 65 training images, one batch, found 64; type a smaller "
@@ -678,10 +679,12 @@ def test_rsna_in_the_official_form(tmp_path, monkeypatch):
         found = {row[0]: row[1] for row in csv.reader((out / "predictions.csv").open())}
         for name, score, _ in tested:
             assert float(found[name]) == pytest.approx(float(score), abs=1e-6), (weights, name)
-    saved = data.load_checkpoint(tmp_path / "run/adapter.pt")
+    saved = common.load_checkpoint(tmp_path / "run/adapter.pt")
     assert saved["reading"] == {"raw_dicom": True, "mode": "bicubic"}
     (root / "train_1.txt").write_text("".join(f"train_1{i}.dcm {i % 2}\n" for i in range(40)))
-    with pytest.raises(data.InputError, match=r"--drop-last \(of --official\): .* 64 .* found 40"):
+    with pytest.raises(
+        common.InputError, match=r"--drop-last \(of --official\): .* 64 .* found 40"
+    ):
         finetune.finetune(run)
 
 
@@ -695,7 +698,7 @@ def test_kept_images_are_those_of_the_same_reading(easy, tmp_path):
         seen.append(parts["test"].images)
         films = parts["train"].images.cache[:2].float() / 255  # and its crops are of that mode
         crops, _ = parts["train"].images[[0, 1], 7]
-        draw = data.seeded(0, 7)
+        draw = common.seeded(0, 7)
         expected = data.random_resized_crop(films, 24, (0.5, 1.0), generator=draw, mode=mode)
         assert torch.equal(crops, expected)
     assert seen[1] is seen[2] and not torch.equal(seen[0].cache, seen[1].cache)
@@ -724,7 +727,7 @@ def test_resume_refuses_another_runs_state(easy, tmp_path, other):
         "--lr" if "method" in other else "--" + next(iter(other)).replace("_", "-")
     )  # a method has its own rate
     with pytest.raises(
-        data.InputError,
+        common.InputError,
         match=rf"last\.pt: expected {flag} .*, as asked for now, found a run with {flag}",
     ):
         finetune.finetune(config(easy, tmp_path, **dict(method="lora", resume=True) | other))
@@ -736,10 +739,12 @@ def test_resume_refuses_weights_that_have_changed(easy, tmp_path):
     weights = rgb_weights(tmp_path / "rgb.pt")
     options = dict(method="lora", weights=weights, num_heads=4)
     finetune.finetune(config(easy, tmp_path / "run", **options))
-    state = data.load_checkpoint(weights)["model"]
-    data.save_checkpoint(weights, {"model": {name: tensor + 0.1 for name, tensor in state.items()}})
+    state = common.load_checkpoint(weights)["model"]
+    common.save_checkpoint(
+        weights, {"model": {name: tensor + 0.1 for name, tensor in state.items()}}
+    )
     with pytest.raises(
-        data.InputError, match=r"last\.pt: expected a run with the same weights as now"
+        common.InputError, match=r"last\.pt: expected a run with the same weights as now"
     ):
         finetune.finetune(config(easy, tmp_path / "run", resume=True, **options))
 
@@ -803,7 +808,7 @@ def test_a_run_with_a_cache_gives_the_numbers_of_one_without(
     assert decoded.count("second") == decoded.count("mapped") < decoded.count("first") / 2
 
 
-@pytest.mark.skipif(not data.multiplies_bf16("cpu"), reason="bfloat16 is emulated here, and slow")
+@pytest.mark.skipif(not common.multiplies_bf16("cpu"), reason="bfloat16 is emulated here, and slow")
 def test_bfloat16_follows_float32(easy, tmp_path):
     runs = [
         finetune.finetune(
@@ -822,7 +827,7 @@ def test_bfloat16_follows_float32(easy, tmp_path):
 def rgb_weights(path):
     torch.manual_seed(7)
     state = mrm.ViT(64, 16, 3, 64, 2, 4).state_dict()
-    data.save_checkpoint(
+    common.save_checkpoint(
         path,
         {
             "model": {
@@ -855,7 +860,7 @@ def test_a_merged_adapter_predicts_as_its_run_does(easy, tmp_path):
         finetune.load_run(tmp_path / "run/merged.pt")[0],
     )
     torch.testing.assert_close(run(images), merged(images), atol=1e-6, rtol=1e-5)
-    saved = data.load_checkpoint(tmp_path / "run/adapter.pt")["adapter"]
+    saved = common.load_checkpoint(tmp_path / "run/adapter.pt")["adapter"]
     assert any(tensor.any() for name, tensor in saved.items() if name.endswith("lora_B"))
     finetune.finetune(
         config(easy, tmp_path / "next", method="linear", weights=str(tmp_path / "run/merged.pt"))
@@ -891,7 +896,7 @@ def test_probe_trains_the_head_alone_first(easy, tmp_path, method, monkeypatch):
 
 def test_rates_with_and_without_a_probe():
     """Two cosines with a warm-up each, by the formula written out."""
-    settings = data.fill(
+    settings = common.fill(
         FinetuneConfig(lr=0.2, probe=0.5, probe_lr=0.1, steps=40, warmup=0.1, layer_decay=0.5),
         {},
     )
@@ -987,14 +992,14 @@ def test_unknown_labels_have_no_part_in_loss_and_auroc():
 def test_targets_and_rslora_reach_the_layers_and_the_adapter(easy, tmp_path):
     options = dict(method="lora", rank=4, alpha=8.0, targets="all", rslora=True)
     finetune.finetune(config(easy, tmp_path / "run", **options))
-    saved = data.load_checkpoint(tmp_path / "run/adapter.pt")
+    saved = common.load_checkpoint(tmp_path / "run/adapter.pt")
     assert set(saved["lora"]["targets"]) == {"qkv", "proj", "fc1", "fc2"}
     assert saved["lora"]["alpha"] / saved["lora"]["rank"] == pytest.approx(8 / 4**0.5)
     # Trained further, the adapter keeps its scale and its layers
     finetune.finetune(config(easy, tmp_path / "on", method="lora", weights=str(tmp_path / "run")))
-    assert data.load_checkpoint(tmp_path / "on/adapter.pt")["lora"] == saved["lora"]
+    assert common.load_checkpoint(tmp_path / "on/adapter.pt")["lora"] == saved["lora"]
     for other in (dict(rslora=True), dict(alpha=32.0)):
-        with pytest.raises(data.InputError, match="no --rslora and no --alpha but its own, 16"):
+        with pytest.raises(common.InputError, match="no --rslora and no --alpha but its own, 16"):
             finetune.finetune(
                 config(easy, tmp_path / "x", method="lora", weights=str(tmp_path / "run"), **other)
             )
@@ -1021,10 +1026,10 @@ def test_dora_starts_from_the_lengths_of_the_weights_it_is_given(easy, tmp_path)
 def test_dora_is_trained_saved_predicted_and_trained_further(easy, tmp_path):
     options = dict(method="lora", rank=2, dora=True, lr=0.05)
     finetune.finetune(config(easy, tmp_path / "run", **options))
-    saved = data.load_checkpoint(tmp_path / "run/adapter.pt")
+    saved = common.load_checkpoint(tmp_path / "run/adapter.pt")
     assert saved["lora"]["dora"] is True
     lengths = saved["adapter"]["blocks.0.attn.qkv.lora_magnitude"]
-    base = data.load_checkpoint(tmp_path / "run/base.pt")["model"]["blocks.0.attn.qkv.weight"]
+    base = common.load_checkpoint(tmp_path / "run/base.pt")["model"]["blocks.0.attn.qkv.weight"]
     q, _, v = base.chunk(3)
     assert lengths.shape == (len(q) + len(v),)
     assert not torch.equal(lengths, torch.cat([q, v]).norm(dim=1))  # they are trained
@@ -1033,15 +1038,15 @@ def test_dora_is_trained_saved_predicted_and_trained_further(easy, tmp_path):
     torch.testing.assert_close(torch.cat([merged[0], merged[2]]).norm(dim=1), lengths.abs())
     on = dict(method="lora", weights=str(tmp_path / "run"))
     finetune.finetune(config(easy, tmp_path / "on", **on))
-    assert data.load_checkpoint(tmp_path / "on/adapter.pt")["lora"] == saved["lora"]
+    assert common.load_checkpoint(tmp_path / "on/adapter.pt")["lora"] == saved["lora"]
     assert json.loads((tmp_path / "on/config.json").read_text())["dora"] is True
-    with pytest.raises(data.InputError, match="expected an adapter for --targets all"):
+    with pytest.raises(common.InputError, match="expected an adapter for --targets all"):
         finetune.finetune(config(easy, tmp_path / "other", targets="all", **on))
 
 
 def test_an_adapter_without_dora_is_not_trained_further_as_dora(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", method="lora"))
-    with pytest.raises(data.InputError, match="adapter for --targets qv --dora"):
+    with pytest.raises(common.InputError, match="adapter for --targets qv --dora"):
         finetune.finetune(
             config(easy, tmp_path / "on", method="lora", weights=str(tmp_path / "run"), dora=True)
         )
@@ -1049,7 +1054,7 @@ def test_an_adapter_without_dora_is_not_trained_further_as_dora(easy, tmp_path):
 
 def test_a_full_runs_folder_serves_as_weights(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "full"))
-    state = data.load_checkpoint(tmp_path / "full/best.pt")["model"]
+    state = common.load_checkpoint(tmp_path / "full/best.pt")["model"]
     finetune.finetune(
         config(easy, tmp_path / "lora", method="lora", weights=str(tmp_path / "full"))
     )
@@ -1086,11 +1091,11 @@ def test_a_run_warns_of_test_films_that_were_trained_on(easy, tmp_path, capsys):
     ):
         assert run(out, weights, method=method) == {"images": 3, "patients": 1}, out
     assert run("s", "scratch") is None
-    nothing = data.load_checkpoint(tmp_path / "m/last.pt")
-    data.save_checkpoint(tmp_path / "plain/last.pt", {"model": nothing["model"]})
+    nothing = common.load_checkpoint(tmp_path / "m/last.pt")
+    common.save_checkpoint(tmp_path / "plain/last.pt", {"model": nothing["model"]})
     assert run("p", "plain", num_heads=4) is None
     # A run's own training films count for what starts from it; an adapter names its own alone
-    own = data.load_checkpoint(tmp_path / "s/adapter.pt")["trained_on"]
+    own = common.load_checkpoint(tmp_path / "s/adapter.pt")["trained_on"]
     train = [f"{i:04d}.png" for i in range(64)]
     assert torch.equal(own, data.hash_films(root, train)) and len(own) == 64
     swapped = shutil.copytree(root, tmp_path / "swapped")
@@ -1187,10 +1192,10 @@ def test_compare_chooses_the_rate_on_val_and_runs_sets_and_ranks(easy, tmp_path)
 
 def test_peak_memory_is_that_of_the_run_itself():
     ballast = np.ones(300 * 2**20, dtype=np.uint8)
-    before = data.peak_memory_mib(torch.device("cpu"))
+    before = common.peak_memory_mib(torch.device("cpu"))
     del ballast
-    data.Timed([], torch.device("cpu"))
-    after = data.peak_memory_mib(torch.device("cpu"))
+    common.Timed([], torch.device("cpu"))
+    after = common.peak_memory_mib(torch.device("cpu"))
     if sys.platform == "linux":
         assert after < before - 200
 
@@ -1206,7 +1211,7 @@ def test_compare_refuses_a_cell_of_other_options(easy, tmp_path, other):
     before = (tmp_path / "compare.md").read_text()
     flag = "--" + next(iter(other)).replace("_", "-")
     with pytest.raises(
-        data.InputError,
+        common.InputError,
         match=rf"demo-scratch-linear-10-0.*: expected {flag} .*found a run with {flag}",
     ):
         finetune.compare(table(easy, tmp_path, **options | other))
@@ -1244,7 +1249,7 @@ def test_the_cells_of_a_comparison_share_val_and_test_images(easy, tmp_path, mon
     ids=["method", "lora", "ratio", "weights", "lr", "rank", "root"],
 )
 def test_compare_does_not_override_what_was_typed(easy, tmp_path, options, message):
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(common.InputError, match=message):
         finetune.compare(table(easy, tmp_path / "table", **options))
     assert not (tmp_path / "table").exists()
 
@@ -1286,13 +1291,13 @@ BAD = {
         r"bad\.pt: not a readable checkpoint",
     ),
     "no ViT": (
-        lambda r: data.save_checkpoint(r / "bad.pt", {"model": {"x": torch.ones(1)}}),
+        lambda r: common.save_checkpoint(r / "bad.pt", {"model": {"x": torch.ones(1)}}),
         {"weights": "bad.pt"},
         r"bad\.pt: expected a ViT",
     ),
     "missing checkpoint": (lambda r: None, {"weights": "none.pt"}, r"none\.pt: no such checkpoint"),
     "only an adapter": (
-        lambda r: data.save_checkpoint(
+        lambda r: common.save_checkpoint(
             r / "bad.pt",
             {
                 "adapter": {},
@@ -1330,7 +1335,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(easy, tmp_path, c
     spoil(root)
     options = {"out": "run"} | options
     options = {name: str(root / value) for name, value in options.items()}
-    with pytest.raises(data.InputError, match=message) as error:
+    with pytest.raises(common.InputError, match=message) as error:
         finetune.finetune(config(root, **options))
     assert "\n" not in str(error.value)
     assert not [path for path in root.rglob("*.tmp")] and not (root / "run").exists()
@@ -1339,7 +1344,7 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(easy, tmp_path, c
 def test_a_refused_run_leaves_the_one_before_it_alone(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", steps=2, evaluations=1))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with pytest.raises(data.InputError):
+    with pytest.raises(common.InputError):
         finetune.finetune(config(easy, tmp_path / "run", weights=str(tmp_path / "none.pt")))
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
@@ -1363,7 +1368,7 @@ def test_a_refused_run_leaves_the_one_before_it_alone(easy, tmp_path):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, message):
-    with pytest.raises(data.InputError, match=message) as error:
+    with pytest.raises(common.InputError, match=message) as error:
         finetune.finetune(config(easy, tmp_path, **options))
     assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.tmp"))
 
@@ -1382,20 +1387,22 @@ def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, messa
     ids=["inits", "methods", "ratios", "sets", "layout", "twice", "seeds"],
 )
 def test_compare_refuses_what_it_does_not_know_before_any_run(easy, tmp_path, options, message):
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(common.InputError, match=message):
         finetune.compare(table(easy, tmp_path / "table", **options))
     assert not (tmp_path / "table").exists()
 
 
 def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
-    saved, images = data.load_checkpoint(tmp_path / "run/best.pt"), str(easy / "images")
-    data.save_checkpoint(
+    saved, images = common.load_checkpoint(tmp_path / "run/best.pt"), str(easy / "images")
+    common.save_checkpoint(
         tmp_path / "headless.pt",
         saved | {"model": {n: t for n, t in saved["model"].items() if n != "head.bias"}},
     )
-    data.save_checkpoint(tmp_path / "sizeless.pt", {n: v for n, v in saved.items() if n != "sizes"})
-    data.save_checkpoint(tmp_path / "bare.pt", {"model": saved["model"]})
+    common.save_checkpoint(
+        tmp_path / "sizeless.pt", {n: v for n, v in saved.items() if n != "sizes"}
+    )
+    common.save_checkpoint(tmp_path / "bare.pt", {"model": saved["model"]})
     run, out = str(tmp_path / "run"), str(tmp_path / "out")
     for options, message in [
         (dict(weights=None, predict=images), "--predict needs --weights RUN"),
@@ -1418,7 +1425,7 @@ def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
             r"predictions\.csv: cannot be written",
         ),
     ]:
-        with pytest.raises(data.InputError, match=message) as error:
+        with pytest.raises(common.InputError, match=message) as error:
             finetune.predict_folder(FinetuneConfig(**dict(out=out, device="cpu") | options))
         assert "\n" not in str(error.value)
     assert not Path(out).exists() and not list(tmp_path.rglob("*.tmp"))
@@ -1427,19 +1434,19 @@ def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
 def test_weights_of_another_width_and_changed_weights_are_refused(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path, method="lora"))
     other = mrm.ViT(64, 16, 1, 64, 3, 4)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": other.state_dict()})
-    with pytest.raises(data.InputError, match="not the weights this adapter was trained on"):
+    common.save_checkpoint(tmp_path / "base.pt", {"model": other.state_dict()})
+    with pytest.raises(common.InputError, match="not the weights this adapter was trained on"):
         finetune.load_run(tmp_path)
-    sizes = data.load_checkpoint(tmp_path / "adapter.pt")["sizes"]
-    data.save_checkpoint(tmp_path / "base.pt", {"model": mrm.ViT(**sizes).state_dict()})
-    with pytest.raises(data.InputError, match="not the weights this adapter was trained on"):
+    sizes = common.load_checkpoint(tmp_path / "adapter.pt")["sizes"]
+    common.save_checkpoint(tmp_path / "base.pt", {"model": mrm.ViT(**sizes).state_dict()})
+    with pytest.raises(common.InputError, match="not the weights this adapter was trained on"):
         finetune.load_run(tmp_path)
 
 
 def test_pretraining_refuses_a_csv_without_the_columns(easy, tmp_path):
     root = shutil.copytree(easy, tmp_path / "root")
     (root / "training.csv").write_text("image,text\n0000.png,clear\n")
-    with pytest.raises(data.InputError, match=r"training\.csv: line 1: .*image_path") as error:
+    with pytest.raises(common.InputError, match=r"training\.csv: line 1: .*image_path") as error:
         mrm.pretrain(mrm.MRMConfig(data="csv", root=str(root), out=str(root / "run"), device="cpu"))
     assert "\n" not in str(error.value) and not (root / "run").exists()
 
@@ -1460,7 +1467,7 @@ def test_pretraining_refuses_a_csv_without_the_columns(easy, tmp_path):
     ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
 )
 def test_pretraining_refuses_ratios_that_hide_nothing_or_everything(tmp_path, options, message):
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(common.InputError, match=message):
         mrm.pretrain(mrm.MRMConfig(out=str(tmp_path / "run"), device="cpu", **options))
     assert not list(tmp_path.iterdir())
 
@@ -1492,10 +1499,10 @@ def test_scores_that_are_not_finite_have_no_auroc(bad):
     scores[3, 1] = bad
     for function in (finetune.auroc, finetune.mean_auroc):
         with pytest.raises(
-            data.InputError, match="AUROC: expected finite scores, found 1 that are not"
+            common.InputError, match="AUROC: expected finite scores, found 1 that are not"
         ):
             function(scores, labels)
-    with pytest.raises(data.InputError, match="found 20 that are not"):
+    with pytest.raises(common.InputError, match="found 20 that are not"):
         finetune.mean_auroc(np.full((20, 1), bad), labels[:, :1])
 
 
@@ -1505,7 +1512,9 @@ def test_the_loss_reaches_what_is_trained_and_nothing_else(method, fresh):
     torch.manual_seed(0)
     sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
     model = finetune.build_model(
-        data.fill(FinetuneConfig(method=method), finetune.PLAIN | finetune.SMALL[method]), sizes, 3
+        common.fill(FinetuneConfig(method=method), finetune.PLAIN | finetune.SMALL[method]),
+        sizes,
+        3,
     )
     if not fresh:
         with torch.no_grad():
@@ -1571,14 +1580,14 @@ def test_resume_refuses_other_lists_and_classes(easy, tmp_path, spoil):
     finetune.finetune(config(root, tmp_path / "run"))
     spoil(root)
     with pytest.raises(
-        data.InputError, match=r"last\.pt: expected a run with the same lists and classes as now"
+        common.InputError, match=r"last\.pt: expected a run with the same lists and classes as now"
     ):
         finetune.finetune(config(root, tmp_path / "run", resume=True))
 
 
 def test_training_goes_on_for_more_steps(easy, tmp_path, capsys):
     finetune.finetune(config(easy, tmp_path, method="lora"))
-    with pytest.raises(data.InputError, match="expected at least the 4 steps"):
+    with pytest.raises(common.InputError, match="expected at least the 4 steps"):
         finetune.finetune(config(easy, tmp_path, method="lora", resume=True, steps=3))
     result = finetune.finetune(
         config(easy, tmp_path, method="lora", resume=True, steps=None, epochs=2.0)
@@ -1592,7 +1601,7 @@ def test_an_adapter_is_trained_further(easy, tmp_path):
     first, again = tmp_path / "first", tmp_path / "again"
     finetune.finetune(config(easy, first, method="lora", rank=3, alpha=6.0))
     finetune.finetune(config(easy, again, method="lora", weights=str(first), lr=1e-9, steps=1))
-    old, new = (data.load_checkpoint(path / "adapter.pt") for path in (first, again))
+    old, new = (common.load_checkpoint(path / "adapter.pt") for path in (first, again))
     assert new["lora"] == old["lora"] and new["weights"] == old["weights"] == str(first / "base.pt")
     for name, tensor in old["adapter"].items():
         torch.testing.assert_close(new["adapter"][name], tensor, atol=1e-5, rtol=0)
@@ -1604,12 +1613,12 @@ def test_an_adapter_is_trained_further(easy, tmp_path):
         (dict(method="full"), "expected --lora, which trains this adapter further"),
         (dict(method="lora", rank=2), "does not fit the model"),
     ):
-        with pytest.raises(data.InputError, match=message):
+        with pytest.raises(common.InputError, match=message):
             finetune.finetune(config(easy, tmp_path / "other", weights=str(first), **options))
     root = shutil.copytree(easy, tmp_path / "root")
     (root / "classes.txt").write_text("Third\nSquare\n")
     with pytest.raises(
-        data.InputError, match=r"expected the classes of the data, \['Third', 'Square'\]"
+        common.InputError, match=r"expected the classes of the data, \['Third', 'Square'\]"
     ):
         finetune.finetune(config(root, tmp_path / "other", weights=str(first), method="lora"))
 
@@ -1618,9 +1627,9 @@ def test_a_head_is_reused_for_the_same_classes_in_the_same_order_alone(easy, tmp
     finetune.finetune(config(easy, tmp_path / "full", steps=1))
     weights, options = (
         str(tmp_path / "full"),
-        data.fill(FinetuneConfig(method="linear", data="csv", ratio=100), {}),
+        common.fill(FinetuneConfig(method="linear", data="csv", ratio=100), {}),
     )
-    saved = data.load_checkpoint(tmp_path / "full/best.pt")["model"]["head.weight"]
+    saved = common.load_checkpoint(tmp_path / "full/best.pt")["model"]["head.weight"]
     for classes, kept in (
         (["Square", "Third"], True),
         (["Third", "Square"], False),
@@ -1645,7 +1654,7 @@ def test_a_base_is_found_where_it_went(easy, tmp_path, monkeypatch):
     moved = finetune.load_run(tmp_path / "there/runs/adapter")[0].state_dict()
     assert all(torch.equal(tensor, moved[name]) for name, tensor in expected.items())
     (tmp_path / "there/runs/base").rename(tmp_path / "elsewhere")
-    with pytest.raises(data.InputError, match="its base weights .* are not there.*--base"):
+    with pytest.raises(common.InputError, match="its base weights .* are not there.*--base"):
         finetune.load_run(tmp_path / "there/runs/adapter")
     finetune.predict_folder(
         FinetuneConfig(
@@ -1667,21 +1676,21 @@ def test_a_base_is_found_where_it_went(easy, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [lora.merge, lora.export_peft])
 def test_commands_know_the_base_of_an_adapter(easy, tmp_path, command):
     finetune.finetune(config(easy, tmp_path / "run", method="lora", steps=1))
-    saved = data.load_checkpoint(tmp_path / "run/base.pt")
+    saved = common.load_checkpoint(tmp_path / "run/base.pt")
     for name, change in (("other", 0.1), ("nearly", 1e-6)):
         changed = {
             n: t + change if n == "blocks.0.norm1.weight" else t for n, t in saved["model"].items()
         }
-        data.save_checkpoint(tmp_path / f"{name}.pt", saved | {"model": changed})
+        common.save_checkpoint(tmp_path / f"{name}.pt", saved | {"model": changed})
         with pytest.raises(
-            data.InputError, match=f"{name}.pt are not the weights this adapter was trained on"
+            common.InputError, match=f"{name}.pt are not the weights this adapter was trained on"
         ):
             command(
                 lora.LoRAConfig(
                     adapter=str(tmp_path / "run/adapter.pt"), weights=str(tmp_path / f"{name}.pt")
                 )
             )
-    data.save_checkpoint(
+    common.save_checkpoint(
         tmp_path / "wrapped.pt",
         {"state_dict": {"module." + n: t for n, t in saved["model"].items()}},
     )
@@ -1726,7 +1735,7 @@ def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(
 
     monkeypatch.setitem(finetune.LOSSES, "classify", second_is_nan)
     with pytest.raises(
-        data.InputError, match=r"step 4: the loss is not finite.*images/00\d\d\.png"
+        common.InputError, match=r"step 4: the loss is not finite.*images/00\d\d\.png"
     ) as error:
         finetune.finetune(config(easy, tmp_path, steps=9, resume=True))
     assert "\n" not in str(error.value) and (tmp_path / "last.pt").read_bytes() == before
@@ -1740,8 +1749,8 @@ def test_clipping_bounds_what_a_step_does(easy, tmp_path):
         options = dict(steps=1, evaluations=1, optimizer="sgd", lr=1.0, warmup=0.0, clip=clip)
         options |= dict(weight_decay=0.0, layer_decay=1.0, drop_path=0.0, dtype="fp32")
         finetune.finetune(config(easy, tmp_path / str(clip), **options))
-        ran[clip] = data.load_checkpoint(tmp_path / str(clip) / "best.pt")["model"]
-    data.seed(0)
+        ran[clip] = common.load_checkpoint(tmp_path / str(clip) / "best.pt")["model"]
+    common.seed(0)
     fresh = finetune.build_model(
         filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
     ).state_dict()
@@ -1765,11 +1774,11 @@ def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
             warmup=1.0,
         )
     )
-    data.seed(0)
+    common.seed(0)
     fresh = finetune.build_model(
         filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
     ).state_dict()
-    ran = data.load_checkpoint(tmp_path / "best.pt")["model"]
+    ran = common.load_checkpoint(tmp_path / "best.pt")["model"]
     moved = {name: (ran[name] - tensor).abs().max().item() for name, tensor in fresh.items()}
     assert moved["head.weight"] > 1e-3 and moved["blocks.0.mlp.fc1.weight"] < 1e-5
 
@@ -1778,7 +1787,7 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(easy, tmp_pa
     root = tmp_path / "root"
     shutil.copytree(easy, root)
     (root / "images" / "0003.png").write_bytes(b"no image")
-    with pytest.raises(data.InputError, match=r"0003\.png"):
+    with pytest.raises(common.InputError, match=r"0003\.png"):
         finetune.finetune(config(root, tmp_path / "run", method="linear", steps=1))
     result = finetune.finetune(
         config(root, tmp_path / "run", method="linear", steps=1, skip_bad=True)
@@ -1790,7 +1799,7 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(easy, tmp_pa
     for name in ("train_list.txt", "train_10.txt"):
         (root / name).write_text(listed)
     options = dict(method="linear", steps=1, skip_bad=True)
-    with pytest.raises(data.InputError, match="--allow-outside"):
+    with pytest.raises(common.InputError, match="--allow-outside"):
         finetune.finetune(config(root, tmp_path / "run", **options))
     result = finetune.finetune(config(root, tmp_path / "run", **options, allow_outside=True))
     assert result["images"]["train"] == 63
@@ -1799,7 +1808,7 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(easy, tmp_pa
     predict = finetune.FinetuneConfig(
         predict=str(images), weights=str(tmp_path / "run"), out=str(tmp_path / "p")
     )
-    with pytest.raises(data.InputError, match=r"0003\.png"):
+    with pytest.raises(common.InputError, match=r"0003\.png"):
         finetune.predict_folder(predict)
     finetune.predict_folder(dataclasses.replace(predict, skip_bad=True))
     count = len(list(images.iterdir())) - 1
@@ -1977,7 +1986,7 @@ def test_a_segmentation_leaves_what_the_design_promises(holes, tmp_path, method,
         films = torch.randn(2, 1, 48, 48)
         run, merged = (finetune.load_run(path)[0] for path in (out, out / "merged.pt"))
         torch.testing.assert_close(run(films), merged(films), atol=1e-5, rtol=1e-5)
-        names = data.load_checkpoint(out / "adapter.pt")["adapter"]
+        names = common.load_checkpoint(out / "adapter.pt")["adapter"]
         assert "head.fuse.1.running_var" in names and not any("fc1" in name for name in names)
 
 
@@ -1985,9 +1994,9 @@ def test_a_segmentation_leaves_what_the_design_promises(holes, tmp_path, method,
 def test_a_segmentation_resumes_bit_for_bit(holes, tmp_path, monkeypatch, options):
     finetune.finetune(segment(holes, tmp_path / "whole", **options))
     interrupted(monkeypatch, segment(holes, tmp_path / "part", **options))
-    assert data.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2
+    assert common.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2
     finetune.finetune(segment(holes, tmp_path / "part", resume=True, **options))
-    a, b = (data.load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "part"))
+    a, b = (common.load_checkpoint(tmp_path / run / "last.pt") for run in ("whole", "part"))
     assert all(torch.equal(a["trained"][name], b["trained"][name]) for name in a["trained"])
     assert ("head.fuse.1.running_mean" in a["trained"]) == (not options)
     assert (tmp_path / "whole/predictions.csv").read_bytes() == (
@@ -2090,7 +2099,7 @@ def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp
         "model": {},
         "arguments": {name: mrm.BASE[name] for name in mrm.ENCODER_SIZES if name != "in_chans"},
     }
-    data.save_checkpoint(tmp_path / "base.pt", base)
+    common.save_checkpoint(tmp_path / "base.pt", base)
     run = segment(
         holes,
         tmp_path,
@@ -2116,7 +2125,7 @@ def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp
     assert finetune.fill_recipe(few, ["mask"])[0].norm == "group"
     passes = dataclasses.replace(run, batch_size=16, accumulate=2)  # 8 images at once
     assert finetune.fill_recipe(passes, ["mask"])[0].norm == "group"
-    with pytest.raises(data.InputError, match="--norm batch: expected --batch-size 2 or more"):
+    with pytest.raises(common.InputError, match="--norm batch: expected --batch-size 2 or more"):
         finetune.fill_recipe(dataclasses.replace(run, batch_size=1, norm="batch"), ["mask"])
     optimizer = torch.optim.SGD([dict(params=[torch.zeros(1)], lr_scale=0.5)], lr=1)
     rates = []
@@ -2145,10 +2154,10 @@ def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp
 def test_bad_masks_are_one_line_with_their_name(holes, tmp_path, spoil, message):
     shutil.copytree(holes, tmp_path / "data")
     spoil(tmp_path / "data")
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(common.InputError, match=message):
         finetune.finetune(segment(tmp_path / "data", tmp_path / "out"))
     assert not (tmp_path / "out/result.json").exists()
-    with pytest.raises(data.InputError, match="--masks: expected --task segment"):
+    with pytest.raises(common.InputError, match="--masks: expected --task segment"):
         finetune.finetune(config(holes, tmp_path / "out", masks="masks"))
 
 
@@ -2166,7 +2175,7 @@ def test_the_demo_has_no_files_for_films_without_pneumothorax(tmp_path):
     assert [mask is not None for mask in part.masks] == (part.labels[:, column] == 1).tolist()
     name = next(name for name, mask in zip(part.names, part.masks) if mask)
     (root / "masks" / name).unlink()
-    with pytest.raises(data.InputError, match=f"{name}: no such mask"):
+    with pytest.raises(common.InputError, match=f"{name}: no such mask"):
         finetune.read_lists(finetune.fill_cell(FinetuneConfig(task="segment", root=str(root))))
 
 
@@ -2180,7 +2189,9 @@ def test_training_leaves_out_what_is_known_to_be_empty_beyond_the_share(capsys):
         assert left.names == left.paths == [f"n{i}" for i in left.labels[:, 0].tolist()]
         assert [masks[i] for i in left.labels[:, 0].tolist()] == left.masks
     assert "12 of 16 training images without a mask are left out" in capsys.readouterr().out
-    with pytest.raises(data.InputError, match="the train list: expected a mask that is not empty"):
+    with pytest.raises(
+        common.InputError, match="the train list: expected a mask that is not empty"
+    ):
         finetune.leave_out_empty(dataclasses.replace(part, masks=[None] * 20), 1.0)
 
 
@@ -2248,7 +2259,7 @@ def test_a_run_has_one_scale_for_16_bits_and_prediction_takes_it(tmp_path, monke
     images = next(images for images in sets if images.path(0).endswith("/16.png"))
     with Image.open(root / "images/16.png") as film:
         assert abs(images[0][0].mean().item() - np.array(film).mean() / 4095) < 0.003
-    assert data.load_checkpoint(tmp_path / "run/best.pt")["deep"] == 4095
+    assert common.load_checkpoint(tmp_path / "run/best.pt")["deep"] == 4095
     rows = {}
     for name in ("images", "images/20.png"):  # the folder, and one image of it alone
         out = tmp_path / name.replace("/", "-")
@@ -2265,7 +2276,7 @@ def test_a_run_has_one_scale_for_16_bits_and_prediction_takes_it(tmp_path, monke
         assert rows["images"][name] == pytest.approx(float(value), abs=1e-6)
     assert rows["images/20.png"] == {"20.png": pytest.approx(rows["images"]["20.png"], abs=1e-6)}
     Image.fromarray(np.full((32, 32), 5000, np.uint16)).save(tmp_path / "bright.png")
-    with pytest.raises(data.InputError, match=r"bright\.png: expected values up to 4095"):
+    with pytest.raises(common.InputError, match=r"bright\.png: expected values up to 4095"):
         finetune.predict_folder(
             FinetuneConfig(
                 weights=str(tmp_path / "run"),
@@ -2278,13 +2289,13 @@ def test_a_run_has_one_scale_for_16_bits_and_prediction_takes_it(tmp_path, monke
 
 def test_a_run_on_8_bits_leaves_the_scale_of_16_bits_open(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
-    assert data.load_checkpoint(tmp_path / "run/best.pt")["deep"] is None
+    assert common.load_checkpoint(tmp_path / "run/best.pt")["deep"] is None
 
 
 def test_one_image_that_is_none_is_refused(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
     (tmp_path / "a.png").write_text("text")
-    with pytest.raises(data.InputError, match=r"a\.png: expected a complete PNG"):
+    with pytest.raises(common.InputError, match=r"a\.png: expected a complete PNG"):
         finetune.predict_folder(
             FinetuneConfig(
                 weights=str(tmp_path / "run"),
@@ -2307,7 +2318,7 @@ def test_a_run_with_checkpointed_blocks_is_the_run_without(easy, tmp_path, optio
     for name in ("plain", "again"):
         again = {"checkpoint_activations": name == "again"}
         finetune.finetune(config(easy, tmp_path / name, **options | again))
-        results.append(data.load_checkpoint(tmp_path / name / "last.pt"))
+        results.append(common.load_checkpoint(tmp_path / name / "last.pt"))
         calls.append(len(blocks))
     assert calls[1] - calls[0] == calls[0] + 3 * 4  # four blocks, one more time in each of 3 steps
     first, second = (result["trained"] for result in results)
@@ -2349,11 +2360,11 @@ def test_an_image_of_two_parts_is_warned_of(easy, tmp_path, capsys):
 @pytest.mark.parametrize("option", ["--img-size 96", "--test-side 96", "--raw-dicom"])
 def test_predict_refuses_what_it_would_ignore(tmp_path, option):
     words = f"--predict {tmp_path} --weights {tmp_path} {option}".split()
-    with pytest.raises(data.InputError, match=f"without {option.split()[0]}"):
-        finetune.predict_folder(data.parse_config(FinetuneConfig, words))
+    with pytest.raises(common.InputError, match=f"without {option.split()[0]}"):
+        finetune.predict_folder(common.parse_config(FinetuneConfig, words))
 
 
 @pytest.mark.parametrize("other", ["--compare", "--predict x"])
 def test_profile_refuses_other_commands(other):
-    with pytest.raises(data.InputError, match=f"--profile and {other.split()[0]}: expected one"):
-        data.parse_config(FinetuneConfig, ["--profile", *other.split()])
+    with pytest.raises(common.InputError, match=f"--profile and {other.split()[0]}: expected one"):
+        common.parse_config(FinetuneConfig, ["--profile", *other.split()])

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import data
 import lora
 import mrm
-from data import InputError
+from common import InputError
 
 COUNT = int(os.environ.get("MEDVISION_FUZZ", 2000))
 SEED = int(os.environ.get("MEDVISION_FUZZ_SEED", 0))
@@ -120,7 +121,7 @@ def write_weights(root):
     write_safetensors(root / "adapter_model.safetensors", adapter)
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "lora_dropout": 0.1}
     settings |= {"alpha_pattern": {"attn.qkv": 4}, "use_rslora": True, "use_dora": False}
-    data.write_json(root / "adapter_config.json", settings)
+    common.write_json(root / "adapter_config.json", settings)
 
     def encoder(path):
         tensors, saved = mrm.read_weights(path)
@@ -183,10 +184,10 @@ def write_samples(root):
         "list.txt": names,
         "training.csv": records,
         "patients.csv": lambda path: list(data.read_csv(path, ("image_path", "patient_id"))),
-        "run.json": data.read_json,
+        "run.json": common.read_json,
         "t.tiktoken": data.load_tokenizer,
-        "zip.pt": data.load_checkpoint,
-        "old.pt": data.load_checkpoint,
+        "zip.pt": common.load_checkpoint,
+        "old.pt": common.load_checkpoint,
         "adapter.pt": adapter,
         "grey.png": image,
         "colour.png": piece,

@@ -19,7 +19,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-import data
+import common
 import finetune
 import interruption
 import mrm
@@ -65,12 +65,12 @@ def run(script, root, out, **options):
 
 def state(script, out):
     """What a finished run must have in common with any other: weights, history, log, files."""
-    saved = data.load_checkpoint(out / "last.pt")
+    saved = common.load_checkpoint(out / "last.pt")
     tensors = {
         f"last {name}": t for name, t in saved["model" if script == "mrm" else "trained"].items()
     }
     if script == "finetune":
-        adapter = data.load_checkpoint(out / "adapter.pt")["adapter"]
+        adapter = common.load_checkpoint(out / "adapter.pt")["adapter"]
         tensors |= {f"adapter {name}": tensor for name, tensor in adapter.items()}
     timed = ("images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-import data
+import common
 import interruption
 import reggan
 
@@ -65,7 +65,7 @@ def state(out):
     files."""
     tensors = {}
     for file in ("last.pt", "best.pt"):
-        saved = data.load_checkpoint(out / file)
+        saved = common.load_checkpoint(out / file)
         tensors |= {f"{file} {name}": tensor for name, tensor in saved["model"].items()}
         for i, own in enumerate(saved.get("ranks", ())):
             tensors[f"random {i}"] = own["random"]["torch"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-import data
+import common
 import lora
 import mrm
 
@@ -206,7 +206,7 @@ def test_adapter_round_trip_and_size(tmp_path):
     model = trained(lora.add_lora(vit(embed_dim=192, depth=6, num_heads=6), rank=2)).eval()
     images = torch.randn(2, 1, 16, 16)
     lora.save_adapter(tmp_path / "adapter.pt", model, classes=["a", "b", "c"])
-    data.save_checkpoint(tmp_path / "full.pt", model.state_dict())
+    common.save_checkpoint(tmp_path / "full.pt", model.state_dict())
     assert (tmp_path / "adapter.pt").stat().st_size < 0.02 * (tmp_path / "full.pt").stat().st_size
     again = vit(embed_dim=192, depth=6, num_heads=6).eval()
     assert lora.load_adapter(again, tmp_path / "adapter.pt")["classes"] == ["a", "b", "c"]
@@ -227,44 +227,47 @@ def test_an_adapter_of_vit_b_is_under_two_percent_of_it(tmp_path):
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     lora.save_adapter(tmp_path / "adapter.pt", lora.add_lora(vit(), rank=2))
-    with pytest.raises(data.InputError, match="adapter.pt: .*does not fit the model"):
+    with pytest.raises(common.InputError, match="adapter.pt: .*does not fit the model"):
         lora.load_adapter(vit(embed_dim=48), tmp_path / "adapter.pt")
-    data.save_checkpoint(tmp_path / "model.pt", {"model": vit().state_dict()})
-    with pytest.raises(data.InputError, match="model.pt: expected an adapter"):
+    common.save_checkpoint(tmp_path / "model.pt", {"model": vit().state_dict()})
+    with pytest.raises(common.InputError, match="model.pt: expected an adapter"):
         lora.load_adapter(vit(), tmp_path / "model.pt")
-    saved = data.load_checkpoint(tmp_path / "adapter.pt")
-    with pytest.raises(data.InputError, match="none.pt: no such checkpoint"):
+    saved = common.load_checkpoint(tmp_path / "adapter.pt")
+    with pytest.raises(common.InputError, match="none.pt: no such checkpoint"):
         lora.load_adapter(vit(), tmp_path / "none.pt")
     with pytest.raises(
-        data.InputError,
+        common.InputError,
         match=r"adapter.pt: .*lora_A \(4, 24\) does not fit the model \(\(6, 24\)\)",
     ):
         lora.load_adapter(lora.add_lora(vit(), rank=3), tmp_path / "adapter.pt")
     with pytest.raises(
-        data.InputError, match="adapter.pt: blocks.1.* does not fit the model \\(no such tensor\\)"
+        common.InputError,
+        match="adapter.pt: blocks.1.* does not fit the model \\(no such tensor\\)",
     ):
         lora.load_adapter(vit(depth=1), tmp_path / "adapter.pt")
     del saved["adapter"]["head.weight"]
-    data.save_checkpoint(tmp_path / "part.pt", saved)
-    with pytest.raises(data.InputError, match="head.weight is missing and does not fit the model"):
+    common.save_checkpoint(tmp_path / "part.pt", saved)
+    with pytest.raises(
+        common.InputError, match="head.weight is missing and does not fit the model"
+    ):
         lora.load_adapter(vit(), tmp_path / "part.pt")
 
 
 def test_merge_command_writes_the_same_model_as_a_plain_vit(tmp_path):
     base, images = vit(), torch.randn(2, 1, 16, 16)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     model = trained(lora.add_lora(base, rank=2)).eval()
     lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"))
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt")))
     plain = vit(seed=5).eval()
-    plain.load_state_dict(data.load_checkpoint(tmp_path / "merged.pt")["model"])
+    plain.load_state_dict(common.load_checkpoint(tmp_path / "merged.pt")["model"])
     torch.testing.assert_close(plain(images), model(images), atol=2e-6, rtol=1e-5)
 
 
 def test_export_is_read_by_peft(tmp_path):
     peft = pytest.importorskip("peft")
     base, images = vit(), torch.randn(2, 1, 16, 16)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     model = trained(lora.add_lora(base, rank=2)).eval()
     lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"))
     lora.export_peft(
@@ -279,7 +282,7 @@ def test_export_is_read_by_peft(tmp_path):
 def test_import_of_what_peft_has_saved(tmp_path, targets, rslora):
     peft = pytest.importorskip("peft")
     base, images = vit(), torch.randn(2, 1, 16, 16)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     settings = peft.LoraConfig(
         r=3,
         lora_alpha=7,
@@ -301,7 +304,7 @@ def test_import_of_what_peft_has_saved(tmp_path, targets, rslora):
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "in.pt"), out=str(tmp_path / "merged.pt")))
     merged = vit(seed=0)
     before = merged(images)
-    merged.load_state_dict(data.load_checkpoint(tmp_path / "merged.pt")["model"], strict=False)
+    merged.load_state_dict(common.load_checkpoint(tmp_path / "merged.pt")["model"], strict=False)
     torch.testing.assert_close(merged(images), theirs(images), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(merged(images), before, atol=1e-3)
 
@@ -318,25 +321,25 @@ def test_import_of_what_peft_has_saved(tmp_path, targets, rslora):
     ],
 )
 def test_import_refuses_what_it_cannot_hold(tmp_path, change, message):
-    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     settings = {"peft_type": "LORA", "bias": "none", "r": 2, "lora_alpha": 4} | change
-    data.write_json(tmp_path / "adapter_config.json", settings)
+    common.write_json(tmp_path / "adapter_config.json", settings)
     config = lora.LoRAConfig(peft=str(tmp_path), weights=str(tmp_path / "base.pt"))
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(common.InputError, match=message):
         lora.import_peft(config)
-    data.write_json(tmp_path / "adapter_config.json", ["LORA"])
-    with pytest.raises(data.InputError, match="expected the settings of an adapter, found list"):
+    common.write_json(tmp_path / "adapter_config.json", ["LORA"])
+    with pytest.raises(common.InputError, match="expected the settings of an adapter, found list"):
         lora.import_peft(config)
-    data.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "bias": "none"})
-    with pytest.raises(data.InputError, match="no such checkpoint"):
+    common.write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "bias": "none"})
+    with pytest.raises(common.InputError, match="no such checkpoint"):
         lora.import_peft(config)
-    data.save_checkpoint(tmp_path / "adapter_model.bin", {"x.lora_E": torch.ones(2)})
-    with pytest.raises(data.InputError, match="lora_A and lora_B of a ViT's blocks"):
+    common.save_checkpoint(tmp_path / "adapter_model.bin", {"x.lora_E": torch.ones(2)})
+    with pytest.raises(common.InputError, match="lora_A and lora_B of a ViT's blocks"):
         lora.import_peft(config)
 
 
 def test_import_takes_scales_and_shapes_that_fit(tmp_path):
-    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     start, adapter = "base_model.model.blocks.", {}
     for i in range(2):
         adapter[f"{start}{i}.attn.qkv.lora_A.weight"] = torch.randn(2, 24)
@@ -347,10 +350,10 @@ def test_import_takes_scales_and_shapes_that_fit(tmp_path):
 
     def run(tensors=adapter, **settings):
         settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4} | settings
-        data.write_json(tmp_path / "adapter_config.json", settings)
-        data.save_checkpoint(tmp_path / "adapter_model.bin", tensors)
+        common.write_json(tmp_path / "adapter_config.json", settings)
+        common.save_checkpoint(tmp_path / "adapter_model.bin", tensors)
         lora.import_peft(config)
-        return data.load_checkpoint(tmp_path / "in.pt")["lora"]["alpha"]
+        return common.load_checkpoint(tmp_path / "in.pt")["lora"]["alpha"]
 
     assert run() == 4 and run(use_rslora=True) == pytest.approx(4 * 2**0.5)
     assert run(alpha_pattern={"attn.qkv": 6}) == 6 and run(alpha_pattern={".*qkv": 6}) == 6
@@ -384,7 +387,7 @@ def test_import_takes_scales_and_shapes_that_fit(tmp_path):
             "lora_magnitude has no place",
         ),
     ):
-        with pytest.raises(data.InputError, match=message):
+        with pytest.raises(common.InputError, match=message):
             run(**change)
 
 
@@ -395,7 +398,7 @@ def test_an_adapter_exported_to_peft_comes_back(tmp_path, targets, dora):
     that is imported has the largest, filled up with zeros, and peft computes the same logits."""
     peft = pytest.importorskip("peft")
     base, images = vit(), torch.randn(2, 1, 16, 16)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     settings = dict(rank=2, alpha=7, targets=lora.TARGETS[targets], dora=dora)
     model = trained(lora.add_lora(base, **settings)).eval()
     weights = str(tmp_path / "base.pt")
@@ -403,7 +406,7 @@ def test_an_adapter_exported_to_peft_comes_back(tmp_path, targets, dora):
     folder, back = str(tmp_path / "peft"), str(tmp_path / "back.pt")
     lora.export_peft(lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt"), out=folder))
     lora.import_peft(lora.LoRAConfig(peft=folder, weights=weights, out=back))
-    saved, again = data.load_checkpoint(back), vit()
+    saved, again = common.load_checkpoint(back), vit()
     lora.add_lora(again, **saved["lora"])
     assert not again.load_state_dict(saved["adapter"], strict=False).unexpected_keys
     torch.testing.assert_close(again.eval()(images), model(images), atol=1e-5, rtol=0)
@@ -416,7 +419,7 @@ def test_an_adapter_exported_to_peft_comes_back(tmp_path, targets, dora):
 def test_import_of_pefts_ranks_and_scales_by_layer(tmp_path, rslora):
     """rank_pattern and alpha_pattern, by names and by expressions, as peft itself reads them."""
     peft = pytest.importorskip("peft")
-    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     settings = peft.LoraConfig(
         r=3,
         lora_alpha=7,
@@ -432,7 +435,7 @@ def test_import_of_pefts_ranks_and_scales_by_layer(tmp_path, rslora):
     theirs.save_pretrained(tmp_path / "peft")
     weights, back = str(tmp_path / "base.pt"), str(tmp_path / "in.pt")
     lora.import_peft(lora.LoRAConfig(peft=str(tmp_path / "peft"), weights=weights, out=back))
-    saved, ours, images = data.load_checkpoint(back), vit(), torch.randn(2, 1, 16, 16)
+    saved, ours, images = common.load_checkpoint(back), vit(), torch.randn(2, 1, 16, 16)
     assert saved["lora"]["rank"] == 5
     lora.add_lora(ours, **saved["lora"])
     assert not ours.load_state_dict(saved["adapter"], strict=False).unexpected_keys
@@ -440,7 +443,7 @@ def test_import_of_pefts_ranks_and_scales_by_layer(tmp_path, rslora):
 
 
 def test_inspect_shows_what_an_adapter_changes(tmp_path, capsys):
-    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     targets = {"qkv": (True, False, True), "fc1": (True,), "proj": (False, True)}
     model = trained(lora.add_lora(vit(), rank=3, alpha=6, targets=targets))
     with torch.no_grad():
@@ -539,7 +542,7 @@ def dora_beside_peft(tmp_path, **settings):
             with torch.no_grad():
                 parameter.add_(0.3 * torch.randn_like(parameter))
     theirs.save_pretrained(tmp_path / "peft")
-    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     lora.import_peft(
         lora.LoRAConfig(
             peft=str(tmp_path / "peft"),
@@ -547,7 +550,7 @@ def dora_beside_peft(tmp_path, **settings):
             out=str(tmp_path / "in.pt"),
         )
     )
-    saved, ours = data.load_checkpoint(tmp_path / "in.pt"), vit()
+    saved, ours = common.load_checkpoint(tmp_path / "in.pt"), vit()
     lora.add_lora(ours, **saved["lora"])
     assert not ours.load_state_dict(saved["adapter"], strict=False).unexpected_keys
     return theirs, ours
@@ -578,7 +581,7 @@ def test_dora_computes_and_learns_as_in_peft(tmp_path, rslora):
 def test_dora_through_adapter_merge_and_export(tmp_path, targets):
     peft = pytest.importorskip("peft")
     base, images = vit(), torch.randn(2, 1, 16, 16)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     model = trained(lora.add_lora(base, rank=2, targets=lora.TARGETS[targets], dora=True)).eval()
     with torch.no_grad():
         for layer in lora.lora_layers(model):
@@ -593,7 +596,7 @@ def test_dora_through_adapter_merge_and_export(tmp_path, targets):
     torch.testing.assert_close(theirs(images), model(images), atol=1e-5, rtol=1e-5)
     lora.merge(lora.LoRAConfig(adapter=str(path)))
     merged = vit(seed=3)
-    merged.load_state_dict(data.load_checkpoint(tmp_path / "merged.pt")["model"])
+    merged.load_state_dict(common.load_checkpoint(tmp_path / "merged.pt")["model"])
     torch.testing.assert_close(merged(images), model(images), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(model(images), vit()(images), atol=1e-2)
 
@@ -601,9 +604,9 @@ def test_dora_through_adapter_merge_and_export(tmp_path, targets):
 def test_adapters_of_before_dora_load(tmp_path):
     model, images = trained(lora.add_lora(vit(), rank=2)).eval(), torch.randn(2, 1, 16, 16)
     lora.save_adapter(tmp_path / "a.pt", model)
-    saved = data.load_checkpoint(tmp_path / "a.pt")
+    saved = common.load_checkpoint(tmp_path / "a.pt")
     del saved["lora"]["dora"]
-    data.save_checkpoint(tmp_path / "a.pt", saved)
+    common.save_checkpoint(tmp_path / "a.pt", saved)
     again = vit()
     lora.load_adapter(again, tmp_path / "a.pt")
     torch.testing.assert_close(again.eval()(images), model(images))
@@ -627,9 +630,9 @@ def medpeft_checkpoint(rank=2):
 @pytest.mark.parametrize("base", ["", "base.pt"])
 def test_import_of_med_pefts_checkpoints(tmp_path, base):
     state, plain = medpeft_checkpoint()
-    data.save_checkpoint(tmp_path / "checkpoint-best_auroc.pth", {"model": state, "epoch": 3})
+    common.save_checkpoint(tmp_path / "checkpoint-best_auroc.pth", {"model": state, "epoch": 3})
     encoder = {n: t for n, t in state.items() if "lora_" not in n and "head" not in n}
-    data.save_checkpoint(tmp_path / "base.pt", {"model": encoder})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": encoder})
     weights = str(tmp_path / base) if base else ""
     lora.import_medpeft(
         lora.LoRAConfig(
@@ -639,7 +642,7 @@ def test_import_of_med_pefts_checkpoints(tmp_path, base):
         )
     )
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "a.pt")))
-    merged = data.load_checkpoint(tmp_path / "merged.pt")["model"]
+    merged = common.load_checkpoint(tmp_path / "merged.pt")["model"]
     assert merged.keys() == plain.keys()
     for name, tensor in plain.items():
         torch.testing.assert_close(merged[name], tensor, atol=1e-5, rtol=1e-5)
@@ -647,32 +650,32 @@ def test_import_of_med_pefts_checkpoints(tmp_path, base):
 
 def test_med_pefts_checkpoints_that_cannot_be_imported(tmp_path):
     state, plain = medpeft_checkpoint()
-    data.save_checkpoint(tmp_path / "base.pt", {"model": plain})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": plain})
     path = tmp_path / "c.pth"
     config = lora.LoRAConfig(peft=str(path), weights=str(tmp_path / "base.pt"))
-    data.save_checkpoint(path, {"model": state})  # its weights are those without LoRA's part
-    with pytest.raises(data.InputError, match="qkv.weight: expected that of .* or merged ones"):
+    common.save_checkpoint(path, {"model": state})  # its weights are those without LoRA's part
+    with pytest.raises(common.InputError, match="qkv.weight: expected that of .* or merged ones"):
         lora.import_medpeft(config)
-    data.save_checkpoint(path, {"model": plain})
-    with pytest.raises(data.InputError, match="expected a checkpoint of MED-PEFT"):
+    common.save_checkpoint(path, {"model": plain})
+    with pytest.raises(common.InputError, match="expected a checkpoint of MED-PEFT"):
         lora.import_medpeft(config)
-    with pytest.raises(data.InputError, match="--peft CHECKPOINT"):
+    with pytest.raises(common.InputError, match="--peft CHECKPOINT"):
         lora.import_medpeft(lora.LoRAConfig())
     # Read as weights, LoRA is not left out without a word
-    data.save_checkpoint(path, {"model": state})
-    with pytest.raises(data.InputError, match="no place for .*lora_A.*import-medpeft"):
+    common.save_checkpoint(path, {"model": state})
+    with pytest.raises(common.InputError, match="no place for .*lora_A.*import-medpeft"):
         mrm.load_encoder(vit(), mrm.read_weights(path)[0], path)
 
 
 def test_export_to_med_peft_and_back(tmp_path):
     base, images = vit(), torch.randn(2, 1, 16, 16)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     model = trained(lora.add_lora(base, rank=2, alpha=5)).eval()
     path = tmp_path / "adapter.pt"
     lora.save_adapter(path, model, weights=str(tmp_path / "base.pt"))
     lora.export_medpeft(lora.LoRAConfig(adapter=str(path)))
     exported = tmp_path / "medpeft.pth"
-    state = data.load_checkpoint(exported)["model"]
+    state = common.load_checkpoint(exported)["model"]
     assert state["patch_embed.proj.weight"].shape == (24, 3, 4, 4)
     assert state.keys() == model.state_dict().keys()
     named = dict(weights=str(tmp_path / "base.pt"), out=str(tmp_path / "named.pt"))
@@ -685,7 +688,7 @@ def test_export_to_med_peft_and_back(tmp_path):
     torch.testing.assert_close(again(images), model(images), atol=1e-5, rtol=1e-5)
     for other in (dict(targets=lora.TARGETS["qkv"]), dict(dora=True)):
         lora.save_adapter(path, lora.add_lora(vit(), 2, **other), weights=str(tmp_path / "base.pt"))
-        with pytest.raises(data.InputError, match="what MED-PEFT's code computes"):
+        with pytest.raises(common.InputError, match="what MED-PEFT's code computes"):
             lora.export_medpeft(lora.LoRAConfig(adapter=str(path)))
 
 
@@ -693,7 +696,7 @@ def test_export_to_med_peft_and_back(tmp_path):
 def test_targets_export_to_peft_and_count(tmp_path, targets):
     peft = pytest.importorskip("peft")
     base, images = vit(), torch.randn(2, 1, 16, 16)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     model = trained(lora.add_lora(base, rank=2, targets=lora.TARGETS[targets])).eval()
     assert len(lora.lora_layers(model)) == {"qv": 2, "qkv": 2, "all": 8}[targets]
     lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"))
@@ -710,7 +713,7 @@ def test_targets_export_to_peft_and_count(tmp_path, targets):
 def test_a_merged_file_names_the_films_of_base_and_adapter(tmp_path):
     base = vit()
     films = {"base": torch.tensor([1, 5]), "adapter": torch.tensor([5, 7])}
-    data.save_checkpoint(
+    common.save_checkpoint(
         tmp_path / "base.pt", {"model": base.state_dict(), "trained_on": films["base"]}
     )
     model = trained(lora.add_lora(base, rank=2))
@@ -718,7 +721,7 @@ def test_a_merged_file_names_the_films_of_base_and_adapter(tmp_path):
         tmp_path / "a.pt", model, weights=str(tmp_path / "base.pt"), trained_on=films["adapter"]
     )
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "a.pt"), out=str(tmp_path / "m.pt")))
-    assert data.load_checkpoint(tmp_path / "m.pt")["trained_on"].tolist() == [1, 5, 7]
+    assert common.load_checkpoint(tmp_path / "m.pt")["trained_on"].tolist() == [1, 5, 7]
 
 
 def damaged(saved, entry):
@@ -751,11 +754,11 @@ def damaged(saved, entry):
     ],
 )
 def test_damaged_adapters_end_a_command_with_one_line(tmp_path, command, entry, message):
-    data.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     path = tmp_path / "adapter.pt"
     lora.save_adapter(path, lora.add_lora(vit(), rank=2), weights=str(tmp_path / "base.pt"))
-    data.save_checkpoint(path, damaged(data.load_checkpoint(path), entry))
-    with pytest.raises(data.InputError, match=f"adapter.pt: .*{message}") as error:
+    common.save_checkpoint(path, damaged(common.load_checkpoint(path), entry))
+    with pytest.raises(common.InputError, match=f"adapter.pt: .*{message}") as error:
         command(lora.LoRAConfig(adapter=str(path), out=str(tmp_path / "out")))
     assert "\n" not in str(error.value) and sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter.pt",
@@ -766,14 +769,14 @@ def test_damaged_adapters_end_a_command_with_one_line(tmp_path, command, entry, 
 @pytest.mark.parametrize("command", [lora.merge, lora.export_peft])
 def test_commands_refuse_other_weights_and_places_they_cannot_write(tmp_path, command):
     for name, model in (("base", vit()), ("wide", vit(embed_dim=48))):
-        data.save_checkpoint(tmp_path / f"{name}.pt", {"model": model.state_dict()})
+        common.save_checkpoint(tmp_path / f"{name}.pt", {"model": model.state_dict()})
     path = str(tmp_path / "adapter.pt")
     lora.save_adapter(path, lora.add_lora(vit(), rank=2), weights=str(tmp_path / "base.pt"))
     with pytest.raises(
-        data.InputError, match="wide.pt: blocks.0.attn.qkv.weight does not fit .*adapter.pt"
+        common.InputError, match="wide.pt: blocks.0.attn.qkv.weight does not fit .*adapter.pt"
     ):
         command(lora.LoRAConfig(adapter=path, weights=str(tmp_path / "wide.pt")))
-    with pytest.raises(data.InputError, match="adapter.pt.* cannot be written"):
+    with pytest.raises(common.InputError, match="adapter.pt.* cannot be written"):
         command(lora.LoRAConfig(adapter=path, out=path + "/out"))
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -781,7 +784,7 @@ def test_commands_refuse_other_weights_and_places_they_cannot_write(tmp_path, co
 def test_usage_is_one_line(monkeypatch):
     for argv in (["lora.py"], ["lora.py", "split"]):
         monkeypatch.setattr("sys.argv", argv)
-        with pytest.raises(data.InputError, match="usage: python lora.py merge"):
+        with pytest.raises(common.InputError, match="usage: python lora.py merge"):
             lora.main()
 
 
@@ -799,7 +802,7 @@ def test_help_is_printed_and_exits_with_0():
 def test_targets_of_different_widths_are_read_by_peft(tmp_path):
     peft = pytest.importorskip("peft")
     base, images = vit(), torch.randn(2, 1, 16, 16)
-    data.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
     targets = {"qkv": (True, False, True), "fc1": (True,), "proj": (True, True)}
     model = trained(lora.add_lora(base, rank=2, alpha=8, targets=targets)).eval()
     lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"))

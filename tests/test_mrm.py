@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import common
 import data
 import mrm
 
@@ -409,11 +410,11 @@ def test_positions_are_resized_and_other_encoders_refused(capsys):
         mrm.ViT(16, 4, 1, 24, 3, 3),
         mrm.ViT(16, 8, 1, 24, 2, 3),
     ):
-        with pytest.raises(data.InputError, match="small.pth: the encoder does not fit"):
+        with pytest.raises(common.InputError, match="small.pth: the encoder does not fit"):
             mrm.load_encoder(other, small.state_dict(), "small.pth")
-    with pytest.raises(data.InputError, match="1 blocks in the model, 2 in the file"):
+    with pytest.raises(common.InputError, match="1 blocks in the model, 2 in the file"):
         mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
-    with pytest.raises(data.InputError, match="x.pth: expected a ViT's tensors"):
+    with pytest.raises(common.InputError, match="x.pth: expected a ViT's tensors"):
         mrm.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
 
 
@@ -512,11 +513,11 @@ def test_typed_options_win_over_the_preset(
     for passes, world in ((4, 1), (1, 4), (2, 8)):
         filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=passes), world=world)
         assert filled.lr == pytest.approx(1e-3 * 32 / 256) and filled.batch_size == 32
-        assert data.share_of_batch(filled, world) == 32 // passes // world
+        assert common.share_of_batch(filled, world) == 32 // passes // world
     capsys.readouterr()
     filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=3), world=4)
     assert filled.batch_size == 36 and filled.lr == pytest.approx(1e-3 * 36 / 256)
-    assert data.share_of_batch(filled, 4) == 3
+    assert common.share_of_batch(filled, 4) == 3
     assert "--batch-size 32 becomes 36, which 4 processes x" in capsys.readouterr().out
     filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, lr=0.5), world=1)
     assert filled.lr == 0.5  # the typed peak wins
@@ -560,7 +561,7 @@ def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
     assert (saved["mean"], saved["std"], saved["base_lr"]) == (0, mrm.STD, 1e-3)
     assert saved["warmup"] == 0 and saved["lr"] == pytest.approx(1e-3 * 4 / 256)
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 2  # a quarter of 32 / 4
-    assert data.load_checkpoint(tmp_path / "last.pt")["mean"] == 0
+    assert common.load_checkpoint(tmp_path / "last.pt")["mean"] == 0
 
 
 def test_a_run_with_a_cache_has_the_losses_of_one_without(films, tmp_path):
@@ -576,7 +577,7 @@ def test_a_run_with_a_cache_has_the_losses_of_one_without(films, tmp_path):
 def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path, monkeypatch):
     whole = mrm.pretrain(record_run(films, tmp_path / "whole"))
     saved = json.loads((tmp_path / "whole/config.json").read_text())
-    state = data.load_checkpoint(tmp_path / "whole/last.pt")
+    state = common.load_checkpoint(tmp_path / "whole/last.pt")
     assert state["config"] == saved and saved["vocab_size"] == 800 and saved["word_ratio"] == 0.9
     assert saved["lr"] == whole["lr"] == pytest.approx(1.6e-2 * 4 / 256)
     assert {
@@ -590,7 +591,7 @@ def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path
         "heldout_report_loss",
     } <= whole.keys()
 
-    save = data.save_checkpoint
+    save = common.save_checkpoint
 
     def save_and_stop(path, state):
         save(path, state)
@@ -598,12 +599,12 @@ def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "save_checkpoint", save_and_stop)
+        patch.setattr(common, "save_checkpoint", save_and_stop)
         mrm.pretrain(record_run(films, tmp_path / "part"))
     part = mrm.pretrain(record_run(films, tmp_path / "part", resume=True))
     losses = [name for name in whole if name.endswith("loss")]
     assert len(losses) == 4 and [part[name] for name in losses] == [whole[name] for name in losses]
-    other = data.load_checkpoint(tmp_path / "part/last.pt")
+    other = common.load_checkpoint(tmp_path / "part/last.pt")
     assert all(torch.equal(state["model"][name], other["model"][name]) for name in state["model"])
     assert [line["step"] for line in other["history"]] == [1, 2, 3, 4]
     again = mrm.pretrain(record_run(films, tmp_path / "part", resume=True))  # of a finished run
@@ -630,7 +631,7 @@ def test_resuming_with_other_options_is_refused(films, tmp_path, other):
         flag = "--"  # several options follow from these two
     before = (films.parent / "run/last.pt").read_bytes()
     with pytest.raises(
-        data.InputError, match=rf"last\.pt: expected {flag}.*, found a run with"
+        common.InputError, match=rf"last\.pt: expected {flag}.*, found a run with"
     ) as error:
         mrm.pretrain(record_run(films, films.parent / "run", **dict(steps=1, resume=True) | other))
     assert "\n" not in str(error.value) and (films.parent / "run/last.pt").read_bytes() == before
@@ -648,7 +649,7 @@ def test_resuming_with_other_options_is_refused(films, tmp_path, other):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_options_that_cannot_be_used_are_one_line(films, tmp_path, options, message):
-    with pytest.raises(data.InputError, match=message) as error:
+    with pytest.raises(common.InputError, match=message) as error:
         mrm.pretrain(record_run(films, tmp_path / "run", **options))
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
@@ -663,7 +664,7 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
     )
     assert (tmp_path / "run/reconstruction.png").stat().st_size > 0
     assert "of the hidden tokens are guessed right" in capsys.readouterr().out
-    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    state = common.load_checkpoint(tmp_path / "run/last.pt")
     model = mrm.MRM(**state["arguments"]).eval()
     model.load_state_dict(state["model"])
     images = torch.rand(3, 1, 96, 96)
@@ -683,17 +684,17 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
 def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch, capsys):
     """The class token's weights head by head; the words' map by differences of log p."""
     mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
-    drawn, overlay, hide, save, kept = [], mrm.overlay, data.hide_words, data.save_grid, {}
+    drawn, overlay, hide, save, kept = [], mrm.overlay, data.hide_words, common.save_grid, {}
     monkeypatch.setattr(mrm, "overlay", lambda *both: drawn.append(both) or overlay(*both))
     monkeypatch.setattr(data, "hide_words", lambda *a: kept.setdefault("hidden", hide(*a)))
     monkeypatch.setattr(
-        data, "save_grid", lambda *a, **k: kept.setdefault("grid", a) and save(*a, **k)
+        common, "save_grid", lambda *a, **k: kept.setdefault("grid", a) and save(*a, **k)
     )
     mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "run"), words="Heart,clear"))
     assert (tmp_path / "run/attention.png").stat().st_size > 0
     (shown, looks), (_, speaks) = drawn
     assert shown.shape == (6, 1, 96, 96) and looks.shape == speaks.shape == (6, 16)
-    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    state = common.load_checkpoint(tmp_path / "run/last.pt")
     model = mrm.MRM(**state["arguments"]).eval()
     model.load_state_dict(state["model"])
     model.double()
@@ -739,13 +740,13 @@ def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "no held-out report holds 'kidney'" in said and "'clear'" not in said
     with pytest.raises(
-        data.InputError, match="--holdout: expected at most the run's 8; .* found 9"
+        common.InputError, match="--holdout: expected at most the run's 8; .* found 9"
     ):
         mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), holdout=9))
-    with pytest.raises(data.InputError, match="--words: expected words that a held-out report"):
+    with pytest.raises(common.InputError, match="--words: expected words that a held-out report"):
         mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "run"), words="kidney"))
     mrm.pretrain(record_run(films, tmp_path / "alone", steps=1, image_only=True))
-    with pytest.raises(data.InputError, match="expected a run with reports, found images only"):
+    with pytest.raises(common.InputError, match="expected a run with reports, found images only"):
         mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "alone")))
 
 
@@ -779,9 +780,9 @@ def test_the_shapes_in_the_head_are_those_of_the_tiny_preset():
 
 
 def test_curves_are_drawn_at_each_evaluation(films, tmp_path, monkeypatch):
-    drawn, draw = [], data.save_plot
+    drawn, draw = [], common.save_plot
     monkeypatch.setattr(
-        data,
+        common,
         "save_plot",
         lambda path, curves, *more: drawn.append(curves) or draw(path, curves, *more),
     )
@@ -882,7 +883,7 @@ def test_several_encoders_in_a_file_are_refused(tmp_path):
         for name, tensor in vit_tensors().items()
     }
     with pytest.raises(
-        data.InputError, match=r"expected one encoder, found several: 'momentum\.', 'student\.'"
+        common.InputError, match=r"expected one encoder, found several: 'momentum\.', 'student\.'"
     ):
         mrm.read_weights(file_of(tmp_path / "w.pt", both))
 
@@ -905,7 +906,7 @@ def test_several_encoders_in_a_file_are_refused(tmp_path):
 )
 def test_tensors_that_would_change_the_result_are_refused_by_name(name):
     with pytest.raises(
-        data.InputError, match=rf"w\.pt: .*no place for {name}, which changes its result"
+        common.InputError, match=rf"w\.pt: .*no place for {name}, which changes its result"
     ):
         mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**{name: torch.ones(24)}), "w.pt")
 
@@ -959,7 +960,7 @@ def test_decoders_and_old_heads_may_be_left(capsys):
 )
 def test_tensors_that_are_no_weights_are_refused_by_name(name, spoil, message):
     tensors = vit_tensors()
-    with pytest.raises(data.InputError, match=f"w.pt: .*{message}") as error:
+    with pytest.raises(common.InputError, match=f"w.pt: .*{message}") as error:
         mrm.load_encoder(
             mrm.ViT(16, 4, 1, 24, 2, 3), tensors | {name: spoil(tensors[name])}, "w.pt"
         )
@@ -979,7 +980,7 @@ def test_heads_are_known_or_asked_for():
     assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
     for dim in (64, 320, 1152):
         with pytest.raises(
-            data.InputError, match=f"weights of width {dim}; give it with --num-heads"
+            common.InputError, match=f"weights of width {dim}; give it with --num-heads"
         ):
             sizes(dim)
     for known in (
@@ -987,14 +988,14 @@ def test_heads_are_known_or_asked_for():
         dict(img_size=16, patch_size=4, embed_dim=-24, depth=2, num_heads=3),
         dict(img_size="16", patch_size=4, embed_dim=24, depth=2, num_heads=3),
     ):
-        with pytest.raises(data.InputError, match="w.pt: expected whole numbers above 0"):
+        with pytest.raises(common.InputError, match="w.pt: expected whole numbers above 0"):
             mrm.encoder_sizes({}, {"sizes": known}, "w.pt")
 
 
 def test_a_run_goes_on_for_more_steps_and_never_for_fewer(films, tmp_path, capsys):
     mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
     with pytest.raises(
-        data.InputError, match="expected at least the 2 steps of the run in .*last.pt, found 1"
+        common.InputError, match="expected at least the 2 steps of the run in .*last.pt, found 1"
     ):
         mrm.pretrain(record_run(films, tmp_path / "run", steps=1, resume=True))
     result = mrm.pretrain(
@@ -1034,11 +1035,12 @@ def test_a_run_starts_from_another_with_its_decoders_and_vocabulary(films, tmp_p
     }
     assert vocabulary["on"] == vocabulary["first"] != vocabulary["alone"]
     state = {
-        name: data.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("first", "on")
+        name: common.load_checkpoint(tmp_path / name / "last.pt")["model"]
+        for name in ("first", "on")
     }
     for name, tensor in state["first"].items():  # at a rate of 1e-12 nothing moves
         torch.testing.assert_close(state["on"][name], tensor, atol=1e-6, rtol=0)
-    with pytest.raises(data.InputError, match="--vocab-size with --weights .*: expected none"):
+    with pytest.raises(common.InputError, match="--vocab-size with --weights .*: expected none"):
         mrm.pretrain(record_run(root, tmp_path / "typed", vocab_size=300, **on))
 
 
@@ -1046,11 +1048,11 @@ def test_a_report_decoder_without_its_tokenizer_is_refused(films, tmp_path):
     mrm.pretrain(record_run(films, tmp_path / "first", vocab_size=290, steps=2))
     (tmp_path / "first/tokenizer.tiktoken").unlink()
     on = dict(weights=str(tmp_path / "first"), steps=1, lr=1e-12, weight_decay=0.0, seed=5)
-    with pytest.raises(data.InputError, match="tokenizer.tiktoken: expected the tokenizer of"):
+    with pytest.raises(common.InputError, match="tokenizer.tiktoken: expected the tokenizer of"):
         mrm.pretrain(record_run(films, tmp_path / "on", **on))
     mrm.pretrain(record_run(films, tmp_path / "on", image_only=True, **on))  # needs no words
     first, on = (
-        data.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("first", "on")
+        common.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("first", "on")
     )
     torch.testing.assert_close(first["decoder_pred.weight"], on["decoder_pred.weight"])
     assert not any(name.startswith("report_decoder") for name in on)
@@ -1065,7 +1067,7 @@ def test_resuming_on_other_records_is_refused(films, tmp_path):
     for other in (text.replace("film 3 ", "film 33 "), "\n".join(text.splitlines()[:-1])):
         (root / "training.csv").write_text(other)
         with pytest.raises(
-            data.InputError, match=r"last\.pt: expected a run with the same records as now"
+            common.InputError, match=r"last\.pt: expected a run with the same records as now"
         ):
             mrm.pretrain(record_run(root, tmp_path / "run", steps=1, resume=True))
 
@@ -1089,8 +1091,8 @@ def test_images_alone_need_no_reports(films, tmp_path):
 )
 def test_a_run_moves_every_network_that_it_trains(films, tmp_path, options, still):
     mrm.pretrain(record_run(films, tmp_path / "run", steps=2, weight_decay=0.0, **options))
-    saved = data.load_checkpoint(tmp_path / "run/last.pt")
-    data.seed(0)
+    saved = common.load_checkpoint(tmp_path / "run/last.pt")
+    common.seed(0)
     for name, fresh in mrm.MRM(**saved["arguments"]).named_parameters():
         moved = not torch.equal(fresh, saved["model"][name])
         assert moved == (fresh.requires_grad and not name.startswith(still)), name
@@ -1114,7 +1116,9 @@ def test_a_run_says_how_many_records_have_no_report(films, tmp_path, capsys):
         lines = list(blank)
         lines[kept] = rows[kept]
         table.write_text("\n".join([head, *lines]) + "\n")
-        with pytest.raises(data.InputError, match="a report among the held-out records and among"):
+        with pytest.raises(
+            common.InputError, match="a report among the held-out records and among"
+        ):
             mrm.pretrain(record_run(root, tmp_path / "other", steps=1))
 
 
@@ -1126,7 +1130,7 @@ def test_a_checkpoint_names_the_films_that_it_was_trained_on(films, tmp_path):
     expected = [i < 32 and i != 3 for i in range(40)]  # 8 of the others are held out
 
     def trained(out):
-        hashes = data.load_checkpoint(tmp_path / out / "last.pt")["trained_on"]
+        hashes = common.load_checkpoint(tmp_path / out / "last.pt")["trained_on"]
         return data.trained_on(films, names, hashes)[0]
 
     assert trained("run") == expected
@@ -1150,17 +1154,19 @@ def test_a_run_knows_its_records(films, tmp_path, capsys):
     "options", [dict(lr=1e30, warmup=0.0), dict(base_lr=1e32, warmup=0.0)], ids=["lr", "base_lr"]
 )
 def test_a_loss_that_is_not_finite_is_noticed_at_its_step(films, tmp_path, options, monkeypatch):
-    monkeypatch.setattr(data.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
-    with pytest.raises(data.InputError, match=r"step [23]: .* is not finite; lower --lr") as error:
+    monkeypatch.setattr(common.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
+    with pytest.raises(
+        common.InputError, match=r"step [23]: .* is not finite; lower --lr"
+    ) as error:
         mrm.pretrain(record_run(films, tmp_path / "run", steps=60, **options))
     assert "\n" not in str(error.value)
-    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    state = common.load_checkpoint(tmp_path / "run/last.pt")
     assert state["step"] <= 2 and all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(films, tmp_path, monkeypatch):
     """The third loss gets a term whose value is 0 and whose gradient is NaN: sqrt(0 x)."""
-    monkeypatch.setattr(data.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
+    monkeypatch.setattr(common.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
     forward, calls = mrm.MRM.forward, []
 
     def third_is_steep(self, *args):
@@ -1171,16 +1177,16 @@ def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(films, tmp_p
         return image_loss, report_loss
 
     monkeypatch.setattr(mrm.MRM, "forward", third_is_steep)
-    with pytest.raises(data.InputError, match="step 3: the gradient is not finite; lower --lr"):
+    with pytest.raises(common.InputError, match="step 3: the gradient is not finite; lower --lr"):
         mrm.pretrain(record_run(films, tmp_path / "run", steps=60))
-    state = data.load_checkpoint(tmp_path / "run/last.pt")
+    state = common.load_checkpoint(tmp_path / "run/last.pt")
     assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())
 
 
 def test_the_message_of_a_bad_loss_names_step_and_files():
     for bad in (float("nan"), float("inf")):
         with pytest.raises(
-            data.InputError, match=r"step 7: the loss is not finite.*: a\.png, b\.png$"
+            common.InputError, match=r"step 7: the loss is not finite.*: a\.png, b\.png$"
         ):
             mrm.check_finite(7, ["a.png", "c.png", "b.png"], [0, 2], loss=torch.tensor([1.0, bad]))
     mrm.check_finite(7, [], [], loss=torch.ones(2), gradient=torch.ones(()))
@@ -1293,14 +1299,14 @@ def test_bad_images_and_images_outside_are_refused_or_read_as_asked(films, tmp_p
     root = tmp_path / "root"
     shutil.copytree(films, root)
     (root / "images" / "3.png").write_bytes(b"no image")
-    with pytest.raises(data.InputError, match=r"3\.png"):
+    with pytest.raises(common.InputError, match=r"3\.png"):
         mrm.pretrain(record_run(root, tmp_path / "run", steps=1))
     result = mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True))
     assert result["records"] == 40 - 8 - 1 and "1 of 40 images" in capsys.readouterr().err
     shutil.move(root / "images" / "4.png", tmp_path / "4.png")
     table = (root / "training.csv").read_text()
     (root / "training.csv").write_text(table.replace("\n4.png", f"\n{tmp_path}/4.png"))
-    with pytest.raises(data.InputError, match="--allow-outside"):
+    with pytest.raises(common.InputError, match="--allow-outside"):
         mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True))
     result = mrm.pretrain(
         record_run(root, tmp_path / "run", steps=1, skip_bad=True, allow_outside=True)
@@ -1511,7 +1517,7 @@ def test_other_layouts_compute_what_they_say(tmp_path, dinov2, wrapping):
         safetensors.save_file(tensors, path)
     else:
         start = wrapping if wrapping.endswith(".") else ""
-        data.save_checkpoint(path, {start + name: tensor for name, tensor in tensors.items()})
+        common.save_checkpoint(path, {start + name: tensor for name, tensor in tensors.items()})
     read, saved = mrm.read_weights(path)
     sizes = mrm.encoder_sizes(read, saved, path, num_heads=3)
     assert sizes["img_size"] == 12 and sizes["depth"] == 2
@@ -1533,12 +1539,12 @@ def test_other_layouts_compute_what_they_say(tmp_path, dinov2, wrapping):
 )
 def test_encoders_that_compute_otherwise_are_refused_by_name(tmp_path, extra, message):
     tensors, _ = hugging_face(True)
-    data.save_checkpoint(tmp_path / "w.pt", tensors | {extra: torch.ones(1, 4, 12)})
+    common.save_checkpoint(tmp_path / "w.pt", tensors | {extra: torch.ones(1, 4, 12)})
     read, saved = mrm.read_weights(tmp_path / "w.pt")
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(common.InputError, match=message):
         mrm.load_encoder(mrm.ViT(12, 4, 1, 12, 2, 3), read, "w.pt")
     if "q_norm" not in extra:  # refused before the sizes are read, which register tokens disturb
-        with pytest.raises(data.InputError, match=message):
+        with pytest.raises(common.InputError, match=message):
             mrm.encoder_sizes(read, saved, "w.pt", num_heads=3)
 
 
@@ -1559,16 +1565,18 @@ def test_layouts_with_parts_that_do_not_fit_are_refused(tmp_path, name, shape):
     del tensors[name]
     if shape is not None:
         tensors[name] = torch.ones(shape)
-    data.save_checkpoint(tmp_path / "w.pt", tensors)
+    common.save_checkpoint(tmp_path / "w.pt", tensors)
     read, _ = mrm.read_weights(tmp_path / "w.pt")
-    with pytest.raises(data.InputError, match=r"w.pt: the encoder does not fit: .*blocks\.[01]\."):
+    with pytest.raises(
+        common.InputError, match=r"w.pt: the encoder does not fit: .*blocks\.[01]\."
+    ):
         mrm.load_encoder(mrm.ViT(12, 4, 1, 12, 2, 3), read, "w.pt")
 
 
 def test_two_layouts_in_one_file_are_refused(tmp_path):
     tensors, _ = hugging_face(False)
-    data.save_checkpoint(tmp_path / "w.pt", tensors | {"cls_token": torch.ones(1, 1, 12)})
-    with pytest.raises(data.InputError, match="both embeddings.cls_token and cls_token"):
+    common.save_checkpoint(tmp_path / "w.pt", tensors | {"cls_token": torch.ones(1, 1, 12)})
+    with pytest.raises(common.InputError, match="both embeddings.cls_token and cls_token"):
         mrm.read_weights(tmp_path / "w.pt")
 
 
@@ -1585,7 +1593,7 @@ def test_encoders_of_transformers_compute_the_same(tmp_path, kind, file):
     for parameter in theirs.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     theirs.save_pretrained(tmp_path)
-    data.save_checkpoint(tmp_path / "state.pt", theirs.state_dict())
+    common.save_checkpoint(tmp_path / "state.pt", theirs.state_dict())
     tensors, saved = mrm.read_weights(tmp_path / file)
     model = mrm.ViT(**mrm.encoder_sizes(tensors, saved, file, num_heads=3), num_classes=2).eval()
     mrm.load_encoder(model, tensors, file)
@@ -1602,7 +1610,7 @@ def test_safetensors_of_every_type_against_the_library(tmp_path):
     tensors = {f"t{i}": torch.arange(6).reshape(2, 3).to(kind) for i, kind in enumerate(types)}
     tensors["empty"], tensors["one"] = torch.zeros(0, 3), torch.tensor(4.0)
     safetensors.save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
-    found = data.load_checkpoint(tmp_path / "a.safetensors")["model"]
+    found = common.load_checkpoint(tmp_path / "a.safetensors")["model"]
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
@@ -1625,11 +1633,11 @@ def test_safetensors_of_every_type_against_the_library(tmp_path):
 def test_damaged_safetensors_are_one_line(tmp_path, header):
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(data.InputError, match="a.safetensors: not readable as safetensors"):
-        data.load_checkpoint(path)
+    with pytest.raises(common.InputError, match="a.safetensors: not readable as safetensors"):
+        common.load_checkpoint(path)
     path.write_bytes((2**60).to_bytes(8, "little") + header)
-    with pytest.raises(data.InputError, match="not readable as safetensors"):
-        data.load_checkpoint(path)
+    with pytest.raises(common.InputError, match="not readable as safetensors"):
+        common.load_checkpoint(path)
 
 
 def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
@@ -1684,8 +1692,8 @@ def test_a_run_is_not_resumed_with_another_batch_of_a_step(tmp_path):
     run = mrm.MRMConfig(root=str(tmp_path / "no"), out=str(tmp_path), resume=True, seed=0)
     filled = mrm.fill_options(run, 1)
     saved = {"config": dataclasses.asdict(filled), "steps": 9, "step": 3}
-    data.save_checkpoint(tmp_path / "last.pt", saved)
-    with pytest.raises(data.InputError, match="a run with the same images of a step as now"):
+    common.save_checkpoint(tmp_path / "last.pt", saved)
+    with pytest.raises(common.InputError, match="a run with the same images of a step as now"):
         mrm.last_state(filled, 9, images_of_a_step=filled.batch_size)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import common
 import data
 import demo as demo_drawing
 import reggan
@@ -219,7 +220,7 @@ def test_nice_gan_reads_as_finely_as_the_other_generators(downs, root):
     assert host.netD_A.encode(a)[0].shape == (2, 8, 44 // 2**downs, 44 // 2**downs)
     assert host.translate(a).shape == (2, 2, 44, 44)
     assert host.translate(a[..., :43, :33]).shape == (2, 2, 43, 33)
-    with pytest.raises(data.InputError, match="--downs: expected 1 or 2 with nice, found 3"):
+    with pytest.raises(common.InputError, match="--downs: expected 1 or 2 with nice, found 3"):
         reggan.train(
             reggan.Config(root=str(root), out=str(root / "run"), host="nice", downs=3, **SMALL)
         )
@@ -552,7 +553,7 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
     monkeypatch.setattr(reggan, "save_checkpoint", real_save)
     again = reggan.train(dataclasses.replace(part, resume=True))
     assert again["mae"] == whole["mae"] and again["psnr"] == whole["psnr"]
-    saved = [data.load_checkpoint(root / run / "last.pt") for run in ("whole", "part")]
+    saved = [common.load_checkpoint(root / run / "last.pt") for run in ("whole", "part")]
     a, b = (state["model"] for state in saved)
     assert all(torch.equal(a[name], b[name]) for name in a)
     # The translation of one image is kept and drawn at each evaluation, those before the stop too
@@ -650,7 +651,7 @@ def test_training_and_translating_16_bit_colour_and_float_images(tmp_path):
     )
     with Image.open(tmp_path / "out" / "s.jpg") as image:
         assert image.size == (32, 32) and image.format == "JPEG" and image.mode == "L"
-    with pytest.raises(data.InputError, match=r"1 channels, the generator takes 3"):
+    with pytest.raises(common.InputError, match=r"1 channels, the generator takes 3"):
         reggan.translate_folder(
             reggan.Config(
                 translate=str(tmp_path / "val/B"),
@@ -697,7 +698,7 @@ def test_a_checkpoint_of_options_that_are_gone_is_refused_in_one_line(tmp_path):
         {"model": {}, "config": {"host": "nc", "bending": 1.0}, "in_chans": 1}, tmp_path / "best.pt"
     )
     with pytest.raises(
-        data.InputError,
+        common.InputError,
         match=r": expected a checkpoint of this reggan\.py .*unexpected keyword argument 'bending'",
     ):
         reggan.load_generator(tmp_path)
@@ -798,7 +799,7 @@ BAD = {
 def test_bad_input_is_one_line_and_leaves_nothing(root, case):
     spoil, message = BAD[case]
     spoil(root)
-    with pytest.raises(data.InputError, match=message) as error:
+    with pytest.raises(common.InputError, match=message) as error:
         reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
     assert "\n" not in str(error.value) and not (root / "run").exists()
 
@@ -827,7 +828,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
     ],
 )
 def test_options_out_of_range_are_refused(root, options, message):
-    with pytest.raises(data.InputError, match=message):
+    with pytest.raises(common.InputError, match=message):
         reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL | options))
     assert not (root / "run").exists()
 
@@ -837,19 +838,19 @@ def test_a_refused_run_leaves_the_one_before_it_alone(root):
     reggan.train(config)
     before = {path: path.read_bytes() for path in sorted((root / "run").iterdir())}
     with pytest.raises(
-        data.InputError,
+        common.InputError,
         match=r"last\.pt: expected --width 6, as asked for now, found a run with --width 4;",
     ):
         reggan.train(dataclasses.replace(config, resume=True, width=6))
     save(root / "train/A/s0.npy", np.full((32, 32), np.nan, np.float32))
-    with pytest.raises(data.InputError, match="NaN"):
+    with pytest.raises(common.InputError, match="NaN"):
         reggan.train(config)
     assert before == {path: path.read_bytes() for path in sorted((root / "run").iterdir())}
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(root):
     (root / "file").write_text("")
-    with pytest.raises(data.InputError, match="file/run: cannot be written"):
+    with pytest.raises(common.InputError, match="file/run: cannot be written"):
         reggan.train(reggan.Config(root=str(root), out=str(root / "file" / "run"), **SMALL))
 
 
@@ -905,7 +906,7 @@ PRESETS = {
 @pytest.mark.parametrize("switch", PRESETS)
 def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
     flags = [f"--{name}" for name in switch]
-    config = reggan.complete(data.parse_config(reggan.Config, flags))
+    config = reggan.complete(common.parse_config(reggan.Config, flags))
     assert {name: getattr(config, name) for name in PRESETS[switch]} == PRESETS[switch]
     assert config.steps is None and None not in [getattr(config, name) for name in reggan.SMALL]
     typed = {
@@ -922,9 +923,9 @@ def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
         for name, value in typed.items()
         for word in ("--" + name.replace("_", "-"), str(value))
     ]
-    config = reggan.complete(data.parse_config(reggan.Config, [*flags, *typed_flags]))
+    config = reggan.complete(common.parse_config(reggan.Config, [*flags, *typed_flags]))
     assert {name: getattr(config, name) for name in typed} == typed
-    steps = reggan.complete(data.parse_config(reggan.Config, [*flags, "--steps", "7"]))
+    steps = reggan.complete(common.parse_config(reggan.Config, [*flags, "--steps", "7"]))
     assert (steps.steps, steps.epochs) == (7, None)
     assert reggan.complete(config) == config  # what is filled stays
 
@@ -1011,7 +1012,7 @@ def test_steps_instead_of_epochs_and_the_result_says_how_fast_it_was(drawn, tmp_
 
 def test_an_unknown_host_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
-        data.parse_config(reggan.Config, ["--host", "munit"])
+        common.parse_config(reggan.Config, ["--host", "munit"])
     assert stop.value.code == 2 and "munit" in capsys.readouterr().err
 
 
@@ -1223,15 +1224,15 @@ def test_compare_goes_on_and_writes_tables(drawn, tmp_path):
     ]
     assert "| nc+r |" in (tmp_path / "t/table.md").read_text()
     assert len((tmp_path / "t/table.csv").read_text().splitlines()) == 5
-    with pytest.raises(data.InputError, match="munit"):
+    with pytest.raises(common.InputError, match="munit"):
         reggan.compare(dataclasses.replace(c, hosts="munit"))
     with pytest.raises(
-        data.InputError,
+        common.InputError,
         match="--levels: expected numbers, elastic, or with --root none, found much",
     ):
         reggan.compare(dataclasses.replace(c, levels="much"))
     with pytest.raises(
-        data.InputError,
+        common.InputError,
         match="options.json: expected --width 9, as asked for now, found a run with --width 8",
     ):
         reggan.compare(dataclasses.replace(c, width=9))
@@ -1457,7 +1458,7 @@ def test_the_weights_that_are_best_on_val_are_kept_and_tested(root, monkeypatch)
         reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=3))
     )
     assert result["mae"] == 0.5 and result["weights"].startswith("best.pt") and len(seen) == 4
-    best, last = (data.load_checkpoint(root / "run" / f"{n}.pt") for n in ("best", "last"))
+    best, last = (common.load_checkpoint(root / "run" / f"{n}.pt") for n in ("best", "last"))
     assert last["best"] == 0.1
     for name, tensor in best["model"].items():
         assert torch.equal(tensor, seen[1][name]) and torch.equal(tensor, seen[3][name]), name
@@ -1559,16 +1560,16 @@ def test_resuming_a_finished_run_and_one_with_more_steps(root, capsys):
         "going on to 6 steps instead of 4; from step 5 on the learning rates"
         in capsys.readouterr().out
     )
-    assert data.load_checkpoint(root / "run" / "last.pt")["step"] == 6
+    assert common.load_checkpoint(root / "run" / "last.pt")["step"] == 6
     with pytest.raises(
-        data.InputError,
+        common.InputError,
         match="--steps or --epochs: expected at least the 6 steps that .* found 5 steps",
     ):
         reggan.train(dataclasses.replace(more, steps=5))
     for side in "AB":
         (root / f"train/{side}/s2.npy").rename(root / f"train/{side}/other.npy")
     with pytest.raises(
-        data.InputError, match="last.pt: expected a run with the same names of the pairs as now"
+        common.InputError, match="last.pt: expected a run with the same names of the pairs as now"
     ):
         reggan.train(more)
 
@@ -1577,19 +1578,19 @@ def test_a_generator_with_weights_that_are_not_finite_is_refused(tmp_path):
     state = reggan.Generator(1, 1, width=4, blocks=1).state_dict()
     state["model_tail.7.bias"][:] = float("nan")
     torch.save(state, tmp_path / "netG_A2B.pth")
-    with pytest.raises(data.InputError, match="expected finite weights, found NaN or infinity"):
+    with pytest.raises(common.InputError, match="expected finite weights, found NaN or infinity"):
         reggan.load_generator(tmp_path / "netG_A2B.pth")
 
 
 def test_resuming_from_what_is_no_last_pt_is_one_line(root):
     c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
-    with pytest.raises(data.InputError, match="last.pt: no such checkpoint"):
+    with pytest.raises(common.InputError, match="last.pt: no such checkpoint"):
         reggan.train(dataclasses.replace(c, resume=True))
     reggan.train(c)
-    whole = data.load_checkpoint(root / "run" / "last.pt")
+    whole = common.load_checkpoint(root / "run" / "last.pt")
     for spoil in ({"model": {}}, {"ranks": []}, {"opt_g": 3}, {"config": None}):
         torch.save(whole | spoil, root / "run" / "last.pt")
-        with pytest.raises(data.InputError, match="last.pt: expected") as error:
+        with pytest.raises(common.InputError, match="last.pt: expected") as error:
             reggan.train(dataclasses.replace(c, resume=True))
         assert "\n" not in str(error.value)
 
@@ -1611,9 +1612,9 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoin
     monkeypatch.setattr(
         reggan, loss, lambda *args: good(*args) * (float("nan") if len(seen) == 5 else 1)
     )
-    with pytest.raises(data.InputError, match=r"^step 5: losses are not finite .*lower --lr"):
+    with pytest.raises(common.InputError, match=r"^step 5: losses are not finite .*lower --lr"):
         reggan.train(c)
-    saved = data.load_checkpoint(root / "run" / "last.pt")
+    saved = common.load_checkpoint(root / "run" / "last.pt")
     assert saved["step"] == 3 and all(weight.isfinite().all() for weight in saved["model"].values())
 
 
@@ -1624,7 +1625,7 @@ def test_weights_that_are_not_finite_are_not_saved(drawn, tmp_path):
     before = (tmp_path / "run" / "last.pt").read_bytes()
     with torch.no_grad():
         run.model.netG_A2B.model_head[1].weight[0] = float("inf")
-    with pytest.raises(data.InputError, match=r"netG_A2B.model_head.1.weight is not finite"):
+    with pytest.raises(common.InputError, match=r"netG_A2B.model_head.1.weight is not finite"):
         reggan.save(run)
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
@@ -1693,10 +1694,10 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(drawn, tmp_pat
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     for name in ("mae", "psnr", "ssim", "registration_error", "misalignment"):
         assert result[name] == pytest.approx(single[name], rel=1e-2), name
-    first, second = data.load_checkpoint(tmp_path / "two" / "last.pt")["ranks"]
+    first, second = common.load_checkpoint(tmp_path / "two" / "last.pt")["ranks"]
     assert not torch.equal(first["random"]["torch"], second["random"]["torch"])
     with pytest.raises(
-        data.InputError, match="expected a run with the same number of processes as now"
+        common.InputError, match="expected a run with the same number of processes as now"
     ):
         reggan.train(
             reggan.Config(**options | dict(out=str(tmp_path / "two"), batch_size=2, resume=True))
@@ -1724,7 +1725,7 @@ def test_blank_slices_and_upper_case_endings_are_translated(root):
         "up.NPY",
     ]
     assert np.load(root / "out/blank.npy").shape == (40, 36)
-    with pytest.raises(data.InputError, match="--out: expected another folder than --translate"):
+    with pytest.raises(common.InputError, match="--out: expected another folder than --translate"):
         reggan.translate_folder(dataclasses.replace(c, out=str(root / "val/A")))
 
 
