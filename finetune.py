@@ -1216,7 +1216,7 @@ def write_results(part, classes, scores, facts, log):
     curves = {f"{name} {value[0]:.3f}": roc_curve(scores[:, c], labels[:, c])
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
     common.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
-                   "false positive rate", "true positive rate", diagonal=True)
+                     "false positive rate", "true positive rate", diagonal=True)
     for name, value in zip(classes, per_class):
         text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
         print(f"  {name:20s} {text}")
@@ -1244,7 +1244,7 @@ def write_segmentation(config, part, logits, facts, log):
     if log.rank > 0:
         return result
     common.write_csv(log.out / "predictions.csv", ["image", *COUNTS],
-                   [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
+                     [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
     dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
     order = [i for i in dice.argsort() if true[i] > 0]
     for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
@@ -1252,7 +1252,7 @@ def write_segmentation(config, part, logits, facts, log):
         rows.append([film, overlay(film, part.truth[i]), overlay(film, found[i])])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
     common.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
-                   max(1, 256 // config.img_size))
+                     max(1, 256 // config.img_size))
     print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
           f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
     log.json("result.json", result)
