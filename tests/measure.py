@@ -5,6 +5,7 @@
     python tests/measure.py limits           # steps of ViT-B/16 beside their products alone
     python tests/measure.py scaling          # how a LoRA step grows with size, depth, rank, images
     python tests/measure.py overheads        # what a step of the tiny MRM consists of
+    python tests/measure.py crops            # a batch's crops: film by film, by threads, at once
     python tests/measure.py memory           # peak memory of ViT-B/16, full against LoRA
     python tests/measure.py step             # an NC + R step, the official code against ours
     python tests/measure.py motions RUN      # the share of each kind of motion that a run's R finds
@@ -23,6 +24,7 @@ import itertools
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -261,6 +263,40 @@ def overheads(rounds=20):
         f"{count / times['products']:.0f} GFLOP/s, {2**27 / times['copy'] / 1e9:.1f} GB/s, "
         f"{1000 * times['calls']:.1f} us a call of an operation"
     )
+
+
+def crops(films=32, side=96, rounds=100):
+    """Milliseconds of the crops of a batch of demo films: film by film as `random_resized_crop`
+    has them, each half in a thread of its own, and as two products of the whole batch with the
+    weights of the same bicubic interpolation, which the crops of this size enlarge."""
+    images = torch.rand(films, side, side)
+    sides = torch.randint(side // 2, side + 1, (2, films))  # heights, widths
+    boxes = [images[i, None, : sides[0, i], : sides[1, i]] for i in range(films)]
+
+    def one_by_one(boxes=boxes):
+        return [data.resize(box, (side, side)) for box in boxes]
+
+    def two_threads():
+        half = pool.submit(one_by_one, boxes[films // 2 :])
+        return one_by_one(boxes[: films // 2]) + half.result()
+
+    def weights(length):
+        centres = (torch.arange(side) + 0.5) * (length[:, None] / side)
+        x = (torch.arange(side) + 0.5 - centres[..., None]).abs()
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        w = torch.where(x <= 1, near, far) * (
+            (x < 2) & (torch.arange(side) < length[:, None, None])
+        )
+        return w / w.sum(-1, keepdim=True)  # (B, side, side)
+
+    def at_once():
+        return (weights(sides[0]) @ images @ weights(sides[1]).mT).clamp_(0, 1)
+
+    with ThreadPoolExecutor(1) as pool:
+        runs = {"film by film": one_by_one, "two threads": two_threads, "at once": at_once}
+        assert torch.allclose(torch.cat(one_by_one()), at_once(), atol=1e-5)
+        for name, seconds in median_times(runs, rounds, time.perf_counter).items():
+            print(f"{name}: {1000 * seconds:.2f} ms")
 
 
 def official_step(model, a, b, opt_g, opt_d):
@@ -565,6 +601,7 @@ if __name__ == "__main__":
         "limits": limits,
         "scaling": scaling,
         "overheads": overheads,
+        "crops": crops,
         "memory": memory,
         "step": step,
         "motions": motions,
