@@ -1,10 +1,10 @@
 """What every script shares beside its method: options, start-up, the folder of a run, its speed.
 
-Nothing here knows an image, a model or a loss. What cannot be used is refused by an InputError, in
-one line that says what was expected and found, in which file and line.
+Nothing here knows a data set, a model or a loss. What cannot be used is refused by an InputError,
+in one line that says what was expected and found, in which file and line.
 
-The sections: errors and options; start-up; files; the clock of a run; stopping and going on;
-pictures.
+The sections: errors and options; start-up; files; the clock of a run; its soundness and its state;
+stopping; pictures.
 """
 
 import argparse
@@ -643,7 +643,87 @@ def profile(run, config, parts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Stopping and going on
+# What keeps a run sound, and lets it go on
+
+
+def seed_rank(seed, rank):
+    """Gives every process but the first its own random numbers, for masks and dropout."""
+    if rank:
+        seed(seeded(seed, rank).initial_seed() % 2**32)
+
+
+def check_finite(step, paths, rows, **values):
+    """Raises InputError, with the step and the images of the batch (`rows` of `paths`), for a value
+    that is not finite. It runs before the update, so that weights and checkpoint stay good."""
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            files = ", ".join([str(paths[row]) for row in rows[:8]] + ["..."] * (len(rows) > 8))
+            raise InputError(
+                f"step {step}: the {name.replace('_', ' ')} is not finite; lower --lr, use "
+                f"--dtype fp32 or look at the images of the batch: {files}")
+
+
+def average(values, world):
+    """The mean over the processes of a tensor `values`."""
+    if world > 1:
+        torch.distributed.all_reduce(values)
+        values /= world
+    return values
+
+
+def save_state(log, model, optimizer, config, world, state):
+    """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need. Every process
+    calls it, because each adds its own random state. Weights that are not finite are refused."""
+    random = [random_state()] * world
+    if world > 1:
+        torch.distributed.all_gather_object(random, random_state())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise InputError(f"step {state['step']}: {name} is not finite; lower --lr or use "
+                             f"--dtype fp32; {log.out / 'last.pt'} holds the state before it")
+    if log.rank == 0:
+        more = {"config": dataclasses.asdict(config), "optimizer": optimizer.state_dict()}
+        save_checkpoint(log.out / "last.pt", state | more | {"random": random})
+
+
+def last_state(config, steps, **facts):
+    """What OUT/last.pt holds, to go on from with --resume; None for a new run. `facts` name what
+    must be as it was beside the options. A run may go on to more steps than were planned."""
+    if not config.resume:
+        return None
+    path = Path(config.out) / "last.pt"
+    saved = load_checkpoint(path)
+    length = {"steps": config.steps, "epochs": config.epochs}  # compared below
+    check_same(saved.get("config", {}) | length, config, path)
+    for name, value in facts.items():
+        if saved.get(name) != value:
+            same = f"a run with the same {name.replace('_', ' ')} as now"
+            raise InputError(path, same, "one with another; give the same, or another --out")
+    if steps < saved["steps"]:
+        least = f"at least the {saved['steps']} steps of the run in {path}"
+        raise InputError("--steps or --epochs", least, f"{steps} steps")
+    if steps > saved["steps"]:
+        first = saved["step"] + 1
+        rate = f"from step {first} on the learning rate is that of a run of {steps} steps"
+        print(f"{path}: going on to {steps} steps instead of {saved['steps']}; {rate}")
+    return saved
+
+
+def restore_state(saved, optimizer, log):
+    """Puts back optimiser, random state and log of a resumed run. Returns (step, history)."""
+    optimizer.load_state_dict(saved["optimizer"])
+    set_random_state(saved["random"][log.rank])
+    if log.rank == 0:  # drops the lines of steps after the checkpoint, which are run again
+        steps = {line["step"] for line in saved["history"]}
+        lines = read_text(log.out / "log.jsonl").splitlines(True)
+        whole = [line for line in lines if line.endswith("}\n")]
+        text = "".join(line for line in whole if json.loads(line)["step"] in steps)
+        atomic_write(log.out / "log.jsonl", lambda file: file.write(text.encode()))
+    return saved["step"], saved["history"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Stopping, and running the cells of a comparison
 
 
 class Saving:

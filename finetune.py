@@ -280,7 +280,7 @@ def evaluate(model, part, config, step, device, rank, world):
     best `dice_all` of a segmentation, with the threshold and the smallest area that give it."""
     scores = predict(model, part.images, config, device, rank, world)
     wrong = (~scores.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    mrm.check_finite(step, part.paths, wrong, validation_score=scores)
+    common.check_finite(step, part.paths, wrong, validation_score=scores)
     if config.task == "segment":
         chosen = choose_threshold(scores, part.truth)
         loss = segmentation_loss(scores[:, None], part.truth[:, None].float()).item()
@@ -326,10 +326,10 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, history, losses, best = 0, [], [], {score: -1.0, "step": 0, "trained": None}
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    mrm.seed_rank(config.seed, log.rank)
+    common.seed_rank(config.seed, log.rank)
     if saved:
         model.load_state_dict(saved["trained"], strict=False)
-        step, history = mrm.restore_state(saved, optimizer, log)
+        step, history = common.restore_state(saved, optimizer, log)
         best, losses = saved["best"], saved["losses"]
     batches = common.Timed(data.train_batches(
         parts["train"].images, common.share_of_batch(config, world), step * config.accumulate,
@@ -338,8 +338,9 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
     every = max(1, steps // config.evaluations)
 
     def save(step):
-        state = {"trained": trained_tensors(model), "best": best, "losses": losses, "step": step}
-        mrm.save_state(log, model, optimizer, config, world, facts | state | {"history": history})
+        state = facts | {"trained": trained_tensors(model), "best": best, "losses": losses,
+                         "step": step, "history": history}
+        common.save_state(log, model, optimizer, config, world, state)
 
     model.train()
     with common.Saving(save, world) as saving:
@@ -359,10 +360,11 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            mrm.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step, gradient=norm)
+            common.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step,
+                                gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(mrm.average(loss_of_step, world).item())
+            losses.append(common.average(loss_of_step, world).item())
             if (step + 1) % every == 0 or step + 1 == steps:
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
@@ -1067,7 +1069,7 @@ def finetune(config, kept=None):
         mrm.checkpoint_blocks(model)
     facts = {"lists_and_classes": hash_lists(parts, classes), "number_of_processes": world,
              "weights": lora.fingerprint(model.state_dict())}
-    saved = mrm.last_state(config, steps, **facts)
+    saved = common.last_state(config, steps, **facts)
     deep = load_images(parts, config, {} if kept is None else kept)
     log = common.RunLog(config.out, config, rank, config.resume, start)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,

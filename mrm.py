@@ -77,7 +77,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import re
 import time
@@ -724,7 +723,7 @@ def pretrain(config):
         "number_of_processes": world,
         "images_of_a_step": config.batch_size,
     }
-    saved = last_state(config, steps, **facts)
+    saved = common.last_state(config, steps, **facts)
     tensors, tokenizer, before = None, None, saved
     if not saved:
         tensors, tokenizer, before = read_start(config, asked.vocab_size)
@@ -767,18 +766,18 @@ def train(config, model, records, steps, saved, facts, log, world):
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
     paths = records.images.paths  # a list that takes milliseconds to make
     autocast, optimizer = autocast_for(config, model, device), make_optimizer(model, config, device)
-    seed_rank(config.seed, log.rank)
+    common.seed_rank(config.seed, log.rank)
     step, history, parallel, image = 0, [], model, not config.report_only
     if saved:
         model.load_state_dict(saved["model"])
-        step, history = restore_state(saved, optimizer, log)
+        step, history = common.restore_state(saved, optimizer, log)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not image)
     batches = records.batches(config, step, steps, log.rank, world)
 
     def save(step):
         state = facts | {"model": model.state_dict(), "step": step, "history": history}
-        save_state(log, model, optimizer, config, world, state)
+        common.save_state(log, model, optimizer, config, world, state)
 
     with common.Saving(save, world) as saving:
         for step in batches.steps(step, steps, "pretrain", log.rank):
@@ -804,12 +803,12 @@ def train(config, model, records, steps, saved, facts, log, world):
             # A finite loss can have a gradient that is not, which would spoil every weight
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            check_finite(step + 1, paths, seen, loss=losses, gradient=norm)
+            common.check_finite(step + 1, paths, seen, loss=losses, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
             # Films that are never trained on tell learning from knowing by heart
             if (step + 1) % every == 0 or step + 1 == steps:
-                image_loss, report_loss = average(losses, world).tolist()
+                image_loss, report_loss = common.average(losses, world).tolist()
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}
                 speed, heldout = batches.speed(), evaluate(model, records, config, autocast)
                 history.append(line | {"lr_of_step": lr} | speed | heldout)
@@ -819,86 +818,6 @@ def train(config, model, records, steps, saved, facts, log, world):
                     draw_curves(log.out, history)
             saving.after(step + 1)
     return history[-1]
-
-
-# --------------------------------------------------------------------------------------------------
-# What keeps a run sound, and lets it go on: fine-tuning shares it
-
-
-def seed_rank(seed, rank):
-    """Gives every process but the first its own random numbers, for masks and dropout."""
-    if rank:
-        common.seed(common.seeded(seed, rank).initial_seed() % 2**32)
-
-
-def check_finite(step, paths, rows, **values):
-    """Raises InputError, with the step and the images of the batch (`rows` of `paths`), for a value
-    that is not finite. It runs before the update, so that weights and checkpoint stay good."""
-    for name, value in values.items():
-        if not torch.isfinite(value).all():
-            files = ", ".join([str(paths[row]) for row in rows[:8]] + ["..."] * (len(rows) > 8))
-            raise InputError(
-                f"step {step}: the {name.replace('_', ' ')} is not finite; lower --lr, use "
-                f"--dtype fp32 or look at the images of the batch: {files}")
-
-
-def average(values, world):
-    """The mean over the processes of a tensor `values`."""
-    if world > 1:
-        torch.distributed.all_reduce(values)
-        values /= world
-    return values
-
-
-def save_state(log, model, optimizer, config, world, state):
-    """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need. Every process
-    calls it, because each adds its own random state. Weights that are not finite are refused."""
-    random = [common.random_state()] * world
-    if world > 1:
-        torch.distributed.all_gather_object(random, common.random_state())
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise InputError(f"step {state['step']}: {name} is not finite; lower --lr or use "
-                             f"--dtype fp32; {log.out / 'last.pt'} holds the state before it")
-    if log.rank == 0:
-        more = {"config": dataclasses.asdict(config), "optimizer": optimizer.state_dict()}
-        common.save_checkpoint(log.out / "last.pt", state | more | {"random": random})
-
-
-def last_state(config, steps, **facts):
-    """What OUT/last.pt holds, to go on from with --resume; None for a new run. `facts` name what
-    must be as it was beside the options. A run may go on to more steps than were planned."""
-    if not config.resume:
-        return None
-    path = Path(config.out) / "last.pt"
-    saved = common.load_checkpoint(path)
-    length = {"steps": config.steps, "epochs": config.epochs}  # compared below
-    common.check_same(saved.get("config", {}) | length, config, path)
-    for name, value in facts.items():
-        if saved.get(name) != value:
-            same = f"a run with the same {name.replace('_', ' ')} as now"
-            raise InputError(path, same, "one with another; give the same, or another --out")
-    if steps < saved["steps"]:
-        least = f"at least the {saved['steps']} steps of the run in {path}"
-        raise InputError("--steps or --epochs", least, f"{steps} steps")
-    if steps > saved["steps"]:
-        first = saved["step"] + 1
-        rate = f"from step {first} on the learning rate is that of a run of {steps} steps"
-        print(f"{path}: going on to {steps} steps instead of {saved['steps']}; {rate}")
-    return saved
-
-
-def restore_state(saved, optimizer, log):
-    """Puts back optimiser, random state and log of a resumed run. Returns (step, history)."""
-    optimizer.load_state_dict(saved["optimizer"])
-    common.set_random_state(saved["random"][log.rank])
-    if log.rank == 0:  # drops the lines of steps after the checkpoint, which are run again
-        steps = {line["step"] for line in saved["history"]}
-        lines = common.read_text(log.out / "log.jsonl").splitlines(True)
-        whole = [line for line in lines if line.endswith("}\n")]
-        text = "".join(line for line in whole if json.loads(line)["step"] in steps)
-        common.atomic_write(log.out / "log.jsonl", lambda file: file.write(text.encode()))
-    return saved["step"], saved["history"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -870,7 +870,7 @@ def test_a_merged_adapter_predicts_as_its_run_does(easy, tmp_path):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_probe_trains_the_head_alone_first(easy, tmp_path, method, monkeypatch):
     moved, before = [], {}
-    check = mrm.check_finite
+    check = common.check_finite
 
     def look(step, *args, **values):
         """Runs before the update of `step`: notes which parts the updates so far have changed."""

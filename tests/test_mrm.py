@@ -1188,8 +1188,10 @@ def test_the_message_of_a_bad_loss_names_step_and_files():
         with pytest.raises(
             common.InputError, match=r"step 7: the loss is not finite.*: a\.png, b\.png$"
         ):
-            mrm.check_finite(7, ["a.png", "c.png", "b.png"], [0, 2], loss=torch.tensor([1.0, bad]))
-    mrm.check_finite(7, [], [], loss=torch.ones(2), gradient=torch.ones(()))
+            common.check_finite(
+                7, ["a.png", "c.png", "b.png"], [0, 2], loss=torch.tensor([1.0, bad])
+            )
+    common.check_finite(7, [], [], loss=torch.ones(2), gradient=torch.ones(()))
 
 
 DRIVER = """
@@ -1276,7 +1278,7 @@ def test_ranks_draw_their_own_numbers():
     drawn = []
     for rank in (0, 1, 2):
         torch.manual_seed(5)
-        mrm.seed_rank(5, rank)
+        common.seed_rank(5, rank)
         drawn.append(torch.rand(4).tolist())
     torch.manual_seed(5)
     assert drawn[0] == torch.rand(4).tolist()  # one process alone goes on as it was seeded
@@ -1694,7 +1696,7 @@ def test_a_run_is_not_resumed_with_another_batch_of_a_step(tmp_path):
     saved = {"config": dataclasses.asdict(filled), "steps": 9, "step": 3}
     common.save_checkpoint(tmp_path / "last.pt", saved)
     with pytest.raises(common.InputError, match="a run with the same images of a step as now"):
-        mrm.last_state(filled, 9, images_of_a_step=filled.batch_size)
+        common.last_state(filled, 9, images_of_a_step=filled.batch_size)
 
 
 def counted(monkeypatch):
