@@ -646,10 +646,10 @@ def profile(run, config, parts):
 # What keeps a run sound, and lets it go on
 
 
-def seed_rank(seed, rank):
+def seed_rank(number, rank):
     """Gives every process but the first its own random numbers, for masks and dropout."""
     if rank:
-        seed(seeded(seed, rank).initial_seed() % 2**32)
+        seed(seeded(number, rank).initial_seed() % 2**32)
 
 
 def check_finite(step, paths, rows, **values):
@@ -674,16 +674,16 @@ def average(values, world):
 def save_state(log, model, optimizer, config, world, state):
     """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need. Every process
     calls it, because each adds its own random state. Weights that are not finite are refused."""
-    random = [random_state()] * world
+    states = [random_state()] * world
     if world > 1:
-        torch.distributed.all_gather_object(random, random_state())
+        torch.distributed.all_gather_object(states, random_state())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not torch.isfinite(parameter).all():
             raise InputError(f"step {state['step']}: {name} is not finite; lower --lr or use "
                              f"--dtype fp32; {log.out / 'last.pt'} holds the state before it")
     if log.rank == 0:
         more = {"config": dataclasses.asdict(config), "optimizer": optimizer.state_dict()}
-        save_checkpoint(log.out / "last.pt", state | more | {"random": random})
+        save_checkpoint(log.out / "last.pt", state | more | {"random": states})
 
 
 def last_state(config, steps, **facts):
