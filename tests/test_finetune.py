@@ -885,7 +885,7 @@ def test_probe_trains_the_head_alone_first(easy, tmp_path, method, monkeypatch):
         finetune, "build_model", lambda *args: before.setdefault("model", build(*args))
     )
     monkeypatch.setattr(
-        mrm, "check_finite", lambda *a, **k: look(*a, **k) if k.get("loss") is not None else None
+        common, "check_finite", lambda *a, **k: look(*a, **k) if k.get("loss") is not None else None
     )
     finetune.finetune(config(easy, tmp_path, method=method, steps=10, probe=0.5, warmup=0))
     assert min(step for step, part in moved if part == "head") == 2
