@@ -270,8 +270,7 @@ def draw_patient(folder, seed, size, patient):
 def write_lists(folder, rng, patients):
     """Writes the lists, training.csv (reports of train_list alone), patients.csv and classes.txt.
     In a random order of `patients` (lists of rows) 70 % of the images go to train_list, 10 % to
-    val_list and 20 % to test_list; train_1 and train_10 are the first 1 % and 10 % of train_list.
-    """
+    val_list, 20 % to test_list; train_1 and train_10 are train_list's first 1 % and 10 %."""
     order = [patients[i] for i in rng.permutation(len(patients))]
     images = np.cumsum([len(rows) for rows in order])
     ends = [images[-1] * share for share in (0.007, 0.07, 0.7, 0.8)]
@@ -314,8 +313,7 @@ def write_demo_records(out, patients=2400, size=128, seed=0):
     There are about 2.5 films a patient: images/, masks/ (of pneumothoraces), the lists train_1.txt
     to test_list.txt, training.csv, classes.txt, patients.csv and demo.json (the arguments). Demo
     records at `out` are replaced; `out` appears only when it is complete. Raises InputError for a
-    folder that cannot be written or holds something else, and for fewer patients or pixels.
-    """
+    folder that cannot be written or holds something else, and for fewer patients or pixels."""
     out = Path(os.path.abspath(out))
     if patients < 50 or size < 32:
         raise InputError("demo", "at least 50 patients and 32 pixels", f"{patients} and {size}")

@@ -322,7 +322,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
     that was best on the validation list, and a dict for each evaluation of that list."""
     score, loss_function = f"val_{SCORES[config.task]}", LOSSES[config.task]
     labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
-    optimizer = make_optimizer(model, config)
+    paths, optimizer = parts["train"].paths, make_optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, history, losses, best = 0, [], [], {score: -1.0, "step": 0, "trained": None}
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -360,8 +360,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            common.check_finite(step + 1, parts["train"].paths, seen, loss=loss_of_step,
-                                gradient=norm)
+            common.check_finite(step + 1, paths, seen, loss=loss_of_step, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(common.average(loss_of_step, world).item())
