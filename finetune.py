@@ -1326,8 +1326,8 @@ def predict_folder(config):
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
     for name in ("img_size", "test_side", "interpolation", "raw_dicom"):
         if getattr(config, name) is not None:
-            option = name.replace("_", "-")
-            raise InputError(f"--predict reads images as its run did, without --{option}")
+            flag = name.replace("_", "-")
+            raise InputError(f"--predict reads images as its run did, without --{flag}")
     model, saved = load_run(config.weights, config.base)
     pixels = mrm.pixel_statistics(config, saved["mean"], saved["std"])
     config = common.fill(config, {"out": "runs/predict"} | pixels)

@@ -897,6 +897,12 @@ def read_weights(path):
     return tensors, saved
 
 
+def tokenizer_path(weights):
+    """The file of the tokenizer: in the folder of a run, or beside a checkpoint of it."""
+    weights = Path(weights)
+    return (weights if weights.is_dir() else weights.parent) / "tokenizer.tiktoken"
+
+
 def read_start(config, vocab_size):
     """What --weights starts a run from: (tensors, tokenizer or None to learn a new one, all that
     the file holds). A report decoder knows words by the numbers that its run's tokenizer gives
@@ -906,8 +912,7 @@ def read_start(config, vocab_size):
     tensors, saved = read_weights(config.weights)
     if "report_decoder.bias" not in tensors or config.image_only:
         return tensors, None, saved
-    path = Path(config.weights)
-    path = (path if path.is_dir() else path.parent) / "tokenizer.tiktoken"
+    path = tokenizer_path(config.weights)
     if not path.exists():
         raise InputError(path, "the tokenizer of the report decoder in --weights", "none")
     if vocab_size is not None:
@@ -1139,12 +1144,6 @@ def open_run(config, count):
     return config, model, saved, images, reports
 
 
-def tokenizer_of(weights):
-    """The tokenizer in the folder of a run, or beside a checkpoint of it."""
-    run = Path(weights)
-    return data.load_tokenizer((run if run.is_dir() else run.parent) / "tokenizer.tiktoken")
-
-
 @torch.no_grad()
 def reconstruct(config, count=6):
     """Draws OUT/reconstruction.png for held-out records: original, masked input, restored image,
@@ -1153,7 +1152,7 @@ def reconstruct(config, count=6):
     pictures, latent = restored_pictures(model, images, config)
     captions = [""] * len(images)
     if hasattr(model, "report_decoder"):
-        tokenizer = tokenizer_of(config.weights)
+        tokenizer = data.load_tokenizer(tokenizer_path(config.weights))
         tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
         tokens, *masked = mask_report(tokenizer, tokens, words, config.word_ratio)
         hidden = masked[1]
@@ -1229,7 +1228,7 @@ def draw_attention(config, count=6):
     config, model, saved, images, reports = open_run(config, None)
     if config.image_only:
         raise InputError(f"--attention --weights {config.out}", "a run with reports", "images only")
-    tokenizer = tokenizer_of(config.weights)
+    tokenizer = data.load_tokenizer(tokenizer_path(config.weights))
     tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
     hidden = torch.zeros_like(tokens, dtype=torch.bool)
     found, asked = set(), [word.strip() for word in config.words.lower().split(",")]

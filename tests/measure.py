@@ -15,7 +15,8 @@
     python tests/measure.py real COVID NIH DIR  # writes real records for pretraining into DIR
     python tests/measure.py cache FILMS DIR  # what --cache DIR saves on a folder of films
 
-The command `unet` takes the options of finetune.py after its folder.
+The command `unet` takes the options of finetune.py after its folder; `pixels` needs
+tests/requirements.txt.
 """
 
 import contextlib
@@ -591,20 +592,11 @@ def cache(films, folder, side=224):
     print(f"{len(paths)} films, {sum(files) / 2**20:.0f} MiB")
 
 
+COMMANDS = (pixels, vit, limits, scaling, overheads, crops, memory, step, motions, bound, lungs)
+COMMANDS += (unet, real, cache)
+
 if __name__ == "__main__":
-    {
-        "lungs": lungs,
-        "real": real,
-        "unet": unet,
-        "pixels": pixels,
-        "vit": vit,
-        "limits": limits,
-        "scaling": scaling,
-        "overheads": overheads,
-        "crops": crops,
-        "memory": memory,
-        "step": step,
-        "motions": motions,
-        "bound": bound,
-        "cache": cache,
-    }[sys.argv[1]](*sys.argv[2:])
+    command = {function.__name__: function for function in COMMANDS}.get(" ".join(sys.argv[1:2]))
+    if command is None:
+        sys.exit(__doc__)
+    command(*sys.argv[2:])
