@@ -1232,10 +1232,12 @@ class ImageSet(torch.utils.data.Dataset):
     `augment(images, generator=)`, which gets (B, 1, H, W), or a list of (1, H, W) where shapes
     differ, and can be pickled. (seed, draw) seed the generator, so that neither workers nor
     resuming change it. Without `augment` it holds the centre crops of `crop` pixels a side
-    (default: `size`). set[i] is (image, i). `deep` is white in 16-bit files (default:
-    `common_scale`). `masks`, as `find_masks` gives them, make each item a whole image and its mask
-    as two channels (2, size, size). `reading`: more of what `read_image` takes, such as enlarge.
-    `folder` keeps the decoded images for the next run (`read_cached`)."""
+    (default: `size`). set[indices, draw, "later"] is (pixels of all films in a row, uint8, shapes,
+    indices, draw), of which `finish` makes the same batch elsewhere. set[i] is (image, i). `deep`
+    is white in 16-bit files (default: `common_scale`). `masks`, as `find_masks` gives them, make
+    each item a whole image and its mask as two channels (2, size, size). `reading`: more of what
+    `read_image` takes, such as enlarge. `folder` keeps the decoded images for the next run
+    (`read_cached`)."""
 
     def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
                  folder="", **reading):
@@ -1295,14 +1297,25 @@ class ImageSet(torch.utils.data.Dataset):
             if not 0 <= key < len(self):
                 raise IndexError(key)
             return self[[key], 0][0][0], key
-        indices, draw = torch.as_tensor(key[0]), key[1]
+        indices, draw, *later = torch.as_tensor(key[0]), *key[1:]
         if torch.is_tensor(self.cache):
-            images = self.cache[indices].float() / 255
+            images = self.cache[indices]
         else:
-            images = [self.read(i).float() / 255 for i in indices.tolist()]
+            images = [self.read(i) for i in indices.tolist()]
+        if later:  # one tensor, because each that a worker sends takes an open file
+            shapes = [image.shape for image in images]
+            return torch.cat([image.flatten() for image in images]), shapes, indices, draw
+        if torch.is_tensor(images):
+            images = images.float() / 255
+        else:
+            images = [image.float() / 255 for image in images]
+        return self.finish(images, draw), indices
+
+    def finish(self, images, draw):
+        """The batch (B, C, side, side) of images in [0, 1] as they were read."""
         if self.augment is not None:
-            return self.augment(images, generator=seeded(self.seed, draw)), indices
-        return torch.stack([self.centre(image) for image in images]), indices
+            return self.augment(images, generator=seeded(self.seed, draw))
+        return torch.stack([self.centre(image) for image in images])
 
     def centre(self, image):
         """The (1, crop, crop) in the middle of an image (1, H, W)."""
@@ -1326,11 +1339,12 @@ def load_batches(dataset, keys, workers):
 
 
 def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0,
-                  taken=None):
+                  taken=None, device=None):
     """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B in each process.
     All steps together walk along one endless row of epochs, each a permutation seeded by (seed,
     epoch), or its first `taken` images; a step takes the next world * batch_size. So its number
-    alone fixes what it holds."""
+    alone fixes what it holds. With a `device` films go there as 8 bits, and the same crops are made
+    there: at the paper's sizes one takes 4 ms of a core, too long for a GPU to wait."""
     taken = taken or len(dataset)
 
     @functools.lru_cache(maxsize=2)
@@ -1342,9 +1356,16 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
             draw = step * world + rank
             places = range(draw * batch_size, (draw + 1) * batch_size)
             rows = [permutation(place // taken)[place % taken] for place in places]
-            yield rows, draw
+            yield (rows, draw) if device is None else (rows, draw, "later")
 
-    return load_batches(dataset, keys(), workers)
+    if device is None:
+        yield from load_batches(dataset, keys(), workers)
+        return
+    for pixels, shapes, indices, draw in load_batches(dataset, keys(), workers):
+        films = (pixels.to(device, non_blocking=True).float() / 255).split(
+            [math.prod(shape) for shape in shapes])
+        films = [film.view(shape) for film, shape in zip(films, shapes)]
+        yield dataset.finish(films, draw), indices
 
 
 def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):

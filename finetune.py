@@ -317,6 +317,17 @@ def log_evaluation(log, history, score):
     common.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
 
 
+def train_batches(images, config, step, steps, device, rank, world):
+    """The batches (images, rows) of this process from step `step` on, timed."""
+    share, passes = common.share_of_batch(config, world), config.accumulate
+    # A GPU makes the crops itself, but PIL's operations need a CPU
+    there = device.type == "cuda" and not config.randaugment and not config.erasing
+    batches = data.train_batches(images, share, step * passes, steps * passes, config.seed, rank,
+                                 world, config.workers, images_of_epoch(config, len(images)),
+                                 device if there else None)
+    return common.Timed(batches, device, world)
+
+
 def train(config, model, parts, steps, saved, facts, log, device, world):
     """The training loop. Returns (best, history): the scores, step and trained tensors of the state
     that was best on the validation list, and a dict for each evaluation of that list."""
@@ -331,10 +342,8 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
         model.load_state_dict(saved["trained"], strict=False)
         step, history = common.restore_state(saved, optimizer, log)
         best, losses = saved["best"], saved["losses"]
-    batches = common.Timed(data.train_batches(
-        parts["train"].images, common.share_of_batch(config, world), step * config.accumulate,
-        steps * config.accumulate, config.seed, log.rank, world, config.workers,
-        images_of_epoch(config, len(labels))), device, world)
+    images = parts["train"].images
+    batches = train_batches(images, config, step, steps, device, log.rank, world)
     every = max(1, steps // config.evaluations)
 
     def save(step):

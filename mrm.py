@@ -592,9 +592,11 @@ class Records:
         """The batches (images, rows) of this process from step `step` on, timed."""
         share, passes = common.share_of_batch(config, world), config.accumulate
         first, last = step * passes, steps * passes
+        device = self.heldout.device
+        there = device if device.type == "cuda" else None  # a GPU makes the crops itself
         batches = data.train_batches(self.images, share, first, last, config.seed, rank, world,
-                                     config.workers)
-        return common.Timed(batches, self.heldout.device, world)
+                                     config.workers, device=there)
+        return common.Timed(batches, device, world)
 
     def report_batch(self, rows, config, generator=None):
         """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""

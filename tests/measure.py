@@ -6,6 +6,7 @@
     python tests/measure.py scaling          # how a LoRA step grows with size, depth, rank, images
     python tests/measure.py overheads        # what a step of the tiny MRM consists of
     python tests/measure.py crops            # a batch's crops: film by film, by threads, at once
+    python tests/measure.py feeding DEMO     # mrm.py by ways to feed it, and with films for nothing
     python tests/measure.py memory           # peak memory of ViT-B/16, full against LoRA
     python tests/measure.py step             # an NC + R step, the official code against ours
     python tests/measure.py motions RUN      # the share of each kind of motion that a run's R finds
@@ -21,9 +22,11 @@ tests/requirements.txt.
 
 import contextlib
 import functools
+import io
 import itertools
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -298,6 +301,39 @@ def crops(films=32, side=96, rounds=100):
         assert torch.allclose(torch.cat(one_by_one()), at_once(), atol=1e-5)
         for name, seconds in median_times(runs, rounds, time.perf_counter).items():
             print(f"{name}: {1000 * seconds:.2f} ms")
+    for size, side in ((1157, 448), (578, 224)):  # what pretraining and fine-tuning crop
+        large = [torch.rand(1, size, round(1.2 * size)) for _ in range(8)]
+        crop = functools.partial(data.random_resized_crop, large, side)
+        seconds = median_times({"crop": crop}, 30, time.perf_counter)["crop"]
+        print(f"from {size} to {side} pixels: {1000 * seconds / 8:.2f} ms a film")
+
+
+def feeding(demo, steps=600):
+    """Images/s of mrm.py on the folder `demo`, and the share of its time spent waiting for data: as
+    it is, with a worker, with a thread that makes the next batch during a step, and with batches
+    that cost nothing, the first twenty again and again."""
+    load = data.load_batches
+
+    def thread(dataset, keys, workers):
+        with ThreadPoolExecutor(1) as pool:
+            batch = pool.submit(dataset.__getitem__, next(keys))
+            for key in keys:
+                made, batch = batch.result(), pool.submit(dataset.__getitem__, key)
+                yield made
+            yield batch.result()
+
+    def nothing(dataset, keys, workers):
+        first = [dataset[key] for key in itertools.islice(keys, 20)]
+        yield from itertools.islice(itertools.cycle(first), int(steps))
+
+    ways = {"as it is": (load, 0), "a worker": (load, 1), "a thread": (thread, 0)}
+    for name, (way, workers) in (ways | {"nothing": (nothing, 0)}).items():
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(data, "load_batches", way):
+            config = mrm.MRMConfig(root=demo, steps=int(steps), out=folder, workers=workers)
+            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+                result = mrm.pretrain(config)
+        speed, waiting = result["images_per_second"], 100 * result["share_waiting_for_data"]
+        print(f"{name}: {speed:.0f} images/s, {waiting:.1f} % waiting", flush=True)
 
 
 def official_step(model, a, b, opt_g, opt_d):
@@ -592,7 +628,20 @@ def cache(films, folder, side=224):
     print(f"{len(paths)} films, {sum(files) / 2**20:.0f} MiB")
 
 
-COMMANDS = (pixels, vit, limits, scaling, overheads, crops, memory, step, motions, bound, lungs)
+COMMANDS = (
+    pixels,
+    vit,
+    limits,
+    scaling,
+    overheads,
+    crops,
+    feeding,
+    memory,
+    step,
+    motions,
+    bound,
+    lungs,
+)
 COMMANDS += (unet, real, cache)
 
 if __name__ == "__main__":

@@ -1038,6 +1038,32 @@ def test_train_batches_depend_on_the_step_alone(paths, preload):
     assert not torch.equal(first[0][0][0], steps(0, 9)[3][0][0])
 
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
+@pytest.mark.parametrize("films", [11, 14], ids=["equal shapes", "some differ"])
+def test_crops_made_on_a_device_are_those_of_the_cpu(paths, films, device):
+    """With the films read ahead of them or not, in this process or others, and flipped."""
+    crop = functools.partial(mrm.augment, side=32, min_crop=0.2, flip=True)
+    image_set = data.ImageSet(paths[:films], 48, crop, 5, 65535)
+
+    def batches(**options):
+        return list(data.train_batches(image_set, 4, 0, 6, 5, **options))
+
+    expected = batches()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a machine of one core warns of two workers
+        for preload in (False, True):
+            image_set.preload() if preload else None
+            for workers in (0, 2):
+                there = batches(workers=workers, device=torch.device(device))
+                for (a, i), (b, j) in zip(expected, there, strict=True):
+                    assert b.device.type == device and b.shape == (4, 1, 32, 32)
+                    assert i.tolist() == j.tolist()
+                    assert torch.allclose(a, b.cpu(), rtol=0, atol=0 if device == "cpu" else 1e-5)
+
+
 @pytest.mark.parametrize("world, passes", [(1, 1), (2, 1), (1, 2)])
 def test_epochs_without_their_last_incomplete_batch(world, passes):
     """Of 14 images and batches of 4 an epoch takes the first 12 of its permutation, and the next
@@ -2041,8 +2067,11 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path, workers):
     crops = data.ImageSet(paths, 64, augment, masks=masks)
     loaded = data.ImageSet(paths, 64, augment, masks=masks).preload()
     batches = list(data.train_batches(crops, 6, 0, 4, seed=1, workers=workers))
-    for (pairs, rows), (again, _) in zip(batches, data.train_batches(loaded, 6, 0, 4, seed=1)):
-        assert pairs.shape == (6, 2, 32, 32) and torch.equal(pairs, again)
+    again = data.train_batches(loaded, 6, 0, 4, seed=1)
+    there = data.train_batches(crops, 6, 0, 4, seed=1, workers=workers, device=torch.device("cpu"))
+    for (pairs, rows), (second, _), (third, _) in zip(batches, again, there, strict=True):
+        assert pairs.shape == (6, 2, 32, 32)
+        assert torch.equal(pairs, second) and torch.equal(pairs, third)
         image, mask = pairs.unbind(1)
         assert set(mask.unique().tolist()) == {0.0, 1.0}
         assert ((image > 0.49) == (mask > 0.5)).float().mean() > 0.97

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -593,6 +594,20 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
         config(easy, tmp_path / "part", resume=True, **options)
     )  # of a finished run: tests again
     assert again["auroc"] == whole["auroc"]
+
+
+@pytest.mark.parametrize(
+    "device, changes, there",
+    [("cuda", {}, True), ("cpu", {}, False), ("cuda", {"randaugment": True}, False)],
+)
+def test_a_gpu_makes_the_crops_but_for_pils_operations(monkeypatch, device, changes, there):
+    options = config("", "", randaugment=False, erasing=0.0, drop_last=False)
+    options, seen = dataclasses.replace(options, **changes), []
+    device = SimpleNamespace(type=device)
+    monkeypatch.setattr(data, "train_batches", lambda *arguments: seen.extend(arguments))
+    monkeypatch.setattr(common, "Timed", lambda *arguments: None)
+    finetune.train_batches([0] * 64, options, 0, 3, device, 0, 1)
+    assert seen[-1] is (device if there else None)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
