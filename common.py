@@ -210,6 +210,8 @@ def run_script(main):
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        if torch.distributed.is_initialized():  # else its threads may end after what they use
+            torch.distributed.destroy_process_group()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -236,6 +238,9 @@ def join(config):
     device = torch.device(name)
     if name == "cuda":
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            least = f"at most {torch.cuda.device_count()} processes, one a GPU"
+            raise InputError("torchrun --nproc_per_node", least, os.environ.get("LOCAL_WORLD_SIZE"))
         torch.cuda.set_device(device)
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")

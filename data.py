@@ -1362,10 +1362,12 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
         yield from load_batches(dataset, keys(), workers)
         return
     for pixels, shapes, indices, draw in load_batches(dataset, keys(), workers):
-        films = (pixels.to(device, non_blocking=True).float() / 255).split(
-            [math.prod(shape) for shape in shapes])
+        films = pixels.to(device, non_blocking=True).float().div_(255)
+        films = films.split([math.prod(shape) for shape in shapes])
         films = [film.view(shape) for film, shape in zip(films, shapes)]
-        yield dataset.finish(films, draw), indices
+        batch = dataset.finish(films, draw)
+        del pixels, films  # whole films are large, and a step follows
+        yield batch, indices
 
 
 def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):

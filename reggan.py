@@ -981,7 +981,8 @@ def save(run, best=False):
         if not weight.isfinite().all():
             advice = f"lower --lr; {run.out / 'last.pt'} holds the state before"
             raise InputError(f"step {run.step}: {name} is not finite: {advice}")
-    pools = {side: [image.clone() for image in pool.images] for side, pool in run.pools.items()}
+    pools = {side: [image.to("cpu", copy=True) for image in pool.images]  # for all processes
+             for side, pool in run.pools.items()}
     ranks = from_all({"random": common.random_state(), "pools": pools})
     if run.rank == 0:
         weights = {"model": run.model.state_dict(), "config": dataclasses.asdict(run.config)}
@@ -1222,8 +1223,6 @@ def main():
         result = train(config)
         if os.environ.get("RANK", "0") == "0":  # one of torchrun's processes speaks
             print(json.dumps(result, indent=1))
-    if torch.distributed.is_initialized():  # else its threads may end after what they use
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

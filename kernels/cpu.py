@@ -47,8 +47,9 @@ class LastConv(nn.Conv2d):
     """
 
     def forward(self, x):
-        if x.is_cuda:
-            return super().forward(x)
+        if x.is_cuda:  # in float32, as what follows: bfloat16 would leave 8 bits of each pixel
+            with torch.autocast("cuda", enabled=False):
+                return super().forward(x.float())
         k = self.kernel_size[0]
         weight = self.weight.permute(2, 0, 1, 3)                                # (k, o, i, k)
         weight = weight.reshape(-1, self.in_channels, 1, k)                     # (k o, i, 1, k)

@@ -309,7 +309,7 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
     dA, dB = (t.new_empty(triton.cdiv(M, 128), *factor.shape) for factor in (lora_A, lora_B))
     blocks = dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)
     with torch.cuda.device_of(x):
-        down_kernel[len(dB), P, 1](
+        down_kernel[len(dB), P, triton.cdiv(R, padded(R))](
             dy, lora_B, u, None, None, t, dB, 0, scale / (1 - dropout), M, WIDTH=N // P, P=P,
             PARTS=PARTS, R=R, F_IN=R, F_LOW=1, BLOCK_R=padded(R), **blocks, **common)
         if needs_dx:

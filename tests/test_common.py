@@ -70,6 +70,15 @@ def test_parse_config(capsys):
         assert stop.value.code == 2
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="at most 1 processes, one a GPU, found 2"):
+        common.join(common.RunConfig(device="cuda"))
+
+
 def test_run_script_prints_one_line_and_exits_with_2(capsys):
     def main():
         raise InputError("a.txt: line 3: wrong")

@@ -689,7 +689,9 @@ def test_rsna_in_the_official_form(tmp_path, monkeypatch):
     for weights in ("run", "run/merged.pt"):  # read as it was trained
         out = tmp_path / "predicted"
         finetune.predict_folder(
-            FinetuneConfig(predict=str(root), weights=str(tmp_path / weights), out=str(out))
+            FinetuneConfig(
+                predict=str(root), weights=str(tmp_path / weights), out=str(out), device="cpu"
+            )
         )
         found = {row[0]: row[1] for row in csv.reader((out / "predictions.csv").open())}
         for name, score, _ in tested:
@@ -955,7 +957,10 @@ def test_a_pooled_run_predicts_what_it_scored(easy, tmp_path, method):
     for run in ["run", "run/merged.pt"][: 2 if method == "lora" else 1]:
         finetune.predict_folder(
             FinetuneConfig(
-                predict=str(easy / "images"), weights=str(tmp_path / run), out=str(tmp_path / "p")
+                predict=str(easy / "images"),
+                weights=str(tmp_path / run),
+                out=str(tmp_path / "p"),
+                device="cpu",
             )
         )
         found = {

@@ -59,6 +59,7 @@ QV = (True, False, True)
 # rows, inputs, width of a part, rank, parts: tiles that end inside and outside of the matrix, ranks
 # 1, 4, 5, 32 and 64, one to three groups, one row
 CASES = [
+    (5, 20, 12, 80, (True,)),  # a rank of two tiles
     (37, 41, 19, 5, QV),
     (1, 5, 3, 1, (True,)),
     (70, 64, 32, 4, QV),
@@ -491,8 +492,12 @@ def test_warp_dtypes_and_forms():
     assert torch.equal(warp(image.transpose(2, 3).contiguous().transpose(2, 3), flow), out)
     for f in (warp_reference, *([warp_triton] if triton else [])):
         all_at_once = gradients(f, (image, flow), dy, (0, 1))
-        assert torch.equal(gradients(f, (image, flow), dy, (0,))[1], all_at_once[1])
-        assert torch.equal(gradients(f, (image, flow), dy, (1,))[1], all_at_once[2])
+        for inputs, together in (((0,), all_at_once[1]), ((1,), all_at_once[2])):
+            alone = gradients(f, (image, flow), dy, inputs)[1]
+            if f is warp_reference:  # on a GPU it adds up in any order
+                torch.testing.assert_close(alone, together)
+            else:
+                assert torch.equal(alone, together)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(warp(image, flow), out)
 
@@ -864,6 +869,8 @@ def test_gpu_graph_draws_masks():
 @needs_gpu
 def test_gpu_beyond_32_bits():
     """The last rows of a tensor of more than 2^31 elements come out as they do alone."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB")
     M, K = 2**31 // 1024 + 4096, 1024
     x = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda")
     tail = torch.randn(256, K, device="cuda").bfloat16()
