@@ -1339,12 +1339,13 @@ def load_batches(dataset, keys, workers):
 
 
 def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0,
-                  taken=None, device=None):
+                  taken=None, crop_on=None):
     """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B in each process.
     All steps together walk along one endless row of epochs, each a permutation seeded by (seed,
     epoch), or its first `taken` images; a step takes the next world * batch_size. So its number
-    alone fixes what it holds. With a `device` films go there as 8 bits, and the same crops are made
-    there: at the paper's sizes one takes 4 ms of a core, too long for a GPU to wait."""
+    alone fixes what it holds. `crop_on`: a device that makes the crops, the same ones, of whole films
+    that go there as 8 bits: at the paper's sizes a crop takes 4 ms of a core, too long for a GPU to
+    wait. None: they are made where films are read."""
     taken = taken or len(dataset)
 
     @functools.lru_cache(maxsize=2)
@@ -1356,13 +1357,13 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
             draw = step * world + rank
             places = range(draw * batch_size, (draw + 1) * batch_size)
             rows = [permutation(place // taken)[place % taken] for place in places]
-            yield (rows, draw) if device is None else (rows, draw, "later")
+            yield (rows, draw) if crop_on is None else (rows, draw, "later")
 
-    if device is None:
+    if crop_on is None:
         yield from load_batches(dataset, keys(), workers)
         return
     for pixels, shapes, indices, draw in load_batches(dataset, keys(), workers):
-        films = pixels.to(device, non_blocking=True).float().div_(255)
+        films = pixels.to(crop_on, non_blocking=True).float().div_(255)
         films = films.split([math.prod(shape) for shape in shapes])
         films = [film.view(shape) for film, shape in zip(films, shapes)]
         batch = dataset.finish(films, draw)

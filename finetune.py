@@ -317,14 +317,14 @@ def log_evaluation(log, history, score):
     common.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
 
 
-def train_batches(images, config, step, steps, device, rank, world):
+def timed_batches(images, config, step, steps, device, rank, world):
     """The batches (images, rows) of this process from step `step` on, timed."""
     share, passes = common.share_of_batch(config, world), config.accumulate
-    # A GPU makes the crops itself, but PIL's operations need a CPU
-    there = device.type == "cuda" and not config.randaugment and not config.erasing
+    with_pil = config.randaugment or config.erasing  # which needs a CPU
+    crop_on = device if device.type == "cuda" and not with_pil else None
     batches = data.train_batches(images, share, step * passes, steps * passes, config.seed, rank,
                                  world, config.workers, images_of_epoch(config, len(images)),
-                                 device if there else None)
+                                 crop_on)
     return common.Timed(batches, device, world)
 
 
@@ -343,7 +343,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
         step, history = common.restore_state(saved, optimizer, log)
         best, losses = saved["best"], saved["losses"]
     images = parts["train"].images
-    batches = train_batches(images, config, step, steps, device, log.rank, world)
+    batches = timed_batches(images, config, step, steps, device, log.rank, world)
     every = max(1, steps // config.evaluations)
 
     def save(step):

@@ -593,9 +593,9 @@ class Records:
         share, passes = common.share_of_batch(config, world), config.accumulate
         first, last = step * passes, steps * passes
         device = self.heldout.device
-        there = device if device.type == "cuda" else None  # a GPU makes the crops itself
+        crop_on = device if device.type == "cuda" else None
         batches = data.train_batches(self.images, share, first, last, config.seed, rank, world,
-                                     config.workers, device=there)
+                                     config.workers, crop_on=crop_on)
         return common.Timed(batches, device, world)
 
     def report_batch(self, rows, config, generator=None):

@@ -628,21 +628,8 @@ def cache(films, folder, side=224):
     print(f"{len(paths)} films, {sum(files) / 2**20:.0f} MiB")
 
 
-COMMANDS = (
-    pixels,
-    vit,
-    limits,
-    scaling,
-    overheads,
-    crops,
-    feeding,
-    memory,
-    step,
-    motions,
-    bound,
-    lungs,
-)
-COMMANDS += (unet, real, cache)
+COMMANDS = (pixels, vit, limits, scaling, overheads, crops, feeding, memory, step, motions)
+COMMANDS += (bound, lungs, unet, real, cache)
 
 if __name__ == "__main__":
     command = {function.__name__: function for function in COMMANDS}.get(" ".join(sys.argv[1:2]))

@@ -1057,7 +1057,7 @@ def test_crops_made_on_a_device_are_those_of_the_cpu(paths, films, device):
         for preload in (False, True):
             image_set.preload() if preload else None
             for workers in (0, 2):
-                there = batches(workers=workers, device=torch.device(device))
+                there = batches(workers=workers, crop_on=torch.device(device))
                 for (a, i), (b, j) in zip(expected, there, strict=True):
                     assert b.device.type == device and b.shape == (4, 1, 32, 32)
                     assert i.tolist() == j.tolist()
@@ -2068,7 +2068,7 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path, workers):
     loaded = data.ImageSet(paths, 64, augment, masks=masks).preload()
     batches = list(data.train_batches(crops, 6, 0, 4, seed=1, workers=workers))
     again = data.train_batches(loaded, 6, 0, 4, seed=1)
-    there = data.train_batches(crops, 6, 0, 4, seed=1, workers=workers, device=torch.device("cpu"))
+    there = data.train_batches(crops, 6, 0, 4, seed=1, workers=workers, crop_on=torch.device("cpu"))
     for (pairs, rows), (second, _), (third, _) in zip(batches, again, there, strict=True):
         assert pairs.shape == (6, 2, 32, 32)
         assert torch.equal(pairs, second) and torch.equal(pairs, third)

@@ -606,7 +606,7 @@ def test_a_gpu_makes_the_crops_but_for_pils_operations(monkeypatch, device, chan
     device = SimpleNamespace(type=device)
     monkeypatch.setattr(data, "train_batches", lambda *arguments: seen.extend(arguments))
     monkeypatch.setattr(common, "Timed", lambda *arguments: None)
-    finetune.train_batches([0] * 64, options, 0, 3, device, 0, 1)
+    finetune.timed_batches([0] * 64, options, 0, 3, device, 0, 1)
     assert seen[-1] is (device if there else None)
 
 

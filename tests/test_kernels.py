@@ -57,7 +57,7 @@ def assert_as_good(got, reference, truth):
 
 QV = (True, False, True)
 # rows, inputs, width of a part, rank, parts: tiles that end inside and outside of the matrix, ranks
-# 1, 4, 5, 32 and 64, one to three groups, one row
+# 1, 4, 5, 32, 64 and 80, one to three groups, one row
 CASES = [
     (5, 20, 12, 80, (True,)),  # a rank of two tiles
     (37, 41, 19, 5, QV),
@@ -494,7 +494,7 @@ def test_warp_dtypes_and_forms():
         all_at_once = gradients(f, (image, flow), dy, (0, 1))
         for inputs, together in (((0,), all_at_once[1]), ((1,), all_at_once[2])):
             alone = gradients(f, (image, flow), dy, inputs)[1]
-            if f is warp_reference:  # on a GPU it adds up in any order
+            if f is warp_reference and DEVICE == "cuda":  # there it adds up in any order
                 torch.testing.assert_close(alone, together)
             else:
                 assert torch.equal(alone, together)
