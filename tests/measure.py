@@ -6,7 +6,7 @@
     python tests/measure.py scaling          # how a LoRA step grows with size, depth, rank, images
     python tests/measure.py overheads        # what a step of the tiny MRM consists of
     python tests/measure.py crops            # a batch's crops: film by film, by threads, at once
-    python tests/measure.py feeding DEMO     # mrm.py by ways to feed it, and with films for nothing
+    python tests/measure.py feeding [DEMO]   # mrm.py by ways to feed it, and with films for nothing
     python tests/measure.py memory           # peak memory of ViT-B/16, full against LoRA
     python tests/measure.py step             # an NC + R step, the official code against ours
     python tests/measure.py motions RUN      # the share of each kind of motion that a run's R finds
@@ -308,7 +308,7 @@ def crops(films=32, side=96, rounds=100):
         print(f"from {size} to {side} pixels: {1000 * seconds / 8:.2f} ms a film")
 
 
-def feeding(demo, steps=600):
+def feeding(demo="demo", steps=600):
     """Images/s of mrm.py on the folder `demo`, and the share of its time spent waiting for data: as
     it is, with a worker, with a thread that makes the next batch during a step, and with batches
     that cost nothing, the first twenty again and again."""
