@@ -1,20 +1,17 @@
-"""What every script shares beside its method: options, start-up, the folder of a run, its speed.
+"""What every script shares beside its method: options, start-up, files, the folder of a run.
 
 Nothing here knows a data set, a model or a loss. What cannot be used is refused by an InputError,
 in one line that says what was expected and found, in which file and line.
 
-The sections: errors and options; start-up; files; the clock of a run; its soundness and its state;
-stopping; pictures.
+The sections: errors and options; start-up; files; a run and its resumption; comparisons; pictures.
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
-import difflib
 import functools
-import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -22,13 +19,10 @@ import random
 import re
 import signal
 import sys
-import tempfile
 import textwrap
 import threading
 import time
-from collections import Counter
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -36,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
-# Errors, warnings and options
+# Errors and options
 
 
 class InputError(Exception):
@@ -61,27 +55,17 @@ def note(text):
 say_once = functools.cache(note)
 
 
-def option(default, help, **metadata):
-    """A dataclass field with its help text. A default of None means the preset's (see `fill`).
-    metadata: argparse's `choices`; `within`, the interval that the value lies in, as "[0, 1)";
-    `parse`, what makes the value of its text where the type alone does not;
-    `free=True` for an option that may change between a run and its resumption."""
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
-
-
 def cores():
     """The cores that this process may use: its share, where torchrun started several here."""
     count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def count_workers(text):
-    """The number of --workers. On a CPU auto is none: the step itself takes every core."""
-    if text == "auto":
-        return min(8, cores()) if torch.cuda.is_available() else 0
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number or auto, found {text!r}")
-    return int(text)
+def option(default, help, **metadata):
+    """A dataclass field with its help text. A default of None means the preset's (see `fill`).
+    metadata: argparse's `choices`; `within`, the interval that the value lies in, as "[0, 1)";
+    `free=True` for an option that may change between a run and its resumption."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,13 +83,10 @@ class RunConfig:
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
     dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
-    workers: int = option(0, "processes that read images (0: this one; auto: one a core and 8 at "
-                          "most with a GPU, else 0)", within="[0, 64]", parse=count_workers,
+    workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
                           free=True)
     kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
                            free=True)
-    profile: bool = option(False, "run 25 steps in a folder that is deleted, print where the time "
-                           "of the last 20 went, and stop", free=True)
 
 
 def flag_of(field):
@@ -115,36 +96,23 @@ def flag_of(field):
 def parse_config(config_class, argv=None, description=None):
     """An instance of a dataclass of options, read from the command line: `--name value` for a
     field, `--[no-]name` for a bool."""
-    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage="%(prog)s [options]; --help lists them",
-                                     description=description, formatter_class=layout)
-    shared = {field.name for field in dataclasses.fields(RunConfig)}
-    own = parser.add_argument_group("options of this command")
-    every = parser.add_argument_group("options of every script")
-    fields = dataclasses.fields(config_class)
-    for field in fields:
-        text = field.metadata["help"]
+                                     description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(config_class):
+        text, choices = field.metadata["help"], field.metadata.get("choices")
         if "default" not in text:
             shown = {None: "the preset's", "": "none"}.get(field.default, field.default)
             text += f" (default: {shown})"
-        kwargs = {"default": field.default, "help": text.replace("%", "%%")}
+        kwargs = {"type": field.type, "choices": choices}
         if field.type is bool:
-            kwargs["action"] = argparse.BooleanOptionalAction
-        elif "choices" in field.metadata:
-            kwargs["choices"] = field.metadata["choices"]
-        else:
-            parse = field.metadata.get("parse", field.type)
-            kwargs |= {"type": parse, "metavar": field.name.upper()}
-        (every if field.name in shared else own).add_argument(flag_of(field), **kwargs)
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag_of, fields), 1)
-        raise InputError(f"{unknown[0]}: no such option" + "".join(f"; {n} is one" for n in near))
-    config = config_class(**vars(values))
+            kwargs = {"action": argparse.BooleanOptionalAction}
+        elif not choices:
+            kwargs["metavar"] = field.name.upper()
+        parser.add_argument(flag_of(field), default=field.default, help=text.replace("%", "%%"),
+                            **kwargs)
+    config = config_class(**vars(parser.parse_args(argv)))
     check_ranges(config)
-    for name in ("compare", "predict", "translate", "reconstruct", "attention"):
-        if getattr(config, "profile", False) and getattr(config, name, False):
-            raise InputError(f"--profile and --{name}", "one of them", "both")
     return config
 
 
@@ -177,37 +145,27 @@ def number_of_steps(config, samples, per_step):
     return config.steps or max(1, round(config.epochs * samples / per_step))
 
 
-def divide_batch(config, world):
-    """`config` with a batch that `world` processes and `accumulate` passes share evenly: the next
-    one above that does, which is said where it is not the one that was asked for."""
-    parts = world * config.accumulate
-    batch = math.ceil(config.batch_size / parts) * parts
-    if batch != config.batch_size and int(os.environ.get("RANK", 0)) == 0:
-        parts = f"{world} processes x --accumulate {config.accumulate}"
-        print(f"--batch-size {config.batch_size} becomes {batch}, which {parts} share evenly")
-    return dataclasses.replace(config, batch_size=batch)
-
-
 def share_of_batch(config, world):
     """What each of `world` processes takes in one of the `accumulate` passes of a step."""
-    return config.batch_size // (world * config.accumulate)
+    share, rest = divmod(config.batch_size, world * config.accumulate)
+    if rest:
+        parts = f"{world} processes x --accumulate {config.accumulate}"
+        raise InputError("--batch-size", f"a multiple of {parts}", config.batch_size)
+    return share
 
 
 def check_same(saved, config, path):
-    """Refuses a `config` that differs from `saved`, the options of an earlier run in the file
-    `path`, in an option that shapes a result."""
+    """Refuses a `config` that asks for another value of an option that shapes a result than
+    `saved`, the options of an earlier run in the file `path`. None asks for nothing."""
     for field in dataclasses.fields(config):
         before, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
-        if not field.metadata.get("free") and before != now:
+        if not field.metadata.get("free") and now is not None and before != now:
             found = f"a run with {flag} {before}; give the same options, or another --out"
             raise InputError(path, f"{flag} {now}, as asked for now", found)
 
 
 def run_script(main):
     """Runs `main()`; an InputError ends the script with its one line and status 2."""
-    for stream in (getattr(sys, name, None) for name in ("stdout", "stderr")):
-        if isinstance(stream, io.TextIOWrapper):  # names of files may be no text
-            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if torch.distributed.is_initialized():  # else its threads may end after what they use
@@ -215,13 +173,10 @@ def run_script(main):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # what reads the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Start-up: processes and device, seeds, precision
+# Start-up: processes and device, precision, seeds
 
 
 def join(config):
@@ -238,9 +193,6 @@ def join(config):
     device = torch.device(name)
     if name == "cuda":
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            least = f"at most {torch.cuda.device_count()} processes, one a GPU"
-            raise InputError("torchrun --nproc_per_node", least, os.environ.get("LOCAL_WORLD_SIZE"))
         torch.cuda.set_device(device)
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
@@ -280,22 +232,30 @@ def seeded(*numbers):
     return torch.Generator().manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
-def random_state():
-    """The state of torch's generators, for a checkpoint; `set_random_state` puts it back."""
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def seed_rank(number, rank):
+    """Gives every process but the first its own random numbers, for masks and dropout."""
+    if rank:
+        seed(seeded(number, rank).initial_seed() % 2**32)
 
 
-def set_random_state(state):
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def average(values, world):
+    """The mean over the processes of a tensor `values`."""
+    if world > 1:
+        torch.distributed.all_reduce(values)
+        values /= world
+    return values
+
+
+def from_all(value, world):
+    """[`value` of each of the processes]"""
+    values = [value] * world
+    if world > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 # --------------------------------------------------------------------------------------------------
-# Files: text, JSON, CSV, checkpoints, the log of a run
+# Files: text, JSON, CSV, checkpoints
 
 
 def read_text(path):
@@ -311,27 +271,22 @@ def read_text(path):
 def read_json(path):
     try:
         return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise InputError(f"{path}: line {line}: not readable as JSON ({error})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
-def atomic_write(path, write, sync=True):
-    """Calls `write(file)` on a temporary file beside `path`, flushes it to the disk and renames it:
-    a reader sees the old file or the new one, never half of one. Without `sync`, which takes
-    milliseconds, that does not hold where the power fails."""
+def atomic_write(path, write):
+    """Calls `write(file)` on a temporary file beside `path` and renames it: a reader sees the old
+    file or the new one, never half of one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save raises a RuntimeError of its own while it handles the disk's error.
+        # torch.save raises a RuntimeError of its own while it handles the disk's error
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -341,25 +296,19 @@ def atomic_write(path, write, sync=True):
             temporary.unlink()
 
 
-def check_writable(out):
-    """Refuses a folder `out` that cannot be written, and does not make it."""
-    try:
-        parents = (Path(out), *Path(out).absolute().parents)
-        tempfile.TemporaryFile(dir=next(folder for folder in parents if folder.exists())).close()
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
+def write_text(path, text):
+    content = text.encode(errors="surrogateescape")  # names of files may be no UTF-8
+    atomic_write(path, lambda file: file.write(content))
 
 
 def write_json(path, value):
-    text = json.dumps(value, indent=1, default=float) + "\n"
-    atomic_write(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(value, indent=1, default=float) + "\n")
 
 
 def write_csv(path, header, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    content = text.getvalue().encode(errors="surrogateescape")  # names of files may be no UTF-8
-    atomic_write(path, lambda file: file.write(content))
+    write_text(path, text.getvalue())
 
 
 def markdown_table(header, rows):
@@ -373,23 +322,15 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path):
-    """Reads a checkpoint onto the CPU: a dict of tensors and plain values, no pickled code. A
-    .safetensors file becomes {"model": its tensors}. The one class allowed is argparse.Namespace,
-    which holds the options in old checkpoints."""
-    safetensors = str(path).lower().endswith(".safetensors")
+    """Reads a checkpoint onto the CPU: a dict of tensors and plain values, no pickled code. The one
+    class allowed is argparse.Namespace, which holds the options in old checkpoints."""
     try:
-        if safetensors:
-            return {"model": read_safetensors(Path(path).read_bytes())}
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        others = ", ".join(sorted(file.name for file in Path(path).parent.glob("*.pt")))
-        others = f"; its folder holds {others}, of another kind of run" if others else ""
-        raise InputError(f"{path}: no such checkpoint{others}") from None
+        raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # a damaged file raises one of a dozen types
         text = f"{type(error).__name__}: {error}"
-        if safetensors:
-            raise InputError(f"{path}: not readable as safetensors ({text[:200]})") from None
         code = re.search(r"GLOBAL (\S+)", text)
         if code:  # torch's own text goes on to say how to load the file unprotected
             found = f"it holds code to run ({code[1]}), not tensors and plain values alone"
@@ -401,34 +342,6 @@ def load_checkpoint(path):
     return state
 
 
-SAFE_TYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
-
-
-def read_safetensors(content):
-    """The tensors by name in the bytes of a .safetensors file: 8 bytes with the length of a header
-    in JSON, {name: {dtype, shape, data_offsets}}, then the numbers, one tensor after the other."""
-    length = int.from_bytes(content[:8], "little")
-    header, body = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        kind, shape = SAFE_TYPES[entry["dtype"]], entry["shape"]
-        start, stop = entry["data_offsets"]
-        size = math.prod(shape) * kind.itemsize
-        inside = start == end and stop - start == size and stop <= len(body)
-        if not inside or min(shape, default=0) < 0:
-            raise ValueError(f"{name} does not lie where it says; is the file complete?")
-        numbers = torch.frombuffer(body, dtype=torch.uint8)[start:stop].clone()
-        tensors[name], end = numbers.view(kind).reshape(shape), stop
-    if end != len(body):
-        raise ValueError("its numbers do not end where the file does")
-    return tensors
-
-
 def checkpoint_file(path, *names):
     """`path`; of a run's folder, the first of the files `names` that it holds, else the last."""
     path = Path(path)
@@ -437,48 +350,44 @@ def checkpoint_file(path, *names):
     return next((path / name for name in names if (path / name).exists()), path / names[-1])
 
 
-RUN_FILES = [
-    "last.pt", "best.pt", "adapter.pt", "base.pt", "tokenizer.tiktoken", "result.json",
-    "predictions.csv", "curves.png", "roc.png", "overlays.png", "reconstruction.png",
-    "attention.png", "translation.png", "progress.png",
-]
+# --------------------------------------------------------------------------------------------------
+# A run: its folder, its speed, its resumption
 
 
 class RunLog:
     """The folder `out` of a run: config.json at the start, log.jsonl, result.json, by rank 0 alone.
-    Made once nothing can be refused any more, since it removes the files of an earlier run there,
-    unless `resume`. `start` is the time that seconds count from (default: now)."""
+    Made once nothing can be refused any more, since a new run removes the checkpoints and the
+    result of an earlier one there; `history` are the lines of the run that is resumed. `start` is
+    the time that seconds count from (default: now)."""
 
-    def __init__(self, out, config, rank=0, resume=False, start=None):
+    def __init__(self, out, config, rank=0, history=None, start=None):
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
+        self.history = list(history or ())
         self.json("config.json", dataclasses.asdict(config))
-        if rank == 0 and not resume:
-            for name in RUN_FILES:  # nobody may take an older run's file for this run's
+        if rank == 0 and history is None:
+            for name in ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl"):
                 (self.out / name).unlink(missing_ok=True)
-            self.append("", "w")
-        if rank == 0:
-            for path in self.out.glob(".*.tmp"):  # left by a run that was killed while it wrote
-                path.unlink()
 
     def json(self, name, value):
         if self.rank == 0:
             write_json(self.out / name, value)
 
     def line(self, **values):
+        """Adds a line to the history and writes log.jsonl anew. The steps after a checkpoint, which
+        a resumed run takes again, leave no second line."""
+        self.history.append(values | {"seconds": round(time.time() - self.start, 2)})
         if self.rank == 0:
-            values["seconds"] = round(time.time() - self.start, 2)
-            self.append(json.dumps(values, default=float) + "\n")
+            write_text(self.out / "log.jsonl", "".join(
+                json.dumps(line, default=float) + "\n" for line in self.history))
 
-    def append(self, text, mode="a"):
-        try:
-            with open(self.out / "log.jsonl", mode) as file:
-                file.write(text)
-        except OSError as error:
-            raise InputError(f"{self.out}/log.jsonl: cannot be written: {error.strerror}") from None
-
-
-# --------------------------------------------------------------------------------------------------
-# The clock of a run: speed, memory, threads, profile
+    def curves(self, title, *names):
+        """Draws OUT/curves.png anew: these numbers of the history over the steps."""
+        if self.rank == 0:
+            curves = {name: zip(*[(line["step"], line[name]) for line in self.history
+                                  if name in line]) for name in names}
+            save_plot(self.out / "curves.png", {name: tuple(points) or ((), ())
+                                                for name, points in curves.items()},
+                      title, "step", "")
 
 
 class Timed:
@@ -487,12 +396,9 @@ class Timed:
 
     def __init__(self, batches, device, world=1):
         self.batches, self.device, self.world = iter(batches), device, world
-        forget_peak_memory(device)
         self.began, self.waited, self.images = time.time(), 0.0, 0
-        self.cores = FreeCores(device)
 
     def __next__(self):
-        self.cores.look()
         asked = time.time()
         batch = next(self.batches)
         self.waited += time.time() - asked
@@ -500,15 +406,17 @@ class Timed:
         return batch
 
     def speed(self):
-        """The three numbers of log.jsonl and result.json."""
+        """The numbers of log.jsonl and result.json."""
         seconds = max(time.time() - self.began, 1e-9)
-        return {"images_per_second": self.images / seconds,
-                "share_waiting_for_data": self.waited / seconds,
-                "peak_memory_mib": peak_memory_mib(self.device)}
+        speed = {"images_per_second": self.images / seconds,
+                 "share_waiting_for_data": self.waited / seconds}
+        if self.device.type == "cuda":
+            speed["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20
+        return speed
 
     def __str__(self):
-        speed, waiting, memory = self.speed().values()
-        return f"{speed:.1f} images/s, {100 * waiting:.0f} % waiting for data, {memory:.0f} MiB"
+        speed, waiting, *_ = self.speed().values()
+        return f"{speed:.1f} images/s, {100 * waiting:.0f} % waiting for data"
 
     def steps(self, first, last, name, rank):
         """The numbers first ... last - 1, with a progress line that shows the speed."""
@@ -516,145 +424,6 @@ class Timed:
         for step in bar:
             yield step
             bar.set_postfix_str(str(self), refresh=False)
-
-
-class FreeCores:
-    """Keeps a loop on a CPU to the cores that other programs leave it; each step calls `look`.
-
-    OpenMP's threads spin while they wait for each other, so that all of them wait for one whose
-    core was taken: two runs of two threads on two cores would take ten times as long as one run.
-    So a run gives up as many threads as waited for a core through most of five seconds, and tries
-    again after a minute. Where OMP_NUM_THREADS is set, or the system does not count that waiting as
-    Linux does, the number of threads stays, and with it the last digits of the results."""
-
-    ALL = torch.get_num_threads()
-
-    def __init__(self, device, interval=5, pause=60):
-        free = device.type == "cpu" and self.ALL > 1 and "OMP_NUM_THREADS" not in os.environ
-        self.interval, self.pause = interval, pause
-        self.then, self.waited = time.time(), self.waiting()
-        self.next = self.then + interval if free else math.inf
-
-    def look(self):
-        now = time.time()
-        if now < self.next:
-            return
-        then, waited = self.then, self.waited
-        self.then, self.waited, self.next = now, self.waiting(), now + self.interval
-        lost = (self.waited - waited) / (now - then)  # threads that had no core
-        if torch.get_num_threads() < self.ALL:
-            torch.set_num_threads(self.ALL)
-        elif lost > 0.4:
-            torch.set_num_threads(max(1, self.ALL - max(1, round(lost))))
-            self.next = now + self.pause
-            say_once("another program holds a core: this run takes fewer threads while it does")
-
-    @staticmethod
-    def waiting():
-        """Seconds that the threads of this process were ready to run and had no core."""
-        seconds = 0.0
-        for file in Path("/proc/self/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError):  # a thread that ended
-                seconds += int(file.read_text().split()[1]) / 1e9
-        return seconds
-
-
-def forget_peak_memory(device):
-    """Lets `peak_memory_mib` begin anew, so that a run does not show an earlier run's peak."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mib(device):
-    """Peak memory in MiB: of the GPU on cuda, of this process elsewhere (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB on Linux
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-# What every loop does beside the parts of its method: (row, owner, name of the function)
-OF_EVERY_LOOP = (
-    ("data", Timed, "__next__"), ("backward", torch.Tensor, "backward"),
-    ("norm of the gradients", torch.nn.utils, "clip_grad_norm_"),
-    ("norm of the gradients", torch.nn.utils, "get_total_norm"),
-    ("optimiser", torch.optim.Optimizer, "zero_grad"), ("optimiser", torch.optim.SGD, "step"),
-    ("optimiser", torch.optim.Adam, "step"), ("optimiser", torch.optim.AdamW, "step"))
-
-
-def profile(run, config, parts):
-    """Prints where the time of a step of the training `run(config)` goes, in the mean of 20 steps
-    after 5. The rows sum to the step, since what is in no part is a row too.
-
-    parts: (row, owner, name) of functions; the owner is a class, a module or a dict. A timed one
-    stands in for each while this runs, so that the loops have no line for it. A part within a part
-    counts for its own row alone. On a GPU the clock waits for the device where a part begins and
-    ends. What Python and the device otherwise do at the same time adds up, so that a step takes
-    longer than it does unmeasured.
-    """
-    device, rank, _ = join(config)
-    seconds, inside, since, fetched = Counter(), ["the rest"], 0.0, 0
-    first, last = (steps * getattr(config, "accumulate", 1) + 1 for steps in (5, 25))
-
-    def charge():
-        """Adds the time since the last call to the row that it was spent in."""
-        nonlocal since
-        getattr(torch, device.type).synchronize()
-        before, since = since, time.perf_counter()
-        seconds[inside[-1]] += since - before
-
-    def timed(row, function):
-        @functools.wraps(function)
-        def stand_in(*args, **kwargs):
-            nonlocal fetched
-            charge()
-            if row == "data":  # its first batch begins a step
-                fetched += 1
-                if fetched == first:
-                    seconds.clear()
-                if fetched == last:
-                    raise StopIteration  # which ends the loop, as if there were no more batches
-            inside.append(row)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                charge()
-                inside.pop()
-        return stand_in
-
-    try:
-        with contextlib.ExitStack() as stack:
-            for row, owner, name in (*parts, *OF_EVERY_LOOP):
-                if isinstance(owner, dict):
-                    stand_in = mock.patch.dict(owner, {name: timed(row, owner[name])})
-                else:
-                    stand_in = mock.patch.object(owner, name, timed(row, getattr(owner, name)))
-                stack.enter_context(stand_in)
-            # Of 1000 steps none of the first 25 evaluates
-            out = stack.enter_context(tempfile.TemporaryDirectory())
-            once = {"evaluations": 1} if hasattr(config, "evaluations") else {}
-            run(dataclasses.replace(config, out=out, steps=1000, epochs=None, resume=False, **once))
-    except StopIteration:
-        total, rest = sum(seconds.values()), seconds.pop("the rest")
-        for row, value in [*seconds.items(), ("the rest", rest), ("a step", total)] * (rank == 0):
-            print(f"{row:24s}{1000 * value / 20:10.2f} ms{100 * value / total:7.1f} %")
-        note(f"peak memory {peak_memory_mib(device):.0f} MiB on {device}")
-
-
-# --------------------------------------------------------------------------------------------------
-# What keeps a run sound, and lets it go on
-
-
-def seed_rank(number, rank):
-    """Gives every process but the first its own random numbers, for masks and dropout."""
-    if rank:
-        seed(seeded(number, rank).initial_seed() % 2**32)
 
 
 def check_finite(step, paths, rows, **values):
@@ -668,27 +437,24 @@ def check_finite(step, paths, rows, **values):
                 f"--dtype fp32 or look at the images of the batch: {files}")
 
 
-def average(values, world):
-    """The mean over the processes of a tensor `values`."""
-    if world > 1:
-        torch.distributed.all_reduce(values)
-        values /= world
-    return values
+def check_weights(log, step, weights):
+    """Refuses weights that are not finite, before they take the place of good ones on the disk."""
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise InputError(f"step {step}: {name} is not finite; lower --lr or use --dtype fp32; "
+                             f"{log.out / 'last.pt'} holds the state before it")
 
 
-def save_state(log, model, optimizer, config, world, state):
-    """Writes OUT/last.pt: all that --resume, --reconstruct and fine-tuning need. Every process
-    calls it, because each adds its own random state. Weights that are not finite are refused."""
-    states = [random_state()] * world
-    if world > 1:
-        torch.distributed.all_gather_object(states, random_state())
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            raise InputError(f"step {state['step']}: {name} is not finite; lower --lr or use "
-                             f"--dtype fp32; {log.out / 'last.pt'} holds the state before it")
+def save_state(log, config, world, state, own=None):
+    """Writes OUT/last.pt: `state`, whose entries `model` and `step` every script has, and all that
+    --resume needs beside it. Every process calls this, because each adds its random state and what
+    else it alone holds (`own`)."""
+    check_weights(log, state["step"], state["model"])
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    ranks = from_all({"torch": torch.get_rng_state(), "cuda": cuda, "own": own}, world)
     if log.rank == 0:
-        more = {"config": dataclasses.asdict(config), "optimizer": optimizer.state_dict()}
-        save_checkpoint(log.out / "last.pt", state | more | {"random": states})
+        save_checkpoint(log.out / "last.pt", state | {
+            "config": dataclasses.asdict(config), "history": log.history, "ranks": ranks})
 
 
 def last_state(config, steps, **facts):
@@ -698,37 +464,25 @@ def last_state(config, steps, **facts):
         return None
     path = Path(config.out) / "last.pt"
     saved = load_checkpoint(path)
-    length = {"steps": config.steps, "epochs": config.epochs}  # compared below
-    check_same(saved.get("config", {}) | length, config, path)
+    check_same(saved.get("config", {}) | {"steps": config.steps, "epochs": config.epochs}, config,
+               path)
     for name, value in facts.items():
         if saved.get(name) != value:
             same = f"a run with the same {name.replace('_', ' ')} as now"
             raise InputError(path, same, "one with another; give the same, or another --out")
-    if steps < saved["steps"]:
-        least = f"at least the {saved['steps']} steps of the run in {path}"
+    if steps < saved["step"]:
+        least = f"at least the {saved['step']} steps that {path} has taken"
         raise InputError("--steps or --epochs", least, f"{steps} steps")
-    if steps > saved["steps"]:
-        first = saved["step"] + 1
-        rate = f"from step {first} on the learning rate is that of a run of {steps} steps"
-        print(f"{path}: going on to {steps} steps instead of {saved['steps']}; {rate}")
     return saved
 
 
-def restore_state(saved, optimizer, log):
-    """Puts back optimiser, random state and log of a resumed run. Returns (step, history)."""
-    optimizer.load_state_dict(saved["optimizer"])
-    set_random_state(saved["random"][log.rank])
-    if log.rank == 0:  # drops the lines of steps after the checkpoint, which are run again
-        steps = {line["step"] for line in saved["history"]}
-        lines = read_text(log.out / "log.jsonl").splitlines(True)
-        whole = [line for line in lines if line.endswith("}\n")]
-        text = "".join(line for line in whole if json.loads(line)["step"] in steps)
-        atomic_write(log.out / "log.jsonl", lambda file: file.write(text.encode()))
-    return saved["step"], saved["history"]
-
-
-# --------------------------------------------------------------------------------------------------
-# Stopping, and running the cells of a comparison
+def restore_rank(saved, rank):
+    """Puts back the random state of a process. Returns what else it alone held."""
+    state = saved["ranks"][rank]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    return state["own"]
 
 
 class Saving:
@@ -763,39 +517,40 @@ class Saving:
 
     def after(self, steps):
         late = time.time() - self.saved > self.seconds
-        wanted = torch.tensor([self.signal, late], dtype=torch.long)
-        if self.world > 1:
-            wanted = wanted.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-            torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX)
-        if wanted.any():
+        wanted = [max(each) for each in zip(*from_all((self.signal, late), self.world))]
+        if any(wanted):
             self.save(steps)
             self.saved = time.time()
         if wanted[0]:
             print(f"stopped after step {steps}: the same command with --resume goes on", flush=True)
-            sys.exit(128 + int(wanted[0]))
+            sys.exit(128 + wanted[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparisons: many runs of one script
 
 
 def run_cells(folder, configs, run):
     """Runs each of {name: configuration} of a comparison in the folder `folder`/name. Yields (name,
-    content of result.json). A finished run is read instead, and one that was stopped goes on, with
-    a warning where the script has changed since; one with other options is refused."""
+    content of result.json). A finished run is read instead, and one that was stopped goes on; one
+    with other options is refused."""
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
-        script = Path(sys.modules[type(config).__module__].__file__)
-        source = hashlib.sha256(script.read_bytes()).hexdigest()
-        if (cell / "options.json").exists():
-            ran = read_json(cell / "options.json")
-            check_same(ran, config, cell / "options.json")
-            if ran.get("source", source) != source:
-                advice = "delete the folder to run it anew"
-                warn(f"{script.name} changed since {cell} was made; {advice}")
+        if (cell / "result.json").exists():
+            check_same(read_json(cell / "config.json"), config, cell / "config.json")
         else:
-            write_json(cell / "options.json", dataclasses.asdict(config) | {"source": source})
-        if not (cell / "result.json").exists():
             print(f"{name}: {cell}", flush=True)
             run(config)
         yield name, read_json(cell / "result.json")
+
+
+def mean_and_deviation(values, digits):
+    """The mean over seeds with its standard deviation, in words; "" of no value."""
+    if not values:
+        return ""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -829,15 +584,11 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
         for i, drawn in enumerate(row):
             canvas.paste(drawn, (gap + i * column, top))
         top += height
-        below = top - gap - line * len(text)
-        draw.text((gap, below), "\n".join(text), "black", font, spacing=4)
+        draw.text((gap, top - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
     atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
-COLOURS = [
-    "#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f",
-    "#bcbd22", "#17becf", "#000080", "#800000", "#006400", "#ffc000", "#ff00ff", "#404040",
-]
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
 
 
 def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
@@ -850,8 +601,8 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
     if every.size and not diagonal:
         low, high = every.min(1), every.max(1)
         high = np.where(high > low, high, low + 1)
-    font, left, top, width, height = ImageFont.load_default(24), 150, 70, 900, 680
-    canvas = Image.new("RGB", (left + width + 420, top + height + 110), "white")
+    font, left, top, width, height = ImageFont.load_default(12), 75, 35, 450, 340
+    canvas = Image.new("RGB", (left + width + 210, top + height + 55), "white")
     draw = ImageDraw.Draw(canvas)
 
     def place(point):
@@ -861,24 +612,18 @@ def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
     for share in (0, 0.25, 0.5, 0.75, 1):
         value = low + share * (high - low)
         x, y = place(value)
-        draw.line((x, top, x, top + height), "#dddddd", 2)
-        draw.line((left, y, left + width, y), "#dddddd", 2)
-        draw.text((x, top + height + 8), f"{value[0]:.4g}", "black", font, "ma")
-        draw.text((left - 10, y), f"{value[1]:.4g}", "black", font, "rm")
-    draw.rectangle((left, top, left + width, top + height), outline="black", width=2)
+        draw.line((x, top, x, top + height), "#dddddd")
+        draw.line((left, y, left + width, y), "#dddddd")
+        draw.text((x, top + height + 4), f"{value[0]:.4g}", "black", font, "ma")
+        draw.text((left - 5, y), f"{value[1]:.4g}", "black", font, "rm")
     if diagonal:
-        draw.line((left, top + height, left + width, top), "#999999", 3)
-    for i, (name, points) in enumerate(curves.items()):
-        colour, y = COLOURS[i % len(COLOURS)], top + 34 * i + 20
-        dots = [place(point) for point in points.T]
-        draw.line(dots, colour, 4, "curve")
-        if len(dots) < 30:
-            for dot in dots:
-                draw.circle(dot, 5, colour)
-        draw.line((left + width + 20, y, left + width + 50, y), colour, 5)
-        draw.text((left + width + 60, y), name, "black", font, "lm")
-    draw.text((left + width / 2, 20), title, "black", font, "ma")
-    draw.text((left + width / 2, top + height + 50), xlabel, "black", font, "ma")
-    draw.text((left, top - 14), ylabel, "black", font, "ls")
-    canvas = canvas.reduce(2)  # drawn at twice the size, so that lines come out smooth
+        draw.line((left, top + height, left + width, top), "#999999", 2)
+    for (name, points), colour, y in zip(curves.items(), itertools.cycle(COLOURS),
+                                         itertools.count(top + 10, 17)):
+        draw.line([place(point) for point in points.T], colour, 2, "curve")
+        draw.line((left + width + 10, y, left + width + 25, y), colour, 3)
+        draw.text((left + width + 30, y), name, "black", font, "lm")
+    draw.text((left + width / 2, 10), title, "black", font, "ma")
+    draw.text((left + width / 2, top + height + 25), xlabel, "black", font, "ma")
+    draw.text((left, top - 7), ylabel, "black", font, "ls")
     atomic_write(path, lambda file: canvas.save(file, "PNG"))

@@ -305,18 +305,6 @@ def split_batch(images, rows, labels):
     return images, labels[rows.to(labels.device)]
 
 
-def log_evaluation(log, history, score):
-    """Writes the last evaluation to the log, and draws OUT/curves.png anew: the losses and the
-    validation score of each evaluation so far."""
-    log.line(**history[-1])
-    if log.rank > 0:
-        return
-    steps = [line["step"] for line in history]
-    curves = {name: (steps, [line[name] for line in history])
-              for name in ("loss", "val_loss", score)}
-    common.save_plot(log.out / "curves.png", curves, "fine-tuning", "step", "")
-
-
 def timed_batches(images, config, step, steps, device, rank, world):
     """The batches (images, rows) of this process from step `step` on, timed."""
     share, passes = common.share_of_batch(config, world), config.accumulate
@@ -329,27 +317,28 @@ def timed_batches(images, config, step, steps, device, rank, world):
 
 
 def train(config, model, parts, steps, saved, facts, log, device, world):
-    """The training loop. Returns (best, history): the scores, step and trained tensors of the state
-    that was best on the validation list, and a dict for each evaluation of that list."""
+    """The training loop. Returns the scores, step and trained tensors of the state that was best on
+    the validation list."""
     score, loss_function = f"val_{SCORES[config.task]}", LOSSES[config.task]
     labels, autocast = parts["train"].labels.to(device), mrm.autocast_for(config, model, device)
     paths, optimizer = parts["train"].paths, make_optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    step, history, losses, best = 0, [], [], {score: -1.0, "step": 0, "trained": None}
+    step, losses, best = 0, [], {score: -1.0, "step": 0, "trained": None}
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     common.seed_rank(config.seed, log.rank)
     if saved:
-        model.load_state_dict(saved["trained"], strict=False)
-        step, history = common.restore_state(saved, optimizer, log)
-        best, losses = saved["best"], saved["losses"]
+        model.load_state_dict(saved["model"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        common.restore_rank(saved, log.rank)
+        step, best, losses = saved["step"], saved["best"], saved["losses"]
     images = parts["train"].images
     batches = timed_batches(images, config, step, steps, device, log.rank, world)
     every = max(1, steps // config.evaluations)
 
     def save(step):
-        state = facts | {"trained": trained_tensors(model), "best": best, "losses": losses,
-                         "step": step, "history": history}
-        common.save_state(log, model, optimizer, config, world, state)
+        state = facts | {"model": trained_tensors(model), "best": best, "losses": losses,
+                         "step": step, "optimizer": optimizer.state_dict()}
+        common.save_state(log, config, world, state)
 
     model.train()
     with common.Saving(save, world) as saving:
@@ -377,15 +366,15 @@ def train(config, model, parts, steps, saved, facts, log, device, world):
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
                 scores = evaluate(model, parts["val"], config, step + 1, device, log.rank, world)
-                history.append({"step": step + 1, "loss": sum(losses) / len(losses), **scores,
-                                **batches.speed()})
-                log_evaluation(log, history, score)
+                log.line(step=step + 1, loss=sum(losses) / len(losses), **scores,
+                         **batches.speed())
+                log.curves("fine-tuning", "loss", "val_loss", score)
                 losses.clear()
                 if scores[score] > best[score]:
                     best = scores | {"step": step + 1, "trained": trained_tensors(model)}
                 save(step + 1)
             saving.after(step + 1)
-    return best, history
+    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -977,8 +966,7 @@ def fill_recipe(config, classes=None, images=None):
     typed, preset = config, PLAIN | departures | named | recipe | pixels | found
     preset["test_side"] = recipe.get("test_side", config.img_size or preset["img_size"])
     world = int(os.environ.get("WORLD_SIZE", 1))
-    config = common.divide_batch(common.fill(config, {"recipe": family} | preset), world)
-    config = scale_rate(config)
+    config = scale_rate(common.fill(config, {"recipe": family} | preset))
     first = not int(os.environ.get("RANK", 0))  # of torchrun's processes one prints
     if first and (config.dry_run or family != "small"):
         print_recipe(typed, config, note, recipe, pixels | named | found)
@@ -1063,8 +1051,6 @@ def finetune(config, kept=None):
     start = time.time()
     device, rank, world = common.join(config)
     config = fill_cell(config)
-    if rank == 0:
-        common.check_writable(config.out)
     if config.dry_run:
         return dry_run(config)
     parts, classes = read_lists(config)
@@ -1079,7 +1065,7 @@ def finetune(config, kept=None):
              "weights": lora.fingerprint(model.state_dict())}
     saved = common.last_state(config, steps, **facts)
     deep = load_images(parts, config, {} if kept is None else kept)
-    log = common.RunLog(config.out, config, rank, config.resume, start)
+    log = common.RunLog(config.out, config, rank, saved and saved["history"], start)
     about = {"sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
              "pool": config.pool, "test_side": config.test_side, "deep": deep or None,
              "reading": parts["test"].images.reading, "method": config.method}
@@ -1093,8 +1079,7 @@ def finetune(config, kept=None):
             [name, part] for part, listed in parts.items() for name in listed.names])
     if rank == 0:
         print_plan(config, model, images, steps, device)
-    best, history = train(config, model, parts, steps, saved, facts | {"steps": steps}, log, device,
-                          world)
+    best = train(config, model, parts, steps, saved, facts, log, device, world)
     model.load_state_dict(best["trained"], strict=False)
     if config.task == "segment":
         about["segment"] = {"channels": config.channels, "norm": config.norm,
@@ -1104,7 +1089,7 @@ def finetune(config, kept=None):
     elif rank == 0:
         common.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
     scores = predict(model, parts["test"].images, config, device, rank, world)
-    outcome = run_facts(config, model, parts, best, history, log)
+    outcome = run_facts(config, model, parts, best, log)
     outcome |= {} if seen is None else {"test_trained_on": seen}
     if config.task == "segment":
         return write_segmentation(config, parts["test"], scores, outcome, log)
@@ -1192,9 +1177,9 @@ def print_plan(config, model, images, steps, device):
               f"{config.img_size} pixels; masks: {config.masks or 'those below the root'}")
 
 
-def run_facts(config, model, parts, best, history, log):
+def run_facts(config, model, parts, best, log):
     """What result.json holds of a run of either task, beside its test scores."""
-    last, count = history[-1], lora.count_parameters(model)
+    last, count = log.history[-1], lora.count_parameters(model)
     chosen = {name: best[name] for name in ("val_auroc", "val_dice", "threshold", "smallest")
               if name in best}
     return chosen | {
@@ -1207,7 +1192,7 @@ def run_facts(config, model, parts, best, history, log):
         "steps": last["step"], "batch_size": config.batch_size, "lr": config.lr,
         "images_per_second": last["images_per_second"],
         "share_waiting_for_data": last["share_waiting_for_data"],
-        "peak_memory_mib": last["peak_memory_mib"], "seconds": time.time() - log.start}
+        "seconds": time.time() - log.start}
 
 
 def write_results(part, classes, scores, facts, log):
@@ -1512,15 +1497,13 @@ def compare(config):
         scores = np.array([result[SCORES[config.task]] for result in results])
         deviation = scores.std(ddof=1) if len(scores) > 1 else 0
         trained = 100 * results[0]["trainable_parameters"] / results[0]["total_parameters"]
-        seconds, memory = (np.mean([result[key] for result in results])
-                           for key in ("seconds", "peak_memory_mib"))
+        seconds = np.mean([result["seconds"] for result in results])
         table.append([*name, f"{scores.mean():.3f}", f"{deviation:.3f}",
                       " ".join(f"{score:.3f}" for score in scores), f"{results[0]['lr']:g}",
-                      f"{trained:.2f}", results[0]["images"]["train"], f"{seconds:.0f}",
-                      f"{memory:.0f}"])
+                      f"{trained:.2f}", results[0]["images"]["train"], f"{seconds:.0f}"])
     score = "test AUROC" if config.task == "classify" else "test Dice"
     header = ["data", "pretraining", "method", "labels %", score, "sd over seeds", "each seed",
-              "lr", "trained %", "training images", "seconds", "peak MiB"]
+              "lr", "trained %", "training images", "seconds"]
     pairs = compare_rows(rows)
     paired = ["data", "labels %", "with", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
     wins = Counter((a, b) for _, _, _, a, b, gain, *_ in pairs if float(gain) > 0)
@@ -1533,19 +1516,9 @@ def compare(config):
     print(text)
 
 
-PARTS = (  # the rows of --profile: (row, owner, name of the function)
-    ("backbone", mrm.ViT, "tokens"), ("head", mrm.ViT, "forward"),
-    ("backbone", mrm.UPerNet, "forward"), ("head", mrm.UPerHead, "forward"),
-    ("layers with LoRA", lora.LoRALinear, "forward"),  # the frozen product and the adapter's
-    ("layers with LoRA", lora.DoRALinear, "forward"), *(("loss", LOSSES, task) for task in LOSSES))
-
-
 def main():
     config = common.parse_config(FinetuneConfig, description=__doc__)
-    if config.profile:
-        weights = config.weights or pretrain_demo(config)  # before the clock runs
-        common.profile(finetune, dataclasses.replace(config, weights=weights), PARTS)
-    elif config.compare:
+    if config.compare:
         compare(config)
     elif config.predict:
         predict_folder(config)

@@ -519,7 +519,7 @@ def fill_options(config, world):
     preset = PRESETS[config.preset]
     pixels = pixel_statistics(config, preset["mean"], preset["std"])
     config = common.fill(config, RECORDS | {"out": "runs/mrm"} | preset | pixels)
-    config = common.divide_batch(config, world)
+    common.share_of_batch(config, world)  # refuses a batch that cannot be shared evenly
     if config.lr is None:  # the linear scaling rule (Goyal et al., 2017)
         config = dataclasses.replace(config, lr=config.base_lr * config.batch_size / 256)
     else:
@@ -702,22 +702,12 @@ def evaluate(model, records, config, autocast):
     return {"heldout_image_loss": losses[0].item(), "heldout_report_loss": losses[1].item()}
 
 
-def draw_curves(out, history):
-    """Draws OUT/curves.png, the losses of each evaluation so far."""
-    steps = [line["step"] for line in history]
-    names = ("image_loss", "heldout_image_loss", "report_loss", "heldout_report_loss")
-    curves = {name: (steps, [line[name] for line in history]) for name in names}
-    common.save_plot(Path(out) / "curves.png", curves, "MRM pretraining", "step", "loss")
-
-
 def pretrain(config):
     """Trains an MRM as `config` says and returns the content of result.json. Leaves config.json,
     last.pt, tokenizer.tiktoken, log.jsonl, result.json and curves.png in `config.out`."""
     start = time.time()
     device, rank, world = common.join(config)
     asked, config = config, fill_options(config, world)
-    if rank == 0:
-        common.check_writable(config.out)
     paths, reports = read_records(config)
     steps = common.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
     facts = {  # a resumed run must have the same
@@ -743,7 +733,7 @@ def pretrain(config):
     # By these hashes fine-tuning knows whether it tests on films that were trained on here
     root = data.demo_root(config.root) if config.data == "demo" else config.root
     facts["trained_on"] = data.hash_films(root, records.images.paths, before.get("trained_on"))
-    log = common.RunLog(config.out, config, rank, config.resume, start)
+    log = common.RunLog(config.out, config, rank, saved and saved["history"], start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
         sizes = f"{parameters / 1e6:.1f} M parameters, {len(records.images)} records"
@@ -769,17 +759,19 @@ def train(config, model, records, steps, saved, facts, log, world):
     paths = records.images.paths  # a list that takes milliseconds to make
     autocast, optimizer = autocast_for(config, model, device), make_optimizer(model, config, device)
     common.seed_rank(config.seed, log.rank)
-    step, history, parallel, image = 0, [], model, not config.report_only
+    step, parallel, image = 0, model, not config.report_only
     if saved:
+        step = saved["step"]
         model.load_state_dict(saved["model"])
-        step, history = common.restore_state(saved, optimizer, log)
+        optimizer.load_state_dict(saved["optimizer"])
+        common.restore_rank(saved, log.rank)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not image)
     batches = records.batches(config, step, steps, log.rank, world)
 
     def save(step):
-        state = facts | {"model": model.state_dict(), "step": step, "history": history}
-        common.save_state(log, model, optimizer, config, world, state)
+        state = facts | {"model": model.state_dict(), "step": step}
+        common.save_state(log, config, world, state | {"optimizer": optimizer.state_dict()})
 
     with common.Saving(save, world) as saving:
         for step in batches.steps(step, steps, "pretrain", log.rank):
@@ -813,13 +805,12 @@ def train(config, model, records, steps, saved, facts, log, world):
                 image_loss, report_loss = common.average(losses, world).tolist()
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}
                 speed, heldout = batches.speed(), evaluate(model, records, config, autocast)
-                history.append(line | {"lr_of_step": lr} | speed | heldout)
-                log.line(**history[-1])
+                log.line(**line, lr_of_step=lr, **speed, **heldout)
+                log.curves("MRM pretraining", "image_loss", "heldout_image_loss", "report_loss",
+                           "heldout_report_loss")
                 save(step + 1)
-                if log.rank == 0:
-                    draw_curves(log.out, history)
             saving.after(step + 1)
-    return history[-1]
+    return log.history[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1277,17 +1268,9 @@ def draw_attention(config, count=6):
     print(out)
 
 
-PARTS = (  # the rows of --profile: (row, owner, name of the function)
-    ("hidden words", Records, "report_batch"), ("encoder forward", MRM, "encode"),
-    ("image decoder", MRM, "decode_image"), ("image loss", MRM, "image_loss"),
-    ("report decoder", ReportDecoder, "forward"), ("report loss", MRM, "report_loss"))
-
-
 def main():
     config = common.parse_config(MRMConfig, description=__doc__)
-    if config.profile:
-        common.profile(pretrain, config, PARTS)
-    elif config.reconstruct:
+    if config.reconstruct:
         reconstruct(config)
     elif config.attention:
         draw_attention(config)

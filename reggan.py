@@ -56,7 +56,6 @@ warp(image, flow)[p] = image[p + flow(p)]. One batch of the demo:
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -509,7 +508,7 @@ def complete(config):
     noise = 3.0
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
         noise = 0.0 if config.elastic else None
-    config = common.fill(config, preset | {"noise": noise, "elastic": 0.0})
+    config = common.fill(config, preset | {"noise": noise, "elastic": 0.0, "out": "runs/reggan"})
     if 0 < config.size < 32:
         raise InputError("--size", "0, or 32 pixels or more", config.size)
     if config.kernel % 2 == 0:
@@ -569,17 +568,16 @@ class Run:
 
     def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.out, self.start = Path(config.out or "runs/reggan"), time.time()
         self.autocast = common.autocast(config, device)
         self.pairs, self.val, self.test = all_pairs(config)
         names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
         names = hashlib.sha256(names.encode()).hexdigest()
-        self.facts = {"names of the pairs": names, "number of processes": world}  # see `resume`
+        self.facts = {"names_of_the_pairs": names, "number_of_processes": world,
+                      "added_motion": [config.noise, config.elastic]}  # see `common.last_state`
         common.seed(config.seed)
         self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
         self.model.to(device)
-        if rank:  # the processes start from the same weights, then draw numbers of their own
-            common.seed(common.seeded(config.seed, rank).initial_seed() % 2**32)
+        common.seed_rank(config.seed, rank)  # the same weights, then numbers of their own
         groups = [{"params": trainable(self.model, "netG"), "peak": config.lr}]
         if config.reg:
             groups.append({"params": trainable(self.model, "registration"), "peak": config.reg_lr})
@@ -589,17 +587,31 @@ class Run:
         self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
         self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
         self.steps = common.number_of_steps(config, self.per_epoch, 1)
-        self.step, self.best, self.speed = 0, math.inf, {}
-        self.frames = []  # (epoch, translation of val's first image), see `draw_progress`
+        self.step, self.best = 0, math.inf
+
+    def restore(self, saved):
+        """Goes on from what `save` has written."""
+        for name in ("model", "opt_g", "opt_d"):
+            getattr(self, name).load_state_dict(saved[name])
+        for side, images in common.restore_rank(saved, self.rank).items():
+            self.pools[side].images = [image.to(self.device) for image in images]
+        self.step, self.best = saved["step"], saved["best"]
 
 
-def from_all(value):
-    """[`value` of each of torchrun's processes]"""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+def save(run, log, best=False):
+    """Writes last.pt, and before it best.pt for `load_generator` where these weights are the
+    `best`. Every process calls this, for each has pools of its own."""
+    weights = {"model": run.model.state_dict(), "config": dataclasses.asdict(run.config),
+               "in_chans": run.pairs.in_chans, "out_chans": run.pairs.out_chans,
+               "shape": list(run.pairs.shape)}
+    common.check_weights(log, run.step, weights["model"])
+    if best and run.rank == 0:
+        save_checkpoint(log.out / "best.pt", weights)
+    pools = {side: [image.to("cpu", copy=True) for image in pool.images]  # for all processes
+             for side, pool in run.pools.items()}
+    optimizers = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict()}
+    state = weights | run.facts | optimizers | {"step": run.step, "best": run.best}
+    common.save_state(log, run.config, run.world, state, pools)
 
 
 @torch.no_grad()
@@ -621,7 +633,7 @@ def evaluate(run, aligned, moved):
             for name, column in values.items():
                 scores.setdefault(name, []).extend(column.tolist())
     run.model.train()
-    parts, means = from_all(scores), {}
+    parts, means = common.from_all(scores, run.world), {}
     for name in parts[0]:  # where images are few, another process may have got none
         means[name] = statistics.fmean(x for part in parts for x in part.get(name, ()))
     return means
@@ -634,7 +646,7 @@ def loop(run, log):
     batches = run.pairs.batches(config.batch_size, epochs, True, config.seed, run.step, run.rank,
                                 run.world, config.workers)
     batches = common.Timed(batches, run.device, run.world)
-    with common.Saving(lambda step: save(run), run.world) as saving:
+    with common.Saving(lambda step: save(run, log), run.world) as saving:
         while run.step < steps:
             # The pairs are moved anew in every epoch, so that G cannot learn their motion by heart.
             a, b = (x.to(run.device) for x in next(batches))
@@ -654,34 +666,33 @@ def loop(run, log):
             ends, epoch = run.step == steps, run.step / per_epoch
             if run.step % max(1, per_epoch // 3) == 0 or ends:
                 log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **losses)
-            run.speed = batches.speed()
             if run.step % every == 0 or ends:
                 scores = evaluate(run, *run.val)
-                log.line(step=run.step, epoch=epoch, val=scores, **run.speed)
+                log.line(step=run.step, epoch=epoch, val=scores, val_mae=scores["mae"],
+                         **batches.speed())
+                log.curves(config.host, "val_mae", *losses)
                 if run.rank == 0:
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
                     shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
                     print(f"epoch {epoch:g}: val", ", ".join([*shown, str(batches)]), flush=True)
-                    draw_progress(run, epoch)
                 # Val chooses the weights. A GAN's losses cannot, since G's loss rises when D gets
                 # better; and the test must not, or it would flatter what it chose.
                 best = scores["mae"] < run.best
                 run.best = min(run.best, scores["mae"])
-                save(run, best)
+                save(run, log, best)
             saving.after(run.step)  # every few minutes, and where Ctrl-C asks the run to stop
 
 
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
-    config = complete(config)
+    config, start = complete(config), time.time()
     device, rank, world = common.join(config)
-    if rank == 0:
-        common.check_writable(config.out or "runs/reggan")
     run = Run(config, device, rank, world)
-    if config.resume:
-        resume(run)
+    saved = common.last_state(config, run.steps, **run.facts)
+    if saved:
+        run.restore(saved)
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
-    log = RunLog(run.out, config, rank, config.resume, run.start)
+    log = RunLog(config.out, config, rank, saved and saved["history"], start)
     if rank == 0:
         motion = "none, the pairs are used as they are, those of val and test as aligned"
         if config.noise is not None:
@@ -693,16 +704,17 @@ def train(config):
         torch.distributed.barrier()  # rank 0 may still be writing best.pt
     part, chosen = run.test[0].folder.name, "last.pt (nothing chosen)"
     if part == "test":  # weights that val chose would score too well on val itself
-        run.model.load_state_dict(load_checkpoint(run.out / "best.pt")["model"])
+        run.model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
     result = evaluate(run, *run.test)
     result |= {"host": config.host, "registration": config.reg, "noise": config.noise}
     result |= {"elastic": config.elastic, "part": part, "weights": chosen}
     trained = sum(weight.numel() for weight in trainable(run.model, ""))
     result |= {"images": len(run.test[0]), "parameters": trained}
-    result |= {"seconds": time.time() - run.start, **run.speed}
+    speed = {name: log.history[-1][name] for name in ("images_per_second", "share_waiting_for_data")}
+    result |= {"seconds": time.time() - start, **speed}
     if rank == 0:
-        draw_run(run, *run.test)
+        draw_run(run, log.out / "translation.png", *run.test)
     log.json("result.json", result)
     if world > 1:
         torch.distributed.barrier()  # no process leaves, or starts a next run, before the last
@@ -970,94 +982,13 @@ HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle, "nice": Nice}
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints, pictures, translating, comparing
-
-
-def save(run, best=False):
-    """Writes last.pt, and best.pt for `load_generator` where these weights are the `best`. Every
-    process calls this, for each has pools and random numbers of its own. Raises InputError for
-    weights that are not finite: the checkpoints before stay."""
-    for name, weight in run.model.state_dict().items():
-        if not weight.isfinite().all():
-            advice = f"lower --lr; {run.out / 'last.pt'} holds the state before"
-            raise InputError(f"step {run.step}: {name} is not finite: {advice}")
-    pools = {side: [image.to("cpu", copy=True) for image in pool.images]  # for all processes
-             for side, pool in run.pools.items()}
-    ranks = from_all({"random": common.random_state(), "pools": pools})
-    if run.rank == 0:
-        weights = {"model": run.model.state_dict(), "config": dataclasses.asdict(run.config)}
-        weights |= {"in_chans": run.pairs.in_chans, "out_chans": run.pairs.out_chans}
-        weights["shape"] = list(run.pairs.shape)
-        if best:
-            save_checkpoint(run.out / "best.pt", weights)
-        state = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict(), "ranks": ranks}
-        kept = ("facts", "step", "steps", "best", "speed", "frames")
-        state |= {name: getattr(run, name) for name in kept}
-        seconds = time.time() - run.start
-        save_checkpoint(run.out / "last.pt", weights | state | {"seconds": seconds})
-
-
-def resume(run):
-    """Goes on from last.pt, perhaps to more steps than were planned. Raises InputError where
-    another option, the pairs or the number of processes differ."""
-    path = run.out / "last.pt"
-    state = load_checkpoint(path)
-    length = {"steps": run.config.steps, "epochs": run.config.epochs}  # compared below
-    try:
-        common.check_same(state["config"] | length, run.config, path)
-        if run.steps < state["step"]:
-            least = f"at least the {state['step']} steps that {path} has taken"
-            raise InputError("--steps or --epochs", least, f"{run.steps} steps")
-        for name, value in run.facts.items():
-            if state["facts"][name] != value:
-                raise InputError(path, f"a run with the same {name} as now", "one with another")
-        for name in ("model", "opt_g", "opt_d"):
-            getattr(run, name).load_state_dict(state[name])
-        own = state["ranks"][run.rank]
-        for side, pool in run.pools.items():
-            pool.images = [image.to(run.device) for image in own["pools"][side]]
-        run.step, run.best, run.speed = state["step"], state["best"], state["speed"]
-        run.frames = state.get("frames", [])
-        run.start -= state["seconds"]
-        common.set_random_state(own["random"])
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise InputError(path, "what this version of reggan.py writes", repr(error)) from None
-    if run.rank == 0 and run.steps != state["steps"]:
-        rates = f"from step {run.step + 1} on the learning rates are those of {run.steps} steps"
-        print(f"{path}: going on to {run.steps} steps instead of {state['steps']}; {rates}")
-    if run.rank == 0:  # the steps after the checkpoint are taken again, so their lines are dropped
-        lines = common.read_text(run.out / "log.jsonl").splitlines(True)
-        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= run.step]
-        common.atomic_write(run.out / "log.jsonl", lambda file: file.write("".join(kept).encode()))
+# Pictures, translating, comparing
 
 
 @torch.no_grad()
-def draw_progress(run, epoch):
-    """Redraws at an evaluation OUT/progress.png, the first image of val, its partner, and the
-    translation at each evaluation so far, and OUT/curves.png, losses and validation."""
-    a, b = run.val[0].item(0, 0)
-    run.model.eval()
-    fake = run.model.translate(a.to(run.device)[None])[0].cpu()
-    run.model.train()
-    run.frames.append((epoch, fake))
-    titles = ["A", "B", *(f"epoch {at:.3g}" for at, _ in run.frames)]
-    pictures = [(x + 1) / 2 for x in (a, b, *(frame for _, frame in run.frames))]
-    scale = max(1, 96 // a.shape[1])
-    common.save_grid(run.out / "progress.png", [pictures], titles=titles, scale=scale)
-    points = {}
-    for line in map(json.loads, (run.out / "log.jsonl").read_text().splitlines()):
-        values = {"val mae x 100": 100 * line["val"]["mae"]} if "val" in line else line
-        for name in values.keys() - {"step", "epoch", "lr", "seconds"}:
-            points.setdefault(name, []).append((line["epoch"], values[name]))
-    curves = {name: tuple(zip(*points[name])) for name in sorted(points)}
-    host = run.config.host + (" + R" if run.config.reg else "")
-    common.save_plot(run.out / "curves.png", curves, host, "epoch", "loss")
-
-
-@torch.no_grad()
-def draw_run(run, aligned, moved, rows=4):
-    """OUT/translation.png: pairs of the test part, their translations, and what R made of a
-    misaligned one."""
+def draw_run(run, path, aligned, moved, rows=4):
+    """A picture of pairs of the test part, their translations, and what R made of a misaligned
+    one."""
     run.model.eval()
     titles, pictures = ["A", "B", "G(A)", "|G(A) - B|"], []
     if run.config.reg:
@@ -1076,7 +1007,7 @@ def draw_run(run, aligned, moved, rows=4):
             row += [a, b, warped, (warped - b).abs() - 1, warp(grid, flow)]
         pictures.append([(x[0].cpu() + 1) / 2 for x in row])
     scale = max(1, 128 // aligned.shape[1])
-    common.save_grid(run.out / "translation.png", pictures, titles=titles, scale=scale)
+    common.save_grid(path, pictures, titles=titles, scale=scale)
 
 
 def load_generator(path):
@@ -1141,17 +1072,14 @@ def translate_folder(config):
 def compare(config):
     """The paper's table: every row of --hosts at every level with every seed, each a run of its own
     in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
-    out = Path(config.out or "runs/reggan-compare")
+    out, table = Path(config.out or "runs/reggan-compare"), []
     rows, levels = config.hosts.split(","), config.levels.split(",")
-    keys, cells, table = {}, {}, []
-    for seed in range(config.seed, config.seed + config.seeds):
-        for level, row in itertools.product(levels, rows):
-            name = f"{row}_{level}_{seed}"
-            keys[name] = {"row": row, "level": level, "seed": seed}
-            cells[name] = cell_config(config, row, level, seed)
+    seeds = range(config.seed, config.seed + config.seeds)
+    keys = [(row, level, seed) for seed in seeds for level in levels for row in rows]
+    cells = {"_".join(map(str, key)): cell_config(config, *key) for key in keys}
     _, rank, _ = common.join(config)
-    for name, result in common.run_cells(out / "cells", cells, train):
-        table.append(keys[name] | result)
+    for (row, level, seed), (_, result) in zip(keys, common.run_cells(out / "cells", cells, train)):
+        table.append({"row": row, "level": level, "seed": seed} | result)
         if rank == 0:
             write_tables(out, table, rows, levels)
     if rank == 0:
@@ -1189,33 +1117,22 @@ def write_tables(out, table, rows, levels):
 
     def cell(row, level, measure):
         runs = [line for line in table if (line["row"], line["level"]) == (row, level)]
-        values = [line[measure] for line in runs if measure in line]
         digits = 2 if measure in ("psnr", "registration_error") else 4
-        text = f"{statistics.fmean(values):.{digits}f}" if values else ""
-        return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+        return common.mean_and_deviation([line[measure] for line in runs if measure in line], digits)
 
     parts, header = [], ["method"] + [f"level {level}" for level in levels]
     for measure, title in TABLES.items():
         lines = [[row] + [cell(row, level, measure) for level in levels] for row in rows]
         lines = [line for line in lines if any(line[1:])]
         parts.append(f"{title}\n\n{common.markdown_table(header, lines)}")
-    common.atomic_write(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
-
-
-PARTS = (  # the rows of --profile: (row, owner, name of the function)
-    ("generator", Generator, "forward"), ("generator", NiceGenerator, "forward"),
-    ("registration", Registration, "forward"), ("registration", CoarseToFine, "forward"),
-    ("warp", globals(), "warp"), ("discriminator", Discriminator, "forward"),
-    ("discriminator", NiceDiscriminator, "forward"), ("discriminator", NiceDiscriminator, "encode"))
+    common.write_text(out / "table.md", "\n".join(parts))
 
 
 def main():
     presets = {"small": SMALL, "improved changes": IMPROVED, "paper changes": PAPER}
     lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
     config = common.parse_config(Config, description="\n".join([__doc__, *lines]))
-    if config.profile:
-        common.profile(train, config, PARTS)
-    elif config.translate:
+    if config.translate:
         translate_folder(config)
     elif config.compare:
         compare(config)

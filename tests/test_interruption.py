@@ -67,7 +67,7 @@ def state(script, out):
     """What a finished run must have in common with any other: weights, history, log, files."""
     saved = common.load_checkpoint(out / "last.pt")
     tensors = {
-        f"last {name}": t for name, t in saved["model" if script == "mrm" else "trained"].items()
+        f"last {name}": t for name, t in saved["model"].items()
     }
     if script == "finetune":
         adapter = common.load_checkpoint(out / "adapter.pt")["adapter"]

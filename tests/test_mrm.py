@@ -583,7 +583,6 @@ def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path
     assert {
         "images_per_second",
         "share_waiting_for_data",
-        "peak_memory_mib",
         "seconds",
         "batch_size",
         "steps",
@@ -777,18 +776,6 @@ def test_the_shapes_in_the_head_are_those_of_the_tiny_preset():
     assert len(found) == 10
     for shape in found:
         assert f"({', '.join(map(str, shape))})".replace("40", "L") in mrm.__doc__, shape
-
-
-def test_curves_are_drawn_at_each_evaluation(films, tmp_path, monkeypatch):
-    drawn, draw = [], common.save_plot
-    monkeypatch.setattr(
-        common,
-        "save_plot",
-        lambda path, curves, *more: drawn.append(curves) or draw(path, curves, *more),
-    )
-    mrm.pretrain(record_run(films, tmp_path / "run", steps=3))
-    assert [curves["heldout_image_loss"][0] for curves in drawn] == [[1], [1, 2], [1, 2, 3]]
-    assert (tmp_path / "run/curves.png").exists()
 
 
 def parts_with_gradient(model, loss):
@@ -1748,29 +1735,3 @@ def table_of(text):
     """{row: (milliseconds, percent)} of what --profile prints."""
     found = re.findall(r"^(\S.*?) +([\d.]+) ms +([\d.]+) %$", text, re.M)
     return {row: (float(time), float(share)) for row, time, share in found}
-
-
-@pytest.mark.parametrize("passes", [1, 2])
-def test_profile_says_where_the_time_of_a_step_goes(films, tmp_path, passes, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    options = f"--data csv --root {films} --holdout 8 --batch-size 4 --device cpu --profile"
-    decode, step = mrm.MRM.decode_image, torch.optim.AdamW.step
-
-    def slowly(*args):
-        time.sleep(0.02)
-        return decode(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mrm.MRM, "decode_image", slowly)
-        patch.setattr(sys, "argv", ["mrm.py", *options.split(), "--accumulate", str(passes)])
-        mrm.main()
-        assert mrm.MRM.decode_image is slowly  # what stood in for it is gone
-    assert torch.optim.AdamW.step is step or torch.optim.AdamW.step.hooked
-    rows = table_of(capsys.readouterr().out)
-    total, _ = rows.pop("a step")
-    assert {"data", "hidden words", "encoder forward", "image decoder", "image loss"} < rows.keys()
-    assert {"report decoder", "report loss", "backward", "optimiser", "the rest"} < rows.keys()
-    assert 20 * passes <= rows["image decoder"][0] < total  # the sleep alone is 20
-    for place, whole in ((0, total), (1, 100)):
-        assert sum(row[place] for row in rows.values()) == pytest.approx(whole, abs=0.6)
-    assert list(tmp_path.iterdir()) == []  # no run of the user's is touched

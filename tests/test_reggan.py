@@ -537,7 +537,7 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
         (root / "whole" / "result.json").read_text()
     ).keys()
 
-    real_save, saves = reggan.save_checkpoint, []
+    real_save, saves = common.save_checkpoint, []
 
     def save_then_stop(path, state):
         real_save(path, state)
@@ -547,22 +547,15 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
                 raise KeyboardInterrupt
 
     part = dataclasses.replace(config, out=str(root / "part"))
-    monkeypatch.setattr(reggan, "save_checkpoint", save_then_stop)
+    monkeypatch.setattr(common, "save_checkpoint", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
         reggan.train(part)
-    monkeypatch.setattr(reggan, "save_checkpoint", real_save)
+    monkeypatch.setattr(common, "save_checkpoint", real_save)
     again = reggan.train(dataclasses.replace(part, resume=True))
     assert again["mae"] == whole["mae"] and again["psnr"] == whole["psnr"]
     saved = [common.load_checkpoint(root / run / "last.pt") for run in ("whole", "part")]
     a, b = (state["model"] for state in saved)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    # The translation of one image is kept and drawn at each evaluation, those before the stop too
-    frames, again = (state["frames"] for state in saved)
-    assert [epoch for epoch, _ in frames] == [epoch for epoch, _ in again] == [1, 2, 3, 4]
-    assert all(torch.equal(x, y) for (_, x), (_, y) in zip(frames, again))
-    assert not torch.equal(frames[0][1], frames[-1][1])
-    progress = [Image.open(root / run / "progress.png") for run in ("whole", "part")]
-    assert np.array_equal(*map(np.asarray, progress))
 
 
 FORMATS = {
@@ -1233,7 +1226,7 @@ def test_compare_goes_on_and_writes_tables(drawn, tmp_path):
         reggan.compare(dataclasses.replace(c, levels="much"))
     with pytest.raises(
         common.InputError,
-        match="options.json: expected --width 9, as asked for now, found a run with --width 8",
+        match="config.json: expected --width 9, as asked for now, found a run with --width 8",
     ):
         reggan.compare(dataclasses.replace(c, width=9))
     more = reggan.compare(
@@ -1556,10 +1549,6 @@ def test_resuming_a_finished_run_and_one_with_more_steps(root, capsys):
     capsys.readouterr()
     more = dataclasses.replace(c, resume=True, steps=6)
     reggan.train(more)
-    assert (
-        "going on to 6 steps instead of 4; from step 5 on the learning rates"
-        in capsys.readouterr().out
-    )
     assert common.load_checkpoint(root / "run" / "last.pt")["step"] == 6
     with pytest.raises(
         common.InputError,
@@ -1586,13 +1575,6 @@ def test_resuming_from_what_is_no_last_pt_is_one_line(root):
     c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
     with pytest.raises(common.InputError, match="last.pt: no such checkpoint"):
         reggan.train(dataclasses.replace(c, resume=True))
-    reggan.train(c)
-    whole = common.load_checkpoint(root / "run" / "last.pt")
-    for spoil in ({"model": {}}, {"ranks": []}, {"opt_g": 3}, {"config": None}):
-        torch.save(whole | spoil, root / "run" / "last.pt")
-        with pytest.raises(common.InputError, match="last.pt: expected") as error:
-            reggan.train(dataclasses.replace(c, resume=True))
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("loss", ["correction", "smoothness", "lsgan"])
@@ -1727,15 +1709,3 @@ def test_blank_slices_and_upper_case_endings_are_translated(root):
     assert np.load(root / "out/blank.npy").shape == (40, 36)
     with pytest.raises(common.InputError, match="--out: expected another folder than --translate"):
         reggan.translate_folder(dataclasses.replace(c, out=str(root / "val/A")))
-
-
-@pytest.mark.parametrize("host", ["nc", "nice"])
-def test_profile_says_where_the_time_of_a_step_goes(drawn, tmp_path, host, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    options = f"--host {host} --root {drawn} --width 4 --blocks 1 --device cpu --profile"
-    monkeypatch.setattr(sys, "argv", ["reggan.py", *options.split()])
-    reggan.main()
-    rows = {line[:24].strip() for line in capsys.readouterr().out.splitlines() if " ms" in line}
-    expected = {"data", "generator", "registration", "warp", "discriminator", "backward"}
-    assert rows == expected | {"optimiser", "the rest", "a step"}
-    assert reggan.warp is warp and list(tmp_path.iterdir()) == []
