@@ -48,19 +48,6 @@ def warn(text):
     print(f"WARNING: {text}", file=sys.stderr)
 
 
-def note(text):
-    print(f"note: {text}", file=sys.stderr)
-
-
-say_once = functools.cache(note)
-
-
-def cores():
-    """The cores that this process may use: its share, where torchrun started several here."""
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def option(default, help, **metadata):
     """A dataclass field with its help text. A default of None means the preset's (see `fill`).
     metadata: argparse's `choices`; `within`, the interval that the value lies in, as "[0, 1)";

@@ -1,14 +1,13 @@
 """Real data: images, lists, tables, reports, masks, A/B pairs and their batches, the tokenizer.
 
-    python data.py audit --root DIR      # split leakage, class counts, unreadable files
+    python data.py audit --data nih --root DIR    # split leakage, class counts, unreadable files
     python data.py audit --root DIR --pretraining LIST    # test images that were pretrained on
 
 Nothing here knows a model or a loss. What cannot be used is refused by an InputError, in one line
 that says what was expected and found, in which file and line.
 
-The sections: reading images; text files; data sets as lists; as tables; their images, reports and
-masks; patients; the tokenizer; crops and batches; A/B pairs; the audit. What a run itself keeps,
-such as options and checkpoints, is in common.py.
+The sections: reading images; text files; labelled data sets; their images, reports and masks;
+patients and leaks; the tokenizer; crops and batches; A/B pairs; the audit.
 
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W).
 """
@@ -18,7 +17,6 @@ import copy
 import csv
 import dataclasses
 import functools
-import gzip
 import hashlib
 import heapq
 import io
@@ -28,85 +26,64 @@ import multiprocessing
 import os
 import re
 import sys
-import zlib
 from collections import Counter, defaultdict
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import PIL
 import tiktoken
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import (
-    InputError, atomic_write, checkpoint_file, cores, load_checkpoint, note, option, parse_config,
-    read_text, run_script, say_once, seeded, warn)
+    InputError, atomic_write, option, parse_config, read_text, run_script, seeded, warn)
 from kernels import warp
 
 # --------------------------------------------------------------------------------------------------
 # Reading images
 
-IMAGE_SUFFIXES = [
-    ".png", ".jpg", ".jpeg", ".npy", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz",
-]
 KINDS = {".npy": "npy", ".dcm": "dicom", ".dicom": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}
-FIRST_BYTES = {"npy": rb"\x93NUMPY", "dicom": rb".{128}DICM", "nifti": rb".{344}n.1\0|.{4}n.2\0",
-               "picture": rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|BM.{4}\0{4}"}
-
-
-def file_kind(file):
-    """npy, dicom, nifti, picture, or "": told by an open file's first bytes, else by its ending."""
-    head = file.read(352)
-    file.seek(0)
-    for kind, pattern in FIRST_BYTES.items():
-        if re.match(pattern, head, re.DOTALL):
-            return kind
-    ending = split_ending(str(file.name))[1].lower()
-    return KINDS.get(ending, "picture" if ending else "")
+IMAGE_SUFFIXES = [*KINDS, ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"]
 
 
 def split_ending(name):
     """("chest.1", ".PNG") of "chest.1.PNG"; the second is "" without one of IMAGE_SUFFIXES."""
-    ending = next((end for end in IMAGE_SUFFIXES if name[-7:].lower().endswith(end)), "")
+    ending = next((end for end in IMAGE_SUFFIXES[::-1] if name.lower().endswith(end)), "")
     return name[: len(name) - len(ending)], name[len(name) - len(ending) :]
 
 
-def read_pixels(path, short_side=None, grey=False, raw_dicom=False):
+def kind_of(path):
+    """npy, dicom, nifti or picture, by a file's ending."""
+    return KINDS.get(split_ending(str(path))[1].lower(), "picture")
+
+
+def read_pixels(path, short_side=None, grey=False):
     """The numbers of an image file as they are stored: (array (H, W) or (H, W, 3), full scale).
 
-    The content tells the kind of a file. Full scale is the number that stands for white: 255 or
-    65535 in a PNG, JPEG, TIFF or BMP; 1 in DICOM, which its own rules scale (255 with `raw_dicom`:
-    see `read_dicom`); None in .npy and NIfTI, whose numbers may mean anything. A JPEG is decoded at
-    the smallest of 1/8, 1/4, 1/2 of its size whose shorter side is not below `short_side`, and as
-    grey where `grey`."""
+    Full scale is the number that stands for white: 255 or 65535 in a PNG, JPEG, TIFF or BMP; 1 in
+    DICOM, which its own rules scale; None in .npy and NIfTI, whose numbers may mean anything. A
+    JPEG is decoded at the smallest of 1/8, 1/4, 1/2 of its size whose shorter side is not below
+    `short_side`, and as grey where `grey`."""
+    kind, white = kind_of(path), None
     try:
-        with open(path, "rb") as file:
-            kind, white = file_kind(file), None
-            if not os.fstat(file.fileno()).st_size:
-                raise InputError(path, "an image", "an empty file; copy it again")
-            if kind == "npy":
-                pixels = np.load(file, allow_pickle=False)
-            elif kind == "dicom":
-                pixels, white = read_dicom(file, raw_dicom), 255 if raw_dicom else 1
-            elif kind == "nifti":
-                pixels = np.asanyarray(read_nifti(file).dataobj)
-            else:
-                pixels, white = read_picture(file, short_side, grey)
+        if kind == "npy":
+            pixels = np.load(path, allow_pickle=False)
+        elif kind == "dicom":
+            pixels, white = read_dicom(path), 1
+        elif kind == "nifti":
+            pixels = np.asanyarray(read_nifti(path).dataobj)
+        else:
+            pixels, white = read_picture(path, short_side, grey)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
     except InputError:
         raise
     except Exception as error:  # a damaged file raises one of a dozen types, by its decoder
-        first, *hints = str(error).strip().splitlines() or [type(error).__name__]
-        reason = "; ".join([*map(str.strip, hints), first])  # a decoder to install is named last
-        if isinstance(error, UnidentifiedImageError):
-            reason = "another kind of file"
-        expected = "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image"
-        raise InputError(path, expected, reason) from None
+        reason = str(error) or type(error).__name__
+        raise InputError(path, "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image",
+                         reason) from None
     while pixels.ndim > 2 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     flat = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
@@ -119,15 +96,15 @@ def read_pixels(path, short_side=None, grey=False, raw_dicom=False):
     return pixels, white
 
 
-def read_picture(file, short_side, grey):
+def read_picture(path, short_side, grey):
     """The pixels and full scale of a file that PIL reads, turned as its EXIF orientation says."""
-    with Image.open(file) as picture:
-        if picture.format == "TIFF" and picture.n_frames > 1:
-            raise InputError(file.name, "one page", picture.n_frames)
+    with Image.open(path) as picture:
+        if getattr(picture, "n_frames", 1) > 1:
+            raise InputError(path, "one page", picture.n_frames)
         if picture.format == "JPEG" and short_side:
             picture.draft("L" if grey else None, (short_side, short_side))
         if picture.format == "TIFF" and picture.mode[0] == "I" and picture.tag_v2.get(262) == 0:
-            raise InputError(file.name, "0 for black", "0 for white (MinIsWhite), of 16 bits")
+            raise InputError(path, "0 for black", "0 for white (MinIsWhite), of 16 bits")
         picture.load()
         picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
@@ -141,31 +118,21 @@ def read_picture(file, short_side, grey):
     return np.array(picture.convert(mode)), 255
 
 
-def read_dicom(file, raw_dicom=False):
+def read_dicom(path):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
-    They pass through the palette, or the modality LUT and then the VOI LUT or window. The minimum
-    becomes 0 and the maximum 1, but padding, which becomes black; MONOCHROME1 is inverted.
-    raw_dicom: as MED-PEFT reads RSNA's films instead. The stored numbers x 255 / their maximum are
-    rounded to 8 bits, without LUT, window and padding; MONOCHROME1 is inverted all the same."""
+    They pass through the modality LUT and then the VOI LUT or window. The minimum becomes 0 and the
+    maximum 1, but padding, which becomes black; MONOCHROME1 is inverted."""
     try:
         import pydicom
-        from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
+        from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
-        raise InputError(f"{file.name}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
-    record = pydicom.dcmread(file, force=True)
-    if int(record.get("NumberOfFrames") or 1) > 1:
-        raise InputError(file.name, "one frame", record.NumberOfFrames)
-    mend_dicom(record)
-    raw, kind = record.pixel_array, record.PhotometricInterpretation
-    if raw_dicom and raw.min() < 0:
-        raise InputError(file.name, "no number below 0 for --raw-dicom", raw.min())
-    if raw_dicom:
-        pixels = (raw * (255 / (raw.max() or 1))).round().astype(np.uint8)
-        return 255 - pixels if kind == "MONOCHROME1" else pixels
-    if kind == "PALETTE COLOR":
-        pixels = apply_color_lut(raw, record).astype(np.float64)
-    else:
-        pixels = apply_voi_lut(apply_modality_lut(raw, record), record).astype(np.float64)
+        raise InputError(f"{path}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
+    record = pydicom.dcmread(path, force=True)
+    kind, frames = record.get("PhotometricInterpretation"), int(record.get("NumberOfFrames") or 1)
+    if frames > 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
+        raise InputError(path, "one grey frame", f"{frames} of {kind or 'no image'}")
+    raw = record.pixel_array
+    pixels = apply_voi_lut(apply_modality_lut(raw, record), record).astype(np.float64)
     inside = np.ones(raw.shape, bool)
     if record.get("PixelPaddingValue") is not None:
         value, limit = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
@@ -179,33 +146,12 @@ def read_dicom(file, raw_dicom=False):
     return pixels
 
 
-def mend_dicom(record):
-    """Takes the default for what some devices leave blank in a DICOM record, and says so once."""
-    for name, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
-        if name in record and record[name].is_empty:
-            say_once(f"DICOM with a blank {name}: taken as {default}")
-            setattr(record, name, default)
-    width, centre = np.ravel(record.get("WindowWidth") or 0)[0], record.get("WindowCenter")
-    if ("WindowWidth" in record or "WindowCenter" in record) and (width < 1 or centre is None):
-        say_once("DICOM with a window of no width or centre: read without a window")
-        record.pop("WindowWidth", None)
-        record.pop("WindowCenter", None)
-    if "PixelData" in record and not record.file_meta.get("TransferSyntaxUID"):
-        say_once("DICOM without a transfer syntax: read as little endian")
-        record.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2"
-
-
-def read_nifti(file):
-    """The NIfTI image in an open file, compressed or not."""
+def read_nifti(path):
     try:
         import nibabel
     except ImportError:
-        raise InputError(f"{file.name}: NIfTI needs nibabel: pip install nibabel") from None
-    content = file.read()
-    if content.startswith(b"\x1f\x8b"):
-        content = gzip.decompress(content)
-    kind = nibabel.Nifti2Image if content[4:8] == b"n+2\0" else nibabel.Nifti1Image
-    return kind.from_bytes(content)
+        raise InputError(f"{path}: NIfTI needs nibabel: pip install nibabel") from None
+    return nibabel.load(path)
 
 
 def stretch(pixels, among):
@@ -214,39 +160,28 @@ def stretch(pixels, among):
     return (pixels - low) / (high - low or 1)
 
 
-def full_scale(highest):
-    """White in 16-bit files with values up to `highest`; many of them hold only 8 to 14 bits."""
-    return next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
-
-
-def read_image(path, short_side=None, deep=None, enlarge=True, raw_dicom=False, mode="bicubic"):
+def read_image(path, short_side=None, enlarge=True):
     """Reads an image file as grey: float32 (1, H, W) in [0, 1].
 
-    short_side: pixels of the shorter side after a `resize` in the mode `mode` (None: full size),
-    which leaves smaller images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or
-    16 bits, are divided by their full scale, which for 16 bits is `deep` (None or 0: `full_scale`
-    of this file's largest value). Other numbers are stretched from minimum to maximum where they
-    leave [0, 1]. Colour becomes grey by ITU-R 601. raw_dicom: see `read_dicom`."""
-    pixels, white = read_pixels(path, short_side, grey=True, raw_dicom=raw_dicom)
+    short_side: pixels of the shorter side after a `resize` (None: full size), which leaves smaller
+    images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or 16 bits, are divided
+    by their full scale, which for 16 bits is the least of 2^8 - 1, 2^10 - 1 ... 2^16 - 1 that holds
+    the file: many hold only 10 to 14 bits. Other numbers are stretched from minimum to maximum
+    where they leave [0, 1]. Colour becomes grey by ITU-R 601."""
+    pixels, white = read_pixels(path, short_side, grey=True)
     if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
         white = np.iinfo(pixels.dtype).max
     if white == 65535:
-        if deep == 0:
-            say_once("images of 16 bits, unlike those looked at: each has a white of its own")
-        white, highest = deep or full_scale(pixels.max()), pixels.max()
-        if highest > white:
-            raise InputError(path, f"values up to {white}, as in the other 16-bit images", highest)
-    if white is None:
-        pixels = pixels.astype(np.float64)
-        if pixels.min() < 0 or pixels.max() > 1:
-            pixels = stretch(pixels, pixels)
+        white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if pixels.max() < 2**bits)
+    if white is None and (pixels.min() < 0 or pixels.max() > 1):
+        pixels = stretch(pixels.astype(np.float64), pixels)
     if pixels.dtype != np.uint8:  # 8 bits stay as they are until they are resized
         pixels = (pixels / np.float32(white or 1)).astype(np.float32)
     image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     shorter = min(image.shape[1:])
     if short_side and short_side != shorter and (enlarge or short_side < shorter):
-        image = resize(image, short_side, mode)
+        image = resize(image, short_side)
     if image.dtype == torch.uint8:
         image = image.float() / 255
     if len(image) == 3:
@@ -254,37 +189,16 @@ def read_image(path, short_side=None, deep=None, enlarge=True, raw_dicom=False, 
     return image
 
 
-def common_scale(*lists):
-    """White of the 16-bit files in some lists of paths: `full_scale` of the largest value in 32
-    files of each list, 0 where none of them has 16 bits. It is said where it is below 65535."""
-    highest = 0
-    for path in itertools.chain(*(paths[:: math.ceil(max(1, len(paths)) / 32)] for paths in lists)):
-        try:
-            pixels, white = read_pixels(path, short_side=1)
-        except InputError:
-            continue  # the error is raised when the image is read for use
-        if white == 65535 or (white is None and pixels.dtype.str[1:] == "u2"):
-            highest = max(highest, int(pixels.max()))
-    scale = full_scale(highest) if highest else 0
-    if scale and scale < 65535:
-        say_once(f"no value above {highest} in the 16-bit images looked at: {scale} is white")
-    return scale
-
-
 def over_images(function, paths, verb="reading images"):
     """[function(path) for path in paths] with a progress bar, many paths in a process per core.
     `function` can be pickled. (Threads fight for Python's lock and take twice the time of none.)"""
     bar = functools.partial(tqdm, desc=verb, total=len(paths), leave=False, delay=1)
-    processes = cores()
-    if processes == 1 or len(paths) < 200:
+    if len(paths) < 200:
         return list(bar(map(function, paths)))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    try:
-        with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-            return list(bar(pool.map(function, paths, chunksize=16)))
-    except BrokenProcessPool:
-        reason = "too little memory, or a script without `if __name__ == '__main__':`"
-        raise InputError(f"the processes that are {verb} ended: {reason}") from None
+    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,)) as pool:
+        return list(bar(pool.map(function, paths, chunksize=16)))
 
 
 def pixel_hash(path):
@@ -296,53 +210,21 @@ def pixel_hash(path):
         return "", str(error)
 
 
-def readable(paths):
-    """The indices of the images that can be read, for --skip-bad: each is decoded once here.
-    Says how many are left out, and refuses paths of which none is left."""
-    wrong = [reason for _, reason in over_images(pixel_hash, paths)]
-    keep = [i for i, reason in enumerate(wrong) if not reason]
-    first = next(filter(None, wrong), "")
-    if not keep:
-        raise InputError(f"{first}; no other image is left")
-    if first:
-        count = f"{len(wrong) - len(keep)} of {len(wrong)}"
-        warn(f"{count} images cannot be read and are left out, the first: {first}")
-    return keep
-
-
 def list_images(folder):
-    """Every image below a folder, sorted paths. Linked folders are followed, each folder once.
-    A file without a known ending is an image where its first bytes say so; the number of other
-    files is said."""
-
-    def stop(error):
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
-
+    """Every image below a folder, sorted paths. The number of other files is said."""
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
-    paths, others, seen = [], [], set()
-    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        if os.path.realpath(place) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links come last
-        for path in (os.path.join(place, name) for name in files if name[0] != "."):
-            known = split_ending(path)[1]
-            if not known and os.path.isfile(path) and os.access(path, os.R_OK):
-                with open(path, "rb") as file:
-                    known = file_kind(file)
-            (paths if known else others).append(path)
-    if others:
-        first = min(others)
-        note(f"{folder}: {len(others)} files are no images and left out, such as {first}")
+    files = sorted(str(path) for path in Path(folder).rglob("[!.]*") if path.is_file())
+    paths = [path for path in files if split_ending(path)[1]]
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
-    return sorted(paths)
+    if len(paths) < len(files):
+        warn(f"{folder}: {len(files) - len(paths)} files are no images and left out")
+    return paths
 
 
 # --------------------------------------------------------------------------------------------------
-# Text files: lines, JSON, CSV, the names of images
+# Text files: lines, CSV, the names of images
 
 
 def read_lines(path):
@@ -353,79 +235,60 @@ def read_lines(path):
 
 def read_header(path):
     """The names of the columns of a CSV; none of an empty file."""
-    lines = read_lines(path)
-    return [name.strip() for name in next(csv.reader([lines[0][1]]))] if lines else []
+    return [name.strip() for name in next(csv.reader(io.StringIO(read_text(path))), [])]
 
 
 def read_csv(path, columns):
-    """The rows of a CSV as (line at which it begins, value of each of `columns`). A field that
-    holds further rows is refused: a quote that is not closed takes in everything up to the next."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    line = 1
+    """The rows of a CSV as (line at which it ends, value of each of `columns`)."""
+    header, reader = read_header(path), csv.reader(io.StringIO(read_text(path)), strict=True)
+    if not set(columns) <= set(header):
+        found = ", ".join(header) or "an empty file"
+        raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}", found)
+    places = [header.index(name) for name in columns]
     try:
-        header = [name.strip() for name in next(reader, [])]
-        if not set(columns) <= set(header):
-            found = ", ".join(header) or "an empty file"
-            raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}", found)
-        places = [header.index(name) for name in columns]
-        line = reader.line_num + 1
-        for row in reader:
-            if row and (len(row) <= max(places) or any(row[len(header) :])):
+        for row in itertools.islice(reader, 1, None):
+            if row and len(row) != len(header):
                 found = f"{len(row)}; text with commas stands in double quotes"
-                raise InputError(f"{path}: line {line}", f"{len(header)} fields", found)
-            for field in row:
-                for piece in re.split(r"[,\n]", field)[1:]:
-                    if "\n" in field and split_ending(piece.strip())[1]:
-                        found = f"{piece.strip()!r} in a field of it; a double quote is not closed"
-                        raise InputError(f"{path}: line {line}", "one row", found)
+                raise InputError(f"{path}: line {reader.line_num}", f"{len(header)} fields", found)
             if row:
-                yield line, *(row[place].strip() for place in places)
-            line = reader.line_num + 1
+                yield reader.line_num, *(row[place].strip() for place in places)
     except csv.Error as error:
         reason = f"not readable as CSV ({error}); is a double quote not closed?"
-        raise InputError(f"{path}: line {line}: {reason}") from None
+        raise InputError(f"{path}: line {reader.line_num}: {reason}") from None
 
 
 def plain_name(name):
     """A name as every list writes it: `a/b.png`, whatever its slashes, `./`, quotes and spaces."""
-    name = name.strip().strip('"').replace("\\", "/")
-    return os.path.normpath(name) if "//" in name or "./" in name else name
+    return os.path.normpath(name.strip().strip('"').replace("\\", "/"))
 
 
 def image_keys(root, names):
     """What identifies the image of each name or path: its path below the root, without a leading
     images/ and without the ending."""
-    root = os.path.join(str(root or "."), "")
-    whole = os.path.join(os.path.abspath(root), "")  # names may be absolute where the root is not
-    names = (plain_name(str(name).removeprefix(root).removeprefix(whole)) for name in names)
-    return [split_ending(name.removeprefix("images/"))[0] for name in names]
+    root = os.path.abspath(root or ".")
+    paths = (os.path.relpath(os.path.join(root, plain_name(str(name))), root) for name in names)
+    return [split_ending(path.removeprefix("images/"))[0] for path in paths]
 
 
 # --------------------------------------------------------------------------------------------------
-# Data sets as lists, in the published layouts
+# Labelled data sets: the papers' lists, else a table, the publisher's or one of your own
 
-# The folder of the images below the root, the list of each part (training lists by the percentage
-# of labels), and the classes in the order of the labels, which a classes.txt at the root, one name
-# a line, replaces.
 NIH_CLASSES = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
     "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
     "Hernia",
 ]
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
-LISTS = {"train": {1: "train_1.txt", 10: "train_10.txt", 100: "train_list.txt"},
-         "val": "val_list.txt", "test": "test_list.txt"}
-DATASETS = {
-    "demo": {"images": "images", "classes": None, **LISTS},
-    "csv": {"images": "images", "classes": None, **LISTS},
-    "nih": {"images": "images", "or": "all_classes", "classes": NIH_CLASSES, **LISTS},
-    "rsna": {"images": "", "classes": ["Pneumonia"], **LISTS},
-    "chexpert": {"images": "", "classes": CHEXPERT_CLASSES, **LISTS},
-    "covid": {"images": "images", "classes": ["COVID-19"],
-              "train": {100: "splits/{split}/train.txt"},
-              "val": "splits/{split}/val.txt", "test": "splits/{split}/test.txt"},
+DATASETS = {  # the folders of the images, and the classes, which ROOT/classes.txt replaces
+    "demo": (["images"], None), "csv": (["images", ""], None),
+    "nih": (["images", "all_classes", ""], NIH_CLASSES), "rsna": ([""], ["Pneumonia"]),
+    "chexpert": ([""], CHEXPERT_CLASSES), "covid": (["images"], None),
 }
-NUMBER = re.compile(r"-?\d+(\.\d*)?(e-?\d+)?")
+TABLES = {"csv": "labels.csv", "nih": "Data_Entry_2017.csv", "chexpert": "train.csv",
+          "rsna": "stage_2_train_labels.csv"}
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LABELS = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+UNCERTAIN = {"-1": 1.0, "-1.0": 1.0}  # CheXpert's: ones, as in the papers
 
 
 def demo_root(root="", pairs=False):
@@ -439,529 +302,223 @@ def demo_root(root="", pairs=False):
     if rank == 0 and not (root / "demo.json").exists():
         print(f"drawing the demo records into {root}")
         demo.write_demo_records(root)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return root
 
 
-def split_files(data, root, split="", ratio=100):
-    """The list files of a layout: {"train": path, "val": path, "test": path}. Where --data, --root,
-    --split and --ratio do not fit, the error says what there is."""
-    layout, root = DATASETS[data], Path(root or ".")
-    if not root.is_dir():
-        raise InputError(f"--root {root}: no such folder")
-    if "{split}" in layout["val"]:
-        lists = [*root.glob("splits/*/train.txt"), *root.glob("*/is*_train.txt")]
-        splits = sorted(path.parent.name for path in lists)
-        if split not in splits:
-            there = " or ".join(splits) or "(none there: no splits/*/train.txt)"
-            raise InputError(f"--data {data} --root {root}", f"--split {there}", split or "none")
-    elif split:
-        raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
-    if ratio not in layout["train"]:
-        ratios = " or ".join(map(str, layout["train"]))
-        raise InputError(f"--data {data}", f"--ratio {ratios}", ratio)
-    names = {"train": layout["train"][ratio], "val": layout["val"], "test": layout["test"]}
-    files = {part: root / name.format(split=split) for part, name in names.items()}
-    if split and not (root / "splits").is_dir():  # the official code's names
-        for part, path in files.items():
-            files[part] = next(root.glob(f"{split}/is*_{part}.txt"), path)
-    for path in files.values():
-        if not path.is_file():
-            there = ", ".join(sorted(os.listdir(root))[:12]) or "nothing"
-            needs = f"which --data {data} --ratio {ratio} needs"
-            raise InputError(f"{path}: no such list, {needs}; {root} holds {there}")
-    return files
-
-
-def class_names(data, root, split, count):
-    """The names of the `count` classes: ROOT/classes.txt, else the layout's, else numbers."""
-    numbered = [f"class {i + 1}" for i in range(count)]
-    where, classes = f"--data {data}", DATASETS[data]["classes"] or numbered
-    path = Path(root or ".") / "classes.txt"
-    if path.exists():
-        where, classes = path, [line for _, line in read_lines(path)]
-    elif data == "covid" and split.startswith("viral"):
-        classes = ["Viral"]
-    if len(classes) != count:
-        found = f"{len(classes)}: {', '.join(classes)}"
-        raise InputError(where, f"{count} classes, as the lists have labels", found)
-    return classes
+def read_parts(data, root, split="", ratio=100):
+    """A labelled data set: ({"train", "val", "test": (its file, names, labels float32 (n, k))},
+    classes), with `ratio` percent of the training labels. Lists go before a table."""
+    root = Path(root or ".")
+    table = root / TABLES.get(data, "no table")
+    if not (root / "val_list.txt").exists() and table.is_file():
+        return read_table(data, table, ratio), table_classes(data, table)
+    names = {"val": "val_list.txt", "test": "test_list.txt",
+             "train": "train_list.txt" if ratio == 100 else f"train_{ratio}.txt"}
+    folder = root
+    if data == "covid":  # splits/covid1/train.txt, or covid1/iscovid_train.txt as first published
+        folder = next((f for f in (root / "splits" / split, root / split) if f.is_dir()), root)
+        names = {part: next((f.name for f in folder.glob(f"*{part}.txt")), f"{part}.txt")
+                 for part in names}
+    parts = {}
+    for part in ("train", "val", "test"):
+        path = folder / names[part]
+        if not path.is_file() or (ratio != 100 and data == "covid"):
+            there = ", ".join(sorted(os.listdir(folder))[:12]) if folder.is_dir() else "nothing"
+            needs = f"which --data {data} --split {split or 'none'} --ratio {ratio} needs"
+            raise InputError(f"{path}: no such list, {needs}; {folder} holds {there}")
+        parts[part] = path, *read_list(path)
+    classes, count = DATASETS[data][1], parts["train"][2].shape[1]
+    if data == "covid":
+        classes = [split.rstrip("0123456789")]
+    if (root / "classes.txt").exists():
+        classes = [line for _, line in read_lines(root / "classes.txt")]
+    classes = classes or [f"class {i + 1}" for i in range(count)]
+    for path, _, labels in parts.values():
+        if labels.shape[1] != len(classes):
+            expected = f"{len(classes)} labels a line, of {', '.join(classes)}"
+            raise InputError(path, expected, labels.shape[1])
+    return parts, classes
 
 
 def split_line(line):
     """`name l1 ... lk` or `name,l1,...,lk` as (name, labels): numbers at the end are labels, and a
     name may hold spaces."""
-    name, *labels = [field.strip() for field in line.split(",")]
-    if labels and (split_ending(name.strip('"'))[1] or all(map(NUMBER.fullmatch, labels))):
-        return plain_name(name), labels
-    words = reversed(line.split()[1:])
-    labels = list(itertools.takewhile(NUMBER.fullmatch, words))[::-1]
-    return plain_name(line.rstrip().rsplit(None, len(labels))[0]), labels
+    words = line.replace(",", " ").split()
+    labels = list(itertools.takewhile(LABELS.__contains__, reversed(words[1:])))[::-1]
+    return plain_name(re.split(r"[\s,]+", line[::-1], maxsplit=len(labels))[-1][::-1]), labels
 
 
-def read_list(path, num_labels=None, skip_bad=False):
-    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)).
-    k is `num_labels`, or what most of the first lines have: 0 in a list of names only. Another
-    number of labels, a label that is not 0 or 1 and a name listed twice are refused with their
-    line; `skip_bad` leaves such lines out and says so."""
-    lines = [(number, *split_line(line)) for number, line in read_lines(path)]
+def read_list(path):
+    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)). Another number of
+    labels than in the first line and a name listed twice are refused with their line."""
+    lines, rows = read_lines(path), {}
     if not lines:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
-    k = num_labels
-    if k is None:
-        k = Counter(len(labels) for _, _, labels in lines[:1000]).most_common(1)[0][0]
-    first_line, rows, bad = {}, [], []
-    for number, name, labels in lines:
-        if len(labels) != k or not set(labels) <= {"0", "1"}:
-            expected = "1 label" if k == 1 else f"{k} labels"
-            expected += f", each 0 or 1, after {name!r}"
-            found = " ".join(labels) or "none"
-            bad.append(f"line {number}: expected {expected}, found {found}")
-        elif name in first_line:
-            bad.append(f"line {number}: {name!r} is listed before, in line {first_line[name]}")
-        else:
-            first_line[name] = number
-            rows.append(labels)
-    if bad and not (skip_bad and rows):
-        advice = f"correct the list, or leave out such lines ({len(bad)}) with --skip-bad-lines"
-        raise InputError(f"{path}: {bad[0]}; {advice}")
-    if bad:
-        warn(f"{path}: {len(bad)} of {len(lines)} lines left out, the first: {bad[0]}")
-    return list(first_line), torch.from_numpy(np.array(rows, np.float32).reshape(len(rows), k))
+    count = len(split_line(lines[0][1])[1])
+    for number, line in lines:
+        name, labels = split_line(line)
+        if len(labels) != count:
+            expected = f"a name and {count} labels, each 0 or 1"
+            raise InputError(f"{path}: line {number}", expected, repr(line[:80]))
+        if name in rows:
+            raise InputError(f"{path}: line {number}: {name!r} is listed before")
+        rows[name] = [LABELS[label] for label in labels]
+    return list(rows), torch.tensor(list(rows.values()))
 
 
-# --------------------------------------------------------------------------------------------------
-# Data sets as tables of labels, as they are published or as people write them
-#
-# Lists go before a table. A table is divided into parts by patient.
-
-TABLES = {  # the file at the root, its column of images, those that it may have, the findings
-    "csv": ("labels.csv", "image", ["patient", "split"], None),
-    "nih": ("Data_Entry_2017.csv", "Image Index", ["Patient ID"], ["Finding Labels"]),
-    "chexpert": ("train.csv", "Path", [], CHEXPERT_CLASSES),
-    "rsna": ("stage_2_train_labels.csv", "patientId", [], ["Target"]),
-}
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
-
-def find_table(data, root):
-    """The table of a data set at `root` that has no lists, else None."""
-    root = Path(root or ".")
-    if data not in TABLES or (root / "val_list.txt").exists():
-        return None
-    path = root / TABLES[data][0]
-    return path if path.is_file() else None
-
-
-def table_columns(data, path):
-    """The column of the images of a table, and its classes."""
+def table_classes(data, path):
+    """The classes of a table: the set's, or in one of your own the columns that name findings."""
     if data != "csv":
-        return TABLES[data][1], DATASETS[data]["classes"]
+        return DATASETS[data][1]
     header = read_header(path)
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice:
-        raise InputError(f"{path}: line 1", "names that differ", f"{twice[0]!r} twice")
     classes = [name for name in header[1:] if name not in ("patient", "split")]
-    for name in classes:
-        if re.sub(r"\W|_|id$", "", name.lower()) in ("", "patient", "split"):
-            expected = "names of findings, `patient` and `split`"
-            raise InputError(f"{path}: line 1", expected, f"a column {name!r}")
-    if header[:1] != ["image"] or not classes:
-        expected = "a header `image,finding,...`, perhaps with patient and split"
+    if header[:1] != ["image"] or not classes or len(set(header)) < len(header):
+        expected = "a header `image,finding,...` of different names, perhaps with patient and split"
         raise InputError(f"{path}: line 1", expected, ",".join(header) or "an empty file")
-    return "image", classes
+    return classes
 
 
-def table_rows(data, path, uncertain):
-    """The rows of a table: (line, name, labels, patient or "", part or ""). A label is 0, 1, blank
-    (0), or CheXpert's -1, which is `uncertain`."""
-    values = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
-    if data == "chexpert":
-        unsure = {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}[uncertain]
-        values |= {"-1": unsure, "-1.0": unsure}
-    column, classes = table_columns(data, path)
-    _, _, others, findings = TABLES[data]
-    findings, header = findings or classes, read_header(path)
-    others = [name for name in others if name in header]
-    for line, name, *cells in read_csv(path, [column, *findings, *others]):
-        cells, other = cells[: len(findings)], dict(zip(others, cells[len(findings) :]))
-        if data == "nih":
-            found = set(cells[0].split("|")) - {"No Finding"}
-            cells = [str(int(name in found)) for name in classes] + sorted(found - set(classes))
-        if not name or not set(cells) <= values.keys():
-            wrong = next((cell for cell in cells if cell not in values), "no image")
-            allowed = "0, 1 or blank" + " (or -1)" * (data == "chexpert")
-            expected = f"an image and labels that are {allowed}"
-            raise InputError(f"{path}: line {line}", expected, repr(wrong))
-        part = other.get("split", "").lower()
-        if part not in ("", *SPLITS):
-            raise InputError(f"{path}: line {line}: split", "train, val or test", repr(part))
-        if data == "rsna":
-            name = f"stage_2_train_images/{name}.dcm"
-        name = plain_name(name).removeprefix("CheXpert-v1.0-small/")
-        patient = other.get("patient", other.get("Patient ID", ""))
-        yield line, name, [values[cell] for cell in cells], patient, SPLITS.get(part, "")
+def table_rows(data, path):
+    """The rows of a table as it is published: (where it stands, name, cells of the classes, patient
+    or "", part or ""), with the parts that NIH and CheXpert publish beside it."""
+    classes, tests = table_classes(data, path), path.parent / "test_list.txt"
+    if data == "nih":
+        tests = {text for _, text in read_lines(tests)} if tests.is_file() else ()
+        columns = "Image Index", "Patient ID", "Finding Labels"
+        for line, name, patient, findings in read_csv(path, columns):
+            cells = [str(int(c in findings.split("|"))) for c in classes]
+            yield f"{path}: line {line}", name, cells, patient, "test" * (name in tests)
+    elif data == "rsna":  # a row for each box
+        for line, name, target in read_csv(path, ("patientId", "Target")):
+            yield f"{path}: line {line}", f"stage_2_train_images/{name}.dcm", [target], name, ""
+    elif data == "chexpert":
+        for file, part in ((path, ""), (path.with_name("valid.csv"), "test")):
+            for line, name, *cells in read_csv(file, ("Path", *classes)) if file.is_file() else ():
+                name = name.removeprefix("CheXpert-v1.0-small/")
+                yield f"{file}: line {line}", name, cells, "", part
+    else:
+        more = [name for name in ("patient", "split") if name in read_header(path)]
+        for line, name, *cells in read_csv(path, ("image", *classes, *more)):
+            other = dict(zip(more, cells[len(classes) :]))
+            yield (f"{path}: line {line}", name, cells[: len(classes)], other.get("patient", ""),
+                   other.get("split", "").lower())
 
 
-def read_rows(data, root, uncertain="ones"):
-    """The rows of a table, {name: (labels, patient or None, part or "")}, with the parts that NIH
-    and CheXpert publish beside it; and whether these name the whole test part."""
-    path, rows, first = find_table(data, root), {}, {}
-    for line, name, labels, patient, part in table_rows(data, path, uncertain):
+def read_table(data, path, ratio=100):
+    """A table of labels as {part: (path, names, labels)}. An image that has no part yet follows the
+    others of its patient, so that no patient is trained and tested on, or is given one by a hash of
+    the patient alone: 70 % train, 10 % val and 20 % test, the same in every run. `ratio`: the
+    percent of the training patients that are taken, by another hash."""
+    allowed, rows = LABELS | (UNCERTAIN if data == "chexpert" else {}), {}
+    for where, name, cells, patient, part in table_rows(data, path):
+        name = plain_name(name)
+        if not set(cells) <= allowed.keys() or part not in ("", *PARTS):
+            wrong = next((cell for cell in cells if cell not in allowed), part)
+            raise InputError(where, "labels 0, 1 or blank; split train, val or test", repr(wrong))
+        labels = [allowed[cell] for cell in cells]
         if name in rows and data != "rsna":
-            before = f"is listed before, in line {first[name]}"
-            raise InputError(f"{path}: line {line}: {name!r} {before}")
-        if name in rows:  # RSNA has a row for each box
+            raise InputError(f"{where}: {name!r} is listed before")
+        if name in rows:
             labels = list(map(max, labels, rows[name][0]))
-        first.setdefault(name, line)
-        rows[name] = labels, patient, part
-    if data == "chexpert" and (root / "valid.csv").is_file():
-        for _, name, labels, patient, _ in table_rows(data, root / "valid.csv", uncertain):
-            rows[name] = labels, patient, "test"
-    given = nih_parts(root) if data == "nih" else {}
-    if "" in given.values():  # train_val_list.txt is there, and its images alone are trained on
-        lost = [name for name in rows if name not in given]
-        if lost:
-            lists = "neither train_val_list.txt nor test_list.txt and are left out"
-            count = f"{len(lost)} of {len(rows)}"
-            print(f"WARNING: {path}: {count} images are in {lists}, the first: {lost[0]}")
-        rows = {name: row for name, row in rows.items() if name in given}
-    for known, (name, (labels, patient, part)) in zip(patient_ids(root, rows), rows.items()):
-        rows[name] = labels, patient or known, part or given.get(name, "")
-    return rows, bool(given) or data == "chexpert"
-
-
-def nih_parts(root):
-    """What NIH's own lists say of its images: {name: "test", or "" for train or val}."""
-    given = {}
-    for part, list_name in (("", "train_val_list.txt"), ("test", "test_list.txt")):
-        path = root / list_name
-        for line, text in read_lines(path) if path.is_file() else []:
-            name = plain_name(text)
-            if given.setdefault(name, part) != part:
-                raise InputError(f"{path}: line {line}: {name!r} is in train_val_list.txt as well")
-    return given
-
-
-def read_table(data, root, ratio=100, uncertain="ones"):
-    """The table of a data set as {part: (names, labels float32 (n, k), NaN where unknown)}.
-
-    The parts are those that the set publishes or the column `split` names. What they leave open
-    follows its patient, so that no patient is trained and tested on, or is split by a hash of the
-    patient alone: 70 % train, 10 % val, 20 % test, the same in every run. `ratio`: the percent of
-    the training patients that are taken, by another hash."""
-    path, root = find_table(data, root), Path(root or ".")
-    rows, test_is_given = read_rows(data, root, uncertain)
-    part_of, several = {}, set()
-    for _, patient, part in rows.values():
-        if patient and part and part_of.setdefault(patient, part) != part:
-            several.add(patient)
-    if several:
-        those = f"{len(several)} patients have images in several parts, one is {min(several)}"
-        print(f"WARNING: {path}: {those}: their test scores are too good")
+        rows[name] = labels, patient, PARTS.get(part, "")
+    groups = [row[1] or unit for row, unit in zip(rows.values(), units(path.parent, rows))]
+    part_of = {group: row[2] for group, row in zip(groups, rows.values()) if row[2]}
     parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
-    for name, (labels, patient, part) in rows.items():
-        digest = hashlib.sha256((patient or name).encode()).digest()
+    for group, (name, (labels, _, part)) in zip(groups, rows.items()):
+        digest = hashlib.sha256(group.encode()).digest()
         chance, other = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))
-        if test_is_given:
+        if "test" in part_of.values():  # the others are divided into train and val
             chance *= 0.8
-        part = part or part_of.get(patient)
-        if not part:
-            part = "train" if chance < 0.7 else "val" if chance < 0.8 else "test"
+        part = part or part_of.get(group) or (
+            "train" if chance < 0.7 else "val" if chance < 0.8 else "test")
         if part != "train" or other < ratio / 100:
             parts[part][0].append(name)
             parts[part][1].append(labels)
     for part, (names, _) in parts.items():
         if not names:
-            advice = "; a column `split` names the parts" * (data == "csv")
-            found = f"none among {len(rows)}{advice}"
-            raise InputError(path, f"images of the part {part}", found)
-    return {part: (names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
-
-
-def name_chexpert_test(count):
-    """Says in one line which of CheXpert's published lists a test part of `count` images is."""
-    return {234: "CheXpert's 234 validation images, on which MRM tests",
-            668: "CheXpert's own 668 test images, on which MED-PEFT tests"}.get(
-                count, f"{count} images, neither the 234 on which MRM tests nor MED-PEFT's 668")
+            raise InputError(path, f"images of the part {part}", f"none among {len(rows)}")
+    return {part: (path, names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
 
 
 # --------------------------------------------------------------------------------------------------
 # The images of a list, with their reports and masks
 
 
-def locate(data, root, names, allow_outside=False):
-    """The path of each image, named relative to the layout's image folder or to the root, with its
-    ending in any case or without it. None stands for a name that is not there, "" for one that
-    leads out of the root, unless `allow_outside`."""
-    root, layout = str(root or "."), DATASETS[data]
-    folders = (layout["images"], layout.get("or", ""), "")
-    folders = list(dict.fromkeys(os.path.join(root, folder) for folder in folders))
-    inside = os.path.join(os.path.abspath(root), "")
-
-    @functools.cache
-    def listing(folder):
-        """The files of a folder by their names with the ending in lower case, and without it."""
-        there = {}
-        for file in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            stem, ending = split_ending(file)
-            there[stem + ending.lower()] = os.path.join(folder, file)
-            there.setdefault(stem, os.path.join(folder, file))
-        return there
-
-    def find(name):
-        name = plain_name(name)
-        places = [os.path.join(folder, name) for folder in folders]
-        if not allow_outside and (".." in name or os.path.isabs(name)):
-            places = [place for place in places if os.path.abspath(place).startswith(inside)]
-        stem, ending = split_ending(os.path.basename(name))
-        similar = (listing(os.path.dirname(place)).get(stem + ending.lower()) for place in places)
-        for place in itertools.chain(places, filter(None, similar)):
-            if os.path.isfile(place):
-                return place
-        return None if len(places) == len(folders) else ""
-
-    return list(map(find, names))
-
-
-def find_images(data, root, names, source, allow_outside=False):
-    """The path of every name in the list or CSV `source`, as `locate` finds it. A name that is
-    missing or leads out of the root is refused with its line."""
-    paths = locate(data, root, names, allow_outside)
-    wrong = [i for i, path in enumerate(paths) if not path]
-    if wrong:
-        name, path, line = names[wrong[0]], paths[wrong[0]], "?"
-        whole = re.compile(rf"(?<![\w./-])(\./)*{re.escape(name)}(?![\w.-])")  # and no part of one
-        for number, text in read_lines(source):
-            if whole.search(text.replace("\\", "/")) or split_line(text)[0] == name:
-                line = number
-                break
-        folder = os.path.join(root or ".", DATASETS[data]["images"])
-        where = f"{folder} or {root or '.'}"
-        reason = f"no image {name!r} in {where} ({len(wrong)} of {len(names)} are missing)"
-        if path == "":
-            reason = f"{name!r} leads out of {root or '.'}; --allow-outside reads such images"
-        raise InputError(f"{source}: line {line}: {reason}")
+def find_images(data, root, names, source):
+    """The path of every name in the list or CSV `source`, below the folders of the data set. A name
+    that is missing is refused with its line."""
+    folders = [os.path.join(root or ".", folder) for folder in DATASETS[data][0]]
+    places = [[os.path.join(folder, name) for folder in folders] for name in names]
+    paths = [next(filter(os.path.isfile, each), None) for each in places]
+    if None in paths:
+        name = names[paths.index(None)]
+        line = next((number for number, text in read_lines(source) if name in text), "?")
+        count = f"{paths.count(None)} of {len(names)} are missing"
+        raise InputError(f"{source}: line {line}: no image {name!r} in {' or '.join(folders)} "
+                         f"({count})")
     return paths
 
 
-def read_reports(path, root, allow_outside=False):
+def read_reports(path, root):
     """The records of a training.csv (image_path, report_content): (image paths, reports).
     A report may be empty."""
     rows = list(read_csv(path, ("image_path", "report_content")))
-    for line, name, _ in rows:
-        if not name:
-            raise InputError(f"{path}: line {line}", "an image and its report", "no image_path")
-    if not rows:
-        raise InputError(path, "records below the header", "none")
+    if not rows or not all(name for _, name, _ in rows):
+        raise InputError(path, "an image and its report in each row", "none")
     names, reports = [plain_name(name) for _, name, _ in rows], [report for *_, report in rows]
-    return find_images("csv", root, names, path, allow_outside), reports
+    return find_images("csv", root, names, path), reports
 
 
-class Runs(NamedTuple):
-    """The mask of an image in a CSV of run lengths: where it stands, whether its starts are
-    absolute, and the text of each of its rows."""
-
-    where: str
-    absolute: bool
-    rows: list
-
-
-def find_masks(masks, keys, paths, empty=()):
-    """The mask of each image, as `read_mask` takes it: a file, `Runs`, or None for an empty one.
-
-    masks: a folder with files KEY.png (`image_keys`), or SIIM's CSV of run lengths. empty: the
-    indices of the images that may have no file."""
-    masks = Path(masks)
-    if masks.is_file():
-        return find_runs(masks, [os.path.basename(key) for key in keys])
-    if not masks.is_dir():
-        raise InputError(f"--masks {masks}: no such folder or CSV")
-    found = [masks / f"{key}.png" for key in keys]
-    lost = [i for i, path in enumerate(found) if not path.is_file() and i not in empty]
+def find_masks(folder, keys, empty=()):
+    """The mask of each image, a file KEY.png (`image_keys`), or None for an empty one, which the
+    indices `empty` alone may be."""
+    paths = [Path(folder, f"{key}.png") for key in keys]
+    lost = [path for i, path in enumerate(paths) if not path.is_file() and i not in empty]
     if lost:
-        image = f"{paths[lost[0]]} ({len(lost)} of {len(paths)} are missing)"
-        raise InputError(f"{found[lost[0]]}: no such mask, of the image {image}")
-    return [str(path) if path.is_file() else None for path in found]
-
-
-def find_runs(path, keys):
-    """The `Runs` of each image in SIIM's CSV (ImageId, EncodedPixels). An image may have several
-    rows, of pairs `start length` or of -1, which stands for no mask. Starts are counted from the
-    end of the last run or, where they rise in every row, from the first pixel, which is 1."""
-    runs, absolute = {}, None
-    for line, name, text in read_csv(path, ("ImageId", "EncodedPixels")):
-        where = f"{path}: line {line}: {name}"
-        if not re.fullmatch(r"-1|\d+ [1-9]\d*( \d+ [1-9]\d*)*", text):
-            raise InputError(where, "-1 or pairs `start length`", text[:40] or "nothing")
-        first = runs.setdefault(split_ending(os.path.basename(name))[0], Runs(where, False, []))
-        first.rows.append(text)
-        if "-1" in first.rows and set(first.rows) != {"-1"}:
-            raise InputError(where, "either -1 or runs in the rows of an image", "both")
-        numbers = list(map(int, text.split()))
-        if len(numbers) > 2:
-            ends = map(sum, zip(numbers[::2], numbers[1::2]))
-            rises = all(start >= end for start, end in zip(numbers[2::2], ends))
-            absolute = rises and absolute is not False
-    lost = [key for key in keys if key not in runs]
-    if lost:
-        count = f"{len(lost)} of {len(keys)}"
-        raise InputError(f"{path}: no row of the image {lost[0]} ({count} are missing)")
-    say_once(f"{path}: the starts of runs are {'absolute' if absolute else 'relative'}")
-    return [runs[key]._replace(absolute=bool(absolute)) for key in keys]
-
-
-def is_empty(source):
-    """Whether a mask, as `find_masks` gives it, is known to be empty before its file is read."""
-    return source is None or (isinstance(source, Runs) and "-1" in source.rows)
+        raise InputError(f"{lost[0]}: no such mask ({len(lost)} of {len(keys)} are missing)")
+    return [str(path) if path.is_file() else None for path in paths]
 
 
 def read_mask(source, shape, path):
-    """The mask of the image `path`, which is `shape` (H, W) large: bool (H, W). See `find_masks`.
-    A file holds 0 and one other value."""
-    if is_empty(source):
+    """The mask of the image `path`, which is `shape` (H, W) large: bool (H, W); empty for None. A
+    file holds 0 and one other value."""
+    if source is None:
         return np.zeros(shape, bool)
-    if isinstance(source, Runs):
-        return decode_runs(source, shape, path)
     pixels, _ = read_pixels(source, grey=True)
-    if pixels.shape != tuple(shape):
-        found = f"{pixels.shape[1]} x {pixels.shape[0]}" if pixels.ndim == 2 else "colour"
-        expected = f"a mask of {shape[1]} x {shape[0]} pixels, as {path}"
-        raise InputError(source, expected, found)
     values = np.unique(pixels)
-    if values[0] != 0 or len(values) > 2:
-        found = f"{len(values)} values from {values[0]} to {values[-1]}"
-        found += "; save it as PNG, without smoothing"
-        raise InputError(source, "a mask of the values 0 and one other", found)
+    if pixels.shape != tuple(shape) or values[0] != 0 or len(values) > 2:
+        expected = f"a mask of {tuple(shape)} pixels, as {path}, of the values 0 and one other"
+        raise InputError(source, expected, f"{pixels.shape} pixels of {len(values)} values")
     return pixels > 0
 
 
-def decode_runs(source, shape, path):
-    """The mask of `Runs`, which go down the columns."""
-    flat = np.zeros(shape[0] * shape[1], bool)
-    for row in source.rows:
-        numbers, end = list(map(int, row.split())), 0
-        for start, length in zip(numbers[::2], numbers[1::2]):
-            start = start - 1 if source.absolute else end + start
-            end = start + length
-            if start < 0 or end > flat.size:
-                expected = f"runs within the {flat.size} pixels of {path}"
-                raise InputError(source.where, expected, f"pixels {start} to {end}")
-            flat[start:end] = True
-    return flat.reshape(shape[::-1]).T
-
-
 # --------------------------------------------------------------------------------------------------
-# Patients, and the films that a model was trained on
+# Patients, and what two lists share
 
 # The patient in a name of NIH's or CheXpert's
 WRITTEN_PATIENT = re.compile(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)")
 
 
-def patient_table(root):
-    """{key of an image: its patient} by patients.csv or records.csv (columns image_path,
-    patient_id) at the root; empty without them."""
+def units(root, names):
+    """What may stand in one part of a split alone, for each name: the image's patient, by
+    patients.csv or records.csv (image_path, patient_id) at the root, else as NIH
+    (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write it; else the image itself."""
     tables = [Path(root or ".") / name for name in ("patients.csv", "records.csv")]
     table = next((path for path in tables if path.exists()), None)
     rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
-    keys = image_keys(root, [name for _, name, _ in rows])
-    return dict(zip(keys, [patient for *_, patient in rows]))
-
-
-def patient_ids(root, names):
-    """The patient of each name, None where unknown: by `patient_table`, else by the name as NIH
-    (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write it."""
-    table, keys = patient_table(root), image_keys(root, names)
+    patients = dict(zip(image_keys(root, [name for _, name, _ in rows]), [row[2] for row in rows]))
+    keys = image_keys(root, names)
     written = [WRITTEN_PATIENT.search(key) for key in keys]
-    return [table.get(key) or (found and found[0].strip("/")) for key, found in zip(keys, written)]
+    return [patients.get(key) or (found and found[0].strip("/")) or key
+            for key, found in zip(keys, written)]
 
 
-def not_excluded(paths, exclude, root):
-    """The indices of the paths that are neither in the list file `exclude` nor of a patient in it.
-    Warns of its names that are of no image and no patient among the paths."""
-    listed = [split_line(line)[0] for _, line in read_lines(exclude)]
-    theirs = list(zip(image_keys(root, listed), patient_ids(root, listed)))
-    ours = list(zip(image_keys(root, paths), patient_ids(root, paths)))
-
-    def alone(films, others):
-        """The indices of the films whose image and patient are not among the others'."""
-        keys, patients = {key for key, _ in others}, {patient for _, patient in others} - {None}
-        return [i for i, film in enumerate(films) if film[0] not in keys
-                and film[1] not in patients]
-
-    lost = alone(theirs, ours)
-    if lost:
-        count, first = f"{len(lost)} of {len(theirs)}", theirs[lost[0]][0]
-        here = "of no image here and of no patient of one"
-        warn(f"{exclude}: {count} names are {here}, the first: {first!r}")
-    return alone(ours, theirs)
-
-
-def film_hashes(root, names):
-    """Hashes of the image of each name and of its patient, where the name tells one, else None:
-    two lists of the first 8 bytes of a sha256 as signed integers.
-
-    Folders before the patient's part of a name do not count, so that copies of a data set that lie
-    otherwise on disk agree. Drawn films are called like NIH's, and have hashes of their own."""
-    drawn = "demo " if (Path(root or ".") / "demo.json").is_file() else ""
-
-    def number(text):
-        digest = hashlib.sha256((drawn + text).encode()).digest()
-        return int.from_bytes(digest[:8], "big", signed=True)
-
-    films, patients = [], []
-    for key in image_keys(root, names):
-        written = WRITTEN_PATIENT.search(key)
-        films.append(number("film " + (key[written.start() :].strip("/") if written else key)))
-        patients.append(number("patient " + written[0].strip("/")) if written else None)
-    return films, patients
-
-
-def hash_films(root, names, *others):
-    """What a checkpoint keeps of the films that it was trained on: their hashes and those of their
-    patients, sorted, as one int64 tensor. `others`: such tensors of earlier training, or None."""
-    films, patients = film_hashes(root, names)
-    hashes = {*films, *patients} - {None}
-    hashes.update(*(tensor.tolist() for tensor in others if tensor is not None))
-    return torch.tensor(sorted(hashes), dtype=torch.int64)
-
-
-def trained_on(root, names, hashes):
-    """Which films were trained on, by `hashes` of `hash_films`: (those films, those of a patient
-    with a film that was), two lists of bools. Patients are found by their name's part, and by
-    `patient_table` where a trained film stands in it."""
-    hashes = set(hashes.tolist())
-    films, written = film_hashes(root, names)
-    table = patient_table(root)
-    known = {table[key] for key, film in zip(table, film_hashes(root, table)[0]) if film in hashes}
-    both = zip(written, patient_ids(root, names))
-    patients = [mark in hashes or patient in known for mark, patient in both]
-    return [film in hashes for film in films], patients
-
-
-def read_pretraining(path, root):
-    """The hashes (`hash_films`) of the films in a list file or a CSV with a column image_path,
-    image, Path or Image Index, or those that a checkpoint holds."""
-    path = Path(path)
-    if path.is_dir() or path.suffix in (".pt", ".pth"):
-        path = checkpoint_file(path, "adapter.pt", "best.pt", "last.pt")
-        hashes = load_checkpoint(path).get("trained_on")
-        if not torch.is_tensor(hashes) or hashes.dtype != torch.int64:
-            found = "one that does not; give the list that it was trained on"
-            raise InputError(path, "a checkpoint that names its training films", found)
-        return hashes
-    lines = read_lines(path)
-    if not lines:
-        raise InputError(path, "a list of images", "an empty file")
-    if path.suffix.lower() != ".csv":
-        return hash_films(root, [split_line(line)[0] for _, line in lines])
-    header, columns = read_header(path), ("image_path", "image", "Path", "Image Index")
-    column = next((name for name in columns if name in header), None)
-    if column is None:
-        raise InputError(f"{path}: line 1", f"a column {' or '.join(columns)}", ", ".join(header))
-    names = [name for _, name in read_csv(path, (column,))]
-    return hash_films(root, [name.removeprefix("CheXpert-v1.0-small/") for name in names])
+def listed_units(root, path):
+    """The units of a list file, or of a CSV with a column image_path."""
+    rows = read_csv(path, ("image_path",)) if Path(path).suffix == ".csv" else read_lines(path)
+    return set(units(root, [split_line(name)[0] for _, name in rows]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1053,16 +610,11 @@ def save_tokenizer(enc, path):
 
 def load_tokenizer(path):
     """Reads what `save_tokenizer` wrote."""
-    tokens = []  # tiktoken's own loader keeps a copy by path and would miss that the file changed
-    for i, line in enumerate(read_text(path).splitlines()):
-        try:
-            token, rank = line.split()
-            tokens.append(base64.b64decode(token, validate=True))
-            if int(rank) != i:
-                raise ValueError
-        except ValueError:
-            expected, found = f"a token in base64 and its rank {i}", repr(line[:60])
-            raise InputError(f"{path}: line {i + 1}", expected, found) from None
+    try:  # tiktoken's own loader keeps a copy by path and would miss that the file changed
+        lines = [line.split() for line in read_text(path).splitlines()]
+        tokens = [base64.b64decode(token, validate=True) for token, _ in lines]
+    except ValueError:
+        raise InputError(path, "a token in base64 and its rank on each line", "others") from None
     if len(set(tokens)) < len(tokens) or not set(tokens) >= {bytes([i]) for i in range(256)}:
         raise InputError(path, "different tokens, all 256 bytes among them", "a damaged file")
     return make_encoding(tokens)
@@ -1115,32 +667,31 @@ def normalize(images, mean=None, std=None):
     return (images - mean) / std
 
 
-def resize(images, size, mode="bicubic"):
+def resize(images, size):
     """Resizes images (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or to an int for
-    the shorter side. Antialiased "bicubic" (Keys, a = -1/2, widened where it reduces) or
-    "bilinear", as PIL's."""
+    the shorter side: antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's."""
     if isinstance(size, int):
         size = [round(side * size / min(images.shape[-2:])) for side in images.shape[-2:]]
     batch = images if images.ndim == 4 else images[None]
-    batch = F.interpolate(batch, size, mode=mode, antialias=True)
+    batch = F.interpolate(batch, size, mode="bicubic", antialias=True)
     batch = batch if batch.dtype == torch.uint8 else batch.clamp_(0, 1)
     return batch if images.ndim == 4 else batch[0]
 
 
-def resize_pair(pair, size, mode="bicubic"):
+def resize_pair(pair, size):
     """`resize` of an image and its mask (2, H, W) to `size` (h, w): the mask takes the value of the
     nearest pixel, so that it keeps two values."""
     mask = F.interpolate(pair[None, 1:].float(), size, mode="nearest-exact")[0]
-    return torch.cat([resize(pair[:1], size, mode), mask.to(pair.dtype)])
+    return torch.cat([resize(pair[:1], size), mask.to(pair.dtype)])
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
-                        pair=False, mode="bicubic"):
+                        pair=False):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
-    crop of its own for each image. `pair`: the channels are an image and its mask; `mode`: see
-    `resize`. Sampled as torchvision's RandomResizedCrop does: of ten tries the first that fits,
-    else the central crop of the nearest aspect."""
+    crop of its own for each image. `pair`: the channels are an image and its mask. Sampled as
+    torchvision's RandomResizedCrop does: of ten tries the first that fits, else the central crop of
+    the nearest aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -1156,7 +707,7 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     scaled = resize_pair if pair else resize
     crops = []
     for image, (y, x, height, width) in zip(images, boxes):
-        crops.append(scaled(image[:, y : y + height, x : x + width], (size, size), mode))
+        crops.append(scaled(image[:, y : y + height, x : x + width], (size, size)))
     return torch.stack(crops)
 
 
@@ -1167,62 +718,24 @@ def random_flip(images, generator=None):
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
-def read_bytes(path, short_side, deep=None, **reading):
-    """`read_image`, rounded to 8 bits: uint8 array (1, H, W)."""
-    return (read_image(path, short_side, deep, **reading) * 255).round_().byte().numpy()
+def crop_and_flip(images, generator, side, min_crop, flip=False, pair=False):
+    """Random crops (B, C, side, side) of at least the share `min_crop` of each image; `flip`
+    mirrors half of them. It is no local function: worker processes find it by its name."""
+    images = random_resized_crop(images, side, (min_crop, 1.0), generator=generator, pair=pair)
+    return random_flip(images, generator) if flip else images
 
 
-def read_pair(item, side, deep=None, raw_dicom=False, mode="bicubic"):
-    """An image and its mask, both squeezed into a square: uint8 (2, side, side), the mask 0 or 255.
-    item: (path, the mask as `find_masks` gives it)."""
-    image = read_image(item[0], deep=deep, raw_dicom=raw_dicom)
-    mask = torch.from_numpy(np.ascontiguousarray(read_mask(item[1], image.shape[1:], item[0])))
-    pair = resize_pair(torch.cat([image, mask[None].float()]), (side, side), mode)
-    return (pair * 255).round_().byte().numpy()
-
-
-# What decodes an image: this file and two libraries. Pixels of other versions are not taken
-VERSIONS = f"{torch.__version__} {PIL.__version__}".encode()
-DECODER = hashlib.sha256(Path(__file__).read_bytes() + VERSIONS).hexdigest()
-
-
-def read_cached(reader, folder, item, fill=False):
-    """`reader(item)` (see `ImageSet.reader`) as a uint8 array (C, H, W), by way of a file below
-    `folder`, which is mapped into memory: all processes share its pages. `fill` only makes it.
-
-    Its name stands for the item and the reader's options. It holds a stamp (32 bytes) of `DECODER`
-    and of the sizes, times and inodes of the image and its mask, the crc32 of what follows (4),
-    the shape (12) and the pixels. Where stamp or crc32 do not fit, the image is read again and the
-    file replaced. Raises InputError where it cannot be written."""
-    path, *mask = [item] if isinstance(item, str) else item
-    try:
-        states = [os.stat(file) for file in (path, *mask) if isinstance(file, str)]
-    except OSError:
-        return reader(item)  # which says what is wrong
-    states = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in states]
-    name = repr((reader.func.__name__, reader.keywords, os.path.abspath(path), mask))
-    name = hashlib.sha256(name.encode()).hexdigest()
-    stamp = hashlib.sha256(repr((DECODER, name, states)).encode()).digest()
-    file = Path(folder, name[:2], name[2:])
-    try:
-        entry = np.memmap(file, np.uint8, "c")
-        good = entry[:32].tobytes() == stamp
-        if good and fill:
-            return None
-        if good and zlib.crc32(entry[36:]) == entry[32:36].view(np.uint32)[0]:
-            pixels = entry[48:].reshape(entry[36:48].view(np.uint32))
-            # Small ones are copied, because a process may map 65,530 files and no more
-            return pixels if pixels.size > 2**16 else np.array(pixels)
-    except (OSError, ValueError, IndexError):  # there is none, or one cut short
-        pass
-    pixels = reader(item)
-    rest = np.array(pixels.shape, np.uint32).tobytes() + pixels.tobytes()
-    entry = stamp + np.uint32(zlib.crc32(rest)).tobytes() + rest
-    try:
-        atomic_write(file, lambda file: file.write(entry), sync=False)
-    except InputError as error:
-        raise InputError(f"{error}; make room or give another --cache") from None
-    return None if fill else pixels
+def read_bytes(item, side, enlarge=True, pair=False):
+    """An image whose shorter side becomes `side`, rounded to 8 bits: uint8 (1, H, W). With `pair`
+    the item is (path, mask), and both are squeezed into a square: uint8 (2, side, side)."""
+    if not pair:
+        image = read_image(item, side, enlarge)
+    else:
+        image = read_image(item[0])
+        mask = read_mask(item[1], image.shape[1:], item[0])
+        image = torch.cat([image, torch.from_numpy(mask)[None].float()])
+        image = resize_pair(image, (side, side))
+    return (image * 255).round_().byte()
 
 
 class ImageSet(torch.utils.data.Dataset):
@@ -1232,62 +745,24 @@ class ImageSet(torch.utils.data.Dataset):
     `augment(images, generator=)`, which gets (B, 1, H, W), or a list of (1, H, W) where shapes
     differ, and can be pickled. (seed, draw) seed the generator, so that neither workers nor
     resuming change it. Without `augment` it holds the centre crops of `crop` pixels a side
-    (default: `size`). set[indices, draw, "later"] is (pixels of all films in a row, uint8, shapes,
-    indices, draw), of which `finish` makes the same batch elsewhere. set[i] is (image, i). `deep`
-    is white in 16-bit files (default: `common_scale`). `masks`, as `find_masks` gives them, make
-    each item a whole image and its mask as two channels (2, size, size). `reading`: more of what
-    `read_image` takes, such as enlarge. `folder` keeps the decoded images for the next run
-    (`read_cached`)."""
+    (default: `size`). set[i] is (image, i). `masks`, as `find_masks` gives them, make each item a
+    whole image and its mask as two channels (2, size, size)."""
 
-    def __init__(self, paths, size, augment=None, seed=0, deep=None, masks=None, crop=None,
-                 folder="", **reading):
-        # One array: counting references to a list of strings would copy it into every worker.
-        self.names = np.array([os.fsencode(path) for path in paths], dtype=bytes)
-        self.size, self.augment, self.seed, self.cache = size, augment, seed, None
-        self.crop, self.reading = crop or size, reading
-        self.deep, self.masks = common_scale(paths) if deep is None else deep, masks
-        self.folder = folder
-
-    @property
-    def paths(self):
-        return [self.path(i) for i in range(len(self))]
-
-    def path(self, index):
-        return os.fsdecode(self.names[index])
+    def __init__(self, paths, size, augment=None, seed=0, masks=None, crop=None, enlarge=True):
+        self.paths, self.size, self.augment, self.seed = list(paths), size, augment, seed
+        self.masks, self.crop, self.cache = masks, crop or size, None
+        self.items = self.paths if masks is None else list(zip(paths, masks))
+        self.reader = functools.partial(read_bytes, side=size, enlarge=enlarge,
+                                        pair=masks is not None)
 
     def __len__(self):
-        return len(self.names)
-
-    def reader(self):
-        """What reads one item, a path or a (path, mask), as a uint8 array."""
-        size, deep = self.size, self.deep
-        read = functools.partial(read_bytes, short_side=size, deep=deep, **self.reading)
-        if self.masks is not None:
-            read = functools.partial(read_pair, side=size, deep=deep, **self.reading)
-        return functools.partial(read_cached, read, self.folder) if self.folder else read
-
-    def read(self, index):
-        """Image `index` as uint8 (1, H, W) with min(H, W) = size."""
-        if self.cache is not None:
-            return self.cache[index]
-        path = self.path(index)
-        item = path if self.masks is None else (path, self.masks[index])
-        return torch.from_numpy(self.reader()(item))
+        return len(self.paths)
 
     def preload(self, limit=2 * 2**30):
-        """Decodes all images into `folder`, where there is one (each of torchrun's processes on
-        this machine a share), and into memory, if they take less than `limit` bytes there. Returns
-        self."""
+        """Decodes all images into memory, if they take less than `limit` bytes. Returns self."""
         channels = 1 if self.masks is None else 2
-        items = self.paths if self.masks is None else list(zip(self.paths, self.masks))
-        if self.cache is None and self.folder:
-            rank = int(os.environ.get("LOCAL_RANK", 0))
-            share = items[rank :: int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
-            over_images(functools.partial(self.reader(), fill=True), share, "filling the cache")
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()
         if self.cache is None and channels * len(self) * self.size**2 * 1.25 < limit:
-            images = [torch.from_numpy(image) for image in over_images(self.reader(), items)]
+            images = over_images(self.reader, self.items)
             same = len({image.shape for image in images}) == 1
             self.cache = torch.stack(images) if same else images
         return self
@@ -1297,25 +772,16 @@ class ImageSet(torch.utils.data.Dataset):
             if not 0 <= key < len(self):
                 raise IndexError(key)
             return self[[key], 0][0][0], key
-        indices, draw, *later = torch.as_tensor(key[0]), *key[1:]
+        indices, draw = torch.as_tensor(key[0]), key[1]
         if torch.is_tensor(self.cache):
-            images = self.cache[indices]
+            images = self.cache[indices].float() / 255
         else:
-            images = [self.read(i) for i in indices.tolist()]
-        if later:  # one tensor, because each that a worker sends takes an open file
-            shapes = [image.shape for image in images]
-            return torch.cat([image.flatten() for image in images]), shapes, indices, draw
-        if torch.is_tensor(images):
-            images = images.float() / 255
-        else:
-            images = [image.float() / 255 for image in images]
-        return self.finish(images, draw), indices
-
-    def finish(self, images, draw):
-        """The batch (B, C, side, side) of images in [0, 1] as they were read."""
+            kept = self.cache or [None] * len(self)
+            images = [(self.reader(self.items[i]) if kept[i] is None else kept[i]).float() / 255
+                      for i in indices.tolist()]
         if self.augment is not None:
-            return self.augment(images, generator=seeded(self.seed, draw))
-        return torch.stack([self.centre(image) for image in images])
+            return self.augment(images, generator=seeded(self.seed, draw)), indices
+        return torch.stack([self.centre(image) for image in images]), indices
 
     def centre(self, image):
         """The (1, crop, crop) in the middle of an image (1, H, W)."""
@@ -1338,15 +804,10 @@ def load_batches(dataset, keys, workers):
         raise InputError(message.partition("InputError: ")[2]) from None
 
 
-def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0,
-                  taken=None, crop_on=None):
+def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0):
     """Batches of the steps start_step ... steps - 1: (images, indices (B,)), B in each process.
     All steps together walk along one endless row of epochs, each a permutation seeded by (seed,
-    epoch), or its first `taken` images; a step takes the next world * batch_size. So its number
-    alone fixes what it holds. `crop_on`: a device that makes the crops, the same ones, of whole films
-    that go there as 8 bits: at the paper's sizes a crop takes 4 ms of a core, too long for a GPU to
-    wait. None: they are made where films are read."""
-    taken = taken or len(dataset)
+    epoch); a step takes the next world * batch_size. So its number alone fixes what it holds."""
 
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
@@ -1356,19 +817,10 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
         for step in range(start_step, steps):
             draw = step * world + rank
             places = range(draw * batch_size, (draw + 1) * batch_size)
-            rows = [permutation(place // taken)[place % taken] for place in places]
-            yield (rows, draw) if crop_on is None else (rows, draw, "later")
+            yield [permutation(place // len(dataset))[place % len(dataset)]
+                   for place in places], draw
 
-    if crop_on is None:
-        yield from load_batches(dataset, keys(), workers)
-        return
-    for pixels, shapes, indices, draw in load_batches(dataset, keys(), workers):
-        films = pixels.to(crop_on, non_blocking=True).float().div_(255)
-        films = films.split([math.prod(shape) for shape in shapes])
-        films = [film.view(shape) for film, shape in zip(films, shapes)]
-        batch = dataset.finish(films, draw)
-        del pixels, films  # whole films are large, and a step follows
-        yield batch, indices
+    return load_batches(dataset, keys(), workers)
 
 
 def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
@@ -1391,14 +843,11 @@ def read_slice(path, rescale=None, blank=False):
     below 32, constant images unless `blank`, and DICOM, whose numbers are stretched by file."""
     pixels, white = read_pixels(path)
     pixels = pixels.astype(np.float32)
-    if white == 1:
-        raise InputError(path, "a .npy, NIfTI, PNG, JPEG or TIFF slice", "DICOM; convert it")
-    if min(pixels.shape[:2]) < 32:
-        raise InputError(path, "at least 32 x 32 pixels", " x ".join(map(str, pixels.shape[:2])))
     low, high = float(pixels.min()), float(pixels.max())
-    if low == high and not blank:
-        reason = f"every value is {low:g}: nothing to learn or measure, remove the pair"
-        raise InputError(f"{path}: a constant image, {reason}")
+    if white == 1 or min(pixels.shape[:2]) < 32 or (low == high and not blank):
+        expected = "a .npy, NIfTI or picture of 32 x 32 pixels or more that is not constant"
+        found = "DICOM" if white == 1 else f"{pixels.shape[:2]} pixels from {low:g} to {high:g}"
+        raise InputError(path, expected, found)
     span = rescale or (white and (0, white))
     if span:
         pixels = np.clip((pixels - span[0]) * (2 / (span[1] - span[0])) - 1, -1, 1)
@@ -1409,57 +858,26 @@ def read_slice(path, rescale=None, blank=False):
 
 
 def write_slice(path, image, source, rescale=None):
-    """Writes `image` (C, H, W) in [-1, 1] in the format of the file `source`.
-    `rescale` = (lo, hi) are the numbers that stand for -1 and 1. .npy and NIfTI keep the type of
-    `source` where it `holds` these, else become float32; a picture is then refused. A NIfTI keeps
-    its header."""
+    """Writes `image` (C, H, W) in [-1, 1] as the file `source` is: .npy and NIfTI as float32, in
+    the range `rescale` = (lo, hi) (default: -1 to 1) and with the affine of `source`; a picture in
+    its own format and bits, black to white."""
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
-    low, high = rescale or (-1, 1)
-    with open(source, "rb") as file:
-        kind = file_kind(file)
-        if kind == "npy":
-            dtype = np.load(file).dtype
-        elif kind == "nifti":
-            like = read_nifti(file)
-            dtype = like.get_data_dtype()
-        else:
-            with Image.open(file) as picture:
-                form, mode = picture.format, picture.mode
-            dtype = np.dtype({"I": np.uint16, "F": np.float32}.get(mode[0], np.uint8))
-            if dtype.kind == "u" and not rescale:
-                low, high = 0, np.iinfo(dtype).max
-    if not holds(dtype, low, high):
-        if kind == "picture":
-            expected = f"a format that holds B's values, {low:g} to {high:g}"
-            raise InputError(source, expected, f"{dtype} {form}; keep A as .npy or NIfTI")
-        dtype = np.dtype(np.float32)
-    values = (array + 1) * ((high - low) / 2) + low
-    values = (values if dtype.kind == "f" else values.round()).astype(dtype)
+    kind, (low, high) = kind_of(source), rescale or (-1, 1)
+    if kind == "picture":
+        with Image.open(source) as picture:
+            form, dtype = picture.format, np.uint16 if picture.mode[0] == "I" else np.uint8
+        values = ((array + 1) / 2 * np.iinfo(dtype).max).round().astype(dtype)
+        options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
+        atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **options))
+        return
+    values = ((array + 1) * ((high - low) / 2) + low).astype(np.float32)
     if kind == "npy":
         atomic_write(path, lambda file: np.save(file, values))
-    elif kind == "nifti":
-        header = like.header.copy()
-        header.set_data_dtype(dtype)
-        header["cal_min"] = header["cal_max"] = 0  # they describe A's values
-        shape = like.shape if array.ndim == 2 else like.shape[:2] + (-1,)
-        content = type(like)(values.reshape(shape), like.affine, header).to_bytes()
-        content = gzip.compress(content) if str(path).lower().endswith(".gz") else content
-        atomic_write(path, lambda file: file.write(content))
     else:
-        quality = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
-        atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **quality))
-
-
-def holds(dtype, low, high):
-    """Whether a type holds the numbers from `low` to `high`, integers in 64 steps or more."""
-    if dtype.kind == "f":
-        limits = np.finfo(dtype)
-    elif dtype.kind in "iu" and high - low >= 64:
-        limits = np.iinfo(dtype)
-    else:
-        return False
-    return float(limits.min) <= low and high <= float(limits.max)
+        like = read_nifti(source)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        type(like)(values.reshape(like.shape), like.affine).to_filename(path)
 
 
 def list_slices(folder):
@@ -1564,26 +982,15 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
-        self.names, self.kept, first, highest = list_pairs(folder), {}, None, [-1.0, -1.0]
+        self.names, self.kept, first = list_pairs(folder), {}, None
         for name in self.names:
             a, b = self.read(name)
-            highest = [max(value, float(image.max())) for value, image in zip(highest, (a, b))]
             if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = a, b
-            if a.shape[1:] != b.shape[1:]:
-                expected = f"{tuple(a.shape[1:])} pixels, as its A"
-                raise InputError(self.folder / "B" / name, expected, tuple(b.shape[1:]))
             first = first or (a.shape, b.shape)
-            if (a.shape, b.shape) != first:
-                shapes = f"{tuple(first[0])} and {tuple(first[1])} (--size N makes all N x N)"
-                expected = f"the shapes of the files before it, {shapes}"
-                found = f"{tuple(a.shape)} and {tuple(b.shape)}"
-                raise InputError(self.folder / "A" / name, expected, found)
-        for side, span, value in zip("AB", self.rescale, highest):
-            if span is None and value < -0.87:  # 4095 of 65535 is -0.875
-                advice = "does it hold 12 bits in 16? --rescale LO,HI maps LO..HI to -1..1"
-                found = f"{value:.3f} at most; {advice}"
-                raise InputError(self.folder / side, "values up to 1", found)
+            if a.shape[1:] != b.shape[1:] or (a.shape, b.shape) != first:
+                expected = f"{first[0]} and {first[1]} in A and B (--size N makes all N x N)"
+                raise InputError(self.folder / "A" / name, expected, f"{a.shape} and {b.shape}")
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):
@@ -1651,120 +1058,45 @@ def fit_square(image, size):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AuditConfig:
-    root: str = option("", "folder of the data set")
-    data: str = option("", "default: covid with ROOT/splits, else by its table, else demo",
-                       choices=["", *DATASETS])
-    split: str = option("", "of a layout with several splits, this one only")
-    allow_outside: bool = option(False, "also images that the lists name outside ROOT")
-    pretraining: str = option("", "list, CSV or checkpoint of ours with the images that a model was"
-                              " trained on before: which test images and patients are in it")
+    data: str = option("csv", "layout of the data set", choices=list(DATASETS))
+    root: str = option(".", "folder of the data set")
+    split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
+    pretraining: str = option("", "list or CSV of the images that a model was trained on before")
 
 
 def audit(config):
-    """Prints images, patients and positives of every list, then what is wrong: a patient or the
-    same pixels in two parts, test images that were pretrained on, files that are missing or
-    unreadable, bad lines. Returns 1 where anything is wrong, else 0."""
-    if not config.root:
-        raise InputError("audit", "--root DIR", "none")
-    root = Path(config.root)
-    tables = [name for name in TABLES if find_table(name, root)]
-    data = config.data or ("covid" if (root / "splits").is_dir() else [*tables, "demo"][0])
-    lists, problems = read_every_list(data, root, config.split)
-    names = sorted({name for listed, _, _ in lists.values() for name in listed})
-    patients = dict(zip(names, patient_ids(root, names)))
-    if find_table(data, root):
-        patients |= {name: row[1] for name, row in read_rows(data, root)[0].items()}
-    found = locate(data, root, names, config.allow_outside)
-    paths = [path or name for path, name in zip(found, names)]
-    digests, wrong = zip(*over_images(pixel_hash, paths))
-    problems += filter(None, wrong)
-    folder = root / DATASETS[data]["images"]
-    there = list_images(folder if folder.is_dir() else root)
-    unlisted = set(image_keys(root, there)) - set(image_keys(root, paths))
-    if unlisted:
-        print(f"{len(unlisted)} images are in no list, such as {min(unlisted)}")
-    people = {key: {patients[name] for name in lists[key][0]} - {None} for key in lists}
-    print(f"{'list':24s}{'images':>8s}{'patients':>10s}  positives")
-    for key, (listed, labels, classes) in lists.items():
+    """Prints images, patients and positives of every part, then what is wrong: a patient or the
+    same pixels in two parts, files that are unreadable. Returns 1 where anything is wrong."""
+    parts, classes = read_parts(config.data, config.root, config.split)
+    groups, digests, problems = {}, {}, []
+    print(f"{'part':12s}{'images':>8s}{'patients':>10s}  positives")
+    for part, (source, names, labels) in parts.items():
+        groups[part] = set(units(config.root, names))
         counts = ", ".join(f"{name} {int(count)}" for name, count in zip(classes, labels.sum(0)))
-        title, count = " ".join(key).strip(), len(people[key]) or "?"
-        print(f"{title:24s}{len(listed):8d}{count:>10}  {counts}")
-    problems += leaks(lists, people, dict(zip(names, digests)))
+        print(f"{part:12s}{len(names):8d}{len(groups[part]):>10}  {counts}")
+        found = over_images(pixel_hash, find_images(config.data, config.root, names, source))
+        digests[part] = {digest: name for (digest, _), name in zip(found, names) if digest}
+        problems += [reason for _, reason in found if reason]
     if config.pretraining:
-        problems += audit_pretraining(config.pretraining, root, lists)
+        groups["pretraining"] = listed_units(config.root, config.pretraining)
+    for a, b in itertools.combinations(groups, 2):
+        both = sorted(groups[a] & groups[b])
+        if both and {a, b} != {"train", "pretraining"}:
+            problems.append(f"{a} and {b}: {len(both)} patients in both: {', '.join(both[:5])}")
+        same = sorted(digests.get(a, {}).keys() & digests.get(b, {}))
+        if same:
+            shown = ", ".join(f"{digests[a][x]} = {digests[b][x]}" for x in same[:5])
+            problems.append(f"{a} and {b}: {len(same)} images with the same pixels: {shown}")
     sound = "nothing wrong: no patient and no image in two parts, every file readable"
     print("\n".join(problems) or sound)
     return int(bool(problems))
 
 
-def read_every_list(data, root, split):
-    """The lists of a layout that are there, or the parts of its table, as {(split, part): (names,
-    labels, classes)}, and what is wrong with them."""
-    table = find_table(data, root)
-    if table:
-        classes, parts = table_columns(data, table)[1], read_table(data, root)
-        return {("", part): (*listed, classes) for part, listed in parts.items()}, []
-    layout, splits = DATASETS[data], [split]
-    if "{split}" in layout["val"] and not split:
-        splits = sorted(path.name for path in root.glob("splits/*") if path.is_dir()) or [""]
-    lists, problems = {}, []
-    for split in splits:
-        split_files(data, root, split, max(layout["train"]))  # explains what does not fit
-        for name in [*layout["train"].values(), layout["val"], layout["test"]]:
-            path = root / name.format(split=split)
-            if not path.exists():
-                continue
-            try:
-                names, labels = read_list(path)
-            except InputError as error:
-                problems.append(str(error))
-                names, labels = read_list(path, skip_bad=True)
-            classes = class_names(data, root, split, labels.shape[1])
-            lists[split, path.stem] = names, labels, classes
-    return lists, problems
-
-
-def leaks(lists, people, digest_of):
-    """The patients and the pixels that two parts share. people: the patients of each list;
-    digest_of: the hash of each image by name."""
-    problems = []
-    for a, b in itertools.combinations(lists, 2):
-        if a[0] != b[0] or (a[1].startswith("train") and b[1].startswith("train")):
-            continue  # lists of other splits, or training lists, may share images
-        both, twice = f"{a[0]} {a[1]} and {b[1]}".strip(), sorted(people[a] & people[b])
-        first = {digest_of[name]: name for name in lists[a][0] if digest_of[name]}
-        same = [(first[digest_of[name]], name) for name in lists[b][0] if digest_of[name] in first]
-        if twice:
-            problems.append(f"{both}: {len(twice)} patients in both: {', '.join(twice[:5])}")
-        if same:
-            shown = ", ".join(f"{one} = {other}" for one, other in same[:5])
-            problems.append(f"{both}: {len(same)} images with the same pixels in both: {shown}")
-    return problems
-
-
-def audit_pretraining(path, root, lists):
-    """What is wrong with the test lists for a model that was trained on the films of `path`."""
-    hashes, problems = read_pretraining(path, root), []
-    for (split, part), (names, _, _) in lists.items():
-        films, patients = trained_on(root, names, hashes)
-        more = sum(patient and not film for film, patient in zip(films, patients))
-        where = f"{split} {part}".strip()
-        count = f"{sum(films)} of {len(names)} images are in {path}"
-        said = f"{where}: {count}, and {more} more are of a patient in it"
-        if part.startswith("test") and (sum(films) or more):
-            name = next(name for name, *found in zip(names, films, patients) if any(found))
-            problems.append(f"{said}, the first: {name}")
-        else:
-            print(said)
-    return problems
-
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] != ["audit"]:
-        print(f"{__doc__}\nusage: python data.py audit [-h] [options]")
-        sys.exit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
-    sys.exit(audit(parse_config(AuditConfig, argv[1:], "python data.py audit")))
+        raise InputError("usage: python data.py audit [options]; audit --help lists them")
+    sys.exit(audit(parse_config(AuditConfig, argv[1:], __doc__)))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ import torch.nn.functional as F
 
 import common
 import kernels
-import mrm
+import vit
 from common import InputError, option
 
 # --------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def fingerprint(tensors):
     """A hash of the encoder's tensors in a dict: an adapter names its base weights by it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if name.split(".")[0] in mrm.ENCODER_PARTS and "lora_" not in name:
+        if name.split(".")[0] in vit.ENCODER_PARTS and "lora_" not in name:
             tensor = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(tensor.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -307,7 +307,7 @@ def read_base(path, saved, given=""):
         problem = (f"its base weights {weights} are not there: no such checkpoint" if weights
                    else "names no base weights")
         raise InputError(f"{path}: {problem}; give them with --weights (finetune.py: --base)")
-    tensors, _ = mrm.read_weights(base)
+    tensors, _ = vit.read_weights(base)
     check_base(path, base, saved.get("base_fingerprint"), tensors)
     if saved.get("base_fingerprint"):  # MED-PEFT's checkpoint is the base of the adapter in it
         tensors = {name: tensors[name] for name in tensors if "lora_" not in name}
@@ -376,10 +376,10 @@ def read_adapter(config):
     layers by name). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
     source, base = read_base(config.adapter, saved, config.weights)
-    films = [held["trained_on"] for held in (saved, mrm.read_weights(source)[1])
+    films = [held["trained_on"] for held in (saved, vit.read_weights(source)[1])
              if "trained_on" in held]
     if films:  # what is made of both has learned from the films of both
-        saved["trained_on"] = torch.cat(films).unique()
+        saved["trained_on"] = sorted({film for held in films for film in held})
     return base, saved, adapted_layers(config.adapter, saved, source, base)
 
 
@@ -416,7 +416,7 @@ def adapted_layers(path, saved, source, base):
 
 def encoder_and_head(base, adapter):
     """A plain ViT's tensors: the encoder's out of `base`, fc_norm and head out of `adapter`."""
-    tensors = {name: base[name] for name in base if name.split(".")[0] in mrm.ENCODER_PARTS}
+    tensors = {name: base[name] for name in base if name.split(".")[0] in vit.ENCODER_PARTS}
     return tensors | {name: adapter[name] for name in adapter if part_of(name) == "head"}
 
 
@@ -496,7 +496,7 @@ def export_peft(config):
 def write_imported(config, adapter, rank, alpha, dropout, targets, dora=False):
     """Checks an adapter that comes from elsewhere against the base weights, and writes its file."""
     base = config.weights or config.peft
-    tensors = mrm.read_weights(base)[0]
+    tensors = vit.read_weights(base)[0]
     out = Path(config.out or Path(config.peft).absolute().with_name("imported.pt"))
     settings = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "dora": dora}
     saved = {"adapter": adapter, "lora": settings, "weights": os.path.abspath(base),
@@ -619,7 +619,7 @@ def import_medpeft(config):
     """
     if not config.peft:
         raise InputError("import-medpeft", "--peft CHECKPOINT", "none")
-    tensors, _ = mrm.read_weights(config.peft)
+    tensors, _ = vit.read_weights(config.peft)
     adapter = {name: tensor.float() for name, tensor in tensors.items()
                if part_of(name) != "backbone"}
     ranks = {tensor.shape[-1] for name, tensor in adapter.items() if name.endswith("lora_B")}
@@ -627,7 +627,7 @@ def import_medpeft(config):
         raise InputError(config.peft, "a checkpoint of MED-PEFT: lora_A and lora_B of one rank "
                          "beside qkv", f"ranks {sorted(ranks)}")
     if config.weights:
-        for name, frozen in encoder_and_head(mrm.read_weights(config.weights)[0], {}).items():
+        for name, frozen in encoder_and_head(vit.read_weights(config.weights)[0], {}).items():
             found = tensors.get(name)
             if name == "patch_embed.proj.weight" and found is not None:  # of one channel or three
                 found, frozen = found.sum(1), frozen.sum(1)

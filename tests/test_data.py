@@ -173,36 +173,6 @@ def test_dicom(tmp_path, photo, monkeypatch):
     fails(lambda: data.read_image(tmp_path / "without_ending"), "without_ending", "pip install")
 
 
-def test_dicom_as_stored(tmp_path, photo):
-    """RSNA's films as MED-PEFT reads them: no rescaling, no window and no padding, 8 bits."""
-    pytest.importorskip("pydicom")
-    path, raw = tmp_path / "a.dcm", photo[:, :300].astype(np.uint16) * 11 + 100
-    expected = np.rint(raw.astype(np.float64) * 255 / raw.max())
-    tags = dict(RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=900, WindowWidth=300)
-    for more, wanted in (
-        ({}, expected),
-        ({"PixelPaddingValue": 100}, expected),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, 255 - expected),
-    ):
-        write_dicom(path, raw, **tags | more)
-        image = data.read_image(path, raw_dicom=True)
-        assert np.array_equal(image[0].numpy(), (wanted / 255).astype(np.float32))
-        assert not np.allclose(image, data.read_image(path), atol=0.05)
-        pixels, white = data.read_pixels(path, raw_dicom=True)
-        assert pixels.dtype == np.uint8 and white == 255
-    small = Image.fromarray((255 - expected).astype(np.uint8)).resize((64, 109), Image.BICUBIC)
-    [(image, _)] = data.ImageSet([path], 64, raw_dicom=True)
-    assert np.abs(image[0].numpy() * 255 - np.asarray(small)[22:86]).max() <= 1.01
-    write_dicom(path, np.zeros((40, 40), np.uint16))
-    assert not data.read_image(path, raw_dicom=True).any()
-    signed = np.array([[-3000, -10], [0, 500]], "<i2")
-    write_dicom(path, signed, PixelRepresentation=1, BitsStored=16, HighBit=15)
-    fails(lambda: data.read_image(path, raw_dicom=True), "a.dcm", "no number below 0", "-3000")
-    Image.fromarray(photo).save(tmp_path / "a.png")  # other files are read as ever
-    other = data.read_image(tmp_path / "a.png", raw_dicom=True)
-    assert torch.equal(other, data.read_image(tmp_path / "a.png"))
-
-
 def test_unreadable_images_have_one_clear_line(tmp_path, photo):
     for name in ("a.png", "a.jpg"):
         Image.fromarray(photo).save(tmp_path / name)
@@ -671,35 +641,6 @@ def test_crops_repeat_differ_and_take_any_shape(photo):
     assert torch.equal(whole, data.resize(image, 128))
 
 
-def test_crops_and_images_are_resized_bilinearly_where_asked(tmp_path, photo, monkeypatch):
-    """Against torch without antialiasing where it enlarges, and PIL, which torchvision uses."""
-    boxes, resize = [], data.resize
-    monkeypatch.setattr(
-        data, "resize", lambda image, *how: boxes.append(image) or resize(image, *how)
-    )
-    image = torch.from_numpy(photo[None, :60, :60] / np.float32(255))
-    draw = lambda **how: data.random_resized_crop(
-        image.expand(6, -1, -1, -1), 96, generator=torch.Generator().manual_seed(3), **how
-    )
-    crops, size = draw(mode="bilinear"), (96, 96)
-    for box, crop in zip(boxes, crops):
-        expected = F.interpolate(box[None], size, mode="bilinear", align_corners=False)[0]
-        torch.testing.assert_close(crop, expected, atol=1e-5, rtol=0)
-    assert torch.equal(draw(), draw(mode="bicubic")) and not torch.equal(draw(), crops)
-    pair = torch.cat([image, (torch.arange(60) % 8 < 4).float().expand(1, 60, 60)])
-    [both] = data.random_resized_crop(
-        [pair], 96, generator=torch.Generator().manual_seed(3), pair=True, mode="bilinear"
-    )
-    expected = F.interpolate(boxes[-1][None], size, mode="bilinear", align_corners=False)[0]
-    torch.testing.assert_close(both[:1], expected, atol=1e-5, rtol=0)
-    assert set(both[1].unique().tolist()) == {0.0, 1.0}  # a mask keeps its two values
-    Image.fromarray(photo[:300]).save(tmp_path / "a.png")
-    [(found, _)] = data.ImageSet([tmp_path / "a.png"], 128, mode="bilinear")
-    expected = Image.fromarray(photo[:300]).resize((round(512 * 128 / 300), 128), Image.BILINEAR)
-    left = (expected.width - 128) // 2
-    assert np.abs(found[0].numpy() * 255 - np.asarray(expected)[:, left : left + 128]).max() <= 1.01
-
-
 def test_random_flip():
     images = torch.arange(12.0).reshape(1, 1, 3, 4).expand(400, -1, -1, -1)
     flipped = data.random_flip(images, torch.Generator().manual_seed(0))
@@ -779,132 +720,6 @@ def batches_of(image_set, workers=0):
         return [images for images, _ in data.train_batches(image_set, 4, 0, 7, 5, workers=workers)]
 
 
-@pytest.mark.parametrize("limit", [2**31, 0], ids=["in memory", "mapped"])
-def test_a_set_with_a_cache_gives_the_same_batches_and_is_decoded_once(
-    paths, tmp_path, decoded, limit
-):
-    plain = batches_of(data.ImageSet(paths, 40, crop32, 5, 65535))
-    for run in range(2):
-        decoded.clear()
-        cached = data.ImageSet(paths, 40, crop32, 5, 65535, folder=str(tmp_path / "c")).preload(
-            limit
-        )
-        assert (cached.cache is None) == (limit == 0)
-        for workers in (0, 2):
-            assert all(map(torch.equal, batches_of(cached, workers), plain))
-        assert sorted(decoded) == (paths if run == 0 else [])
-    films = [file for file in (tmp_path / "c").rglob("*") if file.is_file()]
-    assert len(films) == len(paths)
-    sizes = [48 + data.read_bytes(path, 40, 65535).size for path in paths]
-    assert sorted(file.stat().st_size for file in films) == sorted(sizes)
-    assert sum(isinstance(cached.reader()(path), np.memmap) for path in paths) == 0  # small ones
-    large = data.ImageSet(paths[-1:], 400, folder=str(tmp_path / "c")).preload(0)
-    assert isinstance(large.reader()(paths[-1]), np.memmap)
-    assert torch.equal(large[0][0], data.ImageSet(paths[-1:], 400)[0][0])
-
-
-def test_a_cache_of_images_and_masks_follows_both_files(tmp_path, photo, decoded):
-    mask = np.zeros((60, 70), np.uint8)
-    mask[10:30, 20:50] = 255
-    for i in range(3):
-        Image.fromarray(photo[i * 50 :][:60, :70]).save(tmp_path / f"{i}.png")
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    paths, file = [str(tmp_path / f"{i}.png") for i in range(3)], str(tmp_path / "mask.png")
-    masks = [file, None, data.Runs("m.csv: line 2", True, ["5 9"])]
-
-    def pairs(masks, folder=str(tmp_path / "c")):
-        decoded.clear()
-        kept = data.ImageSet(paths, 32, deep=255, masks=masks, folder=folder).preload()
-        return torch.stack([pair for pair, _ in kept])
-
-    assert torch.equal(pairs(masks, ""), pairs(masks)) and len(decoded) == 4
-    assert torch.equal(pairs(masks, ""), pairs(masks)) and decoded == []
-    Image.fromarray(mask.T.reshape(60, 70)).save(file)
-    os.utime(file, ns=(0, 0))
-    assert torch.equal(pairs(masks), pairs(masks, ""))
-    pairs(masks)
-    assert decoded == []
-    os.utime(paths[0], ns=(0, 0))
-    pairs(masks)
-    assert decoded == [paths[0], file]
-    other = [None, None, data.Runs("m.csv: line 2", True, ["5 900"])]  # masks of the same films
-    assert torch.equal(pairs(other), pairs(other, "")) and pairs(other)[2, 1].sum() > 1
-
-
-@pytest.mark.parametrize("change", ["pixels", "time", "size"])
-def test_a_film_that_changed_is_decoded_again_and_no_other(paths, tmp_path, decoded, change):
-    films = [str(tmp_path / Path(path).name) for path in paths[:11]]
-    for film, path in zip(films, paths):
-        Path(film).write_bytes(Path(path).read_bytes())
-
-    def load():
-        decoded.clear()
-        return data.ImageSet(films, 48, deep=65535, folder=str(tmp_path / "c")).preload()
-
-    load()
-    before = os.stat(films[3])
-    if change == "pixels":
-        Path(films[3]).write_bytes(Path(paths[5]).read_bytes())
-        os.utime(films[3], ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    elif change == "time":
-        os.utime(films[3], ns=(0, 0))
-    else:  # as a copy that keeps the time does
-        Path(films[3]).write_bytes(Path(films[3]).read_bytes() + b"more")
-        os.utime(films[3], ns=(before.st_atime_ns, before.st_mtime_ns))
-    images = load()
-    assert decoded == [films[3]]
-    expected = data.read_image(films[3])
-    assert torch.equal(images[3][0], expected)
-    load()
-    assert decoded == []
-    assert sum(file.is_file() for file in (tmp_path / "c").rglob("*")) == 11  # no old copies stay
-    os.unlink(films[3])
-    fails(load, films[3], "no such image")
-
-
-def test_a_cache_never_mixes_sizes_scales_or_versions(paths, tmp_path, decoded, monkeypatch):
-    deep, folder = str(tmp_path / "deep.png"), str(tmp_path / "c")
-    Image.fromarray(np.arange(0, 4096, dtype=np.uint16).reshape(64, 64)).save(deep)
-    films = [deep, *paths[:11]]
-    asked = [
-        (40, dict(deep=4095)),
-        (40, dict(deep=65535)),
-        (41, dict(deep=4095)),
-        (90, dict(deep=4095)),
-        (90, dict(deep=4095, enlarge=False)),
-        (90, dict(deep=4095, mode="bilinear")),
-    ]
-    for _ in range(2):
-        for size, options in asked:
-            plain = data.ImageSet(films, size, **options, crop=32)
-            kept = data.ImageSet(films, size, **options, crop=32, folder=folder)
-            assert all(torch.equal(a, b) for (a, _), (b, _) in zip(plain, kept.preload(0)))
-    kept = data.ImageSet(films, 40, deep=65535, folder=folder)
-    decoded.clear()
-    kept.preload(0)
-    assert not decoded
-    monkeypatch.setattr(data, "DECODER", "another version of data.py")
-    kept.preload(0)
-    assert sorted(decoded) == sorted(films)
-
-
-@pytest.mark.parametrize("length", [0, 20, 32, 33, 40, 47, 48, 1000, -1, "flip", "zeros", "shape"])
-def test_a_damaged_file_of_a_cache_is_made_anew(paths, tmp_path, decoded, length):
-    kept = data.ImageSet(paths[:2], 48, deep=65535, folder=str(tmp_path)).preload()
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    file, whole = next(iter(before.items()))
-    if length == "flip":
-        file.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
-    elif length == "shape":
-        file.write_bytes(whole[:40] + whole[36:40] + whole[44:])
-    else:  # "zeros": what a power failure can leave
-        file.write_bytes(bytes(len(whole)) if length == "zeros" else whole[:length])
-    decoded.clear()
-    again = data.ImageSet(paths[:2], 48, deep=65535, folder=str(tmp_path)).preload()
-    assert torch.equal(again.cache, kept.cache) and len(decoded) == 1
-    assert {file: file.read_bytes() for file in before} == before
-
-
 FILL = """
 import os, sys
 sys.path.insert(0, {folder!r})
@@ -947,70 +762,6 @@ def is_whole(folder, films):
     return same and len(files) == len(paths) and not list(Path(folder).rglob("*.tmp"))
 
 
-def test_processes_that_fill_a_cache_at_once_do_not_harm_each_other(films, tmp_path):
-    for process in [fill(films, tmp_path, cores) for cores in (1, 2)]:
-        error = process.communicate()[1]
-        assert process.returncode == 0, error
-    assert is_whole(tmp_path, films)
-
-
-def test_processes_of_torchrun_share_the_work(films, tmp_path):
-    for rank in ("0", "1"):
-        process = fill(films, tmp_path, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2")
-        process.communicate()
-        assert len([f for f in tmp_path.rglob("*") if f.is_file()]) == 150 * (1 + int(rank))
-    assert is_whole(tmp_path, films)
-
-
-def test_a_build_that_is_killed_goes_on_where_it_was(films, tmp_path, decoded, monkeypatch):
-    monkeypatch.setattr(data, "cores", lambda: 1)  # `decoded` counts what this process decodes
-    process = fill(films, tmp_path)
-    while len(list(tmp_path.glob("*/*"))) < 20:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
-    done = [f for f in tmp_path.glob("*/*") if not f.name.startswith(".")]
-    for file in tmp_path.glob("*/.*.tmp"):  # the one it was writing
-        file.unlink()
-    paths = data.list_images(films)
-    data.ImageSet(paths, 64, deep=65535, folder=str(tmp_path)).preload(0)
-    assert len(decoded) == 300 - len(done) and is_whole(tmp_path, films)
-
-
-def test_a_cache_that_cannot_be_written_is_one_line(films, paths, tmp_path):
-    (tmp_path / "file").write_text("")
-    images = data.ImageSet(paths, 40, deep=65535, folder=str(tmp_path / "file"))
-    for call in (
-        images.preload,
-        lambda: images[0],
-        lambda: list(data.eval_batches(images, 2, workers=1)),
-    ):
-        fails(call, tmp_path / "file", "cannot be written", "another --cache")
-    pytest.importorskip("resource")
-    small = """if True:
-        import resource, signal
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
-    """
-    for cores in (1, 2):  # as on a full disk
-        process = fill(films, tmp_path / "full", cores, small)
-        error = process.communicate()[1]
-        assert process.returncode == 2 and error.count("\n") == 1, error
-        assert "cannot be written: File too large; make room" in error
-    assert not [file for file in (tmp_path / "full").rglob("*") if file.is_file()]
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
-def test_a_cache_that_is_whole_may_be_read_only(paths, tmp_path):
-    images = data.ImageSet(paths, 40, deep=65535, folder=str(tmp_path / "c")).preload(0)
-    for folder in (tmp_path / "c").rglob("*"):
-        folder.chmod(0o555)
-    (tmp_path / "c").chmod(0o555)
-    images.preload(0)
-    other = data.ImageSet(paths, 41, deep=65535, folder=str(tmp_path / "c"))
-    fails(other.preload, tmp_path / "c", "Permission denied", "another --cache")
-
-
 @pytest.mark.parametrize("preload", [False, True])
 def test_train_batches_depend_on_the_step_alone(paths, preload):
     def steps(start, stop, workers=0, rank=0, world=1):
@@ -1039,62 +790,6 @@ def test_train_batches_depend_on_the_step_alone(paths, preload):
 
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, CUDA])])
-@pytest.mark.parametrize("films", [11, 14], ids=["equal shapes", "some differ"])
-def test_crops_made_on_a_device_are_those_of_the_cpu(paths, films, device):
-    """With the films read ahead of them or not, in this process or others, and flipped."""
-    crop = functools.partial(mrm.augment, side=32, min_crop=0.2, flip=True)
-    image_set = data.ImageSet(paths[:films], 48, crop, 5, 65535)
-
-    def batches(**options):
-        return list(data.train_batches(image_set, 4, 0, 6, 5, **options))
-
-    expected = batches()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a machine of one core warns of two workers
-        for preload in (False, True):
-            image_set.preload() if preload else None
-            for workers in (0, 2):
-                there = batches(workers=workers, crop_on=torch.device(device))
-                for (a, i), (b, j) in zip(expected, there, strict=True):
-                    assert b.device.type == device and b.shape == (4, 1, 32, 32)
-                    assert i.tolist() == j.tolist()
-                    assert torch.allclose(a, b.cpu(), rtol=0, atol=0 if device == "cpu" else 1e-5)
-
-
-@pytest.mark.parametrize("world, passes", [(1, 1), (2, 1), (1, 2)])
-def test_epochs_without_their_last_incomplete_batch(world, passes):
-    """Of 14 images and batches of 4 an epoch takes the first 12 of its permutation, and the next
-    epoch begins with the first image of its own."""
-
-    class Keys:
-        """Stands for images that are all alike: a batch is what was asked for."""
-
-        def __len__(self):
-            return 14
-
-        def __getitem__(self, key):
-            return key
-
-    def rows(first, last):
-        share = 4 // (world * passes)
-        of_rank = [
-            [
-                rows
-                for rows, _ in data.train_batches(
-                    Keys(), share, first * passes, last * passes, 5, rank, world, taken=12
-                )
-            ]
-            for rank in range(world)
-        ]
-        return [row for together in zip(*of_rank) for part in together for row in part]
-
-    orders = [torch.randperm(14, generator=common.seeded(5, epoch)).tolist() for epoch in range(3)]
-    expected = [orders[step // 3][step % 3 * 4 : step % 3 * 4 + 4] for step in range(8)]
-    assert rows(0, 8) == sum(expected, [])
-    assert rows(5, 8) == sum(expected[5:], [])  # resumed
 
 
 def test_eval_batches_cover_everything_once(paths):
@@ -1187,27 +882,6 @@ def hashed(text):
     return value - 2**64 if value >= 2**63 else value
 
 
-def test_films_are_known_again_wherever_they_lie(folder, tmp_path):
-    names = ["a/b/00000013_005.png", "x/patient00007/study1/view1.jpg", "images/a0.png"]
-    hashes = data.hash_films(tmp_path, names, None, torch.tensor([5, 5]))
-    texts = ["film 00000013_005", "patient 00000013", "film patient00007/study1/view1"]
-    texts += ["patient patient00007", "film a0"]
-    assert hashes.dtype == torch.int64 and hashes.tolist() == sorted({5, *map(hashed, texts)})
-    # A copy of the set in other folders; patients whose names tell them; one of patients.csv
-    again = [
-        "00000013_005.png",
-        "00000013_000.png",
-        "00000014_005.png",
-        "CheXpert/patient00007/y.jpg",
-    ]
-    again += ["patient00070/study1/view1.jpg", "a0.png", "a1.png", "b0.png", "none.png"]
-    films, patients = data.trained_on(folder, again, hashes)
-    assert films == [1, 0, 0, 0, 0, 1, 0, 0, 0] and patients == [1, 1, 0, 1, 0, 1, 1, 0, 0]
-    write(tmp_path / "demo/demo.json", "{}")  # drawn films are no other films of the same name
-    assert not any(sum(data.trained_on(tmp_path / "demo", again[:2], hashes), []))
-    assert sum(sum(data.trained_on(tmp_path, [], hashes), [])) == 0
-
-
 def test_audit_of_what_was_pretrained_on(folder, tmp_path, capsys):
     write(
         folder / "patients.csv",
@@ -1296,40 +970,6 @@ def nifti(path, array, slope=None):
     return path
 
 
-@pytest.mark.parametrize(
-    "name, kind, span, written",
-    [
-        ("a.npy", np.uint16, (-1000, 1000), np.float32),
-        ("a.npy", np.uint8, (0, 4095), np.float32),
-        ("a.npy", np.int16, (-1000, 1000), np.int16),
-        ("a.npy", np.int8, (-1, 1), np.float32),
-        ("a.npy", np.float16, (-1e6, 1e6), np.float32),
-        ("a.npy", np.float64, (-1, 1), np.float64),
-        ("A.NPY", np.uint16, (0, 4095), np.uint16),
-        ("a.npy", np.uint64, (0, 255), np.uint64),
-        ("a.npy", bool, (0, 1), np.float32),
-        ("a.nii.gz", np.uint16, (-1000, 1000), np.float32),
-        ("A.NII", np.int16, (-1024, 3071), np.int16),
-        ("a.nii", np.uint8, (-1, 1), np.float32),
-    ],
-)
-def test_what_is_written_holds_the_other_range(tmp_path, name, kind, span, written):
-    source, out = tmp_path / name, tmp_path / "out" / name
-    array = (np.arange(1600).reshape(40, 40) % 7 / 7).astype(kind)
-    np.save(open(source, "wb"), array) if name.lower().endswith("npy") else nifti(source, array)
-    image = torch.linspace(-1, 1, 1600).reshape(1, 40, 40)
-    data.write_slice(out, image, source, span)
-    values = (image[0].double().numpy() + 1) / 2 * (span[1] - span[0]) + span[0]
-    found = data.read_pixels(out)[0]
-    assert np.abs(found - values).max() <= (
-        0.5001 if np.dtype(written).kind in "iu" else 1e-6 * max(map(abs, span))
-    )
-    if name.lower().endswith("npy"):
-        assert found.dtype == written
-    again = data.read_slice(out, span)
-    assert (again - image).abs().max() <= 1.01 / (span[1] - span[0]) + 1e-6
-
-
 def test_a_nifti_with_a_slope_keeps_its_values_unit_and_axes(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     source = nifti(
@@ -1350,26 +990,6 @@ def test_a_nifti_with_a_slope_keeps_its_values_unit_and_axes(tmp_path):
         tmp_path / "rgb.nii", image.expand(3, -1, -1), source, (-0.5, 1.1)
     )  # another number of channels
     assert nibabel.load(tmp_path / "rgb.nii").shape == (40, 40, 3)
-
-
-def test_a_picture_that_cannot_hold_the_other_range_is_refused(tmp_path):
-    image = torch.linspace(-1, 1, 1600).reshape(1, 40, 40)
-    for name, span in (("a.png", (-1000, 1000)), ("a.jpg", (0, 4095)), ("a.png", (0, 1))):
-        Image.fromarray(np.zeros((40, 40), np.uint8)).save(tmp_path / name)
-        fails(
-            lambda: data.write_slice(tmp_path / "out" / name, image, tmp_path / name, span),
-            name,
-            f"{span[0]} to {span[1]}",
-            ".npy or NIfTI",
-        )
-    for name, array, span in (
-        ("a.tif", np.zeros((40, 40), np.float32), (-5, 5)),
-        ("b.TIF", np.zeros((40, 40), np.uint16), (0, 65535)),
-    ):
-        Image.fromarray(array).save(tmp_path / name, "TIFF")
-        data.write_slice(tmp_path / "out" / name, image, tmp_path / name, span)
-        assert (data.read_slice(tmp_path / "out" / name, span) - image).abs().max() < 1e-4
-    assert not (tmp_path / "out/a.png").exists()
 
 
 def test_a_blank_slice_is_read_where_it_may_be(tmp_path):
@@ -1419,76 +1039,6 @@ def test_padding_of_dicom_is_left_out_of_the_stretch(tmp_path):
     assert not data.read_image(path).any()
 
 
-@pytest.mark.parametrize("bits", [8, 16])
-def test_palettes_of_dicom(tmp_path, bits):
-    pytest.importorskip("pydicom")
-    index, rng = (np.mgrid[:64, :64].sum(0) * 2).astype(np.uint8), np.random.default_rng(0)
-    index[0, :2] = 0, 255
-    tables = rng.integers(0, 2**bits, (3, 256))
-    tables[:, 0], tables[:, 255] = 2**bits - 1, 0
-    tags = {
-        "BitsAllocated": 8,
-        "BitsStored": 8,
-        "HighBit": 7,
-        "PhotometricInterpretation": "PALETTE COLOR",
-    }
-    for colour, table in zip(("Red", "Green", "Blue"), tables):
-        tags[f"{colour}PaletteColorLookupTableDescriptor"] = [256, 0, bits]
-        tags[f"{colour}PaletteColorLookupTableData"] = table.astype(f"<u{bits // 8}").tobytes()
-    write_dicom(tmp_path / "p.dcm", index, PixelData=index.tobytes(), **tags)
-    expected = np.tensordot([0.299, 0.587, 0.114], tables[:, index] / (2**bits - 1), 1)
-    assert np.allclose(data.read_image(tmp_path / "p.dcm")[0], expected, atol=1e-5)
-
-
-def test_dicom_with_blank_or_missing_numbers_is_read_by_the_defaults_and_said_once(
-    tmp_path, capsys
-):
-    pydicom = pytest.importorskip("pydicom")
-    path, raw = tmp_path / "a.dcm", (np.mgrid[:64, :64].sum(0) * 30).astype(np.uint16)
-    whole, windowed = raw / raw.max(), ((raw - 100.0 - 1999.5) / 2999 + 0.5).clip(0, 1)
-    window = {"WindowCenter": 2000, "WindowWidth": 3000}
-    common.say_once.cache_clear()
-    for expected, tags, said in (
-        (
-            windowed,
-            {"RescaleSlope": None, "RescaleIntercept": -100, **window},
-            "RescaleSlope: taken as 1",
-        ),
-        (
-            (raw * 2.0 - 1999.5) / 2999 + 0.5,
-            {"RescaleSlope": 2, "RescaleIntercept": None, **window},
-            "RescaleIntercept: taken as 0",
-        ),
-        (whole, {"WindowCenter": 2000, "WindowWidth": 0}, "without a window"),
-        (whole, {"WindowCenter": 10, "WindowWidth": None}, ""),
-        (whole, {"WindowWidth": 10}, ""),
-        (whole, {"WindowCenter": [2000, 10], "WindowWidth": [0, 10]}, ""),
-    ):
-        write_dicom(path, raw, **tags)
-        for _ in range(2):
-            image = data.read_image(path)[0].numpy()
-            expected = np.clip(expected, 0, 1)
-            assert np.allclose(image, (expected - expected.min()) / np.ptp(expected), atol=1e-5), (
-                tags
-            )
-        text = capsys.readouterr().err
-        assert (said in text and text.count("note:") == 1) if said else not text
-    record = pydicom.dcmread(path)
-    bare = pydicom.Dataset(
-        {element.tag: element for element in record if "Window" not in element.keyword}
-    )
-    for implicit in (True, False):  # no preamble and no meta information
-        pydicom.dcmwrite(
-            path, bare, implicit_vr=implicit, little_endian=True, enforce_file_format=False
-        )
-        assert np.allclose(data.read_image(path)[0], whole, atol=1e-5)
-    assert "transfer syntax" in capsys.readouterr().err
-    write_dicom(path, np.concatenate([raw, raw]), Rows=64, NumberOfFrames=2)
-    fails(lambda: data.read_image(path), path, "expected one frame, found 2")
-    write_dicom(path, np.concatenate([raw, raw]), Rows=64, SamplesPerPixel=2)
-    fails(lambda: data.read_image(path), path)
-
-
 def test_the_decoder_that_is_missing_is_named(tmp_path):
     pydicom = pytest.importorskip("pydicom")
     from pydicom.encaps import encapsulate
@@ -1536,47 +1086,6 @@ def test_the_exif_orientation_is_followed_by_every_reader(tmp_path, orientation,
             np.abs((data.read_slice(tmp_path / name)[0].numpy() + 1) * 127.5 - upright).mean() < 2
         )
         assert data.read_image(tmp_path / name, 32).shape == (1, 48, 32)
-
-
-@pytest.mark.parametrize("bits", [10, 12, 14])
-def test_fewer_bits_in_16_are_told_from_several_files(tmp_path, capsys, bits):
-    ramp = np.linspace(0, 1, 64 * 64).reshape(64, 64)
-    for i, top in enumerate((0.3, 0.6, 0.97)):
-        deep = (ramp * top * (2**bits - 1)).round().astype(np.uint16)
-        Image.fromarray(deep).save(tmp_path / f"{i}.png") if i else np.save(
-            tmp_path / "0.npy", deep.astype(">u2")
-        )
-    common.say_once.cache_clear()
-    images = data.ImageSet(data.list_images(tmp_path), 64)
-    for preload in (False, True):
-        images = images.preload() if preload else images
-        for (image, _), top in zip(images, (0.3, 0.6, 0.97)):  # one scale for the three
-            assert np.abs(image[0].numpy() - ramp * top).max() < 1 / 255
-    text = capsys.readouterr().err
-    assert text.count("note:") == 1 and f"{2**bits - 1} is white" in text
-    Image.fromarray(np.full((64, 64), 65535, np.uint16)).save(tmp_path / "bright.png")
-    fails(
-        lambda: data.read_image(tmp_path / "bright.png", deep=4095),
-        "bright.png",
-        "values up to 4095",
-        "65535",
-    )
-    images = data.ImageSet(data.list_images(tmp_path), 64)  # a list with a true 16-bit image
-    assert (
-        images.deep == 65535
-        and data.ImageSet(images.paths[:1], 64, deep=65535).deep == 65535
-        and not capsys.readouterr().err
-    )
-
-
-def test_pairs_of_12_bits_in_16_ask_for_their_range(tmp_path):
-    for side in "AB":
-        (tmp_path / "t" / side).mkdir(parents=True)
-        Image.fromarray((np.arange(1600).reshape(40, 40) * 2).astype(np.uint16)).save(
-            tmp_path / "t" / side / "s.png"
-        )
-    fails(lambda: data.Pairs(tmp_path / "t"), tmp_path / "t/A", "--rescale")
-    assert data.Pairs(tmp_path / "t", rescale="0,4095")[[(0, 0)]][0].max() > 0.5
 
 
 def test_other_shapes_and_sizes_of_pictures_are_refused_in_one_line(tmp_path):
@@ -1696,120 +1205,6 @@ def test_names_of_every_list_are_resolved_in_one_way(folder, capsys):
     assert "exclude.csv: 1 of 3 names are of no image here" in capsys.readouterr().err
 
 
-def test_paths_that_lead_out_of_the_root_are_refused(folder, tmp_path):
-    Image.open(folder / "images/a0.png").save(tmp_path / "secret.png")
-    inside, outside = (
-        str(folder.absolute() / "images/a0.png"),
-        str(tmp_path.absolute() / "secret.png"),
-    )
-    for name in (
-        outside,
-        "../secret.png",
-        "..\\secret.png",
-        "images/../../secret.png",
-        "../../secret",
-    ):
-        path = write(folder / "l.txt", f"a0.png 0\n{name} 1\n")
-        names = data.read_list(path)[0]
-        fails(
-            lambda: data.find_images("csv", folder, names, path),
-            f"{path}: line 2",
-            "--allow-outside",
-        )
-        if name != "../../secret":
-            assert os.path.samefile(
-                data.find_images("csv", folder, names, path, allow_outside=True)[1], outside
-            )
-    write(folder / "training.csv", f"image_path,report_content\n{outside},x\n")
-    fails(lambda: data.read_reports(folder / "training.csv", folder), "line 2", "--allow-outside")
-    assert len(data.read_reports(folder / "training.csv", folder, allow_outside=True)[0]) == 1
-    assert data.find_images("csv", folder, [inside, "../images/a0.png", "a0.png"], path) == [
-        inside,
-        str(folder / "images/../images/a0.png"),
-        str(folder / "images/a0.png"),
-    ]
-
-
-def test_null_bytes_and_loops_of_links_are_refused_in_one_line(folder):
-    path = write(folder / "l.txt", "a0.png 0\na\0b.png 1\n")
-    fails(
-        lambda: data.find_images("csv", folder, data.read_list(path)[0], path), "line 2", "no image"
-    )
-    write(folder / "training.csv", "image_path,report_content\na\0b.png,x\n")
-    fails(lambda: data.read_reports(folder / "training.csv", folder), "training.csv")
-    (folder / "loop.png").symlink_to(folder / "loop.png")
-    for call in (
-        data.read_image,
-        common.read_text,
-        common.load_checkpoint,
-        data.read_slice,
-        data.read_list,
-    ):
-        fails(lambda: call(folder / "loop.png"), "loop.png")
-        fails(lambda: call("a\0.png"), "a")
-    fails(lambda: data.list_images(folder / "loop.png"), "loop.png", "no such folder")
-
-
-def test_listing_a_folder_looks_at_the_content_and_counts_the_rest(folder, tmp_path, capsys):
-    pytest.importorskip("pydicom")
-    root = tmp_path / "films"
-    (root / "sub").mkdir(parents=True)
-    raw = np.arange(1600, dtype=np.uint16).reshape(40, 40)
-    write_dicom(root / "IM0001", raw)
-    write_dicom(root / "v.dicom", raw)
-    Image.fromarray((raw // 8).astype(np.uint8)).save(root / "sub/scan.image", "PNG")
-    nifti(root / "sub/v.NII", raw.astype(np.int16))
-    write(root / "notes.txt", "BMI,age")
-    write(root / "empty", "")
-    (root / "link").symlink_to(folder / "images")
-    (root / "again").symlink_to(root / "link")
-    (root / "sub/up").symlink_to(root)
-    os.mkfifo(root / "pipe")
-    found = [str(Path(path).relative_to(root)) for path in data.list_images(root)]
-    linked = {name.split("/")[1] for name in found if name.startswith(("link/", "again/"))}
-    assert len(found) == 4 + 5 and {"IM0001", "v.dicom", "sub/scan.image", "sub/v.NII"} < set(found)
-    assert linked == {"a0.png", "a1.png", "b0.png", "c0.png", "c1.png"}
-    text = capsys.readouterr().err
-    assert "3 files are no images and left out" in text and text.count("\n") == 1
-    assert all(data.read_image(path).shape[0] == 1 for path in data.list_images(root))
-
-
-def test_a_folder_that_cannot_be_listed_is_not_passed_over(folder, monkeypatch):
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("images"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    fails(lambda: data.list_images(folder), folder / "images", "Permission denied")
-
-
-def test_unreadable_images_are_left_out_where_asked_for(folder, capsys):
-    paths = [str(folder / "images" / name) for name in ("a0.png", "a1.png", "b0.png")]
-    assert data.readable(paths) == [0, 1, 2] and not capsys.readouterr().err
-    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[:99])
-    assert data.readable(paths) == [0, 2] and data.readable(paths * 80)[:3] == [
-        0,
-        2,
-        3,
-    ]  # many: by several processes
-    assert (
-        "1 of 3 images cannot be read and are left out, the first: " + paths[1]
-        in capsys.readouterr().err
-    )
-    fails(lambda: data.readable(paths[1:2]), paths[1], "no other image is left")
-
-
-def test_the_audit_counts_what_no_list_names(folder, capsys):
-    Image.open(folder / "images/a0.png").save(folder / "images/extra.png")
-    write(folder / "images/notes.txt", "text")
-    data.audit(data.AuditConfig(root=str(folder)))
-    out, err = capsys.readouterr()
-    assert "1 images are in no list, such as extra" in out and "1 files are no images" in err
-
-
 def test_image_sets_and_batches_work_where_workers_are_spawned(paths, tmp_path):
     code = f"""
 import sys, types, functools, multiprocessing
@@ -1835,44 +1230,6 @@ if __name__ == "__main__":
     (tmp_path / "main.py").write_text(code)
     run = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True)
     assert run.stdout == "equal\n", run.stderr[-2000:]
-
-
-@pytest.mark.parametrize("source", ["a file", "standard input"])
-def test_many_images_read_by_a_script_without_a_main_guard_are_no_endless_wait(
-    paths, tmp_path, source
-):
-    code = f"""
-import sys, types, multiprocessing
-sys.path.insert(0, {str(Path(data.__file__).parent)!r})
-multiprocessing.set_start_method("spawn", force=True)
-import data
-import mrm
-data.sys = types.SimpleNamespace(platform="darwin", stderr=sys.stderr, exit=sys.exit)
-data.cores = lambda: 2
-data.run_script(lambda: data.over_images(data.pixel_hash, {paths!r} * 20))
-"""
-    (tmp_path / "main.py").write_text(code)
-    command = [sys.executable, "main.py"] if source == "a file" else [sys.executable, "-"]
-    run = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, input=code, timeout=120
-    )
-    # The tracebacks of the workers, which are processes of their own, may come after this line
-    message = "error: the processes that are reading images ended"
-    assert run.returncode == 2, run.stderr[-900:]
-    assert any(line.startswith(message) for line in run.stderr.splitlines()), run.stderr[-900:]
-
-
-def test_an_image_set_holds_its_paths_in_one_tensor():
-    names = [f"/data/é影/{i}.png" for i in range(1000)]
-    images = data.ImageSet(names, 32, deep=65535)
-    again = pickle.loads(pickle.dumps(images))
-    assert (
-        images.paths == again.paths == names and images.path(7) == names[7] and len(images) == 1000
-    )
-    assert images.reading == {}  # of options, and as small for any number of images
-    del images.reading
-    assert not any(isinstance(value, (list, tuple, dict)) for value in vars(images).values())
-    assert data.ImageSet([], 32).paths == [] and len(data.ImageSet([], 32)) == 0
 
 
 def test_a_long_list_opens_quickly(tmp_path):
@@ -1963,51 +1320,6 @@ def runs_of(mask, absolute=False):
     return " ".join(map(str, words))
 
 
-def test_run_lengths_worked_on_paper():
-    mask = np.array([[0, 0, 1], [1, 0, 1]], bool)  # down the columns: 0 1, 0 0, 1 1
-    assert runs_of(mask) == "1 1 2 2" and runs_of(mask, absolute=True) == "2 1 5 2"
-    for text, absolute in (("1 1 2 2", False), ("2 1 5 2", True)):
-        found = data.read_mask(data.Runs("csv", absolute, [text]), (2, 3), "x.png")
-        assert (found == mask).all()
-
-
-@pytest.mark.parametrize("absolute", [False, True])
-def test_masks_of_run_lengths(tmp_path, absolute):
-    rng = np.random.default_rng(0)
-    masks = {
-        f"1.2.{i}": skimage.transform.resize(rng.random((4, 5)), (31, 40)) > 0.5 for i in range(4)
-    }
-    rows = ["ImageId, EncodedPixels", "1.2.9, -1"]
-    for name, mask in masks.items():  # some images have a row for each half
-        halves = [mask & (np.arange(40) < 20), mask & (np.arange(40) >= 20)]
-        for part in halves if name != "1.2.0" else [mask]:
-            rows.append(f"{name},{runs_of(part, absolute)}")
-    (tmp_path / "rle.csv").write_text("\n".join(rows) + "\n")
-    names = [*masks, "1.2.9"]
-    sources = data.find_masks(tmp_path / "rle.csv", ["a/" + name for name in names], names)
-    for source, expected in zip(sources, [*masks.values(), np.zeros((31, 40), bool)], strict=True):
-        assert (data.read_mask(source, (31, 40), "x") == expected).all()
-    with pytest.raises(InputError, match="line 3: 1.2.0: expected runs within the 100 pixels of x"):
-        data.read_mask(sources[0], (10, 10), "x")
-    with pytest.raises(InputError, match=r"no row of the image 1\.2\.7 \(1 of 2 are missing\)"):
-        data.find_masks(tmp_path / "rle.csv", ["1.2.7", "1.2.0"], ["x", "y"])
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ("a,1 2 3", "line 2: a: expected -1 or pairs `start length`, found 1 2 3"),
-        ("a,1 0", "found 1 0"),
-        ("a,", "found nothing"),
-        ("a,1 2\na,-1", "line 3: a: expected either -1 or runs in the rows of an image"),
-    ],
-)
-def test_run_lengths_that_cannot_be_read(tmp_path, rows, message):
-    (tmp_path / "rle.csv").write_text("ImageId,EncodedPixels\n" + rows + "\n")
-    with pytest.raises(InputError, match=re.escape(message)):
-        data.find_masks(tmp_path / "rle.csv", ["a"], ["a"])
-
-
 def test_masks_of_a_folder_and_what_is_wrong_with_them(tmp_path):
     film, mask = np.zeros((20, 30), np.uint8), np.zeros((20, 30), np.uint8)
     mask[4:9, 20:28] = 255
@@ -2037,19 +1349,6 @@ def test_masks_of_a_folder_and_what_is_wrong_with_them(tmp_path):
     assert data.find_masks(tmp_path, ["a", "gone"], ["a.png", "gone.dcm"], {1})[1] is None
     with pytest.raises(InputError, match="no such folder or CSV"):
         data.find_masks(tmp_path / "none", ["a"], ["a.png"])
-
-
-def test_a_dicom_and_its_run_lengths(tmp_path):
-    pytest.importorskip("pydicom")
-    raw = np.zeros((24, 32), np.uint16)
-    raw[6:18, 3:11] = 4000
-    write_dicom(tmp_path / "1.2.3.dcm", raw)
-    rows = f"ImageId,EncodedPixels\n1.2.3,{runs_of(raw > 0)}\n"
-    (tmp_path / "rle.csv").write_text(rows)
-    masks = data.find_masks(tmp_path / "rle.csv", ["1.2.3"], ["1.2.3.dcm"])
-    [(pair, _)] = data.ImageSet([tmp_path / "1.2.3.dcm"], 24, masks=masks)
-    assert pair.shape == (2, 24, 24) and pair[1].sum() == pytest.approx(12 * 6, abs=12)
-    assert ((pair[0] > 0.5) == (pair[1] > 0.5)).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -2161,12 +1460,6 @@ def test_nihs_two_lists_decide(tmp_path, capsys):
     assert "10 of 90 images are in neither" in capsys.readouterr().out
     write_table(tmp_path, "train_val_list.txt", names[:61])
     fails(lambda: data.read_table("nih", tmp_path), "test_list.txt: line 1", names[60])
-
-
-def test_the_published_test_lists_of_chexpert_are_named():
-    said = {count: data.name_chexpert_test(count) for count in (234, 668, 9)}
-    assert "on which MRM tests" in said[234] and "on which MED-PEFT tests" in said[668]
-    assert said[9].startswith("9 images, neither")
 
 
 def test_the_audit_reads_a_table_where_there_are_no_lists(tmp_path, photo, capsys):
@@ -2363,23 +1656,6 @@ def test_absolute_names_below_a_relative_root_are_the_same_images(tmp_path, monk
         assert data.image_keys(root, [whole, "images/a.png", "a.png"]) == ["a", "a", "a"]
 
 
-def test_a_cached_film_that_is_swapped_at_equal_size_and_time_is_read_anew(tmp_path):
-    paths = [tmp_path / "a.npy", tmp_path / "b.npy"]
-    for path, value in zip(paths, (0.2, 0.8)):
-        np.save(path, np.full((64, 64), value, np.float32))
-        os.utime(path, (1, 1))
-
-    def read():
-        images = data.ImageSet([str(path) for path in paths], 32, folder=str(tmp_path / "c"))
-        return [round(image.mean().item(), 1) for image, _ in images]
-
-    assert read() == read() == [0.2, 0.8]
-    paths[0].rename(tmp_path / "t")
-    paths[1].rename(paths[0])
-    (tmp_path / "t").rename(paths[1])
-    assert read() == [0.8, 0.2]
-
-
 def test_a_tiff_of_16_bits_with_white_as_0_is_refused(tmp_path, photo):
     Image.fromarray(photo.astype(np.uint16) * 257).save(tmp_path / "a.tif", tiffinfo={262: 0})
     with Image.open(tmp_path / "a.tif") as picture:
@@ -2387,19 +1663,6 @@ def test_a_tiff_of_16_bits_with_white_as_0_is_refused(tmp_path, photo):
     fails(lambda: data.read_image(tmp_path / "a.tif"), "a.tif", "expected 0 for black")
     Image.fromarray(photo.astype(np.uint16) * 257).save(tmp_path / "b.tif")
     assert np.allclose(data.read_image(tmp_path / "b.tif")[0], photo / 255, atol=1e-6)
-
-
-def test_a_rare_film_of_16_bits_has_the_same_white_wherever_it_is_read(tmp_path, photo, capfd):
-    """32 films of a list are looked at; this one, of 12 bits, is not among them."""
-    paths = [str(tmp_path / f"{i:02d}.png") for i in range(66)]
-    for path in paths:
-        Image.fromarray(photo).save(path)
-    Image.fromarray(photo.astype(np.uint16) * 16).save(paths[1])
-    images = data.ImageSet(paths, 64)
-    assert images.deep == 0 and "16 bits" not in capfd.readouterr().err
-    assert torch.allclose(images[1][0], images[2][0] * (255 * 16 / 4095), atol=0.02)
-    assert "images of 16 bits, unlike those looked at" in capfd.readouterr().err
-    assert torch.equal(images[1][0], data.ImageSet(paths[1:2], 64)[0][0])
 
 
 @pytest.mark.parametrize("column", ["", "Patient", "patient_id", "Split"])

@@ -1,0 +1,398 @@
+"""Segmentation of radiographs: UPerNet on a pretrained ViT, as MRM's paper has it for SIIM.
+
+    python segment.py --lora          # the demo's pneumothorax, from nothing
+    python segment.py --data csv --root DIR --weights MRM.pth --lora     # masks in DIR/masks
+    python segment.py --predict DIR --weights runs/segment
+
+Papers: Xiao et al., "Unified Perceptual Parsing", ECCV 2018 (UPerNet); Zhou et al., "Masked Record
+Modeling", ICLR 2023. A mask is a PNG of the film's name and size, 0 and one other value.
+
+One batch of the demo: whole films with their masks, squeezed to (16, 2, 96, 96), of which random
+crops are taken; the ViT makes tokens after a third, a half, two thirds and all of its blocks, each
+a map (16, 128, 8, 8), and UPerNet a logit of each pixel (16, 1, 96, 96). The training loop, full,
+LoRA and linear methods are finetune.py's.
+
+Where this file departs from the paper: whole films are squeezed into squares, and the threshold and
+the smallest area are chosen on the validation list (SIIM's shares 124 images with its test list).
+
+Shapes: B batch, n samples, D width, H and W pixels.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import data
+import finetune
+import vit
+from common import InputError, option
+from finetune import FinetuneConfig
+from vit import ViT
+
+# --------------------------------------------------------------------------------------------------
+# UPerNet
+
+POOLS = (1, 2, 3, 6)  # cells a side of the pyramid pooling
+
+
+def make_norm(kind, channels):
+    """Batch norm, as published, or group norm, which does not depend on the size of a batch."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    # A map of one cell needs several channels a group: one number less its mean is always 0
+    return nn.GroupNorm(math.gcd(8, channels) if channels > 8 else 1, channels)
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution that keeps the size of the map, then norm and ReLU."""
+
+    def __init__(self, inputs, outputs, kernel, norm):
+        conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        super().__init__(conv, make_norm(norm, outputs), nn.ReLU())
+
+
+def resize_to(x, like):
+    """A map x (B, C, h, w) at the size of the map `like`."""
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear")
+
+
+class UPerHead(nn.Module):
+    """The decoder of UPerNet (Xiao et al., 2018), on four maps of one resolution.
+    The maps are rescaled x4, x2, x1 and x0.5. The coarsest one is pooled to 1, 2, 3 and 6 cells a
+    side, and from there the pyramid is added up to the finest map. All four are fused at last."""
+
+    def __init__(self, dim, channels, norm="batch"):
+        super().__init__()
+        twice = [nn.ConvTranspose2d(dim, dim, 2, stride=2) for _ in range(2)]
+        self.up4 = nn.Sequential(twice[0], make_norm(norm, dim), nn.GELU(), twice[1])
+        self.up2 = nn.ConvTranspose2d(dim, dim, 2, stride=2)
+        self.pooled = nn.ModuleList(ConvNorm(dim, channels, 1, norm) for _ in POOLS)
+        self.top = ConvNorm(dim + len(POOLS) * channels, channels, 3, norm)
+        self.lateral = nn.ModuleList(ConvNorm(dim, channels, 1, norm) for _ in range(3))
+        self.smooth = nn.ModuleList(ConvNorm(channels, channels, 3, norm) for _ in range(3))
+        self.fuse = ConvNorm(4 * channels, channels, 3, norm)
+        self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, 1, 1))
+        few = math.ceil(channels / 3)  # 256 of 768, as published
+        # A second head, on the third map, which acts in training alone
+        conv = ConvNorm(dim, few, 3, norm)
+        self.auxiliary = nn.Sequential(conv, nn.Dropout2d(0.1), nn.Conv2d(few, 1, 1))
+
+    def forward(self, maps):
+        """Four maps (B, D, n, n), shallow to deep -> [logits (B, 1, 4n, 4n)] and, in training, the
+        auxiliary ones (B, 1, n, n)."""
+        one, two, three, four = maps
+        one, two, four = self.up4(one), self.up2(two), F.max_pool2d(four, 2, ceil_mode=True)
+        pools = [resize_to(conv(F.adaptive_avg_pool2d(four, cells)), four)
+                 for conv, cells in zip(self.pooled, POOLS)]
+        x = self.top(torch.cat([four, *pools], dim=1))
+        levels = [x]
+        for lateral, smooth, fine in zip(self.lateral, self.smooth, (three, two, one)):
+            fine = lateral(fine)
+            x = fine + resize_to(x, fine)  # what is known of the coarser map comes down to this one
+            levels.append(smooth(x))
+        x = self.fuse(torch.cat([resize_to(level, levels[-1]) for level in levels], dim=1))
+        return [self.classify(x)] + ([self.auxiliary(three)] if self.training else [])
+
+
+class UPerNet(ViT):
+    """ViT with UPerNet on the tokens after a third, a half, two thirds and all of its blocks.
+    `channels` is the width of the head (the paper: 768); norm: batch or group."""
+
+    def __init__(self, channels=768, norm="batch", **sizes):
+        super().__init__(**sizes)
+        del self.norm  # UPerNet takes the tokens as they leave the blocks
+        depth = len(self.blocks)
+        self.chosen = [math.ceil(depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+        self.head = UPerHead(self.cls_token.shape[2], channels, norm)
+
+    def forward(self, images):
+        """(B, C, H, W) -> logits (B, 1, H, W) of each pixel. In training a second channel holds
+        those of the auxiliary head."""
+        side = self.img_size // self.patch_size
+        x, after = self.add_class_token(self.embed(images)), []
+        for block in self.blocks:
+            x = block(x)  # (B, 1 + N, D)
+            after.append(x)
+        chosen = [after[number - 1][:, 1:] for number in self.chosen]  # each (B, N, D)
+        logits = self.head([x.transpose(1, 2).unflatten(2, (side, side)) for x in chosen])
+        return torch.cat([resize_to(each, images) for each in logits], dim=1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss and metrics
+
+
+def segmentation_loss(logits, masks):
+    """2 focal + 1 Dice of the head, and 0.4 times the same of the auxiliary head (MRM's recipe).
+
+    With p = sigmoid(logit) of a pixel, y its mask and q = p where y is 1, else 1 - p:
+    focal = mean over pixels of 1/2 (1 - q)^2 (-log q) (Lin et al., 2017, gamma 2, alpha 1/2);
+    Dice = mean over images of 1 - (2 sum p y + 1) / (sum p^2 + sum y^2 + 1).
+    logits (B, 1 or 2, H, W), the second channel the auxiliary head's; masks (B, 1, H, W) of 0, 1.
+    """
+    loss = 0
+    for weight, x in zip((1.0, 0.4), logits.split(1, dim=1)):
+        p, minus_log_q = x.sigmoid(), F.binary_cross_entropy_with_logits(x, masks, reduction="none")
+        focal = 0.5 * ((p - masks).square() * minus_log_q).mean()  # |p - y| is 1 - q
+        both, of_p, of_y = ((a * b).sum((1, 2, 3)) for a, b in ((p, masks), (p, p), (masks, masks)))
+        dice = (1 - (2 * both + 1) / (of_p + of_y + 1)).mean()
+        loss = loss + weight * (2 * focal + dice)
+    return loss
+
+
+def find_pixels(logits, threshold, smallest=0):
+    """Bool masks (n, H, W): where the probability is above `threshold`. An image with fewer than
+    `smallest` such pixels gets an empty mask."""
+    found = logits > math.log(threshold / (1 - threshold))
+    return found & (found.sum((1, 2), keepdim=True) >= smallest)
+
+
+def count_pixels(found, masks):
+    """Pixels of each image that are (in both, predicted, true): (3, n) of bool masks (n, H, W)."""
+    return torch.stack([x.sum((1, 2)) for x in (found & masks, found, masks)]).numpy()
+
+
+def dice_scores(counts, pixels, resamples=0, seed=0):
+    """Three Dice coefficients of a list of images, {name: array (1 + resamples,)}.
+
+    An image's Dice is 2 |predicted and true| / (|predicted| + |true|).
+    dice: the mean over the images that have a mask. dice_all: the mean over all images, where an
+    empty mask predicted empty counts 1. dice_official: mmsegmentation's, 2 |both| / (|predicted| +
+    |true|) of the pixels of all images together, the mean of the background's and the mask's.
+    counts (3, n) by `count_pixels` of images of `pixels` pixels. The first number is that of the
+    list itself, the others those of bootstrap draws of n images. NaN: no image has a mask.
+    """
+    both, predicted, true = counts.astype(np.float64)
+    n = len(both)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    weights = np.concatenate([np.ones((1, n)), draws])  # (1 + resamples, n)
+    empty = predicted + true == 0
+    each = np.where(empty, 1.0, 2 * both / np.where(empty, 1, predicted + true))
+    background = np.stack([pixels - predicted - true + both, 2 * pixels - predicted - true])
+    with np.errstate(invalid="ignore"):
+        classes = [2 * (weights @ a) / (weights @ b)
+                   for a, b in ((both, predicted + true), background)]
+        return {"dice": weights @ (each * (true > 0)) / (weights @ (true > 0)),
+                "dice_all": weights @ each / n, "dice_official": np.mean(classes, axis=0)}
+
+
+def choose_threshold(logits, masks):
+    """The threshold and the smallest area, in pixels, with the best `dice_all` of a list, as
+    {"dice", "threshold", "smallest"}. Among equals the first is taken, from 0.5 outwards."""
+    pixels, best = masks[0].numel(), {"dice": -1.0}
+    for threshold in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9):
+        both, predicted, true = count_pixels(find_pixels(logits, threshold), masks)
+        for share in (0, 0.002, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1):
+            kept = predicted >= share * pixels
+            counts = np.stack([both * kept, predicted * kept, true])
+            dice = float(dice_scores(counts, pixels)["dice_all"][0])
+            if dice > best["dice"]:
+                best = {"dice": dice, "threshold": threshold, "smallest": math.ceil(share * pixels)}
+    return best
+
+
+# --------------------------------------------------------------------------------------------------
+# Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentConfig(FinetuneConfig):
+    masks: str = option("", "folder of masks NAME.png (default: ROOT/masks)")
+    norm: str = option("batch", "norm of the head: batch, as published; group where a process takes "
+                       "few images", choices=["batch", "group"])
+    channels: int = option(None, "width of the head", within="[4, inf)")
+
+
+# Options that the weights do not decide: ours for small ViTs, MRM's for SIIM (the batch and the
+# steps, which it does not say, are ours)
+SMALL = dict(optimizer="adamw", weight_decay=0.05, layer_decay=0.65, min_crop=0.5, drop_path=0.0,
+             batch_size=16, steps=600, lr=5e-3, channels=32, rank=4, warmup=0.1, alpha=32.0,
+             probe=0.0, clip=1.0, evaluations=10, flip=False)
+PAPER = SMALL | dict(steps=20000, lr=2e-5, channels=768, img_size=512, drop_path=0.1, warmup=0.05,
+                     rank=16)
+
+# --------------------------------------------------------------------------------------------------
+# One run
+
+
+def read_lists(config):
+    """The parts of `finetune.read_lists` with the files of their masks. The demo has no file where
+    its labels say that there is no pneumothorax."""
+    parts, classes = finetune.read_lists(config)
+    root = data.demo_root(config.root) if config.data == "demo" else config.root
+    for part in parts.values():
+        empty = set()
+        if config.data == "demo":
+            column = part.labels[:, classes.index("Pneumothorax")]
+            empty = set((column == 0).nonzero().flatten().tolist())
+        part.masks = data.find_masks(config.masks or Path(root, "masks"),
+                                     data.image_keys(root, part.names), empty)
+    train = parts["train"]  # most films have no mask, and a net learns nothing new from them
+    shown = [i for i, mask in enumerate(train.masks) if mask is not None]
+    empty = [i for i, mask in enumerate(train.masks) if mask is None]
+    few = empty[:: max(1, len(empty) // max(1, len(shown)))]  # about as many as there are masks
+    rows = sorted(shown + few)
+    train.names, train.paths, train.masks = (
+        [values[i] for i in rows] for values in (train.names, train.paths, train.masks))
+    train.labels = train.labels[rows]
+    return parts
+
+
+def load_images(parts, config):
+    """Gives each part its images and masks, decoded into memory where they fit."""
+    side = config.img_size
+    augment = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop,
+                                flip=config.flip, pair=True)
+    for name, part in parts.items():
+        augments = (2 * side, augment, config.seed) if name == "train" else (side,)
+        part.images = data.ImageSet(part.paths, *augments, masks=part.masks).preload()
+
+
+def truth_of(part):
+    """The masks of a part as its images have them: bool (n, H, W)."""
+    masks = torch.cat([pairs[:, 1] > 0.5 for pairs, _ in data.eval_batches(part.images, 64)])
+    if not masks.any():
+        raise InputError("a list of images", "a mask that is not empty", "none")
+    return masks
+
+
+def score_masks(logits, part):
+    """What a validation list says of a model: first the best `dice_all`, which chooses, with the
+    threshold and the smallest area that give it."""
+    truth = truth_of(part)
+    chosen = choose_threshold(logits[:, 0], truth)
+    return {"val_dice": chosen.pop("dice"),
+            "val_loss": segmentation_loss(logits, truth[:, None].float()).item(), **chosen}
+
+
+def build_model(config, sizes, tensors=None):
+    model = UPerNet(config.channels, config.norm, **sizes, drop_path=config.drop_path)
+    if tensors is not None:
+        vit.load_encoder(model, tensors, config.weights)
+    return finetune.choose_parameters(model, config)
+
+
+def segment(config):
+    """Trains, chooses on the validation list, tests once. Returns the content of result.json.
+    Leaves in `config.out` what `finetune.finetune` does, and overlays.png instead of roc.png."""
+    start = time.time()
+    device, rank, world = common.join(config)
+    config = finetune.fill_cell(common.fill(config, {"ratio": 100}), "runs/segment")
+    parts = read_lists(config)
+    tensors, known = finetune.read_start(config)
+    sizes = vit.encoder_sizes(tensors, known, config.weights, config.num_heads)
+    preset = {"img_size": 2 * sizes["img_size"], "num_heads": sizes["num_heads"],
+              "mean": known.get("mean"), "std": known.get("std")}
+    config = common.fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
+    sizes = sizes | {"img_size": config.img_size}  # an outline needs more pixels than a finding
+    steps = common.number_of_steps(config, len(parts["train"].names), config.batch_size)
+    common.seed(config.seed)
+    model = build_model(config, sizes, tensors).to(device)
+    facts = finetune.facts_of(parts, ["mask"], model, world)
+    saved = common.last_state(config, steps, **facts)
+    load_images(parts, config)
+    log = common.RunLog(config.out, config, rank, saved and saved["history"], start)
+    finetune.describe(config, model, len(parts["train"].names), steps, device, rank)
+    finetune.warn_of_trained(config, parts["test"], known)
+    best = finetune.train(config, model, parts, steps, saved, facts, log, device, world,
+                          segmentation_loss, score_masks)
+    about = {"segment": {"channels": config.channels, "norm": config.norm,
+                         "threshold": best["threshold"], "smallest": best["smallest"]}}
+    finetune.save_best(config, model, parts, best, sizes, tensors, known, log, about)
+    logits = finetune.predict(model, parts["test"].images, config, device, rank, world)[:, 0]
+    facts = finetune.run_facts(config, model, parts, best, log)
+    return write_results(config, parts["test"], logits, facts, log)
+
+
+def write_results(config, part, logits, facts, log):
+    """Writes result.json, predictions.csv (pixels of each image) and overlays.png, and prints the
+    Dices, from the logits (n, H, W) of the test list, at `config.img_size` pixels a side. Returns
+    the content of result.json, whose areas count pixels of all images."""
+    found, truth = find_pixels(logits, facts["threshold"], facts["smallest"]), truth_of(part)
+    counts = both, predicted, true = count_pixels(found, truth)
+    result, summary = {}, []
+    for name, values in dice_scores(counts, config.img_size**2, 1000).items():
+        interval = np.nanpercentile(values[1:], [2.5, 97.5]).tolist()
+        result |= {name: float(values[0]), f"{name}_ci": interval}
+        summary.append("%s %.3f [%.3f, %.3f]" % (name, values[0], *interval))
+    varied = predicted.std() > 0 and true.std() > 0
+    result |= {"area_error": float(np.abs(predicted - true).mean()),
+               "area_correlation": float(np.corrcoef(predicted, true)[0, 1]) if varied else None,
+               "images_with_mask": int((true > 0).sum()), "pixels": config.img_size**2, **facts}
+    if log.rank > 0:
+        return result
+    common.write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
+                     [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
+    dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
+    order = [i for i in dice.argsort() if true[i] > 0]
+    for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
+        film = part.images[i][0][:1].expand(3, -1, -1)
+        rows.append([film, overlay(film, truth[i]), overlay(film, found[i])])
+        captions.append(f"{name}: Dice {dice[i]:.3f}")
+    common.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
+                     max(1, 256 // config.img_size))
+    print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
+          f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
+    log.json("result.json", result)
+    return result
+
+
+def overlay(film, mask):
+    """A film (3, H, W) in [0, 1] with the pixels of a bool mask (H, W) tinted red."""
+    red = torch.tensor([1.0, 0.15, 0.1])[:, None, None]
+    return torch.where(mask, 0.55 * film + 0.45 * red, film)
+
+
+# --------------------------------------------------------------------------------------------------
+# Prediction
+
+
+def make_network(saved):
+    """The untrained network of a finished run, whose file holds `saved`."""
+    settings, sizes = saved["segment"], saved["sizes"]
+    return UPerNet(settings["channels"], settings["norm"],
+                   **{name: sizes[name] for name in sizes if name in vit.ENCODER_SIZES})
+
+
+def predict_folder(config):
+    """Writes OUT/NAME.png for every image below the folder `config.predict`: 0 or 255 in an image
+    of the size of its film."""
+    if config.weights is None:
+        raise InputError("--predict needs --weights RUN, the folder of a segmentation run")
+    model, saved = finetune.load_run(config.weights, config.base, make_network)
+    config = common.fill(config, {"out": "runs/segment-predict", "mean": saved["mean"],
+                                  "std": saved["std"]})
+    threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
+    device, _, _ = common.join(config)
+    paths = data.list_images(config.predict)
+    images = data.ImageSet(paths, model.img_size, masks=[None] * len(paths))
+    logits = finetune.predict(model.to(device), images, config, device)
+    for path, logit in zip(paths, logits):
+        size = data.read_image(path).shape[1:]
+        full = F.interpolate(logit[None], size, mode="bilinear")[0]
+        kept = find_pixels(logit, threshold, smallest).any()  # `smallest` is of its size
+        picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
+        name = data.split_ending(Path(path).relative_to(config.predict).as_posix())[0] + ".png"
+        common.atomic_write(Path(config.out, name), lambda file: picture.save(file, "PNG"))
+    print(f"{len(paths)} masks: {config.out}")
+
+
+def main():
+    config = common.parse_config(SegmentConfig, description=__doc__)
+    if config.predict:
+        predict_folder(config)
+    else:
+        segment(config)
+
+
+if __name__ == "__main__":
+    common.run_script(main)
