@@ -55,8 +55,9 @@ def split_ending(name):
 
 
 def kind_of(path):
-    """npy, dicom, nifti or picture, by a file's ending."""
-    return KINDS.get(split_ending(str(path))[1].lower(), "picture")
+    """npy, dicom, nifti or picture, by a file's ending; DICOM where it has none."""
+    ending = split_ending(str(path))[1].lower()
+    return KINDS.get(ending, "picture" if ending else "dicom")
 
 
 def read_pixels(path, short_side=None, grey=False):
@@ -98,7 +99,7 @@ def read_pixels(path, short_side=None, grey=False):
 
 def read_picture(path, short_side, grey):
     """The pixels and full scale of a file that PIL reads, turned as its EXIF orientation says."""
-    with Image.open(path) as picture:
+    with open(path, "rb") as file, Image.open(file) as picture:
         if getattr(picture, "n_frames", 1) > 1:
             raise InputError(path, "one page", picture.n_frames)
         if picture.format == "JPEG" and short_side:
@@ -239,22 +240,29 @@ def read_header(path):
 
 
 def read_csv(path, columns):
-    """The rows of a CSV as (line at which it ends, value of each of `columns`)."""
+    """The rows of a CSV as (line at which it begins, value of each of `columns`)."""
     header, reader = read_header(path), csv.reader(io.StringIO(read_text(path)), strict=True)
     if not set(columns) <= set(header):
         found = ", ".join(header) or "an empty file"
         raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}", found)
-    places = [header.index(name) for name in columns]
+    places, line = [header.index(name) for name in columns], 1
     try:
-        for row in itertools.islice(reader, 1, None):
-            if row and len(row) != len(header):
-                found = f"{len(row)}; text with commas stands in double quotes"
-                raise InputError(f"{path}: line {reader.line_num}", f"{len(header)} fields", found)
+        next(reader)
+        line = reader.line_num + 1
+        for row in reader:
+            # A quote that is not closed takes in the rows up to the next one
+            swallowed = any(split_ending(text.split(",")[0].strip())[1]
+                            for field in row for text in field.splitlines()[1:])
+            if row and (len(row) != len(header) or swallowed):
+                found = "a row in a field of it" if swallowed else f"{len(row)} fields"
+                expected = f"{len(header)} fields, text with commas in double quotes"
+                raise InputError(f"{path}: line {line}", expected, found)
             if row:
-                yield reader.line_num, *(row[place].strip() for place in places)
+                yield line, *(row[place].strip() for place in places)
+            line = reader.line_num + 1
     except csv.Error as error:
         reason = f"not readable as CSV ({error}); is a double quote not closed?"
-        raise InputError(f"{path}: line {reader.line_num}: {reason}") from None
+        raise InputError(f"{path}: line {line}: {reason}") from None
 
 
 def plain_name(name):
@@ -313,7 +321,8 @@ def read_parts(data, root, split="", ratio=100):
     root = Path(root or ".")
     table = root / TABLES.get(data, "no table")
     if not (root / "val_list.txt").exists() and table.is_file():
-        return read_table(data, table, ratio), table_classes(data, table)
+        parts, classes = read_table(data, root, ratio), table_classes(data, table)
+        return {part: (table, *listed) for part, listed in parts.items()}, classes
     names = {"val": "val_list.txt", "test": "test_list.txt",
              "train": "train_list.txt" if ratio == 100 else f"train_{ratio}.txt"}
     folder = root
@@ -394,8 +403,9 @@ def table_rows(data, path):
         for line, name, target in read_csv(path, ("patientId", "Target")):
             yield f"{path}: line {line}", f"stage_2_train_images/{name}.dcm", [target], name, ""
     elif data == "chexpert":
-        for file, part in ((path, ""), (path.with_name("valid.csv"), "test")):
-            for line, name, *cells in read_csv(file, ("Path", *classes)) if file.is_file() else ():
+        files = [(path, ""), (path.with_name("valid.csv"), "test")]
+        for file, part in files if files[1][0].is_file() else files[:1]:
+            for line, name, *cells in read_csv(file, ("Path", *classes)):
                 name = name.removeprefix("CheXpert-v1.0-small/")
                 yield f"{file}: line {line}", name, cells, "", part
     else:
@@ -406,24 +416,27 @@ def table_rows(data, path):
                    other.get("split", "").lower())
 
 
-def read_table(data, path, ratio=100):
-    """A table of labels as {part: (path, names, labels)}. An image that has no part yet follows the
-    others of its patient, so that no patient is trained and tested on, or is given one by a hash of
-    the patient alone: 70 % train, 10 % val and 20 % test, the same in every run. `ratio`: the
-    percent of the training patients that are taken, by another hash."""
-    allowed, rows = LABELS | (UNCERTAIN if data == "chexpert" else {}), {}
+def read_table(data, root, ratio=100):
+    """The table of a data set as {part: (names, labels float32 (n, k))}. An image that has no part
+    yet follows the others of its patient, so that no patient is trained and tested on, or is given
+    one by a hash of the patient alone: 70 % train, 10 % val and 20 % test, the same in every run.
+    `ratio`: the percent of the training patients that are taken, by another hash."""
+    root = Path(root)
+    path, rows = root / TABLES[data], {}
+    allowed = LABELS | (UNCERTAIN if data == "chexpert" else {})
     for where, name, cells, patient, part in table_rows(data, path):
         name = plain_name(name)
-        if not set(cells) <= allowed.keys() or part not in ("", *PARTS):
-            wrong = next((cell for cell in cells if cell not in allowed), part)
-            raise InputError(where, "labels 0, 1 or blank; split train, val or test", repr(wrong))
+        wrong = [cell for cell in cells if cell not in allowed]
+        if wrong or part not in ("", *PARTS):
+            found = repr(wrong[0] if wrong else part)
+            raise InputError(where, "labels 0, 1 or blank; split train, val or test", found)
         labels = [allowed[cell] for cell in cells]
         if name in rows and data != "rsna":
             raise InputError(f"{where}: {name!r} is listed before")
         if name in rows:
             labels = list(map(max, labels, rows[name][0]))
         rows[name] = labels, patient, PARTS.get(part, "")
-    groups = [row[1] or unit for row, unit in zip(rows.values(), units(path.parent, rows))]
+    groups = [row[1] or unit for row, unit in zip(rows.values(), units(root, rows))]
     part_of = {group: row[2] for group, row in zip(groups, rows.values()) if row[2]}
     parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
     for group, (name, (labels, _, part)) in zip(groups, rows.items()):
@@ -439,7 +452,7 @@ def read_table(data, path, ratio=100):
     for part, (names, _) in parts.items():
         if not names:
             raise InputError(path, f"images of the part {part}", f"none among {len(rows)}")
-    return {part: (path, names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
+    return {part: (names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -454,7 +467,8 @@ def find_images(data, root, names, source):
     paths = [next(filter(os.path.isfile, each), None) for each in places]
     if None in paths:
         name = names[paths.index(None)]
-        line = next((number for number, text in read_lines(source) if name in text), "?")
+        alone = re.compile(rf"(?<![\w./-]){re.escape(name)}(?![\w.-])")  # and no part of a name
+        line = next((number for number, text in read_lines(source) if alone.search(text)), "?")
         count = f"{paths.count(None)} of {len(names)} are missing"
         raise InputError(f"{source}: line {line}: no image {name!r} in {' or '.join(folders)} "
                          f"({count})")
@@ -876,8 +890,9 @@ def write_slice(path, image, source, rescale=None):
         atomic_write(path, lambda file: np.save(file, values))
     else:
         like = read_nifti(source)
+        shape = like.shape if array.ndim == 2 else like.shape[:2] + (-1,)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        type(like)(values.reshape(like.shape), like.affine).to_filename(path)
+        type(like)(values.reshape(shape), like.affine).to_filename(path)
 
 
 def list_slices(folder):

@@ -157,6 +157,6 @@ def strong_augment(augment, randaugment, erasing, mean, std, images, generator):
 
 
 if __name__ == "__main__":
-    chosen, how, where, share, *size = sys.argv[1:]
-    for option, value in recipe_for(chosen, how, where, int(share), *map(int, size or [500])).items():
-        print(f"{option:14s} {value}")
+    cell = sys.argv[1:]  # such as: mrm lora nih 1, or small lora csv 100 and the number of images
+    recipe = recipe_for(*cell[:3], int(cell[3]), int(cell[4]) if cell[4:] else 500)
+    print("\n".join(f"{option:14s} {value}" for option, value in recipe.items()))

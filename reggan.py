@@ -711,8 +711,9 @@ def train(config):
     result |= {"elastic": config.elastic, "part": part, "weights": chosen}
     trained = sum(weight.numel() for weight in trainable(run.model, ""))
     result |= {"images": len(run.test[0]), "parameters": trained}
-    speed = {name: log.history[-1][name] for name in ("images_per_second", "share_waiting_for_data")}
-    result |= {"seconds": time.time() - start, **speed}
+    for name in ("images_per_second", "share_waiting_for_data"):
+        result[name] = log.history[-1][name]
+    result["seconds"] = time.time() - start
     if rank == 0:
         draw_run(run, log.out / "translation.png", *run.test)
     log.json("result.json", result)
@@ -1118,7 +1119,8 @@ def write_tables(out, table, rows, levels):
     def cell(row, level, measure):
         runs = [line for line in table if (line["row"], line["level"]) == (row, level)]
         digits = 2 if measure in ("psnr", "registration_error") else 4
-        return common.mean_and_deviation([line[measure] for line in runs if measure in line], digits)
+        values = [line[measure] for line in runs if measure in line]
+        return common.mean_and_deviation(values, digits)
 
     parts, header = [], ["method"] + [f"level {level}" for level in levels]
     for measure, title in TABLES.items():

@@ -207,8 +207,8 @@ def choose_threshold(logits, masks):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentConfig(FinetuneConfig):
     masks: str = option("", "folder of masks NAME.png (default: ROOT/masks)")
-    norm: str = option("batch", "norm of the head: batch, as published; group where a process takes "
-                       "few images", choices=["batch", "group"])
+    norm: str = option("batch", "norm of the head: batch, as published, or group where a process "
+                       "takes few images", choices=["batch", "group"])
     channels: int = option(None, "width of the head", within="[4, inf)")
 
 

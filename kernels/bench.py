@@ -364,6 +364,7 @@ def bench_step(dtype, repeats, matmul, copy):
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import lora
     import mrm
+    import vit
     side, batch, sizes = 224, 64, {}
     if not CUDA:
         side, batch, sizes = 64, 2, dict(embed_dim=96, depth=2, num_heads=3)
@@ -373,7 +374,7 @@ def bench_step(dtype, repeats, matmul, copy):
             ("kernels", True, False), ("kernels, compiled", True, True),
             ("reference", False, False), ("reference, compiled", False, True)):
         if CUDA or name == "reference":
-            model = lora.add_lora(mrm.ViT(side, num_classes=14, **sizes), rank=4).to(DEVICE)
+            model = lora.add_lora(vit.ViT(side, num_classes=14, **sizes), rank=4).to(DEVICE)
             runs[name] = step_of(model, images, wanted, compiles)
     first = {name: finished(run) for name, run in runs.items()}
     for name, times in measure(runs, repeats, replayed=False).items():

@@ -46,6 +46,8 @@ import data
 import finetune
 import lora
 import mrm
+import segment
+import vit
 import reggan
 from kernels import bench, cpu
 
@@ -94,7 +96,7 @@ def vit_step(method="lora", images=8, dtype=torch.bfloat16, size=224, depth=12, 
     function that runs one of its training steps on random images."""
     recipe = finetune.PLAIN | finetune.RECIPES["mrm", method, "nih", 1] | {"rank": rank}
     config = common.fill(finetune.FinetuneConfig(method=method), recipe)
-    sizes = {name: value for name, value in mrm.BASE.items() if name in mrm.ENCODER_SIZES}
+    sizes = {name: value for name, value in mrm.BASE.items() if name in vit.ENCODER_SIZES}
     model = finetune.build_model(config, sizes | {"img_size": size, "depth": depth}, 14).train()
     optimizer = finetune.make_optimizer(model, config)
     films, targets = torch.rand(images, 1, size, size), torch.rand(images, 14).round()
@@ -205,7 +207,7 @@ def official(run):
 
     def run_official():
         with (
-            mock.patch.object(mrm.Attention, "forward", official_attention),
+            mock.patch.object(vit.Attention, "forward", official_attention),
             mock.patch.object(lora.LoRALinear, "forward", official_lora),
         ):
             run()
@@ -573,8 +575,8 @@ class UNet(torch.nn.Module):
 
         def two(inputs, outputs):
             layers = (
-                mrm.ConvNorm(inputs, outputs, 3, norm),
-                mrm.ConvNorm(outputs, outputs, 3, norm),
+                segment.ConvNorm(inputs, outputs, 3, norm),
+                segment.ConvNorm(outputs, outputs, 3, norm),
             )
             return torch.nn.Sequential(*layers)
 

@@ -23,6 +23,7 @@ import data
 import finetune
 import lora
 import mrm
+import vit
 from finetune import FinetuneConfig
 
 REPOSITORY = Path(__file__).parents[1]
@@ -204,7 +205,7 @@ def test_the_official_form_and_what_each_value_comes_from(capsys):
 
 
 def test_which_weights_they_are_is_read_from_the_file_or_asked_for(tmp_path):
-    encoder = mrm.ViT(img_size=32, patch_size=16, depth=1).state_dict()
+    encoder = vit.ViT(img_size=32, patch_size=16, depth=1).state_dict()
     mrms = encoder | {"bert_encoder.embeddings.weight": torch.zeros(2, 2)}
     for name, tensors in (("MRM", encoder), ("CXR-MAE", mrms)):  # names that mislead
         common.save_checkpoint(tmp_path / f"{name}.pth", {"model": tensors})
@@ -350,7 +351,7 @@ def optimizer_of(model, **options):
 
 
 def test_layer_decay_and_no_decay_on_biases():
-    model = mrm.ViT(16, 4, 1, 24, 2, 3, num_classes=2)
+    model = vit.ViT(16, 4, 1, 24, 2, 3, num_classes=2)
     optimizer = optimizer_of(model)
     scale = {
         id(p): (g["lr_scale"], g["weight_decay"])
@@ -843,7 +844,7 @@ def test_bfloat16_follows_float32(easy, tmp_path):
 
 def rgb_weights(path):
     torch.manual_seed(7)
-    state = mrm.ViT(64, 16, 3, 64, 2, 4).state_dict()
+    state = vit.ViT(64, 16, 3, 64, 2, 4).state_dict()
     common.save_checkpoint(
         path,
         {
@@ -917,7 +918,7 @@ def test_rates_with_and_without_a_probe():
         FinetuneConfig(lr=0.2, probe=0.5, probe_lr=0.1, steps=40, warmup=0.1, layer_decay=0.5),
         {},
     )
-    model = mrm.ViT(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2)
+    model = vit.ViT(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2)
     optimizer = finetune.make_optimizer(
         model, dataclasses.replace(settings, optimizer="adamw", weight_decay=0.0)
     )
@@ -1039,7 +1040,7 @@ def test_dora_starts_from_the_lengths_of_the_weights_it_is_given(easy, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=1e-4)
     rows = plain.state_dict()["blocks.0.attn.qkv.weight"].norm(dim=1)
-    other = mrm.ViT(**sizes).state_dict()["blocks.0.attn.qkv.weight"].norm(dim=1)
+    other = vit.ViT(**sizes).state_dict()["blocks.0.attn.qkv.weight"].norm(dim=1)
     assert not torch.allclose(rows, other, rtol=1e-3)  # so that the above can fail
 
 
@@ -1443,12 +1444,12 @@ def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
 
 def test_weights_of_another_width_and_changed_weights_are_refused(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path, method="lora"))
-    other = mrm.ViT(64, 16, 1, 64, 3, 4)
+    other = vit.ViT(64, 16, 1, 64, 3, 4)
     common.save_checkpoint(tmp_path / "base.pt", {"model": other.state_dict()})
     with pytest.raises(common.InputError, match="not the weights this adapter was trained on"):
         finetune.load_run(tmp_path)
     sizes = common.load_checkpoint(tmp_path / "adapter.pt")["sizes"]
-    common.save_checkpoint(tmp_path / "base.pt", {"model": mrm.ViT(**sizes).state_dict()})
+    common.save_checkpoint(tmp_path / "base.pt", {"model": vit.ViT(**sizes).state_dict()})
     with pytest.raises(common.InputError, match="not the weights this adapter was trained on"):
         finetune.load_run(tmp_path)
 
@@ -1762,7 +1763,7 @@ def test_clipping_bounds_what_a_step_does(easy, tmp_path):
         ran[clip] = common.load_checkpoint(tmp_path / str(clip) / "best.pt")["model"]
     common.seed(0)
     fresh = finetune.build_model(
-        filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
+        filled(), vit.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
     ).state_dict()
     clipped, free = (
         sum((model[name].double() - x.double()).square().sum() for name, x in fresh.items()).sqrt()
@@ -1786,7 +1787,7 @@ def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
     )
     common.seed(0)
     fresh = finetune.build_model(
-        filled(), mrm.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
+        filled(), vit.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
     ).state_dict()
     ran = common.load_checkpoint(tmp_path / "best.pt")["model"]
     moved = {name: (ran[name] - tensor).abs().max().item() for name, tensor in fresh.items()}
@@ -2107,7 +2108,7 @@ def test_compare_takes_segmentation(holes, tmp_path):
 def test_the_papers_segmentation_recipe_and_the_norm_of_small_batches(holes, tmp_path):
     base = {
         "model": {},
-        "arguments": {name: mrm.BASE[name] for name in mrm.ENCODER_SIZES if name != "in_chans"},
+        "arguments": {name: mrm.BASE[name] for name in vit.ENCODER_SIZES if name != "in_chans"},
     }
     common.save_checkpoint(tmp_path / "base.pt", base)
     run = segment(
@@ -2320,9 +2321,9 @@ def test_one_image_that_is_none_is_refused(easy, tmp_path):
 def test_a_run_with_checkpointed_blocks_is_the_run_without(easy, tmp_path, options, monkeypatch):
     """With LoRA's dropout and drop path, whose random numbers are drawn again."""
     options = dict(weights="scratch-mini", steps=3, drop_path=0.5, dropout=0.5) | options
-    blocks, forward = [], mrm.Attention.forward
+    blocks, forward = [], vit.Attention.forward
     monkeypatch.setattr(
-        mrm.Attention, "forward", lambda self, x, mask: blocks.append(1) or forward(self, x, mask)
+        vit.Attention, "forward", lambda self, x, mask: blocks.append(1) or forward(self, x, mask)
     )
     results, calls = [], []
     for name in ("plain", "again"):

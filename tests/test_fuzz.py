@@ -20,6 +20,7 @@ import common
 import data
 import lora
 import mrm
+import vit
 from common import InputError
 
 COUNT = int(os.environ.get("MEDVISION_FUZZ", 2000))
@@ -124,14 +125,14 @@ def write_weights(root):
     common.write_json(root / "adapter_config.json", settings)
 
     def encoder(path):
-        tensors, saved = mrm.read_weights(path)
-        sizes = mrm.encoder_sizes(tensors, saved, path, num_heads=2)
+        tensors, saved = vit.read_weights(path)
+        sizes = vit.encoder_sizes(tensors, saved, path, num_heads=2)
         if sizes["img_size"] <= 64 and sizes["embed_dim"] <= 64 and sizes["depth"] <= 4:
             try:
-                vit = mrm.ViT(**sizes, num_classes=2)
+                vit = vit.ViT(**sizes, num_classes=2)
             except ValueError as error:  # as finetune.py's build_model says it
                 raise InputError(str(error)) from None
-            mrm.load_encoder(vit, tensors, path)
+            vit.load_encoder(vit, tensors, path)
 
     def peft(path):
         for name in ("adapter_config.json", "adapter_model.safetensors"):

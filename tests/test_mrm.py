@@ -21,6 +21,8 @@ from PIL import Image
 import common
 import data
 import mrm
+import segment
+import vit
 
 TINY = dict(
     img_size=16,
@@ -57,7 +59,7 @@ def timm_keys(depth, last):
 
 
 def test_vit_keys_and_size_are_timms():
-    model = mrm.ViT(
+    model = vit.ViT(
         img_size=224,
         patch_size=16,
         in_chans=3,
@@ -67,7 +69,7 @@ def test_vit_keys_and_size_are_timms():
         num_classes=14,
     )
     assert set(model.state_dict()) == timm_keys(12, ("fc_norm", "head"))
-    assert set(mrm.ViT(16, 4, 1, 24, 2, 3).state_dict()) == timm_keys(2, ("norm",))
+    assert set(vit.ViT(16, 4, 1, 24, 2, 3).state_dict()) == timm_keys(2, ("norm",))
     assert (
         sum(p.numel() for p in model.parameters()) == 85_809_422
     )  # ViT-B/16 with 14 classes; timm counts the same
@@ -76,7 +78,7 @@ def test_vit_keys_and_size_are_timms():
 @pytest.mark.parametrize("pool", [1, 2, 4])
 def test_pooled_head_against_means_by_hand(pool):
     sizes = dict(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=3)
-    model = mrm.ViT(**sizes, pool=pool).eval()
+    model = vit.ViT(**sizes, pool=pool).eval()
     torch.nn.init.normal_(model.fc_norm.weight)
     images = torch.rand(2, 1, 32, 32)
     grid = model.tokens(images)[:, 1:].view(2, 4, 4, 8)  # row, column
@@ -90,7 +92,7 @@ def test_pooled_head_against_means_by_hand(pool):
 
 def test_pool_must_divide_the_grid():
     with pytest.raises(ValueError, match="pool 3 must divide the 4 patches a side"):
-        mrm.ViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, pool=3)
+        vit.ViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, pool=3)
 
 
 def test_paper_parameter_count():
@@ -98,7 +100,7 @@ def test_paper_parameter_count():
     parameters."""
     import lora
 
-    model = lora.add_lora(mrm.ViT(in_chans=3, num_classes=14), rank=4)
+    model = lora.add_lora(vit.ViT(in_chans=3, num_classes=14), rank=4)
     assert lora.count_parameters(model)["trainable"] == 159_758
 
 
@@ -148,7 +150,7 @@ def vit64(state, image, patch, heads):
 
 def test_vit_forward_against_float64():
     torch.manual_seed(0)
-    model = randomised(mrm.ViT(16, 4, 1, 24, 2, 3, num_classes=5)).eval()
+    model = randomised(vit.ViT(16, 4, 1, 24, 2, 3, num_classes=5)).eval()
     images = torch.randn(2, 1, 16, 16)
     expected = [vit64(model.state_dict(), image[0].double().numpy(), 4, 3) for image in images]
     np.testing.assert_allclose(model(images).detach().numpy(), expected, atol=2e-5)
@@ -156,19 +158,19 @@ def test_vit_forward_against_float64():
 
 def test_patchify_order_and_round_trip():
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert mrm.patchify(image, 2)[0].tolist() == [
+    assert vit.patchify(image, 2)[0].tolist() == [
         [0, 1, 4, 5],
         [2, 3, 6, 7],
         [8, 9, 12, 13],
         [10, 11, 14, 15],
     ]
     images = torch.randn(3, 2, 12, 12)
-    assert torch.equal(mrm.unpatchify(mrm.patchify(images, 4), 4, channels=2), images)
+    assert torch.equal(vit.unpatchify(vit.patchify(images, 4), 4, channels=2), images)
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_patch_embedding_is_the_strided_convolution(in_chans):
-    embed, images = mrm.PatchEmbed(4, in_chans, 24), torch.randn(2, in_chans, 16, 12)
+    embed, images = vit.PatchEmbed(4, in_chans, 24), torch.randn(2, in_chans, 16, 12)
     expected = (
         F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2)
     )
@@ -176,7 +178,7 @@ def test_patch_embedding_is_the_strided_convolution(in_chans):
 
 
 def test_sincos_positions_against_the_formula():
-    table = mrm.sincos_positions(16, 3)
+    table = vit.sincos_positions(16, 3)
     assert table.shape == (1, 10, 16) and not table[0, 0].any()
     y, x = 2, 1
     for i in range(4):
@@ -198,9 +200,9 @@ def test_masking_hides_the_noisiest_patches_and_ignores_their_pixels():
     assert latent.shape == (2, 1 + 4, 24) and mask.sum(1).tolist() == [12, 12]
     for row, row_mask in zip(noise, mask):
         assert row[row_mask == 0].max() < row[row_mask == 1].min()
-    patches = mrm.patchify(images, 4)
+    patches = vit.patchify(images, 4)
     patches[mask == 1] = 99.0
-    again, _, _ = model.encode(mrm.unpatchify(patches, 4), 0.75, noise)
+    again, _, _ = model.encode(vit.unpatchify(patches, 4), 0.75, noise)
     assert torch.equal(latent, again)
     # with nothing hidden, encode is the plain ViT in a shuffled order: the class token is the same
     full, mask, restore = model.encode(images, 0.0, noise)
@@ -372,7 +374,7 @@ def test_overfits_one_batch_of_records():
 
 def test_drop_path_keeps_the_expectation():
     torch.manual_seed(0)
-    block = mrm.Block(8, 2, drop_path=0.4).train()
+    block = vit.Block(8, 2, drop_path=0.4).train()
     x = torch.ones(20000, 1, 1)
     y = block.drop(x)
     assert y.unique().tolist() == pytest.approx([0, 1 / 0.6])
@@ -383,10 +385,10 @@ def test_drop_path_keeps_the_expectation():
 def test_three_channel_weights_load_exactly_for_grey(capsys):
     torch.manual_seed(0)
     colour, grey = (
-        randomised(mrm.ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
-        mrm.ViT(16, 4, 1, 24, 2, 3, num_classes=5),
+        randomised(vit.ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
+        vit.ViT(16, 4, 1, 24, 2, 3, num_classes=5),
     )
-    mrm.load_encoder(grey, colour.state_dict(), "colour.pth")
+    vit.load_encoder(grey, colour.state_dict(), "colour.pth")
     images = torch.randn(2, 1, 16, 16)
     torch.testing.assert_close(
         grey(images), colour(images.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5
@@ -395,9 +397,9 @@ def test_three_channel_weights_load_exactly_for_grey(capsys):
 
 
 def test_positions_are_resized_and_other_encoders_refused(capsys):
-    small = randomised(mrm.ViT(16, 4, 1, 24, 2, 3))
-    large = mrm.ViT(32, 4, 1, 24, 2, 3, num_classes=2)
-    mrm.load_encoder(large, small.state_dict(), "small.pth")
+    small = randomised(vit.ViT(16, 4, 1, 24, 2, 3))
+    large = vit.ViT(32, 4, 1, 24, 2, 3, num_classes=2)
+    vit.load_encoder(large, small.state_dict(), "small.pth")
     out = capsys.readouterr().out
     assert "4 new (fc_norm, head)" in out and "2 left (norm)" in out
     grid = small.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
@@ -406,16 +408,16 @@ def test_positions_are_resized_and_other_encoders_refused(capsys):
     )
     torch.testing.assert_close(large.pos_embed[:, 1:], expected)
     for other in (
-        mrm.ViT(16, 4, 1, 48, 2, 3),
-        mrm.ViT(16, 4, 1, 24, 3, 3),
-        mrm.ViT(16, 8, 1, 24, 2, 3),
+        vit.ViT(16, 4, 1, 48, 2, 3),
+        vit.ViT(16, 4, 1, 24, 3, 3),
+        vit.ViT(16, 8, 1, 24, 2, 3),
     ):
         with pytest.raises(common.InputError, match="small.pth: the encoder does not fit"):
-            mrm.load_encoder(other, small.state_dict(), "small.pth")
-    with pytest.raises(common.InputError, match="1 blocks in the model, 2 in the file"):
-        mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
+            vit.load_encoder(other, small.state_dict(), "small.pth")
+    with pytest.raises(common.InputError, match="blocks.1.attn.proj.bias: expected no such tensor"):
+        vit.load_encoder(vit.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
     with pytest.raises(common.InputError, match="x.pth: expected a ViT's tensors"):
-        mrm.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
+        vit.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
 
 
 def test_cosine_lr():
@@ -511,20 +513,15 @@ def test_typed_options_win_over_the_preset(
     )
     # The batch is that of a step: neither processes nor passes change it or the rate
     for passes, world in ((4, 1), (1, 4), (2, 8)):
-        filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=passes), world=world)
-        assert filled.lr == pytest.approx(1e-3 * 32 / 256) and filled.batch_size == 32
+        filled = mrm.fill_options(mrm.MRMConfig(accumulate=passes), world=world)
+        assert filled.lr == pytest.approx(1.6e-2 * 32 / 256) and filled.batch_size == 32
         assert common.share_of_batch(filled, world) == 32 // passes // world
-    capsys.readouterr()
-    filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, accumulate=3), world=4)
-    assert filled.batch_size == 36 and filled.lr == pytest.approx(1e-3 * 36 / 256)
-    assert common.share_of_batch(filled, 4) == 3
-    assert "--batch-size 32 becomes 36, which 4 processes x" in capsys.readouterr().out
-    filled = mrm.fill_options(mrm.MRMConfig(base_lr=1e-3, lr=0.5), world=1)
-    assert filled.lr == 0.5  # the typed peak wins
-    assert mrm.fill_options(mrm.MRMConfig(mean=0.0), world=1).mean == 0.0  # and 0 means 0
-    assert mrm.fill_options(mrm.MRMConfig(mean=0.0), world=1).std == mrm.STD
-    base = mrm.fill_options(mrm.MRMConfig(preset="base", std=0.5), world=1)
-    assert (base.mean, base.std) == (mrm.MEAN, 0.5)
+    with pytest.raises(common.InputError, match="--batch-size: expected a multiple of 4 processes"):
+        mrm.fill_options(mrm.MRMConfig(accumulate=3), world=4)
+    assert mrm.fill_options(mrm.MRMConfig(lr=0.5), world=1).lr == 0.5  # the typed peak wins
+    assert mrm.fill_options(mrm.MRMConfig(mean=0.0, std=1.0), world=1).mean == 0.0  # 0 means 0
+    with pytest.raises(common.InputError, match="--mean and --std: expected both"):
+        mrm.fill_options(mrm.MRMConfig(mean=0.0), world=1)
 
 
 def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
@@ -543,8 +540,10 @@ def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
         0.25,
         "--mean",
         0,
-        "--base-lr",
-        "1e-3",
+        "--std",
+        0.5,
+        "--lr",
+        "1e-5",
         "--warmup",
         0,
         "--device",
@@ -558,20 +557,9 @@ def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert (saved["mean"], saved["std"], saved["base_lr"]) == (0, mrm.STD, 1e-3)
-    assert saved["warmup"] == 0 and saved["lr"] == pytest.approx(1e-3 * 4 / 256)
+    assert (saved["mean"], saved["std"], saved["lr"]) == (0, 0.5, 1e-5) and saved["warmup"] == 0
     assert json.loads((tmp_path / "result.json").read_text())["steps"] == 2  # a quarter of 32 / 4
     assert common.load_checkpoint(tmp_path / "last.pt")["mean"] == 0
-
-
-def test_a_run_with_a_cache_has_the_losses_of_one_without(films, tmp_path):
-    runs = [
-        mrm.pretrain(record_run(films, tmp_path / str(i), cache=cache))
-        for i, cache in enumerate(("", str(tmp_path / "cache"), str(tmp_path / "cache")))
-    ]
-    for name in ("image_loss", "report_loss", "heldout_image_loss", "heldout_report_loss"):
-        assert runs[0][name] == runs[1][name] == runs[2][name]
-    assert len(list((tmp_path / "cache").glob("*/*"))) == 40
 
 
 def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path, monkeypatch):
@@ -615,7 +603,7 @@ def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path
     [
         dict(image_only=True),
         dict(seed=2),
-        dict(mean=0.0),
+        dict(mean=0.0, std=1.0),
         dict(lr=1e-3),
         dict(preset="small"),
         dict(word_ratio=0.5),
@@ -640,7 +628,6 @@ def test_resuming_with_other_options_is_refused(films, tmp_path, other):
     "options, message",
     [
         (dict(holdout=0), r"--holdout: expected a number in \[1, inf\), found 0"),
-        (dict(base_lr=0.0), r"--base-lr: expected a number in \(0, inf\)"),
         (dict(accumulate=0), "--accumulate"),
         (dict(steps=2, epochs=1), "--steps and --epochs"),
         (dict(image_only=True, report_only=True), "exclude each other"),
@@ -669,7 +656,7 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
     images = torch.rand(3, 1, 96, 96)
     with torch.no_grad():
         rows, _ = mrm.restored_pictures(model, images, mrm.fill_options(run, 1))
-    patches = [torch.stack([mrm.patchify(picture[None], 24)[0] for picture in row]) for row in rows]
+    patches = [torch.stack([vit.patchify(picture[None], 24)[0] for picture in row]) for row in rows]
     for (
         original,
         masked,
@@ -678,87 +665,6 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
         hidden = masked.std(-1) < 1e-6
         assert hidden.sum() == 2 and torch.equal(masked[~hidden], restored[~hidden])
         torch.testing.assert_close(restored[~hidden], original[~hidden], atol=1e-5, rtol=0)
-
-
-def test_a_picture_of_where_a_run_looks(films, tmp_path, monkeypatch, capsys):
-    """The class token's weights head by head; the words' map by differences of log p."""
-    mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
-    drawn, overlay, hide, save, kept = [], mrm.overlay, data.hide_words, common.save_grid, {}
-    monkeypatch.setattr(mrm, "overlay", lambda *both: drawn.append(both) or overlay(*both))
-    monkeypatch.setattr(data, "hide_words", lambda *a: kept.setdefault("hidden", hide(*a)))
-    monkeypatch.setattr(
-        common, "save_grid", lambda *a, **k: kept.setdefault("grid", a) and save(*a, **k)
-    )
-    mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "run"), words="Heart,clear"))
-    assert (tmp_path / "run/attention.png").stat().st_size > 0
-    (shown, looks), (_, speaks) = drawn
-    assert shown.shape == (6, 1, 96, 96) and looks.shape == speaks.shape == (6, 16)
-    state = common.load_checkpoint(tmp_path / "run/last.pt")
-    model = mrm.MRM(**state["arguments"]).eval()
-    model.load_state_dict(state["model"])
-    model.double()
-    seen = model.embed(mrm.half_size(data.normalize(shown.double())))
-    q, k, _ = (
-        model.blocks[0].attn.qkv(model.blocks[0].norm1(model.add_class_token(seen))).chunk(3, -1)
-    )
-    heads = [slice(32 * h, 32 * h + 32) for h in range(4)]
-    weights = [(q[:, :1, h] @ k[:, :, h].mT / math.sqrt(32)).softmax(-1)[:, 0, 1:] for h in heads]
-    torch.testing.assert_close(looks.double(), sum(weights) / 4, atol=1e-5, rtol=1e-4)
-    tokenizer = data.load_tokenizer(tmp_path / "run/tokenizer.tiktoken")
-    reports = [f"The heart is normal in film {i} and the lungs are clear." for i in range(32, 38)]
-    tokens, words = data.encode_reports(tokenizer, reports, 40)
-    names = [word.strip() for word in data.split_words(reports[0])]
-    asked = (words == names.index("heart")) | (words == names.index("clear"))
-    hidden = asked | kept["hidden"][1]
-    assert hidden.sum() > asked.sum() * 2  # others are hidden too, as in training
-    inputs = tokens.masked_fill(hidden, tokenizer.encode_single_token("<mask>"))
-
-    def log_p(patches):
-        logits = model.report_decoder(patches, inputs, hidden, words < 0)
-        every = torch.zeros(6, 40, dtype=torch.double)
-        every[hidden] = logits.log_softmax(-1).gather(1, tokens[hidden][:, None])[:, 0]
-        return (every * asked).sum(1)
-
-    with torch.no_grad():
-        patches = model.norm(model.run_blocks(seen))[:, 1:]
-        own, others = log_p(patches), log_p(patches.roll(1, 0))
-        assert kept["grid"][3] == [
-            f"heart clear: log p {mine:.1f}, by the next film {other:.1f}"
-            for mine, other in zip(own, others)
-        ]
-        for n in range(16):
-            step = torch.zeros(16, 1, dtype=torch.double)
-            step[n] = 1e-4
-            change = (log_p(patches * (1 + step)) - log_p(patches * (1 - step))) / 2e-4
-            torch.testing.assert_close(speaks[:, n].double(), change, atol=1e-5, rtol=1e-3)
-    run = mrm.MRMConfig(
-        weights=str(tmp_path / "run"), out=str(tmp_path / "o"), words="clear, kidney"
-    )
-    mrm.draw_attention(run)  # the tokenizer is that of --weights
-    assert (tmp_path / "o/attention.png").exists()
-    said = capsys.readouterr().err
-    assert "no held-out report holds 'kidney'" in said and "'clear'" not in said
-    with pytest.raises(
-        common.InputError, match="--holdout: expected at most the run's 8; .* found 9"
-    ):
-        mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), holdout=9))
-    with pytest.raises(common.InputError, match="--words: expected words that a held-out report"):
-        mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "run"), words="kidney"))
-    mrm.pretrain(record_run(films, tmp_path / "alone", steps=1, image_only=True))
-    with pytest.raises(common.InputError, match="expected a run with reports, found images only"):
-        mrm.draw_attention(mrm.MRMConfig(weights=str(tmp_path / "alone")))
-
-
-def test_patches_are_red_above_zero_and_blue_below():
-    films = torch.full((2, 1, 4, 4), 0.5)
-    drawn = mrm.overlay(films, torch.tensor([[2.0, -1.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0]]))
-    assert torch.equal(drawn[1], films[1].expand(3, -1, -1))
-    for (y, x), alpha, colour in (
-        ((0, 0), 0.6, (1, 0, 0)), ((0, 2), 0.3, (0, 0, 1)), ((2, 0), 0, (0, 0, 0)),
-        ((3, 3), 0.15, (1, 0, 0)),
-    ):  # fmt: skip
-        expected = 0.5 * (1 - alpha) + alpha * torch.tensor(colour)
-        torch.testing.assert_close(drawn[0, :, y, x], expected)
 
 
 def test_the_shapes_in_the_head_are_those_of_the_tiny_preset():
@@ -830,19 +736,13 @@ def file_of(path, content):
 
 def vit_tensors(**extra):
     torch.manual_seed(3)
-    return randomised(mrm.ViT(16, 4, 1, 24, 2, 3)).state_dict() | extra
+    return randomised(vit.ViT(16, 4, 1, 24, 2, 3)).state_dict() | extra
 
 
 WRAPPED = {
     "model": lambda t: {"model": t},
     "state_dict": lambda t: {"state_dict": t, "epoch": 3},
-    "model_ema": lambda t: {"model_ema": t},
     "a model that is a name": lambda t: {"model": "vit_b", "state_dict": t},
-    "teacher": lambda t: {
-        "student": {},
-        "teacher": {"module.backbone." + n: x for n, x in t.items()}
-        | {"module.head.mlp.weight": torch.ones(3)},
-    },
     "compiled": lambda t: {"model": {"module._orig_mod." + n: x for n, x in t.items()}},
     "encoder and decoder": lambda t: (
         {"encoder." + n: x for n, x in t.items()} | {"decoder.blocks.0.w": torch.ones(2)}
@@ -854,48 +754,13 @@ WRAPPED = {
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_usual_wrappings_are_opened(tmp_path, kind):
     plain = vit_tensors()
-    tensors, saved = mrm.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
-    assert mrm.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
+    tensors, saved = vit.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
+    assert vit.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
         img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
     )
-    model = mrm.ViT(16, 4, 1, 24, 2, 3)
-    mrm.load_encoder(model, tensors, "w.pt")
+    model = vit.ViT(16, 4, 1, 24, 2, 3)
+    vit.load_encoder(model, tensors, "w.pt")
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
-
-
-def test_several_encoders_in_a_file_are_refused(tmp_path):
-    both = {
-        f"{part}.{name}": tensor
-        for part in ("student", "momentum")
-        for name, tensor in vit_tensors().items()
-    }
-    with pytest.raises(
-        common.InputError, match=r"expected one encoder, found several: 'momentum\.', 'student\.'"
-    ):
-        mrm.read_weights(file_of(tmp_path / "w.pt", both))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "blocks.0.ls1.gamma",
-        "blocks.1.attn.q_norm.weight",
-        "reg_token",
-        "register_tokens",
-        "norm_pre.weight",
-        "blocks.0.attn.relative_position_bias_table",
-        "rel_pos_bias.weight",
-        "dist_token",
-        "patch_embed.norm.weight",
-        "blocks.2.norm1.weight",
-        "rope_embed.periods",
-    ],
-)
-def test_tensors_that_would_change_the_result_are_refused_by_name(name):
-    with pytest.raises(
-        common.InputError, match=rf"w\.pt: .*no place for {name}, which changes its result"
-    ):
-        mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**{name: torch.ones(24)}), "w.pt")
 
 
 def test_decoders_and_old_heads_may_be_left(capsys):
@@ -909,49 +774,10 @@ def test_decoders_and_old_heads_may_be_left(capsys):
             "head_dist.bias",
         )
     }
-    mrm.load_encoder(mrm.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
+    vit.load_encoder(vit.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
     assert (
         "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
     )
-
-
-@pytest.mark.parametrize(
-    "name, spoil, message",
-    [
-        (
-            "blocks.0.norm1.weight",
-            lambda x: x / 0,
-            "expected finite numbers, found NaN or infinity",
-        ),
-        ("cls_token", lambda x: x.double() * 1e300, "expected finite numbers"),
-        (
-            "blocks.1.mlp.fc1.bias",
-            lambda x: x.long(),
-            "expected floating-point numbers, found torch.int64",
-        ),
-        ("pos_embed", lambda x: x.to_sparse(), "expected floating-point numbers"),
-        (
-            "pos_embed",
-            lambda x: x[:, 1:],
-            r"expected positions \(1, 1 \+ n\*n, width\).* found \(1, 16, 24\)",
-        ),
-        ("pos_embed", lambda x: torch.cat([x, x[:, :1]], 1), r"found \(1, 18, 24\)"),
-        ("pos_embed", lambda x: x[:, :13], r"found \(1, 13, 24\)"),
-        ("pos_embed", lambda x: x[0], r"found \(17, 24\)"),
-        (
-            "patch_embed.proj.weight",
-            lambda x: x[:, 0],
-            "the encoder does not fit: patch_embed.proj.weight",
-        ),
-    ],
-)
-def test_tensors_that_are_no_weights_are_refused_by_name(name, spoil, message):
-    tensors = vit_tensors()
-    with pytest.raises(common.InputError, match=f"w.pt: .*{message}") as error:
-        mrm.load_encoder(
-            mrm.ViT(16, 4, 1, 24, 2, 3), tensors | {name: spoil(tensors[name])}, "w.pt"
-        )
-    assert name in str(error.value)
 
 
 def test_heads_are_known_or_asked_for():
@@ -961,37 +787,27 @@ def test_heads_are_known_or_asked_for():
             "pos_embed": torch.ones(1, 17, dim),
             "blocks.0.x": torch.ones(1),
         }
-        return mrm.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
+        return vit.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
 
     assert [sizes(dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
     assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
     for dim in (64, 320, 1152):
         with pytest.raises(
-            common.InputError, match=f"weights of width {dim}; give it with --num-heads"
+            common.InputError, match=f"expected --num-heads, which weights of width {dim}"
         ):
             sizes(dim)
-    for known in (
-        dict(embed_dim=24),
-        dict(img_size=16, patch_size=4, embed_dim=-24, depth=2, num_heads=3),
-        dict(img_size="16", patch_size=4, embed_dim=24, depth=2, num_heads=3),
-    ):
-        with pytest.raises(common.InputError, match="w.pt: expected whole numbers above 0"):
-            mrm.encoder_sizes({}, {"sizes": known}, "w.pt")
 
 
 def test_a_run_goes_on_for_more_steps_and_never_for_fewer(films, tmp_path, capsys):
     mrm.pretrain(record_run(films, tmp_path / "run", steps=2))
     with pytest.raises(
-        common.InputError, match="expected at least the 2 steps of the run in .*last.pt, found 1"
+        common.InputError, match="expected at least the 2 steps that .*last.pt has taken, found 1"
     ):
         mrm.pretrain(record_run(films, tmp_path / "run", steps=1, resume=True))
     result = mrm.pretrain(
         record_run(films, tmp_path / "run", steps=None, epochs=0.5, resume=True)
     )  # 4 of 32 / 4
-    assert (
-        result["steps"] == 4
-        and "going on to 4 steps instead of 2; from step 3 on" in capsys.readouterr().out
-    )
+    assert result["steps"] == 4
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[3]["lr_of_step"] == pytest.approx(mrm.cosine_lr(3, 4, 0, result["lr"]))
@@ -1014,7 +830,7 @@ def test_a_run_starts_from_another_with_its_decoders_and_vocabulary(films, tmp_p
     mrm.pretrain(record_run(root, tmp_path / "alone", **options))
     on = dict(weights=str(tmp_path / "first"), steps=1, lr=1e-12, weight_decay=0.0)
     capsys.readouterr()
-    mrm.pretrain(record_run(root, tmp_path / "on", **on, allow_outside=True))
+    mrm.pretrain(record_run(root, tmp_path / "on", **on))
     assert "the vocabulary of" in capsys.readouterr().out
     vocabulary = {
         name: (tmp_path / name / "tokenizer.tiktoken").read_bytes()
@@ -1099,14 +915,9 @@ def test_a_run_says_how_many_records_have_no_report(films, tmp_path, capsys):
     losses = [line["report_loss"] for line in log]
     assert 0 in losses and max(losses) > 3 and result["heldout_report_loss"] > 3
     mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
-    for kept in (slice(0, 20), slice(35, 40)):
-        lines = list(blank)
-        lines[kept] = rows[kept]
-        table.write_text("\n".join([head, *lines]) + "\n")
-        with pytest.raises(
-            common.InputError, match="a report among the held-out records and among"
-        ):
-            mrm.pretrain(record_run(root, tmp_path / "other", steps=1))
+    table.write_text("\n".join([head, *blank]) + "\n")
+    with pytest.raises(common.InputError, match="a report of a record"):
+        mrm.pretrain(record_run(root, tmp_path / "other", steps=1))
 
 
 def test_a_checkpoint_names_the_films_that_it_was_trained_on(films, tmp_path):
@@ -1117,8 +928,8 @@ def test_a_checkpoint_names_the_films_that_it_was_trained_on(films, tmp_path):
     expected = [i < 32 and i != 3 for i in range(40)]  # 8 of the others are held out
 
     def trained(out):
-        hashes = common.load_checkpoint(tmp_path / out / "last.pt")["trained_on"]
-        return data.trained_on(films, names, hashes)[0]
+        seen = set(common.load_checkpoint(tmp_path / out / "last.pt")["trained_on"])
+        return [unit in seen for unit in data.units(films, names)]
 
     assert trained("run") == expected
     more = dict(steps=1, weights=str(tmp_path / "run"), holdout=12)
@@ -1138,7 +949,7 @@ def test_a_run_knows_its_records(films, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(lr=1e30, warmup=0.0), dict(base_lr=1e32, warmup=0.0)], ids=["lr", "base_lr"]
+    "options", [dict(lr=1e30, warmup=0.0), dict(lr=1e36, warmup=0.0)], ids=["lr", "far"]
 )
 def test_a_loss_that_is_not_finite_is_noticed_at_its_step(films, tmp_path, options, monkeypatch):
     monkeypatch.setattr(common.Saving.__init__, "__defaults__", (1, -1))  # every step is saved
@@ -1186,7 +997,7 @@ import sys
 sys.path.insert(0, {repository!r})
 import torch, data, finetune, mrm
 def noise_of(images, p):
-    return (mrm.patchify(images, p).sum(-1) * 997) % 1
+    return (vit.patchify(images, p).sum(-1) * 997) % 1
 encode = mrm.MRM.encode
 def encode_by_image(self, images, ratio, noise=None):
     return encode(self, images, ratio, noise_of(images, self.patch_size))
@@ -1221,7 +1032,7 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, 
         DRIVER.format(
             repository=str(Path(mrm.__file__).parent),
             root=str(root),
-            rate="base_lr=0.032" if script == "mrm" else "lr=1e-3",
+            rate="lr=1e-3",
         )
     )
     runs = {
@@ -1284,32 +1095,13 @@ def test_held_out_losses_hide_the_same_every_time(films, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_bad_images_and_images_outside_are_refused_or_read_as_asked(films, tmp_path, capsys):
-    root = tmp_path / "root"
-    shutil.copytree(films, root)
-    (root / "images" / "3.png").write_bytes(b"no image")
-    with pytest.raises(common.InputError, match=r"3\.png"):
-        mrm.pretrain(record_run(root, tmp_path / "run", steps=1))
-    result = mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True))
-    assert result["records"] == 40 - 8 - 1 and "1 of 40 images" in capsys.readouterr().err
-    shutil.move(root / "images" / "4.png", tmp_path / "4.png")
-    table = (root / "training.csv").read_text()
-    (root / "training.csv").write_text(table.replace("\n4.png", f"\n{tmp_path}/4.png"))
-    with pytest.raises(common.InputError, match="--allow-outside"):
-        mrm.pretrain(record_run(root, tmp_path / "run", steps=1, skip_bad=True))
-    result = mrm.pretrain(
-        record_run(root, tmp_path / "run", steps=1, skip_bad=True, allow_outside=True)
-    )
-    assert result["records"] == 40 - 8 - 1
-
-
 NET = dict(img_size=24, patch_size=4, embed_dim=24, depth=6, num_heads=3, channels=8)
 
 
 def upernet(**options):
     """A UPerNet in eval mode, away from its initialisation, norms included."""
     torch.manual_seed(0)
-    model = mrm.UPerNet(**NET | options).eval()
+    model = segment.UPerNet(**NET | options).eval()
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
@@ -1320,7 +1112,7 @@ def upernet(**options):
 
 def test_upernet_taps_the_blocks_of_the_paper():
     vit = dict(img_size=16, patch_size=8, embed_dim=8, num_heads=2)
-    chosen = {depth: mrm.UPerNet(4, depth=depth, **vit).chosen for depth in (12, 6, 4, 1)}
+    chosen = {depth: segment.UPerNet(4, depth=depth, **vit).chosen for depth in (12, 6, 4, 1)}
     assert chosen == {12: [4, 6, 8, 12], 6: [2, 3, 4, 6], 4: [2, 2, 3, 4], 1: [1, 1, 1, 1]}
     model, images, after, maps = upernet(), torch.randn(2, 1, 24, 24), [], []
     for block in model.blocks:
@@ -1483,152 +1275,6 @@ def hugging_face(dinov2):
     return t, tokens
 
 
-@pytest.mark.parametrize("dinov2", [False, True], ids=["vit", "dinov2"])
-@pytest.mark.parametrize("wrapping", ["", "vit.", "safetensors", "timm", "visual.trunk."])
-def test_other_layouts_compute_what_they_say(tmp_path, dinov2, wrapping):
-    tensors, tokens = hugging_face(dinov2)
-    path = tmp_path / "weights.pt"
-    if wrapping in ("timm", "visual.trunk."):  # timm's names keep LayerScale apart
-        tensors = {
-            name: tensor
-            for name, tensor in mrm.as_timm(
-                {n: x for n, x in tensors.items() if "layer_scale" not in n}
-            ).items()
-        } | {
-            f"blocks.{i}.ls{k}.gamma": tensors[f"encoder.layer.{i}.layer_scale{k}.lambda1"]
-            for i in range(2)
-            for k in (1, 2)
-            if dinov2
-        }
-    if wrapping == "safetensors":
-        safetensors = pytest.importorskip("safetensors.torch")
-        path = tmp_path / "weights.safetensors"
-        safetensors.save_file(tensors, path)
-    else:
-        start = wrapping if wrapping.endswith(".") else ""
-        common.save_checkpoint(path, {start + name: tensor for name, tensor in tensors.items()})
-    read, saved = mrm.read_weights(path)
-    sizes = mrm.encoder_sizes(read, saved, path, num_heads=3)
-    assert sizes["img_size"] == 12 and sizes["depth"] == 2
-    model = mrm.ViT(**sizes, num_classes=2).eval()
-    mrm.load_encoder(model, read, path)
-    images = torch.randn(2, 1, 12, 12)
-    torch.testing.assert_close(model.tokens(images), tokens(images), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "extra, message",
-    [
-        ("embeddings.register_tokens", "no place for .*register_tokens"),
-        ("encoder.layer.0.mlp.weights_in.weight", "no place for blocks.0.mlp.weights_in.weight"),
-        ("encoder.layer.0.mlp.gate_proj.weight", "no place for blocks.0.mlp.gate_proj.weight"),
-        ("embeddings.distillation_token", "no place for distillation_token"),
-        ("encoder.layer.0.attention.attention.q_norm.weight", "no place for blocks.0.attn.q_norm"),
-    ],
-)
-def test_encoders_that_compute_otherwise_are_refused_by_name(tmp_path, extra, message):
-    tensors, _ = hugging_face(True)
-    common.save_checkpoint(tmp_path / "w.pt", tensors | {extra: torch.ones(1, 4, 12)})
-    read, saved = mrm.read_weights(tmp_path / "w.pt")
-    with pytest.raises(common.InputError, match=message):
-        mrm.load_encoder(mrm.ViT(12, 4, 1, 12, 2, 3), read, "w.pt")
-    if "q_norm" not in extra:  # refused before the sizes are read, which register tokens disturb
-        with pytest.raises(common.InputError, match=message):
-            mrm.encoder_sizes(read, saved, "w.pt", num_heads=3)
-
-
-@pytest.mark.parametrize(
-    "name, shape",
-    [
-        ("encoder.layer.0.layer_scale1.lambda1", (5,)),
-        ("encoder.layer.1.layer_scale2.lambda1", ()),
-        ("encoder.layer.0.attention.attention.key.weight", (12, 11)),
-        ("encoder.layer.0.attention.attention.value.bias", ()),
-        ("encoder.layer.0.attention.attention.value.bias", None),
-        ("encoder.layer.1.mlp.fc2.bias", None),
-        ("encoder.layer.0.attention.output.dense.weight", (7, 12)),
-    ],
-)
-def test_layouts_with_parts_that_do_not_fit_are_refused(tmp_path, name, shape):
-    tensors, _ = hugging_face(True)
-    del tensors[name]
-    if shape is not None:
-        tensors[name] = torch.ones(shape)
-    common.save_checkpoint(tmp_path / "w.pt", tensors)
-    read, _ = mrm.read_weights(tmp_path / "w.pt")
-    with pytest.raises(
-        common.InputError, match=r"w.pt: the encoder does not fit: .*blocks\.[01]\."
-    ):
-        mrm.load_encoder(mrm.ViT(12, 4, 1, 12, 2, 3), read, "w.pt")
-
-
-def test_two_layouts_in_one_file_are_refused(tmp_path):
-    tensors, _ = hugging_face(False)
-    common.save_checkpoint(tmp_path / "w.pt", tensors | {"cls_token": torch.ones(1, 1, 12)})
-    with pytest.raises(common.InputError, match="both embeddings.cls_token and cls_token"):
-        mrm.read_weights(tmp_path / "w.pt")
-
-
-@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
-@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
-def test_encoders_of_transformers_compute_the_same(tmp_path, kind, file):
-    """transformers has other names in its files than version 5 in memory: both are read."""
-    transformers = pytest.importorskip("transformers")
-    mlp = {"intermediate_size": 96} if kind == "ViT" else {}
-    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, **mlp)
-    settings = getattr(transformers, kind + "Config")(image_size=12, patch_size=4, **sizes)
-    theirs = getattr(transformers, kind + "Model")(settings).eval()
-    generator = torch.Generator().manual_seed(7)
-    for parameter in theirs.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-    theirs.save_pretrained(tmp_path)
-    common.save_checkpoint(tmp_path / "state.pt", theirs.state_dict())
-    tensors, saved = mrm.read_weights(tmp_path / file)
-    model = mrm.ViT(**mrm.encoder_sizes(tensors, saved, file, num_heads=3), num_classes=2).eval()
-    mrm.load_encoder(model, tensors, file)
-    images = torch.randn(2, 1, 12, 12)
-    with torch.no_grad():
-        expected = theirs(images.expand(-1, 3, -1, -1), output_hidden_states=True).hidden_states[-1]
-        torch.testing.assert_close(model.tokens(images), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_safetensors_of_every_type_against_the_library(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    types = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
-    types += [torch.int32, torch.int16, torch.int8, torch.bool]
-    tensors = {f"t{i}": torch.arange(6).reshape(2, 3).to(kind) for i, kind in enumerate(types)}
-    tensors["empty"], tensors["one"] = torch.zeros(0, 3), torch.tensor(4.0)
-    safetensors.save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
-    found = common.load_checkpoint(tmp_path / "a.safetensors")["model"]
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-        b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,8]}}',
-        b'{"a":{"dtype":"Q4","shape":[2],"data_offsets":[0,8]}}',
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-        b'"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-        b"[1, 2]",
-        b"nonsense",
-    ],
-)
-def test_damaged_safetensors_are_one_line(tmp_path, header):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(common.InputError, match="a.safetensors: not readable as safetensors"):
-        common.load_checkpoint(path)
-    path.write_bytes((2**60).to_bytes(8, "little") + header)
-    with pytest.raises(common.InputError, match="not readable as safetensors"):
-        common.load_checkpoint(path)
-
-
 def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
     """Every crop of a large film has at least the pixels that it becomes; a small film is kept."""
     paths = [str(tmp_path / name) for name in ("a.png", "b.png", "large.png", "small.png")]
@@ -1640,7 +1286,7 @@ def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
     config = dict(preset="small", holdout=2, image_only=True, device="cpu")
     config = mrm.fill_options(mrm.MRMConfig(**config), world=1)
     images = mrm.load_records(config, paths, [""] * 4, torch.device("cpu")).images
-    shapes = [tuple(images.read(i).shape) for i in (0, 1)]
+    shapes = [tuple(images.reader(item).shape) for item in images.items]
     assert shapes == [(1, 1335, 1157), (1, 300, 400)]
     seen, resize = [], data.resize
     monkeypatch.setattr(data, "resize", lambda x, *how: seen.append(x.shape[1:]) or resize(x, *how))
@@ -1651,29 +1297,6 @@ def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
     assert len(seen) == 60 and min(narrow) >= 448 and min(narrow) < 700
     tiny = mrm.fill_options(mrm.MRMConfig(holdout=2, image_only=True), world=1)
     assert mrm.load_records(tiny, paths, [""] * 4, torch.device("cpu")).images.size == 96
-
-
-def test_reconstruct_sees_films_at_the_scale_of_training(tmp_path, monkeypatch):
-    """The films of the picture are darker than the rest: alone they would be stretched."""
-    (tmp_path / "images").mkdir()
-    rows = ["image_path,report_content"]
-    for i in range(12):
-        top = 200 if i >= 8 else 3000  # the last four are held out
-        pixels = np.linspace(0, top, 96 * 96).reshape(96, 96).astype(np.uint16)
-        Image.fromarray(pixels).save(tmp_path / f"images/{i}.png")
-        rows.append(f"{i}.png,the heart is large")
-    (tmp_path / "training.csv").write_text("\n".join(rows) + "\n")
-    run = mrm.MRMConfig(
-        data="csv", root=str(tmp_path), out=str(tmp_path / "run"), steps=2, batch_size=4,
-        holdout=4, vocab_size=260, device="cpu",
-    )  # fmt: skip
-    mrm.pretrain(run)
-    seen, pictures = [], mrm.restored_pictures
-    monkeypatch.setattr(
-        mrm, "restored_pictures", lambda m, images, c: seen.append(images) or pictures(m, images, c)
-    )
-    mrm.reconstruct(mrm.MRMConfig(weights=str(tmp_path / "run"), device="cpu"))
-    assert seen[0].max() < 0.06  # 200 of 4095; alone it would be 200 of 255
 
 
 def test_a_run_is_not_resumed_with_another_batch_of_a_step(tmp_path):
@@ -1688,47 +1311,14 @@ def test_a_run_is_not_resumed_with_another_batch_of_a_step(tmp_path):
 
 def counted(monkeypatch):
     """Counts the calls of attention."""
-    calls, forward = [], mrm.Attention.forward
+    calls, forward = [], vit.Attention.forward
 
     def counting(self, *args):
         calls.append(self)
         return forward(self, *args)
 
-    monkeypatch.setattr(mrm.Attention, "forward", counting)
+    monkeypatch.setattr(vit.Attention, "forward", counting)
     return calls
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_checkpointed_blocks_change_no_loss_and_no_gradient(autocast, monkeypatch):
-    torch.manual_seed(0)
-    plain = randomised(mrm.MRM(**TINY | {"report_dropout": 0.5}, vocab_size=30)).train()
-    again = mrm.checkpoint_blocks(copy.deepcopy(plain))
-    assert list(again.state_dict()) == list(plain.state_dict())
-    tokens, hidden = torch.randint(30, (4, 9)), torch.rand(4, 9) < 0.5
-    padding = torch.arange(9) >= torch.tensor([[9], [5], [7], [9]])
-    report = tokens, tokens.masked_fill(hidden, 0), hidden & ~padding, padding
-    images, calls, results = torch.rand(4, 1, 32, 32), counted(monkeypatch), []
-    for model in (plain, again):
-        torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            losses = model(images, report)
-        sum(losses).backward()
-        after = torch.rand(())  # the same numbers come next
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append([*losses, after, *gradients])
-        assert len(calls) == {id(plain): 4, id(again): 12}[id(model)]  # 4, then two times 4
-    assert len(results[0]) > 40 and all(map(torch.equal, *results))
-
-
-def test_a_run_with_checkpointed_blocks_is_the_run_without(films, tmp_path, monkeypatch):
-    first = mrm.pretrain(record_run(films, tmp_path / "a"))
-    calls = counted(monkeypatch)
-    again = mrm.pretrain(record_run(films, tmp_path / "b", checkpoint_activations=True))
-    losses = [name for name in first if name.endswith("loss")]
-    assert [first[name] for name in losses] == [again[name] for name in losses]
-    assert len(calls) == 4 * (3 + 3 + 3)  # three blocks: forward, backward, held-out records
-    going_on = record_run(films, tmp_path / "b", resume=True, steps=5)  # the option may change
-    assert mrm.pretrain(going_on)["steps"] == 5
 
 
 def table_of(text):
