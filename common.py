@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -22,6 +23,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +241,18 @@ def from_all(value, world):
     if world > 1:
         torch.distributed.all_gather_object(values, value)
     return values
+
+
+def over_images(function, paths, verb="reading images"):
+    """[function(path) for path in paths] with a progress bar, many paths in a process per core.
+    `function` can be pickled. (Threads fight for Python's lock and take twice the time of none.)"""
+    bar = functools.partial(tqdm, desc=verb, total=len(paths), leave=False, delay=1)
+    if len(paths) < 200:
+        return list(bar(map(function, paths)))
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,)) as pool:
+        return list(bar(pool.map(function, paths, chunksize=16)))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -22,12 +22,10 @@ import heapq
 import io
 import itertools
 import math
-import multiprocessing
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +33,10 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from common import (
-    InputError, atomic_write, option, parse_config, read_text, run_script, seeded, warn)
+    InputError, atomic_write, option, over_images, parse_config, read_text, run_script, seeded,
+    warn)
 from kernels import warp
 
 # --------------------------------------------------------------------------------------------------
@@ -190,18 +188,6 @@ def read_image(path, short_side=None, enlarge=True):
     return image
 
 
-def over_images(function, paths, verb="reading images"):
-    """[function(path) for path in paths] with a progress bar, many paths in a process per core.
-    `function` can be pickled. (Threads fight for Python's lock and take twice the time of none.)"""
-    bar = functools.partial(tqdm, desc=verb, total=len(paths), leave=False, delay=1)
-    if len(paths) < 200:
-        return list(bar(map(function, paths)))
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    with ProcessPoolExecutor(cores, context, torch.set_num_threads, (1,)) as pool:
-        return list(bar(pool.map(function, paths, chunksize=16)))
-
-
 def pixel_hash(path):
     """(hash of the decoded pixels, "") of an image, ("", what is wrong) where it is unreadable."""
     try:
@@ -330,6 +316,8 @@ def read_parts(data, root, split="", ratio=100):
         folder = next((f for f in (root / "splits" / split, root / split) if f.is_dir()), root)
         names = {part: next((f.name for f in folder.glob(f"*{part}.txt")), f"{part}.txt")
                  for part in names}
+    elif split:
+        raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
     parts = {}
     for part in ("train", "val", "test"):
         path = folder / names[part]

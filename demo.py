@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import InputError, option, parse_config, run_script, write_csv, write_json
-from data import over_images
+from common import InputError, option, over_images, parse_config, run_script, write_csv, write_json
 
 # --------------------------------------------------------------------------------------------------
 # Chest films and their reports

@@ -511,6 +511,9 @@ def finetune(config):
     device, rank, world = common.join(config)
     config = fill_cell(config)
     parts, classes = read_lists(config)
+    for name, part in parts.items():
+        if not any({0.0, 1.0} <= set(column) for column in part.labels.T.tolist()):
+            raise InputError(f"the {name} list", "both labels of at least one class", "one in each")
     tensors, known = read_start(config, classes)
     config, sizes = fill_options(config, tensors, known, len(parts["train"].names))
     steps = common.number_of_steps(config, len(parts["train"].names), config.batch_size)
@@ -522,6 +525,9 @@ def finetune(config):
     log = common.RunLog(config.out, config, rank, saved and saved["history"], start)
     describe(config, model, len(parts["train"].names), steps, device, rank)
     warn_of_trained(config, parts["test"], known)
+    if rank == 0:  # a table is divided here; whoever reports a number wants to know how
+        common.write_csv(log.out / "split.csv", ["image", "split"],
+                         [[name, part] for part, listed in parts.items() for name in listed.names])
     best = train(config, model, parts, steps, saved, facts, log, device, world)
     about = {"classes": classes, "pool": config.pool, "test_side": config.test_side}
     save_best(config, model, parts, best, sizes, tensors, known, log, about)
@@ -655,6 +661,9 @@ def load_run(run, base="", make=None):
         lora.load_adapter(model, path)
         lora.merge_lora(model)
     else:
+        lost = [name for name in lora.lora_state_dict(model) if name not in saved["model"]]
+        if lost:  # a random head would predict without a word
+            raise InputError(path, f"{lost[0]} of a fine-tuning run", "none")
         vit.load_encoder(model, saved["model"], path)
     return model.eval(), saved
 
@@ -713,6 +722,8 @@ def compare(config):
     out, rows = Path(config.out or "runs/compare"), {}
     cells = list_cells(config)
     names = {"-".join([Path(key[0]).name, *map(str, key[1:])]): key for key in cells}
+    if len(names) < len(cells) or len(set(config.inits.split(","))) < config.inits.count(",") + 1:
+        raise InputError("--inits", "names that differ, since they name the rows", config.inits)
     runs = common.run_cells(out, {name: cells[key] for name, key in names.items()}, finetune)
     for name, result in runs:
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))

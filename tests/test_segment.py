@@ -1,0 +1,169 @@
+"""segment.py: UPerNet's loss and metrics against plain formulas; runs, resuming, prediction."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import segment
+from segment import SegmentConfig
+
+
+@pytest.fixture(scope="session")
+def holes(tmp_path_factory):
+    """Films of two shapes with a bright rectangle, or none, and its mask."""
+    root = tmp_path_factory.mktemp("holes")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    rng, count = np.random.default_rng(0), 0
+    for part, n in (("train_list", 24), ("val_list", 12), ("test_list", 12)):
+        lines = []
+        for i in range(n):
+            name, count = f"{count:04d}", count + 1
+            image = rng.integers(60, 110, (40, 40 + 20 * (i % 2))).astype(np.uint8)
+            mask = np.zeros(image.shape, bool)
+            if i % 3:
+                y, x = rng.integers(2, 18, 2)
+                mask[y : y + rng.integers(10, 20), x : x + rng.integers(10, 20)] = True
+            image[mask] += 110
+            Image.fromarray(image).save(root / "images" / f"{name}.bmp")
+            Image.fromarray(mask).save(root / "masks" / f"{name}.png")
+            lines.append(f"{name}.bmp")
+        (root / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def blobs(n=40, side=12, seed=0):
+    """Logits and masks of which some are empty, and which agree more or less."""
+    rng = np.random.default_rng(seed)
+    masks = np.kron(rng.random((n, 3, 3)) < 0.3, np.ones((side // 3, side // 3))) > 0
+    masks[::4] = False
+    logits = rng.normal(size=masks.shape) - 2 + 3 * masks * rng.random((n, 1, 1))
+    logits[::8] -= 4
+    return torch.tensor(logits).float(), torch.tensor(masks)
+
+
+def test_segmentation_loss_against_its_equations():
+    rng = np.random.default_rng(0)
+    logits, masks = rng.normal(size=(3, 2, 5, 4)) * 2, (rng.random((3, 1, 5, 4)) < 0.3) * 1.0
+    masks[2] = 0
+    expected = 0
+    for weight, channel in ((1, 0), (0.4, 1)):
+        focal, dice = [], []
+        for x, y in zip(logits[:, channel], masks[:, 0]):
+            p = 1 / (1 + np.exp(-x))
+            for a, b in zip(p.ravel(), y.ravel()):
+                q = a if b else 1 - a
+                focal.append(-0.5 * (1 - q) ** 2 * np.log(q))
+            dice.append(1 - (2 * (p * y).sum() + 1) / ((p * p).sum() + y.sum() + 1))
+        expected += weight * (2 * np.mean(focal) + np.mean(dice))
+    logits, masks = torch.tensor(logits), torch.tensor(masks)
+    assert segment.segmentation_loss(logits, masks).item() == pytest.approx(expected)
+    one = segment.segmentation_loss(logits[:, :1], masks).item()
+    assert one == pytest.approx(
+        segment.segmentation_loss(logits * torch.tensor([1, 0])[:, None, None], masks).item()
+        - 0.4 * segment.segmentation_loss(0 * logits[:, :1], masks).item()
+    )
+
+
+def test_each_dice_against_a_plain_formula():
+    logits, masks = blobs()
+    counts = segment.count_pixels(segment.find_pixels(logits, 0.4, 5), masks)
+    found = torch.sigmoid(logits).numpy() > 0.4
+    found[found.sum((1, 2)) < 5] = False
+    truth = masks.numpy()
+    each = []
+    for a, b in zip(found, truth):
+        both = np.logical_and(a, b).sum()
+        each.append(1.0 if not a.any() and not b.any() else 2 * both / (a.sum() + b.sum()))
+    some = [dice for dice, b in zip(each, truth) if b.any()]
+    both, either = (found & truth).sum(), found.sum() + truth.sum()
+    off, either_off = (~found & ~truth).sum(), (~found).sum() + (~truth).sum()
+    scores = segment.dice_scores(counts, 144, 2000)
+    assert len(some) < len(each) and any(dice == 1 for dice in each) and 0 in each
+    assert scores["dice"][0] == pytest.approx(np.mean(some))
+    assert scores["dice_all"][0] == pytest.approx(np.mean(each))
+    assert scores["dice_official"][0] == pytest.approx(
+        (2 * both / either + 2 * off / either_off) / 2
+    )
+    rng, draws = np.random.default_rng(5), []
+    for _ in range(2000):
+        rows = rng.integers(len(each), size=len(each))
+        draws.append(
+            [
+                np.mean([each[i] for i in rows if truth[i].any()]),
+                np.mean([each[i] for i in rows]),
+                ((found & truth)[rows].sum() / (found[rows].sum() + truth[rows].sum()))
+                + (~found & ~truth)[rows].sum() / ((~found[rows]).sum() + (~truth[rows]).sum()),
+            ]
+        )
+    for values, expected in zip(scores.values(), np.array(draws).T, strict=True):
+        ours, theirs = (np.percentile(x, [2.5, 97.5]) for x in (values[1:], expected))
+        assert ours == pytest.approx(theirs, abs=0.02)
+    empty = np.zeros((3, 4), int)
+    assert np.isnan(segment.dice_scores(empty, 9)["dice"][0])
+    assert segment.dice_scores(empty, 9)["dice_all"][0] == 1
+
+
+def test_threshold_and_smallest_area_are_the_best_of_all():
+    logits, masks = blobs(seed=3)
+    chosen = segment.choose_threshold(logits, masks)
+    best = max(
+        segment.dice_scores(
+            segment.count_pixels(segment.find_pixels(logits, t / 10, area), masks), 144
+        )["dice_all"][0]
+        for t in range(1, 10)
+        for area in (0, 1, 2, 3, 5, 6, 8, 9, 12, 15)
+    )
+    assert chosen["dice"] == pytest.approx(best)
+    counts = segment.count_pixels(
+        segment.find_pixels(logits, chosen["threshold"], chosen["smallest"]), masks
+    )
+    assert segment.dice_scores(counts, 144)["dice_all"][0] == pytest.approx(best)
+    assert chosen["smallest"] > 0  # the noise in empty images makes it worth something
+
+
+def run(root, out, **options):
+    options = dict(weights="scratch", steps=4, evaluations=2, device="cpu", batch_size=16,
+                   img_size=48, channels=8, min_crop=0.6) | options
+    return SegmentConfig(data="csv", root=str(root), out=str(out), **options)
+
+
+@pytest.mark.parametrize("options", [{}, dict(lora=True, norm="group"), dict(method="linear")])
+def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, monkeypatch, options):
+    whole = segment.segment(run(holes, tmp_path / "whole", **options))
+    assert {"dice", "dice_ci", "dice_all", "threshold", "smallest", "area_error"} <= whole.keys()
+    left = {path.name for path in (tmp_path / "whole").iterdir()}
+    best = "adapter.pt" if "lora" in options else "best.pt"
+    assert {"config.json", "log.jsonl", "result.json", "overlays.png", best} <= left
+
+    def stop_after_two(log, config, world, state):
+        save(log, config, world, state)
+        if state["step"] == 2:
+            raise KeyboardInterrupt
+
+    save, part = common.save_state, run(holes, tmp_path / "part", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_state", stop_after_two)
+        segment.segment(part)
+    segment.segment(dataclasses.replace(part, resume=True))
+    a, b = (common.load_checkpoint(tmp_path / name / "last.pt")["model"]
+            for name in ("whole", "part"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_prediction_writes_a_mask_of_the_size_of_each_film(holes, tmp_path):
+    segment.segment(run(holes, tmp_path / "run", lora=True, norm="group"))
+    segment.predict_folder(SegmentConfig(
+        predict=str(holes / "images"), weights=str(tmp_path / "run"), out=str(tmp_path / "masks"),
+        device="cpu"))
+    mask = np.asarray(Image.open(tmp_path / "masks/0001.png"))
+    assert mask.shape == (40, 60) and set(np.unique(mask)) <= {0, 255}
+
+
+def test_bad_masks_are_one_line(holes, tmp_path):
+    with pytest.raises(common.InputError, match="none/0000.png: no such mask .24 of 24"):
+        segment.segment(run(holes, tmp_path / "run", masks=str(tmp_path / "none")))
