@@ -365,6 +365,9 @@ class RunLog:
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
         self.history = list(history or ())
         self.json("config.json", dataclasses.asdict(config))
+        if rank == 0:
+            for path in self.out.glob(".*.tmp"):  # left by a run that was killed while it wrote
+                path.unlink()
         if rank == 0 and history is None:
             for name in ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl"):
                 (self.out / name).unlink(missing_ok=True)

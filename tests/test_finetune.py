@@ -342,7 +342,7 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     ) == saved["val_auroc"]
     assert saved["images"] == {"train": 64, "val": 24, "test": 24} and saved["method"] == method
     ran = json.loads((tmp_path / "config.json").read_text())
-    recipe = recipes.SMALL[method] | finetune.FEW[method] | dict(steps=4, batch_size=16, probe=0.0)
+    recipe = recipes.SMALL[method] | recipes.FEW[method] | dict(steps=4, batch_size=16, probe=0.0)
     assert (
         {name: ran[name] for name in recipe} == recipe
         and ran["method"] == method

@@ -68,10 +68,10 @@ def state(out):
         saved = common.load_checkpoint(out / file)
         tensors |= {f"{file} {name}": tensor for name, tensor in saved["model"].items()}
         for i, own in enumerate(saved.get("ranks", ())):
-            tensors[f"random {i}"] = own["random"]["torch"]
+            tensors[f"random {i}"] = own["torch"]
             tensors |= {
                 f"pool {i} {side}": torch.stack(images)
-                for side, images in own["pools"].items()
+                for side, images in own["own"].items()
                 if images
             }
     timed = ("images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds")

@@ -997,7 +997,7 @@ import sys
 sys.path.insert(0, {repository!r})
 import torch, data, finetune, mrm
 def noise_of(images, p):
-    return (vit.patchify(images, p).sum(-1) * 997) % 1
+    return (mrm.patchify(images, p).sum(-1) * 997) % 1
 encode = mrm.MRM.encode
 def encode_by_image(self, images, ratio, noise=None):
     return encode(self, images, ratio, noise_of(images, self.patch_size))
