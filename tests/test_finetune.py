@@ -1260,3 +1260,33 @@ def deep_records(root, tops):
         (root / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
     (root / "classes.txt").write_text("A\n")
     return root
+
+
+def test_paired_differences_against_resampling_by_hand():
+    """Two models that err alike: their difference is far more certain than either score."""
+    scores, labels = scored(n=300, k=1)
+    better = scores + 0.3 * labels
+    rows = {
+        ("mrm", name, "10"): [({"auroc": finetune.mean_auroc(s, labels)}, d.mean(0))]
+        for name, s in (("lora", better), ("full", scores))
+        for d in [finetune.bootstrap_auroc(s, labels, resamples=4000)[2]]
+    }
+    line = finetune.compare_rows(*rows, *rows.values())
+    assert line[:3] == ["10", "mrm lora", "mrm full"] and line[-1] == "1 of 1"
+    rng, differences = np.random.default_rng(1), []
+    for _ in range(1000):
+        take = rng.integers(len(scores), size=len(scores))
+        differences.append(
+            roc_auc_score(labels[take, 0], better[take, 0])
+            - roc_auc_score(labels[take, 0], scores[take, 0])
+        )
+    low, high = (float(number) for number in line[4].strip("[]").split(","))
+    assert (low, high) == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=0.006)
+    assert float(line[3]) == pytest.approx(
+        roc_auc_score(labels[:, 0], better[:, 0]) - roc_auc_score(labels[:, 0], scores[:, 0]),
+        abs=6e-4,
+    )
+    spread = np.std(
+        [roc_auc_score(labels[t, 0], scores[t, 0]) for t in rng.integers(300, size=(300, 300))]
+    )
+    assert high - low < 2 * spread  # unpaired, it would be more than 5 times the spread

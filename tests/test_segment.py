@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 import common
+import data
+import finetune
 import segment
 from segment import SegmentConfig
 
@@ -167,3 +169,38 @@ def test_prediction_writes_a_mask_of_the_size_of_each_film(holes, tmp_path):
 def test_bad_masks_are_one_line(holes, tmp_path):
     with pytest.raises(common.InputError, match="none/0000.png: no such mask .24 of 24"):
         segment.segment(run(holes, tmp_path / "run", masks=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_upernet_overfits_one_image(holes, norm):
+    """To a Dice of 0.99, by the loss, the optimiser and the rate of a run. A batch norm needs
+    images that differ: there it is mirrored too."""
+    torch.manual_seed(0)
+    masks = data.find_masks(holes / "masks", ["0001"])
+    films = data.ImageSet([str(holes / "images/0001.bmp")], 48, masks=masks)
+    pair = films[0][0][None]
+    if norm == "batch":
+        pair = torch.cat([pair, pair.flip(2), pair.flip(3), pair.flip(2, 3)])
+    settings = run(
+        holes,
+        "",
+        optimizer="adamw",
+        lr=5e-3,
+        weight_decay=0.05,
+        layer_decay=0.65,
+        method="full",
+        norm=norm,
+        drop_path=0.0,
+    )
+    sizes = dict(img_size=48, patch_size=4, embed_dim=32, depth=3, num_heads=2)
+    model = segment.build_model(settings, sizes).train()
+    optimizer = finetune.make_optimizer(model, settings)
+    images = data.normalize(pair[:, :1])
+    for _ in range(150):
+        optimizer.zero_grad()
+        segment.segmentation_loss(model(images), pair[:, 1:]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        logits = model.eval()(images)[:, 0]
+    counts = segment.count_pixels(segment.find_pixels(logits, 0.5), pair[:, 1] > 0.5)
+    assert segment.dice_scores(counts, 48**2)["dice"][0] > 0.99
