@@ -6,9 +6,7 @@ The first number is the count of damaged files, the second one chooses them.
 """
 
 import argparse
-import json
 import os
-import shutil
 import warnings
 
 import numpy as np
@@ -19,8 +17,6 @@ from PIL import Image
 import common
 import data
 import lora
-import mrm
-import vit
 from common import InputError
 
 COUNT = int(os.environ.get("MEDVISION_FUZZ", 2000))
@@ -82,77 +78,6 @@ def model():
     return lora.add_lora(torch.nn.Sequential(torch.nn.Linear(6, 4)), rank=2, targets={"0": (True,)})
 
 
-def write_safetensors(path, tensors):
-    """The format by its description: 8 bytes of length, a header in JSON, the numbers."""
-    header, body = {"__metadata__": {"format": "pt"}}, b""
-    for name, tensor in tensors.items():
-        numbers = tensor.numpy().astype("<f4").tobytes()
-        place = [len(body), len(body) + len(numbers)]
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
-        body += numbers
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
-
-
-def write_weights(root):
-    """A ViT in Hugging Face's layout, with LayerScale, and an adapter of peft for it; returns the
-    readers of both."""
-    at = "encoder.layer.0."
-    shapes = {
-        "embeddings.cls_token": (1, 1, 8),
-        "embeddings.position_embeddings": (1, 5, 8),
-        "embeddings.patch_embeddings.projection.weight": (8, 3, 2, 2),
-        "embeddings.patch_embeddings.projection.bias": (8,),
-    }
-    for name, (rows, columns) in {
-        "attention.attention.query": (8, 8),
-        "attention.attention.key": (8, 8),
-        "attention.attention.value": (8, 8),
-        "attention.output.dense": (8, 8),
-        "mlp.fc1": (32, 8),
-        "mlp.fc2": (8, 32),
-    }.items():
-        shapes |= {f"{at}{name}.weight": (rows, columns), f"{at}{name}.bias": (rows,)}
-    for name in ("norm1", "norm2"):
-        shapes |= {f"{at}{name}.weight": (8,), f"{at}{name}.bias": (8,)}
-    shapes |= {f"{at}layer_scale{i}.lambda1": (8,) for i in (1, 2)}
-    write_safetensors(root / "vit.safetensors", {n: torch.rand(s) for n, s in shapes.items()})
-    start = "base_model.model.blocks.0.attn.qkv.lora_"
-    adapter = {start + "A.weight": torch.rand(2, 8), start + "B.weight": torch.rand(24, 2)}
-    write_safetensors(root / "adapter_model.safetensors", adapter)
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "lora_dropout": 0.1}
-    settings |= {"alpha_pattern": {"attn.qkv": 4}, "use_rslora": True, "use_dora": False}
-    common.write_json(root / "adapter_config.json", settings)
-
-    def encoder(path):
-        tensors, saved = vit.read_weights(path)
-        sizes = vit.encoder_sizes(tensors, saved, path, num_heads=2)
-        if sizes["img_size"] <= 64 and sizes["embed_dim"] <= 64 and sizes["depth"] <= 4:
-            try:
-                vit = vit.ViT(**sizes, num_classes=2)
-            except ValueError as error:  # as finetune.py's build_model says it
-                raise InputError(str(error)) from None
-            vit.load_encoder(vit, tensors, path)
-
-    def peft(path):
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            if not (path.parent / name).exists():
-                shutil.copy(root / name, path.parent)
-        weights, out = str(root / "vit.safetensors"), str(root / "imported.pt")
-        try:
-            lora.import_peft(lora.LoRAConfig(peft=str(path.parent), weights=weights, out=out))
-            lora.merge(lora.LoRAConfig(adapter=out, out=str(root / "merged.pt")))
-        finally:
-            if path.parent != root:
-                path.unlink()  # so that only one of the two is damaged
-
-    return {
-        "vit.safetensors": encoder,
-        "adapter_model.safetensors": peft,
-        "adapter_config.json": peft,
-    }
-
-
 def write_samples(root):
     """Small sound files of every kind, as {name: reader}."""
     rng = np.random.default_rng(0)
@@ -174,9 +99,9 @@ def write_samples(root):
         data.read_reports(path, root)
 
     def names(path):
-        found, labels = data.read_list(path, skip_bad=True)
+        found, labels = data.read_list(path)
         data.find_images("csv", root, found, path)
-        data.not_excluded([str(root / "images/a.png")], path, root)
+        data.listed_units(root, path)
 
     def adapter(path):
         lora.load_adapter(model(), path)
@@ -201,11 +126,10 @@ def write_samples(root):
         "a.npy": image,
         "slice.npy": piece,
     }
-    samples |= write_weights(root)
     (root / "images").mkdir()
     for name in "ab":
         Image.fromarray(pixels).save(root / f"images/{name}.png")
-    (root / "list.txt").write_text("a.png 0 1 1\nb.png 1 0 0\n./images/a 0 0 0\n")
+    (root / "list.txt").write_text("a.png 0 1 1\nb.png 1 0 0\n./images/a.png 0 0 0\n")
     (root / "training.csv").write_text(
         "study,image_path,report_content\n"
         '1,a.png,"The heart is normal, the ""lungs"" are clear.\nNo effusion."\n2,b.png,Edema.\n'
