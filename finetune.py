@@ -17,12 +17,12 @@ finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since a film may
 `--method` decides what learns: "full" everything, "lora" two thin matrices beside q and v of each
 block (lora.py), fc_norm and the head, "linear" fc_norm and the head alone.
 
-The options that nobody types come from a recipe (recipes.py): the papers', by data set, method and
-percent of labels, for a ViT-B; else ours, by the number of training images. On the demo's 10 %,
-full and LoRA train the head alone for the first half of their steps (`set_rates`).
+The options that nobody types come from a recipe (support/recipes.py): the papers', by data set,
+method and percent of labels, for a ViT-B; else ours, by the number of training images. On the
+demo's 10 %, full and LoRA train the head alone for the first half of their steps (`set_rates`).
 
 Read down to "Options" for the methods: model, optimiser, AUROC, the loop. Before this file comes
-mrm.py, after it segment.py or kernels/warp.py.
+mrm.py, after it more/segment.py or kernels/warp.py.
 
 Where this file departs from their official code, and why:
  1. The model is chosen on the validation list and tested once, at the end. The official MRM code
@@ -55,13 +55,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
 import data
 import lora
 import mrm
 import vit
-from common import InputError, RunConfig, option
-from recipes import FAMILIES, PAPER_SETS, recipe_for, strong_augment
+from support import run
+from support.run import InputError, RunConfig, option
+from support.recipes import FAMILIES, PAPER_SETS, recipe_for, strong_augment
+from support.weights import encoder_sizes, load_encoder, read_weights
 
 # --------------------------------------------------------------------------------------------------
 # Model, loss, optimiser, learning rate
@@ -87,7 +88,7 @@ def build_model(config, sizes, classes, tensors=None):
         raise InputError(f"{config.weights}: {error}") from None
     nn.init.normal_(model.head.weight, std=2e-5)
     if tensors is not None:
-        vit.load_encoder(model, tensors, config.weights)
+        load_encoder(model, tensors, config.weights)
     return choose_parameters(model, config)
 
 
@@ -235,7 +236,7 @@ def predict(model, images, config, device, rank=0, world=1):
             outputs.append(model(batch).float().cpu())
         rows.append(index)
     model.train()
-    shares = common.from_all((outputs, rows), world)
+    shares = run.from_all((outputs, rows), world)
     outputs, rows = (torch.cat([x for share in shares for x in share[i]]) for i in (0, 1))
     return outputs[rows.argsort()]
 
@@ -263,15 +264,15 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, losses, best, best_score = 0, [], None, -1.0
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    common.seed_rank(config.seed, log.rank)
+    run.seed_rank(config.seed, log.rank)
     if saved:
         model.load_state_dict(saved["model"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
-        common.restore_rank(saved, log.rank)
+        run.restore_rank(saved, log.rank)
         step, losses, best = saved["step"], saved["losses"], saved["best"]
         best_score = saved["best_score"]
-    share, passes = common.share_of_batch(config, world), config.accumulate
-    batches = common.Timed(data.train_batches(images, share, step * passes, steps * passes,
+    share, passes = run.share_of_batch(config, world), config.accumulate
+    batches = run.Timed(data.train_batches(images, share, step * passes, steps * passes,
                                               config.seed, log.rank, world, config.workers),
                            device, world)
     every = max(1, steps // config.evaluations)
@@ -279,10 +280,10 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
     def save(step):
         state = facts | {"model": trained_tensors(model), "optimizer": optimizer.state_dict(),
                          "step": step, "losses": losses, "best": best, "best_score": best_score}
-        common.save_state(log, config, world, state)
+        run.save_state(log, config, world, state)
 
     model.train()
-    with common.Saving(save, world) as saving:
+    with run.Saving(save, world) as saving:
         for step in batches.steps(step, steps, config.method, log.rank):
             set_rates(optimizer, config, step, steps)
             loss_of_step, seen = torch.zeros((), device=device), []
@@ -301,10 +302,10 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            common.check_finite(step + 1, images.paths, seen, loss=loss_of_step, gradient=norm)
+            run.check_finite(step + 1, images.paths, seen, loss=loss_of_step, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(common.average(loss_of_step, world).item())
+            losses.append(run.average(loss_of_step, world).item())
             if (step + 1) % every == 0 or step + 1 == steps:
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
@@ -409,12 +410,12 @@ def read_lists(config):
     parts = {name: Part(names, data.find_images(config.data, root, names, path), labels)
              for name, (path, names, labels) in listed.items()}
     if len(parts["val"].names) < 20:
-        common.warn(f"{len(parts['val'].names)} validation images choose the model, which is "
+        run.warn(f"{len(parts['val'].names)} validation images choose the model, which is "
                     "little more than chance")
     units = {name: set(data.units(root, part.names)) for name, part in parts.items()}
     both = len(units["test"] & (units["train"] | units["val"]))
     if both:
-        common.warn(f"{both} patients of the test list are in train or val; python data.py audit "
+        run.warn(f"{both} patients of the test list are in train or val; python data.py audit "
                     "lists them")
     return parts, classes
 
@@ -458,8 +459,8 @@ def read_start(config, classes=None):
     if config.weights in SCRATCH:
         preset = config.weights.removeprefix("scratch").removeprefix("-") or "tiny"
         return None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}
-    path = common.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
-    tensors, known = vit.read_weights(path)
+    path = run.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
+    tensors, known = read_weights(path)
     if "adapter" in known:
         raise InputError(path, "a ViT (python lora.py merge makes one of an adapter)", "an adapter")
     if known.get("classes") != classes:
@@ -470,14 +471,14 @@ def read_start(config, classes=None):
 def fill_options(config, tensors, known, images):
     """(`config` filled from what a run starts from and from its recipe, for a training list of
     `images`; the sizes of the ViT)."""
-    sizes = vit.encoder_sizes(tensors, known, config.weights, config.num_heads)
+    sizes = encoder_sizes(tensors, known, config.weights, config.num_heads)
     paper = sizes["embed_dim"] == 768 and config.data in PAPER_SETS
     config = dataclasses.replace(config, recipe=config.recipe or ("mrm" if paper else "small"))
     recipe = recipe_for(config.recipe, config.method, config.data, config.ratio, images)
     stated = {"mean": known.get("mean", mrm.MEAN), "std": known.get("std", mrm.STD)}
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
-    config = common.fill(config, stated | named | recipe)
-    config = common.fill(config, {"test_side": config.img_size})
+    config = run.fill(config, stated | named | recipe)
+    config = run.fill(config, {"test_side": config.img_size})
     print(f"recipe: {config.recipe} for {config.method}; config.json has its values")
     return config, sizes | {"img_size": config.img_size}
 
@@ -490,7 +491,7 @@ def fill_cell(config, out="runs/finetune"):
     """`config` with the method, the percent of the labels, the weights and the folder of a run."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
-    config = common.fill(config, {"out": out, "method": "lora" if config.lora else "full",
+    config = run.fill(config, {"out": out, "method": "lora" if config.lora else "full",
                                   "ratio": 10 if config.data == "demo" else 100})
     if config.weights is None:
         config = dataclasses.replace(config, weights=pretrain_demo(config))
@@ -508,7 +509,7 @@ def finetune(config):
     gave that cannot be used.
     """
     start = time.time()
-    device, rank, world = common.join(config)
+    device, rank, world = run.join(config)
     config = fill_cell(config)
     parts, classes = read_lists(config)
     for name, part in parts.items():
@@ -516,17 +517,17 @@ def finetune(config):
             raise InputError(f"the {name} list", "both labels of at least one class", "one in each")
     tensors, known = read_start(config, classes)
     config, sizes = fill_options(config, tensors, known, len(parts["train"].names))
-    steps = common.number_of_steps(config, len(parts["train"].names), config.batch_size)
-    common.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
+    steps = run.number_of_steps(config, len(parts["train"].names), config.batch_size)
+    run.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors).to(device)
     facts = facts_of(parts, classes, model, world)
-    saved = common.last_state(config, steps, **facts)
+    saved = run.last_state(config, steps, **facts)
     load_images(parts, config)
-    log = common.RunLog(config.out, config, rank, saved and saved["history"], start)
+    log = run.RunLog(config.out, config, rank, saved and saved["history"], start)
     describe(config, model, len(parts["train"].names), steps, device, rank)
     warn_of_trained(config, parts["test"], known)
     if rank == 0:  # a table is divided here; whoever reports a number wants to know how
-        common.write_csv(log.out / "split.csv", ["image", "split"],
+        run.write_csv(log.out / "split.csv", ["image", "split"],
                          [[name, part] for part, listed in parts.items() for name in listed.names])
     best = train(config, model, parts, steps, saved, facts, log, device, world)
     about = {"classes": classes, "pool": config.pool, "test_side": config.test_side}
@@ -558,7 +559,7 @@ def warn_of_trained(config, part, known):
     units, before = data.units(config.root, part.names), set(known.get("trained_on", ()))
     seen = sum(unit in before for unit in units)
     if seen:
-        common.warn(f"{config.weights}: {seen} of {len(units)} test images are of a patient that "
+        run.warn(f"{config.weights}: {seen} of {len(units)} test images are of a patient that "
                     "was trained on before; test scores of other patients may be lower")
 
 
@@ -574,12 +575,12 @@ def save_best(config, model, parts, best, sizes, tensors, known, log, about):
         if tensors is None:
             base = log.out / "base.pt"
             tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
-            common.save_checkpoint(base, {"model": tensors, "sizes": sizes})
+            run.save_checkpoint(base, {"model": tensors, "sizes": sizes})
         lora.save_adapter(log.out / "adapter.pt", model, weights=os.path.abspath(base),
                           weights_from_here=os.path.relpath(base, log.out),
                           base_fingerprint=lora.fingerprint(tensors), **about)
     elif log.rank == 0:
-        common.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
+        run.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
 
 
 def run_facts(config, model, parts, best, log):
@@ -612,7 +613,7 @@ def write_results(config, model, parts, classes, scores, best, log):
     write_predictions(log.out, parts["test"].names, classes, 1 / (1 + np.exp(-scores)), labels)
     curves = {f"{name} {value[0]:.3f}": roc_curve(scores[:, c], labels[:, c])
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
-    common.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
+    run.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
                      "false positive rate", "true positive rate", diagonal=True)
     for name, value in zip(classes, per_class):
         print(f"  {name:20s} " + ("%.3f  [%.3f, %.3f]" % value if value
@@ -631,40 +632,40 @@ def write_predictions(out, names, classes, probabilities, labels=None):
     if labels is not None:
         header += [f"label {name}" for name in classes]
         rows = [row + [int(label) for label in known] for row, known in zip(rows, labels)]
-    common.write_csv(Path(out) / "predictions.csv", header, rows)
+    run.write_csv(Path(out) / "predictions.csv", header, rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # Prediction
 
 
-def load_run(run, base="", make=None):
+def load_run(folder, base="", make=None):
     """The model of a finished run (its folder, adapter.pt or best.pt), merged.
 
     base: the base weights of an adapter, where they have moved; make(saved): another network than
     the classifier. Returns (ViT in eval mode, all that the file holds). Raises InputError for any
     other file, and for base weights that have changed.
     """
-    path = common.checkpoint_file(run, "adapter.pt", "best.pt")
-    saved = common.load_checkpoint(path)
+    path = run.checkpoint_file(folder, "adapter.pt", "best.pt")
+    saved = run.load_checkpoint(path)
     if not {"sizes", "mean", "std"} <= saved.keys():
         raise InputError(path, "the adapter.pt or best.pt of a fine-tuning run",
                          f"entries {sorted(saved)[:6]}")
     if make:
         model = make(saved)
     else:
-        sizes = vit.encoder_sizes({}, saved, path)
+        sizes = encoder_sizes({}, saved, path)
         model = vit.ViT(**sizes, num_classes=len(saved["classes"]), pool=saved.get("pool", 1))
     if "adapter" in saved:
         base, tensors = lora.read_base(path, saved, base)
-        vit.load_encoder(model, tensors, base)
+        load_encoder(model, tensors, base)
         lora.load_adapter(model, path)
         lora.merge_lora(model)
     else:
         lost = [name for name in lora.lora_state_dict(model) if name not in saved["model"]]
         if lost:  # a random head would predict without a word
             raise InputError(path, f"{lost[0]} of a fine-tuning run", "none")
-        vit.load_encoder(model, saved["model"], path)
+        load_encoder(model, saved["model"], path)
     return model.eval(), saved
 
 
@@ -673,9 +674,9 @@ def predict_folder(config):
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
     model, saved = load_run(config.weights, config.base)
-    config = common.fill(config, {"out": "runs/predict", "mean": saved["mean"],
+    config = run.fill(config, {"out": "runs/predict", "mean": saved["mean"],
                                   "std": saved["std"]})
-    device, _, _ = common.join(config)
+    device, _, _ = run.join(config)
     paths = data.list_images(config.predict)
     images = data.ImageSet(paths, saved.get("test_side", model.img_size), crop=model.img_size)
     scores = predict(model.to(device), images, config, device)
@@ -724,12 +725,12 @@ def compare(config):
     names = {"-".join([Path(key[0]).name, *map(str, key[1:])]): key for key in cells}
     if len(names) < len(cells) or len(set(config.inits.split(","))) < config.inits.count(",") + 1:
         raise InputError("--inits", "names that differ, since they name the rows", config.inits)
-    runs = common.run_cells(out, {name: cells[key] for name, key in names.items()}, finetune)
+    runs = run.run_cells(out, {name: cells[key] for name, key in names.items()}, finetune)
     for name, result in runs:
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         rows.setdefault(names[name][:3], []).append((result, draws))
     table = [[Path(init).name, method, ratio,
-              common.mean_and_deviation([result["auroc"] for result, _ in row], 3),
+              run.mean_and_deviation([result["auroc"] for result, _ in row], 3),
               " ".join(f"{result['auroc']:.3f}" for result, _ in row), f"{row[0][0]['lr']:g}",
               f"{100 * row[0][0]['trainable_parameters'] / row[0][0]['total_parameters']:.2f}",
               row[0][0]["images"]["train"]] for (init, method, ratio), row in rows.items()]
@@ -738,9 +739,9 @@ def compare(config):
     pairs = [compare_rows(a, b, rows[a], rows[b]) for a, b in itertools.combinations(rows, 2)
              if a[2] == b[2] and (a[0] == b[0] or a[1] == b[1])]
     paired = ["labels %", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
-    text = common.markdown_table(header, table) + "\n" + common.markdown_table(paired, pairs)
-    common.write_csv(out / "compare.csv", header, table)
-    common.write_text(out / "compare.md", text)
+    text = run.markdown_table(header, table) + "\n" + run.markdown_table(paired, pairs)
+    run.write_csv(out / "compare.csv", header, table)
+    run.write_text(out / "compare.md", text)
     print(text)
 
 
@@ -756,7 +757,7 @@ def compare_rows(a, b, first, second):
 
 
 def main():
-    config = common.parse_config(FinetuneConfig, description=__doc__)
+    config = run.parse_config(FinetuneConfig, description=__doc__)
     if config.compare:
         compare(config)
     elif config.predict:
@@ -766,4 +767,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run.run_script(main)

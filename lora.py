@@ -53,10 +53,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import common
 import kernels
-import vit
-from common import InputError, option
+from support import run
+from support.run import InputError, option
+from support.weights import ENCODER_PARTS, read_weights
 
 # --------------------------------------------------------------------------------------------------
 # The layer
@@ -208,7 +208,7 @@ def fingerprint(tensors):
     """A hash of the encoder's tensors in a dict: an adapter names its base weights by it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if name.split(".")[0] in vit.ENCODER_PARTS and "lora_" not in name:
+        if name.split(".")[0] in ENCODER_PARTS and "lora_" not in name:
             tensor = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(tensor.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -224,7 +224,7 @@ def read_base(path, saved, given=""):
     if base is None:
         raise InputError(f"{path}: its base weights {weights} are not there; give them with "
                          "--weights (finetune.py: --base)")
-    tensors = {name: tensor for name, tensor in vit.read_weights(base)[0].items()
+    tensors = {name: tensor for name, tensor in read_weights(base)[0].items()
                if "lora_" not in name}  # MED-PEFT's checkpoint is the base of the adapter in it
     if saved.get("base_fingerprint") not in (None, fingerprint(tensors)):
         raise InputError(f"{path}: {base} are not the weights this adapter was trained on; they "
@@ -240,12 +240,12 @@ def save_adapter(path, model, **extra):
     settings = {"rank": first.rank, "alpha": first.scale * first.rank, "dropout": first.dropout,
                 "targets": targets}
     adapter = {name: tensor.cpu().contiguous() for name, tensor in lora_state_dict(model).items()}
-    common.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
+    run.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
 
 
 def read_adapter_file(path):
     """All that an adapter file holds, as a dict. Raises InputError where it is no adapter."""
-    saved = common.load_checkpoint(common.checkpoint_file(path, "adapter.pt"))
+    saved = run.load_checkpoint(run.checkpoint_file(path, "adapter.pt"))
     tensors, settings = saved.get("adapter"), saved.get("lora")
     whole = isinstance(tensors, dict) and any(name.endswith(".lora_A") for name in tensors)
     if not whole or not {"rank", "alpha", "dropout", "targets"} <= set(dict(settings or {})):
@@ -307,14 +307,14 @@ def read_adapter(config):
 def merge(config):
     """Writes a plain ViT: the base encoder with every delta added, and the adapter's head."""
     base, saved, layers = read_adapter(config)
-    merged = {name: base[name] for name in base if name.split(".")[0] in vit.ENCODER_PARTS}
+    merged = {name: base[name] for name in base if name.split(".")[0] in ENCODER_PARTS}
     merged |= {name: tensor for name, tensor in saved["adapter"].items() if part_of(name) == "head"}
     for name, layer in layers.items():
         merged[name + ".weight"] = merge_lora(layer).weight.detach()
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
     kept = "sizes classes mean std pool test_side segment trained_on".split()
     about = {name: saved[name] for name in kept if name in saved}
-    common.save_checkpoint(out, {"model": merged, **about})
+    run.save_checkpoint(out, {"model": merged, **about})
     print(f"{out}: {len(merged)} tensors, a plain ViT")
 
 
@@ -342,8 +342,8 @@ def export_peft(config):
                    "lora_alpha": max(alphas.values()), "alpha_pattern": alphas,
                    "lora_dropout": saved["lora"]["dropout"], "target_modules": list(layers),
                    "bias": "none"}
-    common.save_checkpoint(out / "adapter_model.bin", tensors)
-    common.write_json(out / "adapter_config.json", description)
+    run.save_checkpoint(out / "adapter_model.bin", tensors)
+    run.write_json(out / "adapter_config.json", description)
     shown = ", ".join(map(str, sorted(set(ranks.values()))))
     print(f"{out}: {len(tensors)} tensors of rank {shown} for peft")
 
@@ -352,7 +352,7 @@ def import_medpeft(config):
     """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT, which is the
     base too, because its frozen weights have drifted a little from MRM's. Its code fixes alpha 32,
     dropout 0.1 and q and v. Raises InputError for other checkpoints."""
-    tensors, _ = vit.read_weights(config.weights)
+    tensors, _ = read_weights(config.weights)
     adapter = {name: tensor.float() for name, tensor in tensors.items()
                if part_of(name) != "backbone"}
     ranks = {tensor.shape[-1] for name, tensor in adapter.items() if name.endswith("lora_B")}
@@ -361,7 +361,7 @@ def import_medpeft(config):
                          "beside qkv", f"ranks {sorted(ranks)}")
     out = Path(config.out or Path(config.weights).absolute().with_name("imported.pt"))
     settings = {"rank": ranks.pop(), "alpha": 32.0, "dropout": 0.1, "targets": TARGETS["qv"]}
-    common.save_checkpoint(out, {
+    run.save_checkpoint(out, {
         "adapter": adapter, "lora": settings, "weights": os.path.abspath(config.weights),
         "weights_from_here": os.path.relpath(config.weights, out.parent),
         "base_fingerprint": fingerprint(tensors)})
@@ -375,8 +375,8 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         raise InputError(usage)
     command = commands[sys.argv[1]]
-    command(common.parse_config(LoRAConfig, sys.argv[2:], command.__doc__))
+    command(run.parse_config(LoRAConfig, sys.argv[2:], command.__doc__))
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run.run_script(main)

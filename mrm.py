@@ -82,11 +82,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
 import data
-from common import InputError, RunConfig, option
-from vit import Block, ViT, init_weights, load_encoder, patchify, read_weights, unpatchify
-from vit import sincos_positions
+from support import run
+from support.run import InputError, RunConfig, option
+from support.tokenizer import encode_reports, hide_words, load_tokenizer, save_tokenizer
+from support.tokenizer import train_tokenizer
+from support.weights import load_encoder, read_weights
+from vit import Block, ViT, init_weights, patchify, sincos_positions, unpatchify
 
 # --------------------------------------------------------------------------------------------------
 # The report decoder. The image decoder is part of `MRM`, because it has MAE's keys
@@ -302,8 +304,8 @@ def fill_options(config, world):
     preset, sizes = dict(PRESETS[config.preset]), MODELS[config.preset]
     batch = config.batch_size or preset["batch_size"]
     preset["lr"] = preset.pop("base_lr") * batch / 256  # the linear scaling rule (Goyal et al.)
-    config = common.fill(config, RECORDS | {"out": "runs/mrm"} | preset)
-    common.share_of_batch(config, world)  # refuses a batch that cannot be shared evenly
+    config = run.fill(config, RECORDS | {"out": "runs/mrm"} | preset)
+    run.share_of_batch(config, world)  # refuses a batch that cannot be shared evenly
     patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
@@ -359,11 +361,11 @@ class Records:
 
     def batches(self, config, step, steps, rank, world):
         """The batches (images, rows) of this process from step `step` on, timed."""
-        share, passes = common.share_of_batch(config, world), config.accumulate
+        share, passes = run.share_of_batch(config, world), config.accumulate
         first, last = step * passes, steps * passes
         batches = data.train_batches(self.images, share, first, last, config.seed, rank, world,
                                      config.workers)
-        return common.Timed(batches, self.heldout.device, world)
+        return run.Timed(batches, self.heldout.device, world)
 
     def report_batch(self, rows, config, generator=None):
         """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
@@ -379,7 +381,7 @@ def mask_report(tokenizer, tokens, words, ratio, generator=None):
     Returns [tokens, inputs, hidden, padding], as `MRM.forward` takes them."""
     length = max(1, int((words >= 0).sum(1).max()))
     tokens, words = tokens[:, :length], words[:, :length]
-    inputs, hidden = data.hide_words(tokenizer, tokens, words, ratio, generator)
+    inputs, hidden = hide_words(tokenizer, tokens, words, ratio, generator)
     return [tokens, inputs, hidden, words < 0]
 
 
@@ -390,10 +392,10 @@ def load_records(config, paths, reports, device, tokenizer=None):
     tokens = words = None
     if not config.image_only:
         if config.resume:
-            tokenizer = data.load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
+            tokenizer = load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
         elif tokenizer is None:
-            tokenizer = data.train_tokenizer(reports[:count], config.vocab_size)
-        tokens, words = data.encode_reports(tokenizer, reports, sizes["report_length"])
+            tokenizer = train_tokenizer(reports[:count], config.vocab_size)
+        tokens, words = encode_reports(tokenizer, reports, sizes["report_length"])
     side = kept = 2 * sizes["img_size"]
     if config.preset not in ("tiny", "mini"):  # these two are meant for small films, short runs
         # The paper crops the full film. Here a film keeps as many pixels as its smallest crop, of
@@ -435,8 +437,8 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
 
 
 def autocast_for(config, model, device):
-    """`common.autocast` for a ViT: on a CPU, --dtype auto takes bfloat16 for wide models alone."""
-    return common.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
+    """`run.autocast` for a ViT: on a CPU, --dtype auto takes bfloat16 for wide models alone."""
+    return run.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -462,23 +464,23 @@ def pretrain(config):
     """Trains an MRM as `config` says and returns the content of result.json. Leaves config.json,
     last.pt, tokenizer.tiktoken, log.jsonl, result.json and curves.png in `config.out`."""
     start = time.time()
-    device, rank, world = common.join(config)
+    device, rank, world = run.join(config)
     asked, config = config, fill_options(config, world)
     paths, reports = read_records(config)
-    steps = common.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
+    steps = run.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
     facts = {  # a resumed run must have the same
         "records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
         "number_of_processes": world,
         "images_of_a_step": config.batch_size,
     }
-    saved = common.last_state(config, steps, **facts)
+    saved = run.last_state(config, steps, **facts)
     tensors, tokenizer, before = None, None, saved
     if not saved:
         tensors, tokenizer, before = read_start(config, asked.vocab_size)
     records = load_records(config, paths, reports, device, tokenizer)
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
     arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
-    common.seed(config.seed)
+    run.seed(config.seed)
     model = MRM(**arguments).to(device)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
@@ -487,13 +489,13 @@ def pretrain(config):
     # By these names fine-tuning knows whether it tests on films that were trained on here
     own = data.units(config.root, records.images.paths)
     facts["trained_on"] = sorted({*own, *before.get("trained_on", ())})
-    log = common.RunLog(config.out, config, rank, saved and saved["history"], start)
+    log = run.RunLog(config.out, config, rank, saved and saved["history"], start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
         sizes = f"{parameters / 1e6:.1f} M parameters, {len(records.images)} records"
         print(f"MRM {config.preset}: {sizes}, {steps} steps of {config.batch_size}, {device}")
         if records.tokenizer:
-            data.save_tokenizer(records.tokenizer, log.out / "tokenizer.tiktoken")
+            save_tokenizer(records.tokenizer, log.out / "tokenizer.tiktoken")
     last = train(config, model, records, steps, saved, facts, log, world)
     result = {"preset": config.preset, "records": len(records.images), "parameters": parameters,
               "steps": steps, "batch_size": config.batch_size, **last, "lr": config.lr,
@@ -512,22 +514,22 @@ def train(config, model, records, steps, saved, facts, log, world):
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
     paths = records.images.paths  # a list that takes milliseconds to make
     autocast, optimizer = autocast_for(config, model, device), make_optimizer(model, config, device)
-    common.seed_rank(config.seed, log.rank)
+    run.seed_rank(config.seed, log.rank)
     step, parallel, image = 0, model, not config.report_only
     if saved:
         step = saved["step"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        common.restore_rank(saved, log.rank)
+        run.restore_rank(saved, log.rank)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not image)
     batches = records.batches(config, step, steps, log.rank, world)
 
     def save(step):
         state = facts | {"model": model.state_dict(), "step": step}
-        common.save_state(log, config, world, state | {"optimizer": optimizer.state_dict()})
+        run.save_state(log, config, world, state | {"optimizer": optimizer.state_dict()})
 
-    with common.Saving(save, world) as saving:
+    with run.Saving(save, world) as saving:
         for step in batches.steps(step, steps, "pretrain", log.rank):
             # The rate rises slowly at first, while Adam has seen too few gradients to scale them
             lr = cosine_lr(step, steps, round(config.warmup * steps), config.lr)
@@ -551,12 +553,12 @@ def train(config, model, records, steps, saved, facts, log, world):
             # A finite loss can have a gradient that is not, which would spoil every weight
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            common.check_finite(step + 1, paths, seen, loss=losses, gradient=norm)
+            run.check_finite(step + 1, paths, seen, loss=losses, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
             # Films that are never trained on tell learning from knowing by heart
             if (step + 1) % every == 0 or step + 1 == steps:
-                image_loss, report_loss = common.average(losses, world).tolist()
+                image_loss, report_loss = run.average(losses, world).tolist()
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}
                 speed, heldout = batches.speed(), evaluate(model, records, config, autocast)
                 log.line(**line, lr_of_step=lr, **speed, **heldout)
@@ -588,7 +590,7 @@ def read_start(config, vocab_size):
     if vocab_size is not None:
         none = f"none, because the vocabulary of {path} is taken over"
         raise InputError(f"--vocab-size with --weights {config.weights}", none, vocab_size)
-    tokenizer = data.load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     print(f"{path}: the vocabulary of {tokenizer.n_vocab} tokens is taken over")
     return tensors, tokenizer, saved
 
@@ -603,21 +605,21 @@ def open_run(config, count):
     if not config.weights:
         raise InputError("--reconstruct needs --weights RUN, the folder of a run of this script, "
                          "such as the main job's runs/mrm-demo")
-    run = Path(config.weights)
-    tensors, saved = read_weights(run)
+    path = Path(config.weights)
+    tensors, saved = read_weights(path)
     if "arguments" not in saved or "decoder_pred.weight" not in tensors:
-        raise InputError(run, "an MRM checkpoint of this script", "one without the decoders")
+        raise InputError(path, "an MRM checkpoint of this script", "one without the decoders")
     ran = saved.get("config", {})  # the options of that run say which records it held out
     filled = {name: ran.get(name, RECORDS[name]) for name in RECORDS}
     if config.holdout and config.holdout > filled["holdout"]:
         most = f"at most the run's {filled['holdout']}; it was trained on the others"
         raise InputError("--holdout", most, config.holdout)
     filled |= {name: saved[name] for name in ("mask_ratio", "word_ratio", "mean", "std")}
-    config = common.fill(config, filled | {"out": str(run if run.is_dir() else run.parent)})
+    config = run.fill(config, filled | {"out": str(path if path.is_dir() else path.parent)})
     config = dataclasses.replace(config, image_only=ran.get("image_only", False))
-    print(f"{run}: records of {config.root or config.data}")
-    device, _, _ = common.join(config)
-    common.seed(config.seed)
+    print(f"{path}: records of {config.root or config.data}")
+    device, _, _ = run.join(config)
+    run.seed(config.seed)
     model = MRM(**saved["arguments"]).to(device).eval()
     model.load_state_dict(tensors)
     paths, reports = read_records(config)
@@ -635,8 +637,8 @@ def reconstruct(config, count=6):
     pictures, latent = restored_pictures(model, images, config)
     captions = [""] * len(images)
     if hasattr(model, "report_decoder"):
-        tokenizer = data.load_tokenizer(tokenizer_path(config.weights))
-        tokens, words = data.encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
+        tokenizer = load_tokenizer(tokenizer_path(config.weights))
+        tokens, words = encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
         tokens, *masked = mask_report(tokenizer, tokens, words, config.word_ratio)
         hidden = masked[1]
         logits = model.report_decoder(latent[:, 1:], *(part.to(images.device) for part in masked))
@@ -647,7 +649,7 @@ def reconstruct(config, count=6):
             print(f"{100 * right.mean():.1f} % of the hidden tokens are guessed right")
         captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, words)]
     out = Path(config.out) / "reconstruction.png"
-    common.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
+    run.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
     print(out)
 
 
@@ -687,7 +689,7 @@ def caption(tokenizer, tokens, guesses, hidden, words):
 
 
 def main():
-    config = common.parse_config(MRMConfig, description=__doc__)
+    config = run.parse_config(MRMConfig, description=__doc__)
     if config.reconstruct:
         reconstruct(config)
     else:
@@ -695,4 +697,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run.run_script(main)

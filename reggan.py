@@ -26,10 +26,10 @@ there, so that G may move every image alike and R take it back (see `running_mea
 shows of its own motion, such as a zoom, G can undo in part (see `equivariance_loss`).
 
     python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
-    python reggan.py --improved         # with what stands under "Beyond the paper"
     python reggan.py --host cycle --no-reg --noise 3 --root DIR --paper
     python reggan.py --compare --levels 0,3,5,elastic --seeds 3
     python reggan.py --translate DIR --weights RUN
+    python -m more.nicegan              # a host from outside; more.improved: losses and an R
 
 The default is the paper's method in small networks; --paper takes the paper's networks and
 schedule. This file differs from the official code (Kid-Liet/Reg-GAN) in these points:
@@ -63,23 +63,150 @@ import statistics
 import textwrap
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import common
 import data
-from common import InputError, RunConfig, RunLog, load_checkpoint, option, save_checkpoint
 from data import Pairs
-from improved import CoarseToFine, added_losses
 from kernels import warp
-from networks import Discriminator, Generator, Registration, average, lsgan
-from nicegan import Nice
+from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's, quick on a CPU
+from support import run
+from support.run import InputError, RunConfig, RunLog, load_checkpoint, option, save_checkpoint
+
+# --------------------------------------------------------------------------------------------------
+# The networks, with Reg-GAN's state-dict keys: generator G, discriminator D, registration R
+
+
+def normed(conv):
+    """A convolution and an instance norm. The norm subtracts the bias, so the bias is not trained;
+    it exists because Reg-GAN's state dict holds it."""
+    conv.bias.requires_grad_(False)
+    return [conv, InstanceNorm()]
+
+
+class Residual(nn.Module):
+    """x + norm(conv(relu(norm(conv(x))))), both convolutions 3 x 3; `width` channels in and out."""
+
+    def __init__(self, width):
+        super().__init__()
+        first = [Reflect(1), *normed(nn.Conv2d(width, width, 3)), nn.ReLU(True)]
+        second = [Reflect(1), *normed(nn.Conv2d(width, width, 3))]
+        self.conv_block = nn.Sequential(*first, *second)
+
+    def forward(self, x):
+        return x + self.conv_block(x)
+
+
+class Generator(nn.Module):
+    """G: a 7 x 7 convolution, two of stride 2, nine residual blocks, two transposed ones, tanh.
+    It loads Reg-GAN's netG_A2B.pth. It takes any H and W: it pads the image to a multiple of
+    2**downs and crops the result."""
+
+    def __init__(self, in_chans=1, out_chans=1, width=64, blocks=9, downs=2, kernel=7):
+        super().__init__()
+        self.multiple = 2**downs
+        widths = [width * 2**level for level in range(downs + 1)]
+        head = [Reflect(kernel // 2), *normed(nn.Conv2d(in_chans, width, kernel)), nn.ReLU(True)]
+        tail = [Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh()]
+        for i, o in zip(widths, widths[1:]):
+            head += [*normed(nn.Conv2d(i, o, 3, stride=2, padding=1)), nn.ReLU(True)]
+            up = nn.ConvTranspose2d(o, i, 3, stride=2, padding=1, output_padding=1)
+            tail = [*normed(up), nn.ReLU(True)] + tail
+        self.model_head = nn.Sequential(*head)
+        self.model_body = nn.Sequential(*(Residual(widths[-1]) for _ in range(blocks)))
+        self.model_tail = nn.Sequential(*tail)
+
+    def forward(self, x):
+        H, W = x.shape[-2:]
+        if H % self.multiple or W % self.multiple:
+            x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
+        x = quick_layout(self.model_head[:2](x))  # (B, w, H, W), w = width
+        x = self.model_head[2:](x)  # (B, 4w, H/4, W/4) where downs is 2
+        x = self.model_tail(self.model_body(x))  # (B, C, H, W) and the padding
+        return x[..., :H, :W].float()
+
+
+class Discriminator(nn.Module):
+    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. Each of its verdicts sees
+    70 x 70 pixels; it averages them to one an image, (B, 1)."""
+
+    def __init__(self, in_chans=1, width=64):
+        super().__init__()
+        layers = [nn.Conv2d(in_chans, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
+        for i, stride in ((width, 2), (2 * width, 2), (4 * width, 1)):
+            conv = nn.Conv2d(i, 2 * i, 4, stride, padding=1)
+            layers += [*normed(conv), nn.LeakyReLU(0.2, True)]
+        self.model = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, padding=1))
+
+    def forward(self, x):
+        return self.model(x).float().mean((2, 3))  # (B, 1, H/8 - 2, W/8 - 2) -> (B, 1)
+
+
+def levels_of(size):
+    """How often R halves an image of `size` = (H, W): down to 2 or 3 pixels, 7 times at most."""
+    return min(7, int(math.log2(min(size))) - 1)
+
+
+def leaky_conv(i, o, kernel=3):
+    conv = nn.Conv2d(i, o, kernel, padding=kernel // 2)
+    return nn.Sequential(conv, nn.LeakyReLU(0.2, True))
+
+
+def start_at_zero(network, *last):
+    """Initialises R's convolutions; the weights of `last` are zero, and so is the first flow."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, a=0.2)
+            nn.init.zeros_(module.bias)
+    for conv in last:
+        nn.init.zeros_(conv.weight)
+
+
+class Registration(nn.Module):
+    """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W); warp(fake, flow) should equal real.
+    `channels` counts those of fake and real together, `width` those of the first level (32 in the
+    paper)."""
+
+    def __init__(self, channels, size, width=32):
+        super().__init__()
+        w = 2 * width
+        widths = [width] + [w] * (levels_of(size) - 1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for i, o in zip([channels] + widths, widths):
+            self.down.append(nn.Sequential(leaky_conv(i, o), Residual(o)))
+        blocks = [Residual(2 * w) for _ in range(3)]
+        self.bottom = nn.Sequential(leaky_conv(w, 2 * w, 1), *blocks, leaky_conv(2 * w, w, 1))
+        upwards = widths[::-1]
+        for i, o in zip([w] + upwards, upwards):
+            self.up.append(leaky_conv(i + o, o))  # o also counts the channels of the skip
+        self.refine = nn.Sequential(Residual(width), leaky_conv(width, width, 1))
+        self.output = nn.Conv2d(width, 2, 3, padding=1)
+        start_at_zero(self, self.output)
+
+    def forward(self, fake, real):
+        x, skips = torch.cat((fake, real), 1), []  # (B, 2C, H, W)
+        for block in self.down:
+            skips.append(block(x))
+            x = F.max_pool2d(skips[-1], 2)
+        x = self.bottom(x)  # (B, w, h, w), 2 or 3 pixels high or wide
+        for block, skip in zip(self.up, reversed(skips)):
+            x = F.interpolate(x, skip.shape[2:], mode="bilinear")
+            x = block(torch.cat((x, skip), 1))
+        return self.output(self.refine(x)).float()  # (B, 2, H, W)
+
 
 # --------------------------------------------------------------------------------------------------
 # The paper's losses and its step
+
+
+def lsgan(verdict, real):
+    """mean (verdict - target)^2, target 1 for real and 0 for fake."""
+    return (verdict - float(real)).square().mean()
 
 
 def discriminator_loss(discriminator, real, fake):
@@ -109,7 +236,12 @@ def registration_losses(model, config, a, b, fake):
     flow = model.registration(fake, b)
     losses = {"correction": config.correction * correction(fake, flow, b),
               "smooth": config.smooth * smoothness(flow)}
-    return losses | added_losses(model, config, a, b, fake, flow)  # none in the paper
+    for added in ADDED_LOSSES:
+        losses |= added(model, config, a, b, fake, flow)
+    return losses
+
+
+ADDED_LOSSES = []  # of more/: functions that return {name: weighted loss}; the paper has none
 
 
 class Pool:
@@ -135,6 +267,17 @@ class Pool:
 
 def parameters_of(optimizer):
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def average(tensors):
+    """Makes each tensor its mean over torchrun's processes, in one message for all of them."""
+    if torch.distributed.is_initialized():
+        tensors = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def descend(optimizer, losses):
@@ -254,8 +397,9 @@ class Cycle(NC):
         return {"d": of_a + discriminator_loss(self.netD_B, b, fakes["B"])}
 
 
-HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle, "nice": Nice}
-
+# What --host and --reg-net may name. A file of more/ adds its own, and then calls `main`
+HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle}
+REGISTRATIONS = {"unet": Registration}
 
 # --------------------------------------------------------------------------------------------------
 # Metrics
@@ -316,8 +460,9 @@ def registration_metrics(flow, true_flow, real):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
+    script: ClassVar = "reggan"
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
-    host: str = option("nc", "the translation method", choices=["nc", "pix2pix", "cycle", "nice"])
+    host: str = option("nc", "the translation method", choices=HOSTS)
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
     noise: float = option(None, "added misalignment: rotation to n degrees, shift and zoom to 2n % "
                           "(default: 3 on the demo pairs, none on your own)", within="[0, 25]")
@@ -325,24 +470,20 @@ class Config(RunConfig):
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
-    improved: bool = option(False, "the registration network and losses that go beyond the paper")
     width: int = option(None, "channels of the first layer", within="[1, 1024]")
     kernel: int = option(None, "odd side of G's first and last kernels", within="[1, 31]")
     downs: int = option(None, "times the generator halves the image", within="[0, 4]")
     blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
     batch_size: int = option(None, "pairs that one process takes at once", within="[1, inf)")
-    reg_net: str = option(None, "R: the paper's or coarse to fine", choices=["unet", "coarse"])
+    reg_net: str = option(None, "the registration network R", choices=REGISTRATIONS)
     reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
     decay: bool = option(None, "learning rates fall linearly to 0 over the second half of the run")
     pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
     correction: float = option(None, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
     identity: float = option(None, "weight of CycleGAN's |G(b) - b|", within="[0, inf)")
-    drift: float = option(None, "weight of the squared mean flow, % of sides", within="[0, inf)")
-    synthetic: float = option(None, "weight of R's error on known motion, %", within="[0, inf)")
-    equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
     compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
-    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r",
+    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r",
                         "rows of the comparison, +r: with R", free=True)
     levels: str = option("0,3,5,elastic",
                          "columns: --noise, elastic (3 % bending) or none (own pairs)", free=True)
@@ -354,9 +495,6 @@ class Config(RunConfig):
 SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0}
 SMALL |= {"lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "reg_net": "unet"}
 SMALL |= {"correction": 20.0, "smooth": 10.0, "identity": 0.0}
-SMALL |= {"drift": 0.0, "synthetic": 0.0, "equivariance": 0.0}
-IMPROVED = {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0}  # changes of SMALL
-IMPROVED |= {"drift": 100.0, "synthetic": 3.0, "equivariance": 30.0}
 PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0}
 PAPER |= {"lr": 1e-4, "reg_lr": 1e-4, "decay": False}
 
@@ -364,23 +502,22 @@ PAPER |= {"lr": 1e-4, "reg_lr": 1e-4, "decay": False}
 def complete(config):
     """`config` with the preset's value for every option that was not typed. Raises InputError for
     options that are out of range or do not go together."""
-    if config.paper and config.improved:
-        wide = "--improved --width 64 --kernel 7 --downs 2 --blocks 9 is the wide improved form"
-        raise InputError("--paper and --improved", "one of them", f"both; {wide}")
-    preset = SMALL | (PAPER if config.paper else IMPROVED if config.improved else {})
+    preset = SMALL | (PAPER if config.paper else {})
     if config.paper and config.host == "nc" and config.reg:
         preset["pool"] = 0  # the official NC + R keeps no old fakes
     noise = 3.0
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
         noise = 0.0 if config.elastic else None
-    config = common.fill(config, preset | {"noise": noise, "elastic": 0.0, "out": "runs/reggan"})
+    config = run.fill(config, preset | {"noise": noise, "elastic": 0.0, "out": default_out(config)})
     if 0 < config.size < 32:
         raise InputError("--size", "0, or 32 pixels or more", config.size)
     if config.kernel % 2 == 0:
         raise InputError("--kernel", "an odd number", config.kernel)
-    if config.host == "nice" and config.downs not in (1, 2):
-        raise InputError("--downs", "1 or 2 with nice", config.downs)
     return config
+
+
+def default_out(config, suffix=""):
+    return "runs/" + config.script.rpartition(".")[2] + suffix
 
 
 def build(config, in_chans, out_chans, size):
@@ -388,12 +525,7 @@ def build(config, in_chans, out_chans, size):
     model = HOSTS[config.host](config, in_chans, out_chans)
     if config.reg:
         width = max(16, config.width // 2)
-        if config.reg_net == "unet":
-            model.registration = Registration(2 * out_chans, size, width)
-        else:
-            model.registration = CoarseToFine(size, width)
-        if config.drift:
-            model.registration.register_buffer("mean", torch.zeros(2, *size))  # see running_mean
+        model.registration = REGISTRATIONS[config.reg_net](2 * out_chans, size, width)
     return model
 
 
@@ -428,21 +560,21 @@ def all_pairs(config):
 # Training
 
 
-class Run:
+class Job:
     """Everything that a run consists of: pairs, networks, optimisers, pools, counters."""
 
     def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.autocast = common.autocast(config, device)
+        self.autocast = run.autocast(config, device)
         self.pairs, self.val, self.test = all_pairs(config)
         names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
         names = hashlib.sha256(names.encode()).hexdigest()
         self.facts = {"names_of_the_pairs": names, "number_of_processes": world,
-                      "added_motion": [config.noise, config.elastic]}  # see `common.last_state`
-        common.seed(config.seed)
+                      "added_motion": [config.noise, config.elastic]}  # see `run.last_state`
+        run.seed(config.seed)
         self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
         self.model.to(device)
-        common.seed_rank(config.seed, rank)  # the same weights, then numbers of their own
+        run.seed_rank(config.seed, rank)  # the same weights, then numbers of their own
         groups = [{"params": trainable(self.model, "netG"), "peak": config.lr}]
         if config.reg:
             groups.append({"params": trainable(self.model, "registration"), "peak": config.reg_lr})
@@ -451,111 +583,111 @@ class Run:
         self.opt_d = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
         self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
         self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
-        self.steps = common.number_of_steps(config, self.per_epoch, 1)
+        self.steps = run.number_of_steps(config, self.per_epoch, 1)
         self.step, self.best = 0, math.inf
 
     def restore(self, saved):
         """Goes on from what `save` has written."""
         for name in ("model", "opt_g", "opt_d"):
             getattr(self, name).load_state_dict(saved[name])
-        for side, images in common.restore_rank(saved, self.rank).items():
+        for side, images in run.restore_rank(saved, self.rank).items():
             self.pools[side].images = [image.to(self.device) for image in images]
         self.step, self.best = saved["step"], saved["best"]
 
 
-def save(run, log, best=False):
+def save(job, log, best=False):
     """Writes last.pt, and before it best.pt for `load_generator` where these weights are the
     `best`. Every process calls this, for each has pools of its own."""
-    weights = {"model": run.model.state_dict(), "config": dataclasses.asdict(run.config),
-               "in_chans": run.pairs.in_chans, "out_chans": run.pairs.out_chans,
-               "shape": list(run.pairs.shape)}
-    common.check_weights(log, run.step, weights["model"])
-    if best and run.rank == 0:
+    weights = {"model": job.model.state_dict(), "config": run.options_of(job.config),
+               "in_chans": job.pairs.in_chans, "out_chans": job.pairs.out_chans,
+               "shape": list(job.pairs.shape)}
+    run.check_weights(log, job.step, weights["model"])
+    if best and job.rank == 0:
         save_checkpoint(log.out / "best.pt", weights)
     pools = {side: [image.to("cpu", copy=True) for image in pool.images]  # for all processes
-             for side, pool in run.pools.items()}
-    optimizers = {"opt_g": run.opt_g.state_dict(), "opt_d": run.opt_d.state_dict()}
-    state = weights | run.facts | optimizers | {"step": run.step, "best": run.best}
-    common.save_state(log, run.config, run.world, state, pools)
+             for side, pool in job.pools.items()}
+    optimizers = {"opt_g": job.opt_g.state_dict(), "opt_d": job.opt_d.state_dict()}
+    state = weights | job.facts | optimizers | {"step": job.step, "best": job.best}
+    run.save_state(log, job.config, job.world, state, pools)
 
 
 @torch.no_grad()
-def evaluate(run, aligned, moved):
+def evaluate(job, aligned, moved):
     """Metrics of G on aligned pairs, since it is used without R, and of R on moved ones: a dict of
     means over the images of all processes."""
-    run.model.eval()
+    job.model.eval()
     scores = {}
-    for pairs in [aligned, moved] if run.config.reg else [aligned]:
-        for batch in pairs.batches(run.config.batch_size, rank=run.rank, world=run.world):
-            a, b, *flows = (x.to(run.device) for x in batch)  # a flow only where --noise moves
-            with run.autocast():
-                fake = run.model.translate(a)
-                flow = run.model.registration(fake, b) if pairs is moved else None
+    for pairs in [aligned, moved] if job.config.reg else [aligned]:
+        for batch in pairs.batches(job.config.batch_size, rank=job.rank, world=job.world):
+            a, b, *flows = (x.to(job.device) for x in batch)  # a flow only where --noise moves
+            with job.autocast():
+                fake = job.model.translate(a)
+                flow = job.model.registration(fake, b) if pairs is moved else None
             if pairs is moved:
                 values = registration_metrics(flow, flows[0] if flows else None, b)
             else:
                 values = metrics(fake, b)
             for name, column in values.items():
                 scores.setdefault(name, []).extend(column.tolist())
-    run.model.train()
-    parts, means = common.from_all(scores, run.world), {}
+    job.model.train()
+    parts, means = run.from_all(scores, job.world), {}
     for name in parts[0]:  # where images are few, another process may have got none
         means[name] = statistics.fmean(x for part in parts for x in part.get(name, ()))
     return means
 
 
-def loop(run, log):
-    """Trains from run.step to the end."""
-    config, steps, per_epoch = run.config, run.steps, run.per_epoch
+def loop(job, log):
+    """Trains from job.step to the end."""
+    config, steps, per_epoch = job.config, job.steps, job.per_epoch
     every, epochs = max(per_epoch, steps // 10), math.ceil(steps / per_epoch)
-    batches = run.pairs.batches(config.batch_size, epochs, True, config.seed, run.step, run.rank,
-                                run.world, config.workers)
-    batches = common.Timed(batches, run.device, run.world)
-    with common.Saving(lambda step: save(run, log), run.world) as saving:
-        while run.step < steps:
+    batches = job.pairs.batches(config.batch_size, epochs, True, config.seed, job.step, job.rank,
+                                job.world, config.workers)
+    batches = run.Timed(batches, job.device, job.world)
+    with run.Saving(lambda step: save(job, log), job.world) as saving:
+        while job.step < steps:
             # The pairs are moved anew in every epoch, so that G cannot learn their motion by heart.
-            a, b = (x.to(run.device) for x in next(batches))
+            a, b = (x.to(job.device) for x in next(batches))
             # Falling rates let G settle: at a constant rate it circles around what D asks for.
-            factor = min(1.0, 2 * (1 - run.step / steps)) if config.decay else 1.0
-            for group in run.opt_g.param_groups + run.opt_d.param_groups:
+            factor = min(1.0, 2 * (1 - job.step / steps)) if config.decay else 1.0
+            for group in job.opt_g.param_groups + job.opt_d.param_groups:
                 group["lr"] = group["peak"] * factor
             # G and R take one step together, for each is judged by what the other makes; then D.
-            losses = training_step(run.model, config, a, b, run.opt_g, run.opt_d, run.pools,
-                                   run.autocast)
-            run.step += 1
+            losses = training_step(job.model, config, a, b, job.opt_g, job.opt_d, job.pools,
+                                   job.autocast)
+            job.step += 1
             # A GAN that diverges does not recover, so every step's losses are looked at.
             losses = {name: loss.item() for name, loss in losses.items()}
             if not all(map(math.isfinite, losses.values())):
                 advice = "lower --lr, or use --dtype fp32"
-                raise InputError(f"step {run.step}: losses are not finite ({losses}); {advice}")
-            ends, epoch = run.step == steps, run.step / per_epoch
-            if run.step % max(1, per_epoch // 3) == 0 or ends:
-                log.line(step=run.step, epoch=epoch, lr=run.opt_g.param_groups[0]["lr"], **losses)
-            if run.step % every == 0 or ends:
-                scores = evaluate(run, *run.val)
-                log.line(step=run.step, epoch=epoch, val=scores, val_mae=scores["mae"],
+                raise InputError(f"step {job.step}: losses are not finite ({losses}); {advice}")
+            ends, epoch = job.step == steps, job.step / per_epoch
+            if job.step % max(1, per_epoch // 3) == 0 or ends:
+                log.line(step=job.step, epoch=epoch, lr=job.opt_g.param_groups[0]["lr"], **losses)
+            if job.step % every == 0 or ends:
+                scores = evaluate(job, *job.val)
+                log.line(step=job.step, epoch=epoch, val=scores, val_mae=scores["mae"],
                          **batches.speed())
                 log.curves(config.host, "val_mae", *losses)
-                if run.rank == 0:
+                if job.rank == 0:
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
                     shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
                     print(f"epoch {epoch:g}: val", ", ".join([*shown, str(batches)]), flush=True)
                 # Val chooses the weights. A GAN's losses cannot, since G's loss rises when D gets
                 # better; and the test must not, or it would flatter what it chose.
-                best = scores["mae"] < run.best
-                run.best = min(run.best, scores["mae"])
-                save(run, log, best)
-            saving.after(run.step)  # every few minutes, and where Ctrl-C asks the run to stop
+                best = scores["mae"] < job.best
+                job.best = min(job.best, scores["mae"])
+                save(job, log, best)
+            saving.after(job.step)  # every few minutes, and where Ctrl-C asks the run to stop
 
 
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
     config, start = complete(config), time.time()
-    device, rank, world = common.join(config)
-    run = Run(config, device, rank, world)
-    saved = common.last_state(config, run.steps, **run.facts)
+    device, rank, world = run.join(config)
+    job = Job(config, device, rank, world)
+    saved = run.last_state(config, job.steps, **job.facts)
     if saved:
-        run.restore(saved)
+        job.restore(saved)
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     if rank == 0:
@@ -564,23 +696,23 @@ def train(config):
             motion = f"level {config.noise:g} and bending of {config.elastic:g} %, anew in every "
             motion += "epoch; misalignment and registration_error are of this added motion"
         print(f"misalignment that is added to the training pairs: {motion}")
-    loop(run, log)
+    loop(job, log)
     if world > 1:
         torch.distributed.barrier()  # rank 0 may still be writing best.pt
-    part, chosen = run.test[0].folder.name, "last.pt (nothing chosen)"
+    part, chosen = job.test[0].folder.name, "last.pt (nothing chosen)"
     if part == "test":  # weights that val chose would score too well on val itself
-        run.model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
+        job.model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
-    result = evaluate(run, *run.test)
+    result = evaluate(job, *job.test)
     result |= {"host": config.host, "registration": config.reg, "noise": config.noise}
     result |= {"elastic": config.elastic, "part": part, "weights": chosen}
-    trained = sum(weight.numel() for weight in trainable(run.model, ""))
-    result |= {"images": len(run.test[0]), "parameters": trained}
+    trained = sum(weight.numel() for weight in trainable(job.model, ""))
+    result |= {"images": len(job.test[0]), "parameters": trained}
     for name in ("images_per_second", "share_waiting_for_data"):
         result[name] = log.history[-1][name]
     result["seconds"] = time.time() - start
     if rank == 0:
-        draw_run(run, log.out / "translation.png", *run.test)
+        draw_run(job, log.out / "translation.png", *job.test)
     log.json("result.json", result)
     if world > 1:
         torch.distributed.barrier()  # no process leaves, or starts a next run, before the last
@@ -592,34 +724,34 @@ def train(config):
 
 
 @torch.no_grad()
-def draw_run(run, path, aligned, moved, rows=4):
+def draw_run(job, path, aligned, moved, rows=4):
     """A picture of pairs of the test part, their translations, and what R made of a misaligned
     one."""
-    run.model.eval()
+    job.model.eval()
     titles, pictures = ["A", "B", "G(A)", "|G(A) - B|"], []
-    if run.config.reg:
+    if job.config.reg:
         titles += ["A moved", "B moved", "G(moved A), warped", "|it - moved B|", "flow"]
     for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
-        a, b = (x.to(run.device)[None] for x in aligned.item(0, i))
-        fake = run.model.translate(a)
+        a, b = (x.to(job.device)[None] for x in aligned.item(0, i))
+        fake = job.model.translate(a)
         row = [a, b, fake, (fake - b).abs() - 1]
-        if run.config.reg:
-            a, b, *_ = (x.to(run.device)[None] for x in moved.item(0, i))
-            fake = run.model.translate(a)
-            flow = run.model.registration(fake, b)
+        if job.config.reg:
+            a, b, *_ = (x.to(job.device)[None] for x in moved.item(0, i))
+            fake = job.model.translate(a)
+            flow = job.model.registration(fake, b)
             warped = warp(fake, flow)
             grid = torch.full_like(b[:, :1], -0.8)
             grid[:, :, ::6] = grid[:, :, :, ::6] = 1.0
             row += [a, b, warped, (warped - b).abs() - 1, warp(grid, flow)]
         pictures.append([(x[0].cpu() + 1) / 2 for x in row])
     scale = max(1, 128 // aligned.shape[1])
-    common.save_grid(path, pictures, titles=titles, scale=scale)
+    run.save_grid(path, pictures, titles=titles, scale=scale)
 
 
-def load_generator(path):
+def load_generator(path, config_class=Config):
     """(model, translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN
     generator (netG_A2B.pth). Raises InputError for any other file."""
-    state = load_checkpoint(common.checkpoint_file(path, "best.pt"))
+    state = load_checkpoint(run.checkpoint_file(path, "best.pt"))
     wanted = "a checkpoint of this reggan.py or a Reg-GAN generator"
     try:
         if "model_head.1.weight" in state:
@@ -631,10 +763,18 @@ def load_generator(path):
         else:
             if "in_chans" not in state:
                 raise InputError(path, wanted, f"one with {', '.join(sorted(state)[:5])}")
-            state["config"].pop("accumulate", None)  # an option of earlier versions
-            config, in_chans = complete(Config(**state["config"])), state["in_chans"]
-            model = build(config, in_chans, state["out_chans"], state["shape"])
+            host, names = state["config"]["host"], {f.name for f in fields(config_class)}
+            if host not in HOSTS:
+                maker = state["config"].get("script", "a script of more/")
+                raise InputError(path, f"a host of this script ({', '.join(HOSTS)})",
+                                 f"{host}; python -m {maker} knows it")
+            # R is not needed; it may be one, with options, that this script does not know
+            known = {name: state["config"][name] for name in state["config"].keys() & names}
+            config = complete(config_class(**known | {"reg": False}))
+            in_chans, shape = state["in_chans"], state["shape"]
+            model = build(config, in_chans, state["out_chans"], shape)
             translate, state = model.translate, state["model"]
+            state = {name: state[name] for name in state if not name.startswith("registration.")}
         model.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(path, wanted, " ".join(repr(error).split())[:200]) from None
@@ -650,9 +790,9 @@ def translate_folder(config):
     if not config.weights:
         wanted = "a run's folder, its best.pt, or a Reg-GAN netG_A2B.pth"
         raise InputError(f"--translate needs --weights RUN: {wanted}")
-    model, translate, trained, in_chans = load_generator(config.weights)
-    device, _, _ = common.join(config)
-    autocast = common.autocast(config, device)
+    model, translate, trained, in_chans = load_generator(config.weights, type(config))
+    device, _, _ = run.join(config)
+    autocast = run.autocast(config, device)
     model.to(device).eval()
     span_a, span_b = data.parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
@@ -678,13 +818,13 @@ def translate_folder(config):
 def compare(config):
     """The paper's table: every row of --hosts at every level with every seed, each a run of its own
     in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
-    out, table = Path(config.out or "runs/reggan-compare"), []
+    out, table = Path(config.out or default_out(config, "-compare")), []
     rows, levels = config.hosts.split(","), config.levels.split(",")
     seeds = range(config.seed, config.seed + config.seeds)
     keys = [(row, level, seed) for seed in seeds for level in levels for row in rows]
     cells = {"_".join(map(str, key)): cell_config(config, *key) for key in keys}
-    _, rank, _ = common.join(config)
-    for (row, level, seed), (_, result) in zip(keys, common.run_cells(out / "cells", cells, train)):
+    _, rank, _ = run.join(config)
+    for (row, level, seed), (_, result) in zip(keys, run.run_cells(out / "cells", cells, train)):
         table.append({"row": row, "level": level, "seed": seed} | result)
         if rank == 0:
             write_tables(out, table, rows, levels)
@@ -719,26 +859,27 @@ TABLES |= {"folding": "share of pixels where the flow folds"}
 def write_tables(out, table, rows, levels):
     """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
     names = list(dict.fromkeys(name for line in table for name in line))
-    common.write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
+    run.write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
 
     def cell(row, level, measure):
         runs = [line for line in table if (line["row"], line["level"]) == (row, level)]
         digits = 2 if measure in ("psnr", "registration_error") else 4
         values = [line[measure] for line in runs if measure in line]
-        return common.mean_and_deviation(values, digits)
+        return run.mean_and_deviation(values, digits)
 
     parts, header = [], ["method"] + [f"level {level}" for level in levels]
     for measure, title in TABLES.items():
         lines = [[row] + [cell(row, level, measure) for level in levels] for row in rows]
         lines = [line for line in lines if any(line[1:])]
-        parts.append(f"{title}\n\n{common.markdown_table(header, lines)}")
-    common.write_text(out / "table.md", "\n".join(parts))
+        parts.append(f"{title}\n\n{run.markdown_table(header, lines)}")
+    run.write_text(out / "table.md", "\n".join(parts))
 
 
-def main():
-    presets = {"small": SMALL, "improved changes": IMPROVED, "paper changes": PAPER}
+def main(config_class=Config, description=__doc__):
+    """Does what the command line says. A file of more/ gives its own options and its own text."""
+    presets = {"small": SMALL, "paper changes": PAPER}
     lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
-    config = common.parse_config(Config, description="\n".join([__doc__, *lines]))
+    config = run.parse_config(config_class, description="\n".join([description, *lines]))
     if config.translate:
         translate_folder(config)
     elif config.compare:
@@ -750,4 +891,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run.run_script(main)

@@ -1,7 +1,7 @@
 """The recipes of fine-tuning: the papers', by weights, method, data set and percent of labels, and
 ours, by the number of training images. A recipe is a dict of options of finetune.py.
 
-    python recipes.py mrm lora nih 1      # prints one
+    python -m support.recipes mrm lora nih 1      # prints one
 
 mrm: MRM's own full fine-tuning, and the LoRA paper's LoRA on MRM's weights. medpeft: the LoRA
 paper's runs on MRM's weights. cxr-mae: its runs on CXR-MAE's. small: ours.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from common import InputError
+from support.run import InputError
 
 FAMILIES = ("mrm", "medpeft", "cxr-mae", "small")
 PAPER_SETS = ("nih", "chexpert", "rsna", "covid")

@@ -1,8 +1,8 @@
 """Segmentation of radiographs: UPerNet on a pretrained ViT, as MRM's paper has it for SIIM.
 
-    python segment.py --lora          # the demo's pneumothorax, from nothing
-    python segment.py --data csv --root DIR --weights MRM.pth --lora     # masks in DIR/masks
-    python segment.py --predict DIR --weights runs/segment
+    python -m more.segment --lora          # the demo's pneumothorax, from nothing
+    python -m more.segment --data csv --root DIR --weights MRM.pth --lora     # masks in DIR/masks
+    python -m more.segment --predict DIR --weights runs/segment
 
 Papers: Xiao et al., "Unified Perceptual Parsing", ECCV 2018 (UPerNet); Zhou et al., "Masked Record
 Modeling", ICLR 2023. A mask is a PNG of the film's name and size, 0 and one other value.
@@ -30,12 +30,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import common
 import data
 import finetune
-import vit
-from common import InputError, option
 from finetune import FinetuneConfig
+from support import run
+from support.run import InputError, option
+from support.weights import ENCODER_SIZES, encoder_sizes, load_encoder
 from vit import ViT
 
 # --------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def score_masks(logits, part):
 def build_model(config, sizes, tensors=None):
     model = UPerNet(config.channels, config.norm, **sizes, drop_path=config.drop_path)
     if tensors is not None:
-        vit.load_encoder(model, tensors, config.weights)
+        load_encoder(model, tensors, config.weights)
     return finetune.choose_parameters(model, config)
 
 
@@ -285,22 +285,22 @@ def segment(config):
     """Trains, chooses on the validation list, tests once. Returns the content of result.json.
     Leaves in `config.out` what `finetune.finetune` does, and overlays.png instead of roc.png."""
     start = time.time()
-    device, rank, world = common.join(config)
-    config = finetune.fill_cell(common.fill(config, {"ratio": 100}), "runs/segment")
+    device, rank, world = run.join(config)
+    config = finetune.fill_cell(run.fill(config, {"ratio": 100}), "runs/segment")
     parts = read_lists(config)
     tensors, known = finetune.read_start(config)
-    sizes = vit.encoder_sizes(tensors, known, config.weights, config.num_heads)
+    sizes = encoder_sizes(tensors, known, config.weights, config.num_heads)
     preset = {"img_size": 2 * sizes["img_size"], "num_heads": sizes["num_heads"],
               "mean": known.get("mean"), "std": known.get("std")}
-    config = common.fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
+    config = run.fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
     sizes = sizes | {"img_size": config.img_size}  # an outline needs more pixels than a finding
-    steps = common.number_of_steps(config, len(parts["train"].names), config.batch_size)
-    common.seed(config.seed)
+    steps = run.number_of_steps(config, len(parts["train"].names), config.batch_size)
+    run.seed(config.seed)
     model = build_model(config, sizes, tensors).to(device)
     facts = finetune.facts_of(parts, ["mask"], model, world)
-    saved = common.last_state(config, steps, **facts)
+    saved = run.last_state(config, steps, **facts)
     load_images(parts, config)
-    log = common.RunLog(config.out, config, rank, saved and saved["history"], start)
+    log = run.RunLog(config.out, config, rank, saved and saved["history"], start)
     finetune.describe(config, model, len(parts["train"].names), steps, device, rank)
     finetune.warn_of_trained(config, parts["test"], known)
     best = finetune.train(config, model, parts, steps, saved, facts, log, device, world,
@@ -330,7 +330,7 @@ def write_results(config, part, logits, facts, log):
                "images_with_mask": int((true > 0).sum()), "pixels": config.img_size**2, **facts}
     if log.rank > 0:
         return result
-    common.write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
+    run.write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
                      [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
     dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
     order = [i for i in dice.argsort() if true[i] > 0]
@@ -338,7 +338,7 @@ def write_results(config, part, logits, facts, log):
         film = part.images[i][0][:1].expand(3, -1, -1)
         rows.append([film, overlay(film, truth[i]), overlay(film, found[i])])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
-    common.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
+    run.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
                      max(1, 256 // config.img_size))
     print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
           f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
@@ -360,7 +360,7 @@ def make_network(saved):
     """The untrained network of a finished run, whose file holds `saved`."""
     settings, sizes = saved["segment"], saved["sizes"]
     return UPerNet(settings["channels"], settings["norm"],
-                   **{name: sizes[name] for name in sizes if name in vit.ENCODER_SIZES})
+                   **{name: sizes[name] for name in sizes if name in ENCODER_SIZES})
 
 
 def predict_folder(config):
@@ -369,10 +369,10 @@ def predict_folder(config):
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a segmentation run")
     model, saved = finetune.load_run(config.weights, config.base, make_network)
-    config = common.fill(config, {"out": "runs/segment-predict", "mean": saved["mean"],
+    config = run.fill(config, {"out": "runs/segment-predict", "mean": saved["mean"],
                                   "std": saved["std"]})
     threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
-    device, _, _ = common.join(config)
+    device, _, _ = run.join(config)
     paths = data.list_images(config.predict)
     images = data.ImageSet(paths, model.img_size, masks=[None] * len(paths))
     logits = finetune.predict(model.to(device), images, config, device)
@@ -382,12 +382,12 @@ def predict_folder(config):
         kept = find_pixels(logit, threshold, smallest).any()  # `smallest` is of its size
         picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
         name = data.split_ending(Path(path).relative_to(config.predict).as_posix())[0] + ".png"
-        common.atomic_write(Path(config.out, name), lambda file: picture.save(file, "PNG"))
+        run.atomic_write(Path(config.out, name), lambda file: picture.save(file, "PNG"))
     print(f"{len(paths)} masks: {config.out}")
 
 
 def main():
-    config = common.parse_config(SegmentConfig, description=__doc__)
+    config = run.parse_config(SegmentConfig, description=__doc__)
     if config.predict:
         predict_folder(config)
     else:
@@ -395,4 +395,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run.run_script(main)

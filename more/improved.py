@@ -1,4 +1,7 @@
-"""RegGAN beyond the paper: what `reggan.py --improved` adds, worth 3.2 dB at level 5.
+"""RegGAN beyond the paper: three losses and another R, worth 3.2 dB at level 5.
+
+    python -m more.improved             # and all other options of reggan.py
+    python -m more.improved --compare
 
 The paper's losses leave G free to move an image as long as R moves it back, and G is used without
 R. Three more losses take that freedom away, and another R finds larger motion in fewer steps.
@@ -6,12 +9,17 @@ R. Three more losses take that freedom away, and another R finds larger motion i
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W) in pixels, dy then dx.
 """
 
+import dataclasses
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import reggan
 from kernels import warp
-from networks import Residual, average, leaky_conv, levels_of, start_at_zero
+from more import nicegan  # another host
+from reggan import Registration, Residual, average, leaky_conv, levels_of, start_at_zero
+from support.run import InputError, option, run_script
 
 
 class CoarseToFine(nn.Module):
@@ -20,7 +28,7 @@ class CoarseToFine(nn.Module):
     flow so far and shifts it by half of its own pixel in 8 directions. The 9 mean differences to
     real within each of its pixels tell which way is better, and it adds a flow that goes there."""
 
-    def __init__(self, size, width=32):
+    def __init__(self, channels, size, width=32):
         super().__init__()
         w, self.blocks, self.heads = width, nn.ModuleList(), nn.ModuleList()
         for level in range(levels_of(size)):
@@ -111,3 +119,41 @@ def added_losses(model, config, a, b, fake, flow):
     if config.equivariance:
         losses["equivariance"] = config.equivariance * equivariance_loss(model, a, fake)
     return losses
+
+
+def with_mean(network):
+    """The registration network, with a buffer for `running_mean`."""
+
+    def make(channels, size, width):
+        registration = network(channels, size, width)
+        registration.register_buffer("mean", torch.zeros(2, *size))
+        return registration
+
+    return make
+
+
+reggan.REGISTRATIONS |= {"unet": with_mean(Registration), "coarse": with_mean(CoarseToFine)}
+reggan.ADDED_LOSSES.append(added_losses)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(nicegan.Config):
+    script = "more.improved"
+    host: str = option("nc", "the translation method", choices=reggan.HOSTS)
+    reg_net: str = option("coarse", "R: the paper's or coarse to fine",
+                          choices=reggan.REGISTRATIONS)
+    reg_lr: float = option(8e-3, "learning rate of R", within="(0, inf)")
+    correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
+    drift: float = option(100.0, "weight of the squared mean flow, % of sides", within="[0, inf)")
+    synthetic: float = option(3.0, "weight of R's error on known motion, %", within="[0, inf)")
+    equivariance: float = option(30.0, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.paper:
+            raise InputError("--paper", "python reggan.py --paper; here --width 64 --kernel 7 "
+                             "--downs 2 --blocks 9 are the paper's networks", "it")
+
+
+if __name__ == "__main__":
+    run_script(lambda: reggan.main(Config, __doc__))

@@ -1,5 +1,8 @@
 """NICE-GAN as a host of reggan.py: the discriminators' encoders serve the generators.
 
+    python -m more.nicegan             # and all other options of reggan.py
+    python -m more.nicegan --compare
+
 Chen et al., "Reusing Discriminators for Encoding", CVPR 2020. Unlike the official code, G's step
 comes first, as in the other hosts, the adaptive norm takes pooled features, the discriminators are
 shallower, and --downs says how fine the encoding is.
@@ -7,14 +10,18 @@ shallower, and --downs says how fine the encoding is.
 Shapes: B batch, C channels, H x W pixels, w width of the first layer.
 """
 
+import dataclasses
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached
 
+import reggan
 from kernels.cpu import InstanceNorm, LastConv, Reflect
-from networks import lsgan
+from reggan import lsgan
+from support.run import InputError, option, run_script
 
 
 class LayerInstanceNorm(nn.Module):
@@ -159,3 +166,22 @@ class Nice(nn.Module):
             halves = [verdict.chunk(2) for verdict in verdicts]
             total = total + sum(lsgan(r, True) + lsgan(f, False) for r, f in halves)
         return {"d": total}
+
+
+reggan.HOSTS["nice"] = Nice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(reggan.Config):
+    script = "more.nicegan"
+    host: str = option("nice", "the translation method", choices=reggan.HOSTS)
+    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r,nice,nice+r",
+                        "rows of the comparison, +r: with R", free=True)
+
+    def __post_init__(self):
+        if self.host == "nice" and self.downs not in (None, 1, 2):
+            raise InputError("--downs", "1 or 2 with nice", self.downs)
+
+
+if __name__ == "__main__":
+    run_script(lambda: reggan.main(Config, __doc__))

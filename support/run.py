@@ -25,6 +25,7 @@ import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ def option(default, help, **metadata):
 class RunConfig:
     """The options that mean the same in every script."""
 
+    script: ClassVar = ""  # as python -m knows it; config.json says which script made a run
     out: str = option(None, "folder of this run (default: runs/<script>)", free=True)
     resume: bool = option(False, "go on from OUT/last.pt", free=True)
     seed: int = option(0, "seed of every random choice of the run", within="[0, 4294967295]")
@@ -76,6 +78,11 @@ class RunConfig:
                           free=True)
     kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
                            free=True)
+
+
+def options_of(config):
+    """What config.json and the checkpoints hold of a configuration."""
+    return {"script": config.script} | dataclasses.asdict(config)
 
 
 def flag_of(field):
@@ -146,6 +153,9 @@ def share_of_batch(config, world):
 def check_same(saved, config, path):
     """Refuses a `config` that asks for another value of an option that shapes a result than
     `saved`, the options of an earlier run in the file `path`. None asks for nothing."""
+    maker = saved.get("script", config.script)
+    if maker != config.script:
+        raise InputError(path, f"a run of {config.script}", f"one of python -m {maker}")
     for field in dataclasses.fields(config):
         before, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
         if not field.metadata.get("free") and now is not None and before != now:
@@ -364,7 +374,7 @@ class RunLog:
     def __init__(self, out, config, rank=0, history=None, start=None):
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
         self.history = list(history or ())
-        self.json("config.json", dataclasses.asdict(config))
+        self.json("config.json", options_of(config))
         if rank == 0:
             for path in self.out.glob(".*.tmp"):  # left by a run that was killed while it wrote
                 path.unlink()
@@ -458,7 +468,7 @@ def save_state(log, config, world, state, own=None):
     ranks = from_all({"torch": torch.get_rng_state(), "cuda": cuda, "own": own}, world)
     if log.rank == 0:
         save_checkpoint(log.out / "last.pt", state | {
-            "config": dataclasses.asdict(config), "history": log.history, "ranks": ranks})
+            "config": options_of(config), "history": log.history, "ranks": ranks})
 
 
 def last_state(config, steps, **facts):

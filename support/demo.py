@@ -1,6 +1,6 @@
 """Draws films, reports and brains for a newcomer who has no data yet. Nobody needs to read this.
 
-    python demo.py --out demo      # draws the records and the pairs; the scripts do it on first use
+    python -m support.demo # draws the records and the pairs; the scripts do it on first use
 """
 import contextlib
 import dataclasses
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import InputError, option, over_images, parse_config, run_script, write_csv, write_json
+from support.run import (
+    InputError, option, over_images, parse_config, run_script, write_csv, write_json)
 
 # --------------------------------------------------------------------------------------------------
 # Chest films and their reports

@@ -1,0 +1,1 @@
+"""Beyond the lesson: scripts that build on the five, which do not know them."""

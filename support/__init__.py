@@ -1,0 +1,1 @@
+"""What every script stands on and nobody needs to read."""
