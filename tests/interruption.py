@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-import common
+from support import run as common
 
 
 def attempt(run, root, out, seconds=-1):

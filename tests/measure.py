@@ -41,12 +41,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
+from support import run as common
 import data
 import finetune
 import lora
 import mrm
-import segment
+from more import segment
 import vit
 import reggan
 from kernels import bench, cpu

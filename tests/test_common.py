@@ -21,8 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-import common
-from common import InputError
+from support import run as common
+from support.run import InputError
 
 
 def one_line(error):
@@ -290,7 +290,7 @@ def test_errors_are_one_line_and_short():
 STOPPED = """
 import sys, time
 sys.path.insert(0, {repository!r})
-import common
+from support import run as common
 import mrm
 def save(steps):
     print("saved", steps, flush=True)

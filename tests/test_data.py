@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from PIL import Image
 from test_common import fails
 
-import common
+from support import run as common
 import data
 import mrm
-from common import InputError
+from support.run import InputError
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 

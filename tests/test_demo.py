@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import common
-import demo as demo_drawing
+from support import run as common
+from support import demo as demo_drawing
 
 PATIENTS = 120
 LISTS = ("train_1", "train_10", "train_list", "val_list", "test_list")
@@ -167,7 +167,7 @@ def test_same_seed_same_bytes_and_another_seed_replaces_them(tmp_path):
 @pytest.mark.parametrize("from_file", (True, False), ids=("script", "standard input"))
 def test_a_script_without_a_main_guard_draws_the_same_and_ends(tmp_path, from_file):
     code = (
-        "import demo; demo.write_demo_records('records', patients=50, size=32, seed=1); "
+        "from support import demo; demo.write_demo_records('records', patients=50, size=32, seed=1); "
         "print('once')"
     )
     (tmp_path / "script.py").write_text(code)

@@ -18,12 +18,12 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
-import common
+from support import run as common
 import data
 import finetune
 import lora
 import mrm
-import recipes
+from support import recipes
 import vit
 from finetune import FinetuneConfig
 

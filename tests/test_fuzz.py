@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+from support import run as common
 import data
 import lora
-from common import InputError
+from support.run import InputError
 
 COUNT = int(os.environ.get("MEDVISION_FUZZ", 2000))
 SEED = int(os.environ.get("MEDVISION_FUZZ_SEED", 0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-import common
+from support import run as common
 import lora
 import mrm
 

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import common
+from support import run as common
 import data
 import mrm
-import segment
+from more import segment
 import vit
 
 TINY = dict(

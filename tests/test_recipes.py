@@ -2,8 +2,8 @@
 
 import pytest
 
-import common
-from recipes import recipe_for
+from support import run as common
+from support.recipes import recipe_for
 
 # FACTS of "Less Could Be Better": learning rate and rank; epochs, base rate and rank
 ON_MRM = {

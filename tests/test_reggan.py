@@ -17,10 +17,10 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import common
+from support import run as common
 import data
-import demo as demo_drawing
-import improved
+from support import demo as demo_drawing
+from more import improved, nicegan
 import reggan
 from kernels import warp
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+from support import run as common
 import data
 import finetune
-import segment
-from segment import SegmentConfig
+from more import segment
+from more.segment import SegmentConfig
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 BUDGET = {
     "vit.py": 295, "mrm.py": 698, "lora.py": 382, "recipes.py": 162, "finetune.py": 772,
     "segment.py": 398, "networks.py": 147, "nicegan.py": 161, "improved.py": 113,
-    "reggan.py": 753, "data.py": 1107, "common.py": 633, "demo.py": 449,
+    "reggan.py": 753, "data.py": 1107, "support/run.py": 633, "demo.py": 449,
     "kernels/__init__.py": 74, "kernels/lora_linear.py": 426, "kernels/warp.py": 346,
     "kernels/dropout.py": 41, "kernels/cpu.py": 66, "kernels/bench.py": 178,
 }
