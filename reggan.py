@@ -236,12 +236,7 @@ def registration_losses(model, config, a, b, fake):
     flow = model.registration(fake, b)
     losses = {"correction": config.correction * correction(fake, flow, b),
               "smooth": config.smooth * smoothness(flow)}
-    for added in ADDED_LOSSES:
-        losses |= added(model, config, a, b, fake, flow)
-    return losses
-
-
-ADDED_LOSSES = []  # of more/: functions that return {name: weighted loss}; the paper has none
+    return losses | config.added_losses(model, a, b, fake, flow)  # none in the paper
 
 
 class Pool:
@@ -397,9 +392,7 @@ class Cycle(NC):
         return {"d": of_a + discriminator_loss(self.netD_B, b, fakes["B"])}
 
 
-# What --host and --reg-net may name. A file of more/ adds its own, and then calls `main`
-HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle}
-REGISTRATIONS = {"unet": Registration}
+HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle}  # a file of more/ adds its own
 
 # --------------------------------------------------------------------------------------------------
 # Metrics
@@ -460,6 +453,9 @@ def registration_metrics(flow, true_flow, real):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
+    """The options, and what follows from them. A file of more/ that has other options, another R or
+    more losses derives its own class, and passes it to `main`."""
+
     script: ClassVar = "reggan"
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=HOSTS)
@@ -475,7 +471,6 @@ class Config(RunConfig):
     downs: int = option(None, "times the generator halves the image", within="[0, 4]")
     blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
     batch_size: int = option(None, "pairs that one process takes at once", within="[1, inf)")
-    reg_net: str = option(None, "the registration network R", choices=REGISTRATIONS)
     reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
     decay: bool = option(None, "learning rates fall linearly to 0 over the second half of the run")
     pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
@@ -491,9 +486,17 @@ class Config(RunConfig):
     translate: str = option("", "translate this folder with --weights into --out", free=True)
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
 
+    def registration(self, out_chans, size):
+        """The network R for images of `size` = (H, W)."""
+        return Registration(2 * out_chans, size, max(16, self.width // 2))
+
+    def added_losses(self, model, a, b, fake, flow):
+        """Weighted losses that go beyond the paper: {name: loss}."""
+        return {}
+
 
 SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0}
-SMALL |= {"lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "reg_net": "unet"}
+SMALL |= {"lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50}
 SMALL |= {"correction": 20.0, "smooth": 10.0, "identity": 0.0}
 PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0}
 PAPER |= {"lr": 1e-4, "reg_lr": 1e-4, "decay": False}
@@ -524,8 +527,7 @@ def build(config, in_chans, out_chans, size):
     """The networks for images of `size` = (H, W): the host, and with --reg its `registration`."""
     model = HOSTS[config.host](config, in_chans, out_chans)
     if config.reg:
-        width = max(16, config.width // 2)
-        model.registration = REGISTRATIONS[config.reg_net](2 * out_chans, size, width)
+        model.registration = config.registration(out_chans, size)
     return model
 
 
@@ -765,9 +767,9 @@ def load_generator(path, config_class=Config):
                 raise InputError(path, wanted, f"one with {', '.join(sorted(state)[:5])}")
             host, names = state["config"]["host"], {f.name for f in fields(config_class)}
             if host not in HOSTS:
-                maker = state["config"].get("script", "a script of more/")
+                maker = run.command_of(state["config"].get("script", "more.?"))
                 raise InputError(path, f"a host of this script ({', '.join(HOSTS)})",
-                                 f"{host}; python -m {maker} knows it")
+                                 f"{host}; {maker} knows it")
             # R is not needed; it may be one, with options, that this script does not know
             known = {name: state["config"][name] for name in state["config"].keys() & names}
             config = complete(config_class(**known | {"reg": False}))

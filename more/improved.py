@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import reggan
 from kernels import warp
 from more import nicegan  # another host
-from reggan import Registration, Residual, average, leaky_conv, levels_of, start_at_zero
+from reggan import Residual, average, leaky_conv, levels_of, start_at_zero
 from support.run import InputError, option, run_script
 
 
@@ -28,7 +28,7 @@ class CoarseToFine(nn.Module):
     flow so far and shifts it by half of its own pixel in 8 directions. The 9 mean differences to
     real within each of its pixels tell which way is better, and it adds a flow that goes there."""
 
-    def __init__(self, channels, size, width=32):
+    def __init__(self, size, width=32):
         super().__init__()
         w, self.blocks, self.heads = width, nn.ModuleList(), nn.ModuleList()
         for level in range(levels_of(size)):
@@ -121,32 +121,26 @@ def added_losses(model, config, a, b, fake, flow):
     return losses
 
 
-def with_mean(network):
-    """The registration network, with a buffer for `running_mean`."""
-
-    def make(channels, size, width):
-        registration = network(channels, size, width)
-        registration.register_buffer("mean", torch.zeros(2, *size))
-        return registration
-
-    return make
-
-
-reggan.REGISTRATIONS |= {"unet": with_mean(Registration), "coarse": with_mean(CoarseToFine)}
-reggan.ADDED_LOSSES.append(added_losses)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(nicegan.Config):
     script = "more.improved"
     host: str = option("nc", "the translation method", choices=reggan.HOSTS)
-    reg_net: str = option("coarse", "R: the paper's or coarse to fine",
-                          choices=reggan.REGISTRATIONS)
+    reg_net: str = option("coarse", "R: the paper's or coarse to fine", choices=["unet", "coarse"])
     reg_lr: float = option(8e-3, "learning rate of R", within="(0, inf)")
     correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
     drift: float = option(100.0, "weight of the squared mean flow, % of sides", within="[0, inf)")
     synthetic: float = option(3.0, "weight of R's error on known motion, %", within="[0, inf)")
     equivariance: float = option(30.0, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
+
+    def registration(self, out_chans, size):
+        R = super().registration(out_chans, size) if self.reg_net == "unet" else CoarseToFine(
+            size, max(16, self.width // 2))
+        if self.drift:
+            R.register_buffer("mean", torch.zeros(2, *size))  # see running_mean
+        return R
+
+    def added_losses(self, model, a, b, fake, flow):
+        return added_losses(model, self, a, b, fake, flow)
 
     def __post_init__(self):
         super().__post_init__()

@@ -85,6 +85,10 @@ def options_of(config):
     return {"script": config.script} | dataclasses.asdict(config)
 
 
+def command_of(script):
+    return f"python -m {script}" if "." in script else f"python {script}.py"
+
+
 def flag_of(field):
     return "--" + field.name.replace("_", "-")
 
@@ -155,7 +159,8 @@ def check_same(saved, config, path):
     `saved`, the options of an earlier run in the file `path`. None asks for nothing."""
     maker = saved.get("script", config.script)
     if maker != config.script:
-        raise InputError(path, f"a run of {config.script}", f"one of python -m {maker}")
+        expected = f"a run of {command_of(config.script)}"
+        raise InputError(path, expected, f"one of {command_of(maker)}")
     for field in dataclasses.fields(config):
         before, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
         if not field.metadata.get("free") and now is not None and before != now:
