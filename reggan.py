@@ -457,6 +457,7 @@ class Config(RunConfig):
     more losses derives its own class, and passes it to `main`."""
 
     script: ClassVar = "reggan"
+    changes: ClassVar = {}  # of the preset SMALL
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=HOSTS)
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
@@ -505,7 +506,7 @@ PAPER |= {"lr": 1e-4, "reg_lr": 1e-4, "decay": False}
 def complete(config):
     """`config` with the preset's value for every option that was not typed. Raises InputError for
     options that are out of range or do not go together."""
-    preset = SMALL | (PAPER if config.paper else {})
+    preset = SMALL | config.changes | (PAPER if config.paper else {})
     if config.paper and config.host == "nc" and config.reg:
         preset["pool"] = 0  # the official NC + R keeps no old fakes
     noise = 3.0
@@ -766,13 +767,14 @@ def load_generator(path, config_class=Config):
             if "in_chans" not in state:
                 raise InputError(path, wanted, f"one with {', '.join(sorted(state)[:5])}")
             host, names = state["config"]["host"], {f.name for f in fields(config_class)}
+            maker = state["config"].get("script", "more.?")
             if host not in HOSTS:
-                maker = run.command_of(state["config"].get("script", "more.?"))
                 raise InputError(path, f"a host of this script ({', '.join(HOSTS)})",
-                                 f"{host}; {maker} knows it")
-            # R is not needed; it may be one, with options, that this script does not know
-            known = {name: state["config"][name] for name in state["config"].keys() & names}
-            config = complete(config_class(**known | {"reg": False}))
+                                 f"{host}; {run.command_of(maker)} knows it")
+            options = {name: value for name, value in state["config"].items() if name != "script"}
+            if maker != config_class.script:  # R, which is not needed, may have options of its own
+                options = {name: options[name] for name in options.keys() & names}
+            config = complete(config_class(**options | {"reg": False}))
             in_chans, shape = state["in_chans"], state["shape"]
             model = build(config, in_chans, state["out_chans"], shape)
             translate, state = model.translate, state["model"]
@@ -879,7 +881,7 @@ def write_tables(out, table, rows, levels):
 
 def main(config_class=Config, description=__doc__):
     """Does what the command line says. A file of more/ gives its own options and its own text."""
-    presets = {"small": SMALL, "paper changes": PAPER}
+    presets = {"small": SMALL | config_class.changes, "paper changes": PAPER}
     lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
     config = run.parse_config(config_class, description="\n".join([description, *lines]))
     if config.translate:

@@ -124,13 +124,13 @@ def added_losses(model, config, a, b, fake, flow):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(nicegan.Config):
     script = "more.improved"
+    changes = {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0, "drift": 100.0,
+               "synthetic": 3.0, "equivariance": 30.0}
     host: str = option("nc", "the translation method", choices=reggan.HOSTS)
-    reg_net: str = option("coarse", "R: the paper's or coarse to fine", choices=["unet", "coarse"])
-    reg_lr: float = option(8e-3, "learning rate of R", within="(0, inf)")
-    correction: float = option(100.0, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
-    drift: float = option(100.0, "weight of the squared mean flow, % of sides", within="[0, inf)")
-    synthetic: float = option(3.0, "weight of R's error on known motion, %", within="[0, inf)")
-    equivariance: float = option(30.0, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
+    reg_net: str = option(None, "R: the paper's or coarse to fine", choices=["unet", "coarse"])
+    drift: float = option(None, "weight of the squared mean flow, % of sides", within="[0, inf)")
+    synthetic: float = option(None, "weight of R's error on known motion, %", within="[0, inf)")
+    equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
 
     def registration(self, out_chans, size):
         R = super().registration(out_chans, size) if self.reg_net == "unet" else CoarseToFine(

@@ -41,6 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from support import weights as weights_module
 from support import run as common
 import data
 import finetune
@@ -96,7 +97,7 @@ def vit_step(method="lora", images=8, dtype=torch.bfloat16, size=224, depth=12, 
     function that runs one of its training steps on random images."""
     recipe = finetune.PLAIN | finetune.RECIPES["mrm", method, "nih", 1] | {"rank": rank}
     config = common.fill(finetune.FinetuneConfig(method=method), recipe)
-    sizes = {name: value for name, value in mrm.BASE.items() if name in vit.ENCODER_SIZES}
+    sizes = {name: value for name, value in mrm.BASE.items() if name in weights_module.ENCODER_SIZES}
     model = finetune.build_model(config, sizes | {"img_size": size, "depth": depth}, 14).train()
     optimizer = finetune.make_optimizer(model, config)
     films, targets = torch.rand(images, 1, size, size), torch.rand(images, 14).round()

@@ -22,8 +22,9 @@ import tiktoken.load
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_common import fails
+from test_run import fails
 
+from support import tokenizer as tokenizer_module
 from support import run as common
 import data
 import mrm
@@ -353,7 +354,7 @@ def naive_tokenizer(texts, size):
     """Byte-pair encoding as the definition says it, recounting everything before each merge: the
     list of tokens."""
     words = [
-        [bytes([b]) for b in word.encode()] for text in texts for word in data.split_words(text)
+        [bytes([b]) for b in word.encode()] for text in texts for word in tokenizer_module.split_words(text)
     ]
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < size:
@@ -397,16 +398,16 @@ def random_texts(seed, count):
     ids=["texts", "thrice", "few", "many"],
 )
 def test_tokenizer_equals_a_naive_one(texts):
-    enc, tokens = data.train_tokenizer(texts, 340), naive_tokenizer(texts, 340 - len(data.SPECIAL))
+    enc, tokens = tokenizer_module.train_tokenizer(texts, 340), naive_tokenizer(texts, 340 - len(tokenizer_module.SPECIAL))
     assert [
-        enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(data.SPECIAL))
+        enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(tokenizer_module.SPECIAL))
     ] == tokens
-    assert [enc.encode_single_token(name) for name in data.SPECIAL] == [
-        len(tokens) + i for i in range(len(data.SPECIAL))
+    assert [enc.encode_single_token(name) for name in tokenizer_module.SPECIAL] == [
+        len(tokens) + i for i in range(len(tokenizer_module.SPECIAL))
     ]
-    rows, owners = data.encode_reports(enc, texts, 120)
+    rows, owners = tokenizer_module.encode_reports(enc, texts, 120)
     for text, row, owner in zip(texts, rows, owners):
-        words = data.split_words(text)
+        words = tokenizer_module.split_words(text)
         expected = [
             (token, i) for i, word in enumerate(words) for token in naive_encode(tokens, word)
         ]
@@ -417,7 +418,7 @@ def test_tokenizer_equals_a_naive_one(texts):
 
 
 def test_words_are_split_off_their_punctuation():
-    assert data.split_words("No  Edema, (2.5 cm)\nÉtat") == [
+    assert tokenizer_module.split_words("No  Edema, (2.5 cm)\nÉtat") == [
         " no",
         " edema",
         ",",
@@ -429,38 +430,38 @@ def test_words_are_split_off_their_punctuation():
         ")",
         " état",
     ]
-    assert data.split_words("") == data.split_words(" \n") == []
+    assert tokenizer_module.split_words("") == tokenizer_module.split_words(" \n") == []
 
 
 def test_tokenizer_file(tmp_path):
-    enc, path = data.train_tokenizer(TEXTS * 2, 300), tmp_path / "t.tiktoken"
-    data.save_tokenizer(enc, path)
-    again = data.load_tokenizer(path)
+    enc, path = tokenizer_module.train_tokenizer(TEXTS * 2, 300), tmp_path / "t.tiktoken"
+    tokenizer_module.save_tokenizer(enc, path)
+    again = tokenizer_module.load_tokenizer(path)
     assert (
         again.n_vocab == enc.n_vocab == 300
         and tiktoken.load.load_tiktoken_bpe(str(path)) == again._mergeable_ranks
     )
     assert torch.equal(
-        data.encode_reports(enc, TEXTS, 50)[0], data.encode_reports(again, TEXTS, 50)[0]
+        tokenizer_module.encode_reports(enc, TEXTS, 50)[0], tokenizer_module.encode_reports(again, TEXTS, 50)[0]
     )
-    assert data.train_tokenizer(TEXTS * 2, 300)._mergeable_ranks == enc._mergeable_ranks
+    assert tokenizer_module.train_tokenizer(TEXTS * 2, 300)._mergeable_ranks == enc._mergeable_ranks
     lines = path.read_text().splitlines()
     for wrong, part in (
         (lines[:270] + ["!!! 270"], "base64"),
         (lines[:200], "256 bytes"),
         (lines + ["", "x"], "base64"),
     ):
-        fails(lambda: data.load_tokenizer(write(path, "\n".join(wrong) + "\n")), path, part)
-    fails(lambda: data.load_tokenizer(tmp_path / "none"), "no such file")
-    fails(lambda: data.train_tokenizer(TEXTS, 200), "vocabulary size", "200")
-    assert data.train_tokenizer([], 1000).n_vocab == 256 + len(data.SPECIAL)
+        fails(lambda: tokenizer_module.load_tokenizer(write(path, "\n".join(wrong) + "\n")), path, part)
+    fails(lambda: tokenizer_module.load_tokenizer(tmp_path / "none"), "no such file")
+    fails(lambda: tokenizer_module.train_tokenizer(TEXTS, 200), "vocabulary size", "200")
+    assert tokenizer_module.train_tokenizer([], 1000).n_vocab == 256 + len(tokenizer_module.SPECIAL)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5, 1.0])
 def test_hidden_words(ratio):
-    enc = data.train_tokenizer(TEXTS, 280)
-    tokens, words = data.encode_reports(enc, TEXTS + ["", "one"], 60)
-    inputs, hidden = data.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))
+    enc = tokenizer_module.train_tokenizer(TEXTS, 280)
+    tokens, words = tokenizer_module.encode_reports(enc, TEXTS + ["", "one"], 60)
+    inputs, hidden = tokenizer_module.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))
     mask = enc.encode_single_token("<mask>")
     assert (
         torch.equal(inputs, torch.where(hidden, mask, tokens))
@@ -473,15 +474,15 @@ def test_hidden_words(ratio):
         assert len(chosen) == min(count, max(1, round(ratio * count)))
         assert all(row[owner == w].all() for w in chosen)  # all pieces together
     assert torch.equal(
-        hidden, data.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))[1]
+        hidden, tokenizer_module.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))[1]
     )
-    assert data.hide_words(enc, tokens[-2:-1], words[-2:-1], ratio)[1].sum() == 0  # an empty report
+    assert tokenizer_module.hide_words(enc, tokens[-2:-1], words[-2:-1], ratio)[1].sum() == 0  # an empty report
 
 
 def test_every_word_is_hidden_equally_often():
-    enc = data.train_tokenizer(TEXTS, 280)
-    tokens, words = data.encode_reports(enc, ["one two three four five"] * 4000, 40)
-    hidden = data.hide_words(enc, tokens, words, 0.4, torch.Generator().manual_seed(0))[1].float()
+    enc = tokenizer_module.train_tokenizer(TEXTS, 280)
+    tokens, words = tokenizer_module.encode_reports(enc, ["one two three four five"] * 4000, 40)
+    hidden = tokenizer_module.hide_words(enc, tokens, words, 0.4, torch.Generator().manual_seed(0))[1].float()
     shares = torch.stack([hidden[:, words[0] == w].mean() for w in range(5)])
     assert ((shares - 0.4).abs() < 0.03).all()
 
@@ -937,19 +938,19 @@ def test_other_shapes_and_sizes_of_pictures_are_refused_in_one_line(tmp_path):
     ],
 )
 def test_a_word_of_an_unspaced_language_is_a_character(report, words):
-    assert len(data.split_words(report)) == words
-    enc = data.train_tokenizer([report] * 3, 300)
-    tokens, owners = data.encode_reports(enc, [report], 80)
+    assert len(tokenizer_module.split_words(report)) == words
+    enc = tokenizer_module.train_tokenizer([report] * 3, 300)
+    tokens, owners = tokenizer_module.encode_reports(enc, [report], 80)
     assert (
-        enc.encode_ordinary("".join(data.split_words(report))) == tokens[0][owners[0] >= 0].tolist()
+        enc.encode_ordinary("".join(tokenizer_module.split_words(report))) == tokens[0][owners[0] >= 0].tolist()
     )
-    hidden = data.hide_words(enc, tokens, owners, 0.5)[1]
+    hidden = tokenizer_module.hide_words(enc, tokens, owners, 0.5)[1]
     assert len({int(w) for w in owners[hidden]}) == round(words / 2)
 
 
 def test_words_of_spaced_languages_stay_whole():
-    assert data.split_words("폐 음영 정상") == [" 폐", " 음영", " 정상"]
-    assert data.split_words("Ангина ñandú") == [" ангина", " ñandú"]
+    assert tokenizer_module.split_words("폐 음영 정상") == [" 폐", " 음영", " 정상"]
+    assert tokenizer_module.split_words("Ангина ñandú") == [" ангина", " ñandú"]
 
 
 ROWS = "image_path,report_content\na0.png,Clear.\n"
@@ -1030,7 +1031,7 @@ def test_training_a_tokenizer_on_many_words_is_quick():
     rng = np.random.default_rng(0)
     reports = ["".join(rng.choice(list("abcdefgh "), 60)) for _ in range(1000)]
     start = time.process_time()
-    assert data.train_tokenizer(reports, 2500).n_vocab == 2500
+    assert tokenizer_module.train_tokenizer(reports, 2500).n_vocab == 2500
     assert time.process_time() - start < 10  # counting anew at each merge takes a minute
 
 
@@ -1069,14 +1070,14 @@ class TestShared:
 
     def test_tokenizer_on_real_reports(self):
         reports = (SHARED / "openi/reports.txt").read_text().splitlines()
-        enc = data.train_tokenizer(reports, 2000)
-        tokens, words = data.encode_reports(enc, reports, 100)
+        enc = tokenizer_module.train_tokenizer(reports, 2000)
+        tokens, words = tokenizer_module.encode_reports(enc, reports, 100)
         real = words >= 0
         assert (
             enc.n_vocab == 2000 and real.sum() / (words.max(1).values + 1).sum() < 1.35
         )  # tokens a word
         for report, row in zip(reports[::200], tokens[::200]):
-            full = enc.encode_ordinary("".join(data.split_words(report)))[:100]
+            full = enc.encode_ordinary("".join(tokenizer_module.split_words(report)))[:100]
             assert row[: len(full)].tolist() == full
 
     def test_audit(self, capsys):

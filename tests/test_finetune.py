@@ -18,6 +18,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
+from support import weights as weights_module
 from support import run as common
 import data
 import finetune
@@ -1211,7 +1212,7 @@ def test_clipping_bounds_what_a_step_does(easy, tmp_path):
         ran[clip] = common.load_checkpoint(tmp_path / str(clip) / "best.pt")["model"]
     common.seed(0)
     fresh = finetune.build_model(
-        filled(), vit.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
+        filled(), weights_module.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
     ).state_dict()
     clipped, free = (
         sum((model[name].double() - x.double()).square().sum() for name, x in fresh.items()).sqrt()
@@ -1235,7 +1236,7 @@ def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
     )
     common.seed(0)
     fresh = finetune.build_model(
-        filled(), vit.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
+        filled(), weights_module.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""), 2
     ).state_dict()
     ran = common.load_checkpoint(tmp_path / "best.pt")["model"]
     moved = {name: (ran[name] - tensor).abs().max().item() for name, tensor in fresh.items()}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from support import tokenizer as tokenizer_module
 from support import run as common
 import data
 import lora
@@ -111,7 +112,7 @@ def write_samples(root):
         "training.csv": records,
         "patients.csv": lambda path: list(data.read_csv(path, ("image_path", "patient_id"))),
         "run.json": common.read_json,
-        "t.tiktoken": data.load_tokenizer,
+        "t.tiktoken": tokenizer_module.load_tokenizer,
         "zip.pt": common.load_checkpoint,
         "old.pt": common.load_checkpoint,
         "adapter.pt": adapter,
@@ -136,8 +137,8 @@ def write_samples(root):
     )
     (root / "patients.csv").write_text("image_path,patient_id\na.png,1\nb.png,2\n")
     (root / "run.json").write_text('{"lr": 0.1, "names": ["a", "b"], "none": null, "step": 12}\n')
-    data.save_tokenizer(
-        data.train_tokenizer(["the heart is normal", "the lungs are clear"] * 3, 270),
+    tokenizer_module.save_tokenizer(
+        tokenizer_module.train_tokenizer(["the heart is normal", "the lungs are clear"] * 3, 270),
         root / "t.tiktoken",
     )
     state = {

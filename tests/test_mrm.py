@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from support import tokenizer as tokenizer_module
+from support import weights as weights_module
 from support import run as common
 import data
 import mrm
@@ -388,7 +390,7 @@ def test_three_channel_weights_load_exactly_for_grey(capsys):
         randomised(vit.ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
         vit.ViT(16, 4, 1, 24, 2, 3, num_classes=5),
     )
-    vit.load_encoder(grey, colour.state_dict(), "colour.pth")
+    weights_module.load_encoder(grey, colour.state_dict(), "colour.pth")
     images = torch.randn(2, 1, 16, 16)
     torch.testing.assert_close(
         grey(images), colour(images.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5
@@ -399,7 +401,7 @@ def test_three_channel_weights_load_exactly_for_grey(capsys):
 def test_positions_are_resized_and_other_encoders_refused(capsys):
     small = randomised(vit.ViT(16, 4, 1, 24, 2, 3))
     large = vit.ViT(32, 4, 1, 24, 2, 3, num_classes=2)
-    vit.load_encoder(large, small.state_dict(), "small.pth")
+    weights_module.load_encoder(large, small.state_dict(), "small.pth")
     out = capsys.readouterr().out
     assert "4 new (fc_norm, head)" in out and "2 left (norm)" in out
     grid = small.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
@@ -413,11 +415,11 @@ def test_positions_are_resized_and_other_encoders_refused(capsys):
         vit.ViT(16, 8, 1, 24, 2, 3),
     ):
         with pytest.raises(common.InputError, match="small.pth: the encoder does not fit"):
-            vit.load_encoder(other, small.state_dict(), "small.pth")
+            weights_module.load_encoder(other, small.state_dict(), "small.pth")
     with pytest.raises(common.InputError, match="blocks.1.attn.proj.bias: expected no such tensor"):
-        vit.load_encoder(vit.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
+        weights_module.load_encoder(vit.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
     with pytest.raises(common.InputError, match="x.pth: expected a ViT's tensors"):
-        vit.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
+        weights_module.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
 
 
 def test_cosine_lr():
@@ -754,12 +756,12 @@ WRAPPED = {
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_usual_wrappings_are_opened(tmp_path, kind):
     plain = vit_tensors()
-    tensors, saved = vit.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
-    assert vit.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
+    tensors, saved = weights_module.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
+    assert weights_module.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
         img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
     )
     model = vit.ViT(16, 4, 1, 24, 2, 3)
-    vit.load_encoder(model, tensors, "w.pt")
+    weights_module.load_encoder(model, tensors, "w.pt")
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
@@ -774,7 +776,7 @@ def test_decoders_and_old_heads_may_be_left(capsys):
             "head_dist.bias",
         )
     }
-    vit.load_encoder(vit.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
+    weights_module.load_encoder(vit.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
     assert (
         "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
     )
@@ -787,7 +789,7 @@ def test_heads_are_known_or_asked_for():
             "pos_embed": torch.ones(1, 17, dim),
             "blocks.0.x": torch.ones(1),
         }
-        return vit.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
+        return weights_module.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
 
     assert [sizes(dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
     assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
@@ -1006,7 +1008,7 @@ def hide(enc, tokens, words, ratio, generator=None):
     hidden = torch.zeros_like(words, dtype=torch.bool)
     hidden[:, 1:9:2] = True
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
-data.hide_words = hide
+tokenizer_module.hide_words = hide
 options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4,
                {rate}, batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
 if sys.argv[1] == "mrm":

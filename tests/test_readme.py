@@ -26,7 +26,7 @@ SHORTER = {
     "mrm.py": "--steps 3",
     "finetune.py": "--steps 3 --evaluations 1",
     "reggan.py": "--epochs 1 --width 4 --seeds 1",
-    "demo.py": "--patients 100",
+    "support.demo": "--patients 100",
 }
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     """A small demo and a tiny demo MRM, so that each command finds what it would otherwise spend
     minutes on."""
     folder = tmp_path_factory.mktemp("readme")
-    for command in ("demo.py --patients 100", "mrm.py --steps 3 --out runs/mrm-demo"):
+    for command in ("-m support.demo --patients 100", "mrm.py --steps 3 --out runs/mrm-demo"):
         run(folder, command)
     return folder
 

@@ -21,6 +21,7 @@ from support import run as common
 import data
 from support import demo as demo_drawing
 from more import improved, nicegan
+from more import improved as improved_script
 import reggan
 from kernels import warp
 
@@ -30,7 +31,17 @@ EVERY_LOSS = ("correction", "smooth", "drift", "synthetic", "equivariance")
 
 def filled(**options):
     """A configuration as training sees it: what is not named comes from the preset."""
-    return reggan.complete(reggan.Config(**{**SMALL, **options}))
+    return reggan.complete(config_of(**{**SMALL, **options}))
+
+
+def config_of(improved=False, **options):
+    """The class of options of the script that knows them."""
+    added = improved or "reg_net" in options or {"drift", "synthetic", "equivariance"} & set(options)
+    scripts = (improved_script if added else nicegan if options.get("host") == "nice" else reggan)
+    if scripts is improved_script and not improved:
+        options = dict(reg_net="unet", reg_lr=2e-3, correction=20.0, drift=0.0, synthetic=0.0,
+                       equivariance=0.0) | options
+    return scripts.Config(**options)
 
 
 def optimizers_of(model, **rates):
@@ -82,7 +93,7 @@ def test_one_pass_over_real_and_fake_is_two_passes():
         return sum(reggan.lsgan(r, True) + reggan.lsgan(f, False) for r, f in verdicts).item()
 
     D = reggan.Discriminator(1, 4).double()
-    nice = reggan.Nice(filled(host="nice"), 1, 1).double().eval()
+    nice = nicegan.Nice(filled(host="nice"), 1, 1).double().eval()
     with torch.no_grad():
         together = reggan.discriminator_loss(D, real, fake).item()
         assert together == pytest.approx(apart(lambda x: [D(x)]), rel=1e-5)  # float32 verdicts
@@ -201,7 +212,7 @@ def test_state_dict_keys_are_reg_gans():
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 48)])
 def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
     a, b = torch.randn(3, 1, *size), torch.randn(3, 1, *size)
-    for R in (reggan.Registration(2, size, 8), reggan.CoarseToFine(size, 8)):
+    for R in (reggan.Registration(2, size, 8), improved.CoarseToFine(size, 8)):
         flow = R(a, b)
         assert flow.shape == (3, 2, *size) and not flow.any()
         assert torch.equal(warp(a, flow), a)
@@ -216,14 +227,14 @@ def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
 def test_nice_gan_reads_as_finely_as_the_other_generators(downs, root):
     """Its encoding is halved as often as their inner images, so the decoder is handed as many
     pixels."""
-    host = reggan.Nice(filled(host="nice", downs=downs), 1, 2)
+    host = nicegan.Nice(filled(host="nice", downs=downs), 1, 2)
     a = smooth_image(2, 0, 44)
     assert host.netD_A.encode(a)[0].shape == (2, 8, 44 // 2**downs, 44 // 2**downs)
     assert host.translate(a).shape == (2, 2, 44, 44)
     assert host.translate(a[..., :43, :33]).shape == (2, 2, 43, 33)
     with pytest.raises(common.InputError, match="--downs: expected 1 or 2 with nice, found 3"):
         reggan.train(
-            reggan.Config(root=str(root), out=str(root / "run"), host="nice", downs=3, **SMALL)
+            config_of(root=str(root), out=str(root / "run"), host="nice", downs=3, **SMALL)
         )
     assert not (root / "run").exists()
 
@@ -284,7 +295,7 @@ def test_drift_takes_back_a_shift_that_generator_and_registration_share():
 def test_synthetic_error_is_the_mean_error_in_percent_of_the_sides():
     """Of an R that finds no motion it is the mean length of the motion; of one that finds all of
     it, 0."""
-    R, b = reggan.CoarseToFine((32, 48), 8), smooth_image(3, 0, 48)[:, :, :32]
+    R, b = improved.CoarseToFine((32, 48), 8), smooth_image(3, 0, 48)[:, :, :32]
     torch.manual_seed(0)
     error = improved.synthetic_loss(R, b).item()
     torch.manual_seed(0)
@@ -300,7 +311,7 @@ def test_synthetic_motion_teaches_rotation():
     """R on nothing but synthetic motion: a rotation of other images is found to a tenth, its sense
     included."""
     torch.manual_seed(0)
-    R = reggan.CoarseToFine((32, 32), 16)
+    R = improved.CoarseToFine((32, 32), 16)
     optimizer = torch.optim.Adam(R.parameters(), 8e-3, betas=(0.5, 0.999))
     for step in range(80):
         loss = improved.synthetic_loss(R, smooth_image(8, step))
@@ -367,7 +378,7 @@ def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_th
 
 def test_no_flow_leaves_the_image_by_more_than_half_of_it():
     """A flow that points out of the image everywhere has no gradient and would never come back."""
-    R = reggan.CoarseToFine((32, 48), 8)
+    R = improved.CoarseToFine((32, 48), 8)
     with torch.no_grad():
         for head in R.heads:
             head.bias.fill_(1e4)
@@ -384,7 +395,7 @@ def test_registration_alone_recovers_a_translation(network):
     R = (
         reggan.Registration(2, (32, 32), 16)
         if network == "unet"
-        else reggan.CoarseToFine((32, 32), 16)
+        else improved.CoarseToFine((32, 32), 16)
     )
     optimizer = torch.optim.Adam(R.parameters(), 2e-3)
     for _ in range(100):
@@ -507,7 +518,7 @@ def test_overfits_one_pair(root):
             (root / "train" / side / "s0.npy").read_bytes()
         )
     result = reggan.train(
-        reggan.Config(
+        config_of(
             root=str(root),
             out=str(root / "run"),
             host="pix2pix",
@@ -530,7 +541,7 @@ def test_overfits_one_pair(root):
 
 
 def test_a_run_leaves_its_files_and_resumes_bit_for_bit(root, monkeypatch):
-    config = reggan.Config(root=str(root), out=str(root / "whole"), **SMALL | dict(epochs=4))
+    config = config_of(root=str(root), out=str(root / "whole"), **SMALL | dict(epochs=4))
     whole = reggan.train(config)
     for name in ("config.json", "log.jsonl", "last.pt", "best.pt", "result.json"):
         assert (root / "whole" / name).exists(), name
@@ -633,10 +644,10 @@ def test_training_and_translating_16_bit_colour_and_float_images(tmp_path):
             Image.fromarray(((image + 1) * 127.5).astype(np.uint8)).save(
                 tmp_path / part / side / "s.jpg"
             )
-    result = reggan.train(reggan.Config(root=str(tmp_path), out=str(tmp_path / "run"), **SMALL))
+    result = reggan.train(config_of(root=str(tmp_path), out=str(tmp_path / "run"), **SMALL))
     assert np.isfinite(result["psnr"])
     reggan.translate_folder(
-        reggan.Config(
+        config_of(
             translate=str(tmp_path / "val/A"),
             weights=str(tmp_path / "run"),
             out=str(tmp_path / "out"),
@@ -647,7 +658,7 @@ def test_training_and_translating_16_bit_colour_and_float_images(tmp_path):
         assert image.size == (32, 32) and image.format == "JPEG" and image.mode == "L"
     with pytest.raises(common.InputError, match=r"1 channels, the generator takes 3"):
         reggan.translate_folder(
-            reggan.Config(
+            config_of(
                 translate=str(tmp_path / "val/B"),
                 weights=str(tmp_path / "run"),
                 out=str(tmp_path / "no"),
@@ -658,12 +669,12 @@ def test_training_and_translating_16_bit_colour_and_float_images(tmp_path):
 
 
 def test_translate_keeps_names_formats_and_depth(root):
-    reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
+    reggan.train(config_of(root=str(root), out=str(root / "run"), **SMALL))
     Image.fromarray((np.linspace(0, 65535, 40 * 32).reshape(40, 32)).astype(np.uint16)).save(
         root / "val" / "A" / "deep.png"
     )
     reggan.translate_folder(
-        reggan.Config(
+        config_of(
             translate=str(root / "val" / "A"),
             weights=str(root / "run"),
             out=str(root / "out"),
@@ -689,7 +700,7 @@ def test_published_generators_load(tmp_path):
 
 def test_a_checkpoint_of_options_that_are_gone_is_refused_in_one_line(tmp_path):
     torch.save(
-        {"model": {}, "config": {"host": "nc", "bending": 1.0}, "in_chans": 1}, tmp_path / "best.pt"
+        {"model": {}, "config": {"host": "nc", "bending": 1.0, "script": "reggan"}, "in_chans": 1}, tmp_path / "best.pt"
     )
     with pytest.raises(
         common.InputError,
@@ -701,7 +712,7 @@ def test_a_checkpoint_of_options_that_are_gone_is_refused_in_one_line(tmp_path):
 def test_a_bfloat16_run_ends_near_a_float32_run(root):
     scores = [
         reggan.train(
-            reggan.Config(
+            config_of(
                 root=str(root), out=str(root / dtype), dtype=dtype, **SMALL | dict(epochs=20)
             )
         )["psnr"]
@@ -738,7 +749,7 @@ def test_two_processes_under_torchrun_leave_one_run(root):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((root / "run" / "result.json").read_text())
-    single = reggan.train(reggan.Config(root=str(root), out=str(root / "single"), **SMALL))
+    single = reggan.train(config_of(root=str(root), out=str(root / "single"), **SMALL))
     assert result.keys() == single.keys() and result["images"] == 2 and np.isfinite(result["psnr"])
     lines = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val" in line] == [
@@ -794,7 +805,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
     spoil, message = BAD[case]
     spoil(root)
     with pytest.raises(common.InputError, match=message) as error:
-        reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
+        reggan.train(config_of(root=str(root), out=str(root / "run"), **SMALL))
     assert "\n" not in str(error.value) and not (root / "run").exists()
 
 
@@ -815,20 +826,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
         ({"pool": -1}, r"--pool: expected a number in \[0, inf\), found -1"),
         ({"lr": float("nan")}, r"--lr: expected a number in \(0, inf\), found nan"),
         ({"steps": 3}, "--steps and --epochs: expected one of them, found both"),
-        (
-            {"paper": True, "improved": True},
-            "--paper and --improved: expected one of them, found both",
-        ),
     ],
 )
 def test_options_out_of_range_are_refused(root, options, message):
     with pytest.raises(common.InputError, match=message):
-        reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL | options))
+        reggan.train(config_of(root=str(root), out=str(root / "run"), **SMALL | options))
     assert not (root / "run").exists()
 
 
 def test_a_refused_run_leaves_the_one_before_it_alone(root):
-    config = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
+    config = config_of(root=str(root), out=str(root / "run"), **SMALL)
     reggan.train(config)
     before = {path: path.read_bytes() for path in sorted((root / "run").iterdir())}
     with pytest.raises(
@@ -845,7 +852,7 @@ def test_a_refused_run_leaves_the_one_before_it_alone(root):
 def test_a_folder_that_cannot_be_written_is_refused_first(root):
     (root / "file").write_text("")
     with pytest.raises(common.InputError, match="file/run/config.json: cannot be written"):
-        reggan.train(reggan.Config(root=str(root), out=str(root / "file" / "run"), **SMALL))
+        reggan.train(config_of(root=str(root), out=str(root / "file" / "run"), **SMALL))
 
 
 PRESETS = {
@@ -853,12 +860,8 @@ PRESETS = {
         "width": 8,
         "batch_size": 8,
         "epochs": 100,
-        "reg_net": "unet",
         "correction": 20,
         "smooth": 10,
-        "drift": 0,
-        "synthetic": 0,
-        "equivariance": 0,
         "decay": True,
         "pool": 50,
     },
@@ -884,12 +887,8 @@ PRESETS = {
         "epochs": 80,
         "lr": 1e-4,
         "reg_lr": 1e-4,
-        "reg_net": "unet",
         "correction": 20,
         "smooth": 10,
-        "drift": 0,
-        "synthetic": 0,
-        "equivariance": 0,
         "identity": 0,
         "decay": False,
         "pool": 0,
@@ -899,8 +898,9 @@ PRESETS = {
 
 @pytest.mark.parametrize("switch", PRESETS)
 def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
-    flags = [f"--{name}" for name in switch]
-    config = reggan.complete(common.parse_config(reggan.Config, flags))
+    script = improved if "improved" in switch else reggan
+    flags = [f"--{name}" for name in switch if name != "improved"]
+    config = reggan.complete(common.parse_config(script.Config, flags))
     assert {name: getattr(config, name) for name in PRESETS[switch]} == PRESETS[switch]
     assert config.steps is None and None not in [getattr(config, name) for name in reggan.SMALL]
     typed = {
@@ -909,7 +909,6 @@ def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
         "epochs": 100.0,
         "lr": 4e-3,
         "correction": 0.0,
-        "reg_net": "coarse",
         "pool": 7,
     }
     typed_flags = [
@@ -917,16 +916,16 @@ def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
         for name, value in typed.items()
         for word in ("--" + name.replace("_", "-"), str(value))
     ]
-    config = reggan.complete(common.parse_config(reggan.Config, [*flags, *typed_flags]))
+    config = reggan.complete(common.parse_config(script.Config, [*flags, *typed_flags]))
     assert {name: getattr(config, name) for name in typed} == typed
-    steps = reggan.complete(common.parse_config(reggan.Config, [*flags, "--steps", "7"]))
+    steps = reggan.complete(common.parse_config(script.Config, [*flags, "--steps", "7"]))
     assert (steps.steps, steps.epochs) == (7, None)
     assert reggan.complete(config) == config  # what is filled stays
 
 
 def test_the_papers_hosts_but_nc_with_registration_keep_a_pool():
     pools = {
-        (host, reg): reggan.complete(reggan.Config(paper=True, host=host, reg=reg)).pool
+        (host, reg): reggan.complete(config_of(paper=True, host=host, reg=reg)).pool
         for host in ("nc", "cycle")
         for reg in (True, False)
     }
@@ -937,7 +936,7 @@ def test_the_papers_registration_network_is_the_official_one():
     """At 256 x 256: 7 levels of 32, 64, ..., 64 channels, 128 at the bottom; at other sizes as many
     as fit."""
     R = reggan.build(
-        reggan.complete(reggan.Config(paper=True, blocks=1)), 1, 1, (256, 256)
+        reggan.complete(config_of(paper=True, blocks=1)), 1, 1, (256, 256)
     ).registration
     shapes = {name: tuple(p.shape) for name, p in R.state_dict().items()}
     for level in range(7):
@@ -964,7 +963,7 @@ def test_the_papers_registration_network_is_the_official_one():
     ):
         assert (
             len(reggan.Registration(2, size, 4).down)
-            == len(reggan.CoarseToFine(size, 4).heads)
+            == len(improved.CoarseToFine(size, 4).heads)
             == levels
         )
 
@@ -987,7 +986,7 @@ def test_the_learning_rates_are_constant_or_fall_over_the_second_half(drawn, tmp
 
 
 def test_steps_instead_of_epochs_and_the_result_says_how_fast_it_was(drawn, tmp_path):
-    c = reggan.Config(**SMALL | dict(root=str(drawn), epochs=None, steps=4, out=str(tmp_path)))
+    c = config_of(**SMALL | dict(root=str(drawn), epochs=None, steps=4, out=str(tmp_path)))
     result = reggan.train(c)  # 6 pairs, 2 each: an epoch and a third
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "val" in line] == [3, 4]
@@ -1046,7 +1045,7 @@ def drawn(tmp_path_factory):
 
 def config(root="", **options):
     return reggan.complete(
-        reggan.Config(
+        config_of(
             **{
                 "root": str(root),
                 "width": 8,
@@ -1191,7 +1190,7 @@ def test_the_identity_loss_needs_as_many_channels_in_both_domains():
 
 
 def test_compare_goes_on_and_writes_tables(drawn, tmp_path):
-    c = reggan.Config(
+    c = config_of(
         root=str(drawn),
         width=8,
         blocks=1,
@@ -1236,7 +1235,7 @@ def test_compare_goes_on_and_writes_tables(drawn, tmp_path):
 
 
 def test_a_comparison_of_the_papers_form_goes_on_where_it_was_stopped(drawn, tmp_path, monkeypatch):
-    c = reggan.Config(
+    c = config_of(
         root=str(drawn),
         paper=True,
         width=4,
@@ -1417,7 +1416,7 @@ def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out()
 
 def test_every_network_has_its_optimiser_and_its_rate(drawn):
     c = config(drawn, host="cycle", lr=0.01, reg_lr=0.02, improved=True)
-    run = reggan.Run(c, torch.device("cpu"))
+    run = reggan.Job(c, torch.device("cpu"))
     owner = {
         id(p): (name, group["peak"])
         for name in ("opt_g", "opt_d")
@@ -1448,7 +1447,7 @@ def test_the_weights_that_are_best_on_val_are_kept_and_tested(root, monkeypatch)
 
     monkeypatch.setattr(reggan, "evaluate", scripted)
     result = reggan.train(
-        reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=3))
+        config_of(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=3))
     )
     assert result["mae"] == 0.5 and result["weights"].startswith("best.pt") and len(seen) == 4
     best, last = (common.load_checkpoint(root / "run" / f"{n}.pt") for n in ("best", "last"))
@@ -1464,7 +1463,7 @@ def test_the_weights_that_are_best_on_val_are_kept_and_tested(root, monkeypatch)
 
 
 def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
-    c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
+    c = config_of(root=str(root), out=str(root / "run"), **SMALL)
     plain = reggan.train(c)
     assert "none, the pairs are used as they are" in capsys.readouterr().out
     assert "folding" in plain and not {"registration_error", "misalignment"} & plain.keys()
@@ -1481,7 +1480,7 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
     assert "training pairs: level 3 and bending of 2 %" in text and "of this added motion" in text
     assert moved["misalignment"] > 0.3
     assert reggan.complete(dataclasses.replace(c, elastic=2.0)).noise == 0
-    demo = reggan.complete(reggan.Config())
+    demo = reggan.complete(config_of())
     assert (demo.noise, demo.elastic) == (3.0, 0.0)
     (cell,) = reggan.compare(
         dataclasses.replace(
@@ -1493,7 +1492,7 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
 
 def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
     c = config(drawn, noise=3.0)
-    run = reggan.Run(c, torch.device("cpu"))
+    run = reggan.Job(c, torch.device("cpu"))
     aligned, moved = run.val
     scores = reggan.evaluate(run, aligned, moved)
     with torch.no_grad():
@@ -1522,7 +1521,7 @@ def test_the_foreground_survives_size(tmp_path):
             image[40:141, 50:151] = sign * 0.9 * smooth_image(1, 2, 101)[0, 0].numpy()
             np.save(tmp_path / part / side / "s.npy", image)
     result = reggan.train(
-        reggan.Config(root=str(tmp_path), out=str(tmp_path / "run"), size=32, **SMALL)
+        config_of(root=str(tmp_path), out=str(tmp_path / "run"), size=32, **SMALL)
     )
     assert (
         abs(result["psnr"] - result["psnr_whole"]) > 0.5
@@ -1538,7 +1537,7 @@ def test_the_foreground_survives_size(tmp_path):
 
 
 def test_resuming_a_finished_run_and_one_with_more_steps(root, capsys):
-    c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=None, steps=4))
+    c = config_of(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=None, steps=4))
     first = reggan.train(c)
     log = (root / "run" / "log.jsonl").read_text()
     again = reggan.train(dataclasses.replace(c, resume=True))
@@ -1572,7 +1571,7 @@ def test_a_generator_with_weights_that_are_not_finite_is_refused(tmp_path):
 
 
 def test_resuming_from_what_is_no_last_pt_is_one_line(root):
-    c = reggan.Config(root=str(root), out=str(root / "run"), **SMALL)
+    c = config_of(root=str(root), out=str(root / "run"), **SMALL)
     with pytest.raises(common.InputError, match="last.pt: no such checkpoint"):
         reggan.train(dataclasses.replace(c, resume=True))
 
@@ -1581,7 +1580,7 @@ def test_resuming_from_what_is_no_last_pt_is_one_line(root):
 def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoint_stays(
     root, monkeypatch, loss
 ):
-    c = reggan.Config(
+    c = config_of(
         root=str(root), out=str(root / "run"), **SMALL | dict(epochs=None, steps=9, batch_size=1)
     )
     step, good, seen = reggan.training_step, getattr(reggan, loss), []
@@ -1602,7 +1601,7 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoin
 
 def test_weights_that_are_not_finite_are_not_saved(drawn, tmp_path):
     c = config(drawn, out=str(tmp_path / "run"))
-    run = reggan.Run(c, torch.device("cpu"))
+    run = reggan.Job(c, torch.device("cpu"))
     log = common.RunLog(tmp_path / "run", c)
     reggan.save(run, log)
     before = (tmp_path / "run" / "last.pt").read_bytes()
@@ -1651,7 +1650,7 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(drawn, tmp_pat
     """Losses, scores, one log; each process has random numbers of its own, and goes on with
     them."""
     options = EQUAL | dict(root=str(drawn))
-    single = reggan.train(reggan.Config(**options | dict(out=str(tmp_path / "one"))))
+    single = reggan.train(config_of(**options | dict(out=str(tmp_path / "one"))))
     flags = [
         word
         for name, value in (options | dict(batch_size=2)).items()
@@ -1683,15 +1682,15 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(drawn, tmp_pat
         common.InputError, match="expected a run with the same number of processes as now"
     ):
         reggan.train(
-            reggan.Config(**options | dict(out=str(tmp_path / "two"), batch_size=2, resume=True))
+            config_of(**options | dict(out=str(tmp_path / "two"), batch_size=2, resume=True))
         )
 
 
 def test_blank_slices_and_upper_case_endings_are_translated(root):
     for path in (root / "train").rglob("*.npy"):
         path.rename(path.with_suffix(".NPY"))
-    reggan.train(reggan.Config(root=str(root), out=str(root / "run"), **SMALL))
-    c = reggan.Config(
+    reggan.train(config_of(root=str(root), out=str(root / "run"), **SMALL))
+    c = config_of(
         translate=str(root / "val/A"),
         weights=str(root / "run"),
         out=str(root / "out"),

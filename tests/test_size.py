@@ -1,19 +1,38 @@
 """The ratchet: no source file grows beyond its budget. Whoever needs a line more takes one away, or
 changes a number here, where a reviewer sees it. Lower the numbers as the files shrink."""
 
+import ast
+import ast
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "vit.py": 295, "mrm.py": 698, "lora.py": 382, "recipes.py": 162, "finetune.py": 772,
-    "segment.py": 398, "networks.py": 147, "nicegan.py": 161, "improved.py": 113,
-    "reggan.py": 753, "data.py": 1107, "support/run.py": 633, "demo.py": 449,
-    "kernels/__init__.py": 74, "kernels/lora_linear.py": 426, "kernels/warp.py": 346,
-    "kernels/dropout.py": 41, "kernels/cpu.py": 66, "kernels/bench.py": 178,
+    "data.py": 975,
+    "finetune.py": 770,
+    "kernels/__init__.py": 74,
+    "kernels/bench.py": 178,
+    "kernels/cpu.py": 66,
+    "kernels/dropout.py": 41,
+    "kernels/lora_linear.py": 426,
+    "kernels/warp.py": 346,
+    "lora.py": 382,
+    "more/__init__.py": 1,
+    "more/improved.py": 153,
+    "more/nicegan.py": 187,
+    "more/segment.py": 398,
+    "mrm.py": 700,
+    "reggan.py": 898,
+    "support/__init__.py": 1,
+    "support/demo.py": 450,
+    "support/recipes.py": 162,
+    "support/run.py": 648,
+    "support/tokenizer.py": 138,
+    "support/weights.py": 94,
+    "vit.py": 207,
 }
-TOTAL = 7197
+TOTAL = 7295
 
 
 def lines_of(name):
@@ -26,6 +45,20 @@ def test_a_file_stays_within_its_budget(name):
 
 
 def test_every_file_has_a_budget_and_the_sum_has_one():
-    files = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py")]
+    files = [path for folder in ("", "kernels", "support", "more") for path in
+             (ROOT / folder).glob("*.py")]
     assert {path.relative_to(ROOT).as_posix() for path in files} == set(BUDGET)
     assert sum(len(lines_of(name)) for name in BUDGET) <= TOTAL
+
+
+STREET = ("vit", "lora", "mrm", "finetune", "reggan", "data")
+UPWARDS = {"kernels/": (*STREET, "support", "more"), "support/": (*STREET, "more"), "": ("more",)}
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_import_arrows_go_down(name):
+    for place in ast.walk(ast.parse((ROOT / name).read_text())):
+        imported = {ast.Import: lambda: [alias.name for alias in place.names],
+                    ast.ImportFrom: lambda: [place.module or ""]}.get(type(place), list)()
+        above = UPWARDS.get(name.rpartition("/")[0] + "/" * ("/" in name), ())
+        assert not {module.split(".")[0] for module in imported} & set(above)

@@ -1,4 +1,4 @@
-"""Tests of common.py: options, start-up, checkpoints, logs, speed, signals, pictures; every kind of
+"""Tests of support/run.py: options, start-up, checkpoints, logs, speed, signals, pictures; every kind of
 bad input has its one line."""
 
 import argparse
