@@ -49,6 +49,7 @@ import itertools
 import os
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -331,6 +332,7 @@ TARGETS = list(lora.TARGETS)  # of LoRA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
+    script: ClassVar = "finetune"
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
@@ -568,8 +570,8 @@ def save_best(config, model, parts, best, sizes, tensors, known, log, about):
     all that `load_run` needs. An adapter whose base is a random start brings it along."""
     model.load_state_dict(best["trained"], strict=False)
     own = data.units(config.root, parts["train"].names)
-    about = about | {"sizes": sizes, "mean": config.mean, "std": config.std,
-                     "trained_on": sorted({*own, *known.get("trained_on", ())})}
+    about = about | {"script": config.script, "sizes": sizes, "mean": config.mean,
+                     "std": config.std, "trained_on": sorted({*own, *known.get("trained_on", ())})}
     if log.rank == 0 and config.method == "lora":
         base, state = config.weights, model.state_dict()
         if tensors is None:
@@ -639,18 +641,21 @@ def write_predictions(out, names, classes, probabilities, labels=None):
 # Prediction
 
 
-def load_run(folder, base="", make=None):
+def load_run(folder, base="", make=None, script="finetune"):
     """The model of a finished run (its folder, adapter.pt or best.pt), merged.
 
-    base: the base weights of an adapter, where they have moved; make(saved): another network than
-    the classifier. Returns (ViT in eval mode, all that the file holds). Raises InputError for any
-    other file, and for base weights that have changed.
+    base: the base weights of an adapter, where they have moved; make(saved): the network of the
+    runs of another `script`. Returns (network in eval mode, all that the file holds). Raises
+    InputError for any other file, and for base weights that have changed.
     """
     path = run.checkpoint_file(folder, "adapter.pt", "best.pt")
     saved = run.load_checkpoint(path)
     if not {"sizes", "mean", "std"} <= saved.keys():
         raise InputError(path, "the adapter.pt or best.pt of a fine-tuning run",
                          f"entries {sorted(saved)[:6]}")
+    if saved.get("script", script) != script:
+        found = f"one of {run.command_of(saved['script'])}"
+        raise InputError(path, f"a run of {run.command_of(script)}", found)
     if make:
         model = make(saved)
     else:

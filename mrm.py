@@ -77,6 +77,7 @@ import itertools
 import math
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -85,8 +86,7 @@ import torch.nn.functional as F
 import data
 from support import run
 from support.run import InputError, RunConfig, option
-from support.tokenizer import encode_reports, hide_words, load_tokenizer, save_tokenizer
-from support.tokenizer import train_tokenizer
+from support.tokenizer import encode_reports, load_tokenizer, save_tokenizer, train_tokenizer
 from support.weights import load_encoder, read_weights
 from vit import Block, ViT, init_weights, patchify, sincos_positions, unpatchify
 
@@ -274,6 +274,7 @@ RECORDS = dict(data="demo", root="", exclude="", holdout=64)  # the records of a
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MRMConfig(RunConfig):
+    script: ClassVar = "mrm"
     data: str = option(None, "demo records, or csv: a training.csv with columns image_path and "
                        "report_content (default: demo; for --reconstruct the run's)",
                        choices=["demo", "csv"])
@@ -374,6 +375,20 @@ class Records:
         tokens, words = self.tokens[rows], self.words[rows]
         report = mask_report(self.tokenizer, tokens, words, config.word_ratio, generator)
         return [part.to(self.heldout.device) for part in report]
+
+
+def hide_words(enc, tokens, words, ratio, generator=None):
+    """Hides round(ratio * words) of each report's words, at least one, with all their tokens.
+    tokens, words: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask> where
+    hidden (B, L) is True."""
+    count = words.max(1).values + 1  # (B,)
+    share = (ratio * count.double()).round().long().clamp(min=1).minimum(count)
+    order = torch.rand(len(words), max(1, int(count.max())), generator=generator).to(words.device)
+    beyond = torch.arange(order.shape[1], device=words.device) >= count[:, None]
+    order[beyond] = 2.0  # ranks them behind all words that the report has
+    chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words): by each word's rank
+    hidden = chosen.gather(1, words.clamp(min=0)) & (words >= 0)
+    return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
 
 
 def mask_report(tokenizer, tokens, words, ratio, generator=None):

@@ -206,6 +206,7 @@ def choose_threshold(logits, masks):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentConfig(FinetuneConfig):
+    script = "more.segment"
     masks: str = option("", "folder of masks NAME.png (default: ROOT/masks)")
     norm: str = option("batch", "norm of the head: batch, as published, or group where a process "
                        "takes few images", choices=["batch", "group"])
@@ -368,7 +369,7 @@ def predict_folder(config):
     of the size of its film."""
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a segmentation run")
-    model, saved = finetune.load_run(config.weights, config.base, make_network)
+    model, saved = finetune.load_run(config.weights, config.base, make_network, config.script)
     config = run.fill(config, {"out": "runs/segment-predict", "mean": saved["mean"],
                                   "std": saved["std"]})
     threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))

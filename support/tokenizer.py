@@ -122,17 +122,3 @@ def encode_reports(enc, reports, length):
         coded = torch.tensor(coded[:length]).reshape(-1, 2)
         tokens[i, : len(coded)], words[i, : len(coded)] = coded.T
     return tokens, words
-
-
-def hide_words(enc, tokens, words, ratio, generator=None):
-    """Hides round(ratio * words) of each report's words, at least one, with all their tokens.
-    tokens, words: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask> where
-    hidden (B, L) is True."""
-    count = words.max(1).values + 1  # (B,)
-    share = (ratio * count.double()).round().long().clamp(min=1).minimum(count)
-    order = torch.rand(len(words), max(1, int(count.max())), generator=generator).to(words.device)
-    beyond = torch.arange(order.shape[1], device=words.device) >= count[:, None]
-    order[beyond] = 2.0  # ranks them behind all words that the report has
-    chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words): by each word's rank
-    hidden = chosen.gather(1, words.clamp(min=0)) & (words >= 0)
-    return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden

@@ -47,7 +47,7 @@ import data
 import finetune
 import lora
 import mrm
-from more import segment
+from more import improved, segment
 import vit
 import reggan
 from kernels import bench, cpu
@@ -478,7 +478,7 @@ def motions(*runs, rounds=20):
         )
 
 
-class TrueFlow(reggan.CoarseToFine):
+class TrueFlow(improved.CoarseToFine):
     """In training the true flow of the batch, which `bound` leaves in `flow`."""
 
     flow = None
@@ -504,9 +504,8 @@ def bound(seed):
             pairs.batches = pairs_alone
         return pairs
 
-    reggan.make_pairs, reggan.CoarseToFine = with_true_flow, TrueFlow
-    config = reggan.Config(
-        improved=True,
+    reggan.make_pairs, improved.CoarseToFine = with_true_flow, TrueFlow
+    config = improved.Config(
         size=32,
         epochs=60.0,
         dtype="fp32",

@@ -461,7 +461,7 @@ def test_tokenizer_file(tmp_path):
 def test_hidden_words(ratio):
     enc = tokenizer_module.train_tokenizer(TEXTS, 280)
     tokens, words = tokenizer_module.encode_reports(enc, TEXTS + ["", "one"], 60)
-    inputs, hidden = tokenizer_module.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))
+    inputs, hidden = mrm.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))
     mask = enc.encode_single_token("<mask>")
     assert (
         torch.equal(inputs, torch.where(hidden, mask, tokens))
@@ -474,15 +474,15 @@ def test_hidden_words(ratio):
         assert len(chosen) == min(count, max(1, round(ratio * count)))
         assert all(row[owner == w].all() for w in chosen)  # all pieces together
     assert torch.equal(
-        hidden, tokenizer_module.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))[1]
+        hidden, mrm.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))[1]
     )
-    assert tokenizer_module.hide_words(enc, tokens[-2:-1], words[-2:-1], ratio)[1].sum() == 0  # an empty report
+    assert mrm.hide_words(enc, tokens[-2:-1], words[-2:-1], ratio)[1].sum() == 0  # an empty report
 
 
 def test_every_word_is_hidden_equally_often():
     enc = tokenizer_module.train_tokenizer(TEXTS, 280)
     tokens, words = tokenizer_module.encode_reports(enc, ["one two three four five"] * 4000, 40)
-    hidden = tokenizer_module.hide_words(enc, tokens, words, 0.4, torch.Generator().manual_seed(0))[1].float()
+    hidden = mrm.hide_words(enc, tokens, words, 0.4, torch.Generator().manual_seed(0))[1].float()
     shares = torch.stack([hidden[:, words[0] == w].mean() for w in range(5)])
     assert ((shares - 0.4).abs() < 0.03).all()
 
@@ -944,7 +944,7 @@ def test_a_word_of_an_unspaced_language_is_a_character(report, words):
     assert (
         enc.encode_ordinary("".join(tokenizer_module.split_words(report))) == tokens[0][owners[0] >= 0].tolist()
     )
-    hidden = tokenizer_module.hide_words(enc, tokens, owners, 0.5)[1]
+    hidden = mrm.hide_words(enc, tokens, owners, 0.5)[1]
     assert len({int(w) for w in owners[hidden]}) == round(words / 2)
 
 

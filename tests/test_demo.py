@@ -172,7 +172,7 @@ def test_a_script_without_a_main_guard_draws_the_same_and_ends(tmp_path, from_fi
     )
     (tmp_path / "script.py").write_text(code)
     command = [sys.executable, "script.py" if from_file else "-"]
-    environment = os.environ | {"PYTHONPATH": str(Path(demo_drawing.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(demo_drawing.__file__).parents[1])}
     done = subprocess.run(
         command,
         input=code,

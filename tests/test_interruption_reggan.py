@@ -21,6 +21,7 @@ sys.path.insert(0, str(REPOSITORY))
 from support import run as common
 import interruption
 import reggan
+from more import improved
 
 
 def write_pairs(root):
@@ -42,12 +43,11 @@ def write_pairs(root):
 def run(root, out, **options):
     """One call of the script: it goes on where there is a checkpoint."""
     reggan.train(
-        reggan.Config(
+        improved.Config(
             root=str(root),
             out=str(out),
             device="cpu",
             dtype="fp32",
-            improved=True,
             noise=2.0,
             width=4,
             blocks=1,

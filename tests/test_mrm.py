@@ -1008,7 +1008,7 @@ def hide(enc, tokens, words, ratio, generator=None):
     hidden = torch.zeros_like(words, dtype=torch.bool)
     hidden[:, 1:9:2] = True
     return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
-tokenizer_module.hide_words = hide
+mrm.hide_words = hide
 options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4,
                {rate}, batch_size=int(sys.argv[3]), accumulate=int(sys.argv[4]), min_crop=1.0)
 if sys.argv[1] == "mrm":

@@ -97,7 +97,7 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
 def test_atomic_write_keeps_the_old_checkpoint_on_a_full_disk(tmp_path):
     resource = pytest.importorskip("resource")
     code = f"""if True:
-        import resource, signal, torch, common
+        import resource, signal, torch; from support import run as common
         common.save_checkpoint({str(tmp_path / "a.pt")!r}, {{"model": torch.ones(2)}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -107,7 +107,7 @@ def test_atomic_write_keeps_the_old_checkpoint_on_a_full_disk(tmp_path):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        cwd=Path(common.__file__).parent,
+        cwd=Path(common.__file__).parents[1],
     )
     assert (
         run.returncode == 2 and run.stderr.count("\n") == 1 and "cannot be written" in run.stderr
@@ -305,7 +305,7 @@ with common.Saving(save, seconds=1e9) as saving:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(number):
-    code = STOPPED.format(repository=str(Path(common.__file__).parent))
+    code = STOPPED.format(repository=str(Path(common.__file__).parents[1]))
     run = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

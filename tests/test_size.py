@@ -2,7 +2,6 @@
 changes a number here, where a reviewer sees it. Lower the numbers as the files shrink."""
 
 import ast
-import ast
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 975,
-    "finetune.py": 770,
+    "finetune.py": 775,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 66,
@@ -21,18 +20,18 @@ BUDGET = {
     "more/__init__.py": 1,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
-    "more/segment.py": 398,
-    "mrm.py": 700,
+    "more/segment.py": 399,
+    "mrm.py": 715,
     "reggan.py": 898,
     "support/__init__.py": 1,
     "support/demo.py": 450,
     "support/recipes.py": 162,
     "support/run.py": 648,
-    "support/tokenizer.py": 138,
+    "support/tokenizer.py": 124,
     "support/weights.py": 94,
     "vit.py": 207,
 }
-TOTAL = 7295
+TOTAL = 7302
 
 
 def lines_of(name):
