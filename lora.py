@@ -312,7 +312,7 @@ def merge(config):
     for name, layer in layers.items():
         merged[name + ".weight"] = merge_lora(layer).weight.detach()
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
-    kept = "sizes classes mean std pool test_side segment trained_on".split()
+    kept = "script sizes classes mean std pool test_side segment trained_on".split()
     about = {name: saved[name] for name in kept if name in saved}
     run.save_checkpoint(out, {"model": merged, **about})
     print(f"{out}: {len(merged)} tensors, a plain ViT")

@@ -66,8 +66,8 @@ Where this file departs from the paper or its official code, and why:
     demo report would give many hidden ones away without a look at the image.
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
-tokens of a report. Before this file comes vit.py, after it finetune.py. data.py and common.py need
-not be read: their functions say by their names what they do (`hide_words` draws the hidden words).
+tokens of a report. Before this file comes vit.py, after it finetune.py. data.py and support/ need
+not be read: their functions say by their names what they do.
 """
 
 import dataclasses

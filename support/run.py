@@ -96,8 +96,9 @@ def flag_of(field):
 def parse_config(config_class, argv=None, description=None):
     """An instance of a dataclass of options, read from the command line: `--name value` for a
     field, `--[no-]name` for a bool."""
-    parser = argparse.ArgumentParser(usage="%(prog)s [options]; --help lists them",
-                                     description=description,
+    script = getattr(config_class, "script", None)
+    parser = argparse.ArgumentParser(prog=script and command_of(script), description=description,
+                                     usage="%(prog)s [options]; --help lists them",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
         text, choices = field.metadata["help"], field.metadata.get("choices")
