@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from kernels import warp
-from support.run import (
+from support.script import (
     InputError, atomic_write, option, over_images, parse_config, read_text, run_script, seeded,
     warn)
 

@@ -60,8 +60,13 @@ import data
 import lora
 import mrm
 import vit
-from support import run
-from support.run import InputError, RunConfig, option
+from support.script import (
+    InputError, RunConfig, RunLog, Saving, Timed, average, check_finite, checkpoint_file,
+    command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
+    mean_and_deviation, number_of_steps, option, parse_config, restore_rank, run_cells,
+    run_script, save_checkpoint, save_plot, save_state, seed, seed_rank, share_of_batch, warn,
+    write_csv, write_text,
+)
 from support.recipes import FAMILIES, PAPER_SETS, recipe_for, strong_augment
 from support.weights import encoder_sizes, load_encoder, read_weights
 
@@ -237,7 +242,7 @@ def predict(model, images, config, device, rank=0, world=1):
             outputs.append(model(batch).float().cpu())
         rows.append(index)
     model.train()
-    shares = run.from_all((outputs, rows), world)
+    shares = from_all((outputs, rows), world)
     outputs, rows = (torch.cat([x for share in shares for x in share[i]]) for i in (0, 1))
     return outputs[rows.argsort()]
 
@@ -265,15 +270,15 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, losses, best, best_score = 0, [], None, -1.0
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    run.seed_rank(config.seed, log.rank)
+    seed_rank(config.seed, log.rank)
     if saved:
         model.load_state_dict(saved["model"], strict=False)
         optimizer.load_state_dict(saved["optimizer"])
-        run.restore_rank(saved, log.rank)
+        restore_rank(saved, log.rank)
         step, losses, best = saved["step"], saved["losses"], saved["best"]
         best_score = saved["best_score"]
-    share, passes = run.share_of_batch(config, world), config.accumulate
-    batches = run.Timed(data.train_batches(images, share, step * passes, steps * passes,
+    share, passes = share_of_batch(config, world), config.accumulate
+    batches = Timed(data.train_batches(images, share, step * passes, steps * passes,
                                               config.seed, log.rank, world, config.workers),
                            device, world)
     every = max(1, steps // config.evaluations)
@@ -281,10 +286,10 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
     def save(step):
         state = facts | {"model": trained_tensors(model), "optimizer": optimizer.state_dict(),
                          "step": step, "losses": losses, "best": best, "best_score": best_score}
-        run.save_state(log, config, world, state)
+        save_state(log, config, world, state)
 
     model.train()
-    with run.Saving(save, world) as saving:
+    with Saving(save, world) as saving:
         for step in batches.steps(step, steps, config.method, log.rank):
             set_rates(optimizer, config, step, steps)
             loss_of_step, seen = torch.zeros((), device=device), []
@@ -303,10 +308,10 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            run.check_finite(step + 1, images.paths, seen, loss=loss_of_step, gradient=norm)
+            check_finite(step + 1, images.paths, seen, loss=loss_of_step, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(run.average(loss_of_step, world).item())
+            losses.append(average(loss_of_step, world).item())
             if (step + 1) % every == 0 or step + 1 == steps:
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
@@ -412,12 +417,12 @@ def read_lists(config):
     parts = {name: Part(names, data.find_images(config.data, root, names, path), labels)
              for name, (path, names, labels) in listed.items()}
     if len(parts["val"].names) < 20:
-        run.warn(f"{len(parts['val'].names)} validation images choose the model, which is "
+        warn(f"{len(parts['val'].names)} validation images choose the model, which is "
                     "little more than chance")
     units = {name: set(data.units(root, part.names)) for name, part in parts.items()}
     both = len(units["test"] & (units["train"] | units["val"]))
     if both:
-        run.warn(f"{both} patients of the test list are in train or val; python data.py audit "
+        warn(f"{both} patients of the test list are in train or val; python data.py audit "
                     "lists them")
     return parts, classes
 
@@ -461,7 +466,7 @@ def read_start(config, classes=None):
     if config.weights in SCRATCH:
         preset = config.weights.removeprefix("scratch").removeprefix("-") or "tiny"
         return None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}
-    path = run.checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
+    path = checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
     tensors, known = read_weights(path)
     if "adapter" in known:
         raise InputError(path, "a ViT (python lora.py merge makes one of an adapter)", "an adapter")
@@ -479,8 +484,8 @@ def fill_options(config, tensors, known, images):
     recipe = recipe_for(config.recipe, config.method, config.data, config.ratio, images)
     stated = {"mean": known.get("mean", mrm.MEAN), "std": known.get("std", mrm.STD)}
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
-    config = run.fill(config, stated | named | recipe)
-    config = run.fill(config, {"test_side": config.img_size})
+    config = fill(config, stated | named | recipe)
+    config = fill(config, {"test_side": config.img_size})
     print(f"recipe: {config.recipe} for {config.method}; config.json has its values")
     return config, sizes | {"img_size": config.img_size}
 
@@ -493,7 +498,7 @@ def fill_cell(config, out="runs/finetune"):
     """`config` with the method, the percent of the labels, the weights and the folder of a run."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
-    config = run.fill(config, {"out": out, "method": "lora" if config.lora else "full",
+    config = fill(config, {"out": out, "method": "lora" if config.lora else "full",
                                   "ratio": 10 if config.data == "demo" else 100})
     if config.weights is None:
         config = dataclasses.replace(config, weights=pretrain_demo(config))
@@ -511,7 +516,7 @@ def finetune(config):
     gave that cannot be used.
     """
     start = time.time()
-    device, rank, world = run.join(config)
+    device, rank, world = join(config)
     config = fill_cell(config)
     parts, classes = read_lists(config)
     for name, part in parts.items():
@@ -519,17 +524,17 @@ def finetune(config):
             raise InputError(f"the {name} list", "both labels of at least one class", "one in each")
     tensors, known = read_start(config, classes)
     config, sizes = fill_options(config, tensors, known, len(parts["train"].names))
-    steps = run.number_of_steps(config, len(parts["train"].names), config.batch_size)
-    run.seed(config.seed)  # here, because pretraining the demo MRM must not change this run
+    steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
+    seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors).to(device)
     facts = facts_of(parts, classes, model, world)
-    saved = run.last_state(config, steps, **facts)
+    saved = last_state(config, steps, **facts)
     load_images(parts, config)
-    log = run.RunLog(config.out, config, rank, saved and saved["history"], start)
+    log = RunLog(config.out, config, rank, saved and saved["history"], start)
     describe(config, model, len(parts["train"].names), steps, device, rank)
     warn_of_trained(config, parts["test"], known)
     if rank == 0:  # a table is divided here; whoever reports a number wants to know how
-        run.write_csv(log.out / "split.csv", ["image", "split"],
+        write_csv(log.out / "split.csv", ["image", "split"],
                          [[name, part] for part, listed in parts.items() for name in listed.names])
     best = train(config, model, parts, steps, saved, facts, log, device, world)
     about = {"classes": classes, "pool": config.pool, "test_side": config.test_side}
@@ -561,7 +566,7 @@ def warn_of_trained(config, part, known):
     units, before = data.units(config.root, part.names), set(known.get("trained_on", ()))
     seen = sum(unit in before for unit in units)
     if seen:
-        run.warn(f"{config.weights}: {seen} of {len(units)} test images are of a patient that "
+        warn(f"{config.weights}: {seen} of {len(units)} test images are of a patient that "
                     "was trained on before; test scores of other patients may be lower")
 
 
@@ -577,12 +582,12 @@ def save_best(config, model, parts, best, sizes, tensors, known, log, about):
         if tensors is None:
             base = log.out / "base.pt"
             tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
-            run.save_checkpoint(base, {"model": tensors, "sizes": sizes})
+            save_checkpoint(base, {"model": tensors, "sizes": sizes})
         lora.save_adapter(log.out / "adapter.pt", model, weights=os.path.abspath(base),
                           weights_from_here=os.path.relpath(base, log.out),
                           base_fingerprint=lora.fingerprint(tensors), **about)
     elif log.rank == 0:
-        run.save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
+        save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
 
 
 def run_facts(config, model, parts, best, log):
@@ -615,7 +620,7 @@ def write_results(config, model, parts, classes, scores, best, log):
     write_predictions(log.out, parts["test"].names, classes, 1 / (1 + np.exp(-scores)), labels)
     curves = {f"{name} {value[0]:.3f}": roc_curve(scores[:, c], labels[:, c])
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
-    run.save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
+    save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
                      "false positive rate", "true positive rate", diagonal=True)
     for name, value in zip(classes, per_class):
         print(f"  {name:20s} " + ("%.3f  [%.3f, %.3f]" % value if value
@@ -634,7 +639,7 @@ def write_predictions(out, names, classes, probabilities, labels=None):
     if labels is not None:
         header += [f"label {name}" for name in classes]
         rows = [row + [int(label) for label in known] for row, known in zip(rows, labels)]
-    run.write_csv(Path(out) / "predictions.csv", header, rows)
+    write_csv(Path(out) / "predictions.csv", header, rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -648,14 +653,14 @@ def load_run(folder, base="", make=None, script="finetune"):
     runs of another `script`. Returns (network in eval mode, all that the file holds). Raises
     InputError for any other file, and for base weights that have changed.
     """
-    path = run.checkpoint_file(folder, "adapter.pt", "best.pt")
-    saved = run.load_checkpoint(path)
+    path = checkpoint_file(folder, "adapter.pt", "best.pt")
+    saved = load_checkpoint(path)
     if not {"sizes", "mean", "std"} <= saved.keys():
         raise InputError(path, "the adapter.pt or best.pt of a fine-tuning run",
                          f"entries {sorted(saved)[:6]}")
     if saved.get("script", script) != script:
-        found = f"one of {run.command_of(saved['script'])}"
-        raise InputError(path, f"a run of {run.command_of(script)}", found)
+        found = f"one of {command_of(saved['script'])}"
+        raise InputError(path, f"a run of {command_of(script)}", found)
     if make:
         model = make(saved)
     else:
@@ -679,9 +684,9 @@ def predict_folder(config):
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
     model, saved = load_run(config.weights, config.base)
-    config = run.fill(config, {"out": "runs/predict", "mean": saved["mean"],
+    config = fill(config, {"out": "runs/predict", "mean": saved["mean"],
                                   "std": saved["std"]})
-    device, _, _ = run.join(config)
+    device, _, _ = join(config)
     paths = data.list_images(config.predict)
     images = data.ImageSet(paths, saved.get("test_side", model.img_size), crop=model.img_size)
     scores = predict(model.to(device), images, config, device)
@@ -730,12 +735,12 @@ def compare(config):
     names = {"-".join([Path(key[0]).name, *map(str, key[1:])]): key for key in cells}
     if len(names) < len(cells) or len(set(config.inits.split(","))) < config.inits.count(",") + 1:
         raise InputError("--inits", "names that differ, since they name the rows", config.inits)
-    runs = run.run_cells(out, {name: cells[key] for name, key in names.items()}, finetune)
+    runs = run_cells(out, {name: cells[key] for name, key in names.items()}, finetune)
     for name, result in runs:
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         rows.setdefault(names[name][:3], []).append((result, draws))
     table = [[Path(init).name, method, ratio,
-              run.mean_and_deviation([result["auroc"] for result, _ in row], 3),
+              mean_and_deviation([result["auroc"] for result, _ in row], 3),
               " ".join(f"{result['auroc']:.3f}" for result, _ in row), f"{row[0][0]['lr']:g}",
               f"{100 * row[0][0]['trainable_parameters'] / row[0][0]['total_parameters']:.2f}",
               row[0][0]["images"]["train"]] for (init, method, ratio), row in rows.items()]
@@ -744,9 +749,9 @@ def compare(config):
     pairs = [compare_rows(a, b, rows[a], rows[b]) for a, b in itertools.combinations(rows, 2)
              if a[2] == b[2] and (a[0] == b[0] or a[1] == b[1])]
     paired = ["labels %", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
-    text = run.markdown_table(header, table) + "\n" + run.markdown_table(paired, pairs)
-    run.write_csv(out / "compare.csv", header, table)
-    run.write_text(out / "compare.md", text)
+    text = markdown_table(header, table) + "\n" + markdown_table(paired, pairs)
+    write_csv(out / "compare.csv", header, table)
+    write_text(out / "compare.md", text)
     print(text)
 
 
@@ -762,7 +767,7 @@ def compare_rows(a, b, first, second):
 
 
 def main():
-    config = run.parse_config(FinetuneConfig, description=__doc__)
+    config = parse_config(FinetuneConfig, description=__doc__)
     if config.compare:
         compare(config)
     elif config.predict:
@@ -772,4 +777,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.run_script(main)
+    run_script(main)

@@ -54,8 +54,10 @@ import torch
 import torch.nn as nn
 
 import kernels
-from support import run
-from support.run import InputError, option
+from support.script import (
+    InputError, checkpoint_file, load_checkpoint, option, parse_config, run_script,
+    save_checkpoint, write_json,
+)
 from support.weights import ENCODER_PARTS, read_weights
 
 # --------------------------------------------------------------------------------------------------
@@ -240,12 +242,12 @@ def save_adapter(path, model, **extra):
     settings = {"rank": first.rank, "alpha": first.scale * first.rank, "dropout": first.dropout,
                 "targets": targets}
     adapter = {name: tensor.cpu().contiguous() for name, tensor in lora_state_dict(model).items()}
-    run.save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
+    save_checkpoint(path, {"adapter": adapter, "lora": settings, **extra})
 
 
 def read_adapter_file(path):
     """All that an adapter file holds, as a dict. Raises InputError where it is no adapter."""
-    saved = run.load_checkpoint(run.checkpoint_file(path, "adapter.pt"))
+    saved = load_checkpoint(checkpoint_file(path, "adapter.pt"))
     tensors, settings = saved.get("adapter"), saved.get("lora")
     whole = isinstance(tensors, dict) and any(name.endswith(".lora_A") for name in tensors)
     if not whole or not {"rank", "alpha", "dropout", "targets"} <= set(dict(settings or {})):
@@ -314,7 +316,7 @@ def merge(config):
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
     kept = "script sizes classes mean std pool test_side segment trained_on".split()
     about = {name: saved[name] for name in kept if name in saved}
-    run.save_checkpoint(out, {"model": merged, **about})
+    save_checkpoint(out, {"model": merged, **about})
     print(f"{out}: {len(merged)} tensors, a plain ViT")
 
 
@@ -342,8 +344,8 @@ def export_peft(config):
                    "lora_alpha": max(alphas.values()), "alpha_pattern": alphas,
                    "lora_dropout": saved["lora"]["dropout"], "target_modules": list(layers),
                    "bias": "none"}
-    run.save_checkpoint(out / "adapter_model.bin", tensors)
-    run.write_json(out / "adapter_config.json", description)
+    save_checkpoint(out / "adapter_model.bin", tensors)
+    write_json(out / "adapter_config.json", description)
     shown = ", ".join(map(str, sorted(set(ranks.values()))))
     print(f"{out}: {len(tensors)} tensors of rank {shown} for peft")
 
@@ -361,7 +363,7 @@ def import_medpeft(config):
                          "beside qkv", f"ranks {sorted(ranks)}")
     out = Path(config.out or Path(config.weights).absolute().with_name("imported.pt"))
     settings = {"rank": ranks.pop(), "alpha": 32.0, "dropout": 0.1, "targets": TARGETS["qv"]}
-    run.save_checkpoint(out, {
+    save_checkpoint(out, {
         "adapter": adapter, "lora": settings, "weights": os.path.abspath(config.weights),
         "weights_from_here": os.path.relpath(config.weights, out.parent),
         "base_fingerprint": fingerprint(tensors)})
@@ -375,8 +377,8 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         raise InputError(usage)
     command = commands[sys.argv[1]]
-    command(run.parse_config(LoRAConfig, sys.argv[2:], command.__doc__))
+    command(parse_config(LoRAConfig, sys.argv[2:], command.__doc__))
 
 
 if __name__ == "__main__":
-    run.run_script(main)
+    run_script(main)

@@ -84,8 +84,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from support import run
-from support.run import InputError, RunConfig, option
+from support.script import (
+    InputError, RunConfig, RunLog, Saving, Timed, average, check_finite, fill, join,
+    last_state, number_of_steps, option, parse_config, restore_rank, run_script, save_grid,
+    save_state, seed, seed_rank, share_of_batch, make_autocast,
+)
 from support.tokenizer import encode_reports, load_tokenizer, save_tokenizer, train_tokenizer
 from support.weights import load_encoder, read_weights
 from vit import Block, ViT, init_weights, patchify, sincos_positions, unpatchify
@@ -305,8 +308,8 @@ def fill_options(config, world):
     preset, sizes = dict(PRESETS[config.preset]), MODELS[config.preset]
     batch = config.batch_size or preset["batch_size"]
     preset["lr"] = preset.pop("base_lr") * batch / 256  # the linear scaling rule (Goyal et al.)
-    config = run.fill(config, RECORDS | {"out": "runs/mrm"} | preset)
-    run.share_of_batch(config, world)  # refuses a batch that cannot be shared evenly
+    config = fill(config, RECORDS | {"out": "runs/mrm"} | preset)
+    share_of_batch(config, world)  # refuses a batch that cannot be shared evenly
     patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
@@ -362,11 +365,11 @@ class Records:
 
     def batches(self, config, step, steps, rank, world):
         """The batches (images, rows) of this process from step `step` on, timed."""
-        share, passes = run.share_of_batch(config, world), config.accumulate
+        share, passes = share_of_batch(config, world), config.accumulate
         first, last = step * passes, steps * passes
         batches = data.train_batches(self.images, share, first, last, config.seed, rank, world,
                                      config.workers)
-        return run.Timed(batches, self.heldout.device, world)
+        return Timed(batches, self.heldout.device, world)
 
     def report_batch(self, rows, config, generator=None):
         """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
@@ -452,8 +455,8 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
 
 
 def autocast_for(config, model, device):
-    """`run.autocast` for a ViT: on a CPU, --dtype auto takes bfloat16 for wide models alone."""
-    return run.autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
+    """`autocast` for a ViT: on a CPU, --dtype auto takes bfloat16 for wide models alone."""
+    return make_autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,23 +482,23 @@ def pretrain(config):
     """Trains an MRM as `config` says and returns the content of result.json. Leaves config.json,
     last.pt, tokenizer.tiktoken, log.jsonl, result.json and curves.png in `config.out`."""
     start = time.time()
-    device, rank, world = run.join(config)
+    device, rank, world = join(config)
     asked, config = config, fill_options(config, world)
     paths, reports = read_records(config)
-    steps = run.number_of_steps(config, len(paths) - config.holdout, config.batch_size)
+    steps = number_of_steps(config, len(paths) - config.holdout, config.batch_size)
     facts = {  # a resumed run must have the same
         "records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
         "number_of_processes": world,
         "images_of_a_step": config.batch_size,
     }
-    saved = run.last_state(config, steps, **facts)
+    saved = last_state(config, steps, **facts)
     tensors, tokenizer, before = None, None, saved
     if not saved:
         tensors, tokenizer, before = read_start(config, asked.vocab_size)
     records = load_records(config, paths, reports, device, tokenizer)
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
     arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
-    run.seed(config.seed)
+    seed(config.seed)
     model = MRM(**arguments).to(device)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
@@ -504,7 +507,7 @@ def pretrain(config):
     # By these names fine-tuning knows whether it tests on films that were trained on here
     own = data.units(config.root, records.images.paths)
     facts["trained_on"] = sorted({*own, *before.get("trained_on", ())})
-    log = run.RunLog(config.out, config, rank, saved and saved["history"], start)
+    log = RunLog(config.out, config, rank, saved and saved["history"], start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
         sizes = f"{parameters / 1e6:.1f} M parameters, {len(records.images)} records"
@@ -529,22 +532,22 @@ def train(config, model, records, steps, saved, facts, log, world):
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
     paths = records.images.paths  # a list that takes milliseconds to make
     autocast, optimizer = autocast_for(config, model, device), make_optimizer(model, config, device)
-    run.seed_rank(config.seed, log.rank)
+    seed_rank(config.seed, log.rank)
     step, parallel, image = 0, model, not config.report_only
     if saved:
         step = saved["step"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        run.restore_rank(saved, log.rank)
+        restore_rank(saved, log.rank)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not image)
     batches = records.batches(config, step, steps, log.rank, world)
 
     def save(step):
         state = facts | {"model": model.state_dict(), "step": step}
-        run.save_state(log, config, world, state | {"optimizer": optimizer.state_dict()})
+        save_state(log, config, world, state | {"optimizer": optimizer.state_dict()})
 
-    with run.Saving(save, world) as saving:
+    with Saving(save, world) as saving:
         for step in batches.steps(step, steps, "pretrain", log.rank):
             # The rate rises slowly at first, while Adam has seen too few gradients to scale them
             lr = cosine_lr(step, steps, round(config.warmup * steps), config.lr)
@@ -568,12 +571,12 @@ def train(config, model, records, steps, saved, facts, log, world):
             # A finite loss can have a gradient that is not, which would spoil every weight
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            run.check_finite(step + 1, paths, seen, loss=losses, gradient=norm)
+            check_finite(step + 1, paths, seen, loss=losses, gradient=norm)
             optimizer.step()
             optimizer.zero_grad()
             # Films that are never trained on tell learning from knowing by heart
             if (step + 1) % every == 0 or step + 1 == steps:
-                image_loss, report_loss = run.average(losses, world).tolist()
+                image_loss, report_loss = average(losses, world).tolist()
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}
                 speed, heldout = batches.speed(), evaluate(model, records, config, autocast)
                 log.line(**line, lr_of_step=lr, **speed, **heldout)
@@ -630,11 +633,11 @@ def open_run(config, count):
         most = f"at most the run's {filled['holdout']}; it was trained on the others"
         raise InputError("--holdout", most, config.holdout)
     filled |= {name: saved[name] for name in ("mask_ratio", "word_ratio", "mean", "std")}
-    config = run.fill(config, filled | {"out": str(path if path.is_dir() else path.parent)})
+    config = fill(config, filled | {"out": str(path if path.is_dir() else path.parent)})
     config = dataclasses.replace(config, image_only=ran.get("image_only", False))
     print(f"{path}: records of {config.root or config.data}")
-    device, _, _ = run.join(config)
-    run.seed(config.seed)
+    device, _, _ = join(config)
+    seed(config.seed)
     model = MRM(**saved["arguments"]).to(device).eval()
     model.load_state_dict(tensors)
     paths, reports = read_records(config)
@@ -664,7 +667,7 @@ def reconstruct(config, count=6):
             print(f"{100 * right.mean():.1f} % of the hidden tokens are guessed right")
         captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, words)]
     out = Path(config.out) / "reconstruction.png"
-    run.save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
+    save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
     print(out)
 
 
@@ -704,7 +707,7 @@ def caption(tokenizer, tokens, guesses, hidden, words):
 
 
 def main():
-    config = run.parse_config(MRMConfig, description=__doc__)
+    config = parse_config(MRMConfig, description=__doc__)
     if config.reconstruct:
         reconstruct(config)
     else:
@@ -712,4 +715,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.run_script(main)
+    run_script(main)

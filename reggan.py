@@ -75,8 +75,13 @@ import data
 from data import Pairs
 from kernels import warp
 from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's, quick on a CPU
-from support import run
-from support.run import InputError, RunConfig, RunLog, load_checkpoint, option, save_checkpoint
+from support.script import (
+    InputError, RunConfig, RunLog, Saving, Timed, make_autocast, check_weights, checkpoint_file,
+    command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
+    mean_and_deviation, number_of_steps, option, options_of, parse_config, restore_rank,
+    run_cells, run_script, save_checkpoint, save_grid, save_state, seed, seed_rank, write_csv,
+    write_text,
+)
 
 # --------------------------------------------------------------------------------------------------
 # The networks, with Reg-GAN's state-dict keys: generator G, discriminator D, registration R
@@ -512,7 +517,7 @@ def complete(config):
     noise = 3.0
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
         noise = 0.0 if config.elastic else None
-    config = run.fill(config, preset | {"noise": noise, "elastic": 0.0, "out": default_out(config)})
+    config = fill(config, preset | {"noise": noise, "elastic": 0.0, "out": default_out(config)})
     if 0 < config.size < 32:
         raise InputError("--size", "0, or 32 pixels or more", config.size)
     if config.kernel % 2 == 0:
@@ -568,16 +573,16 @@ class Job:
 
     def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.autocast = run.autocast(config, device)
+        self.autocast = make_autocast(config, device)
         self.pairs, self.val, self.test = all_pairs(config)
         names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
         names = hashlib.sha256(names.encode()).hexdigest()
         self.facts = {"names_of_the_pairs": names, "number_of_processes": world,
-                      "added_motion": [config.noise, config.elastic]}  # see `run.last_state`
-        run.seed(config.seed)
+                      "added_motion": [config.noise, config.elastic]}  # see `last_state`
+        seed(config.seed)
         self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
         self.model.to(device)
-        run.seed_rank(config.seed, rank)  # the same weights, then numbers of their own
+        seed_rank(config.seed, rank)  # the same weights, then numbers of their own
         groups = [{"params": trainable(self.model, "netG"), "peak": config.lr}]
         if config.reg:
             groups.append({"params": trainable(self.model, "registration"), "peak": config.reg_lr})
@@ -586,14 +591,14 @@ class Job:
         self.opt_d = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
         self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
         self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
-        self.steps = run.number_of_steps(config, self.per_epoch, 1)
+        self.steps = number_of_steps(config, self.per_epoch, 1)
         self.step, self.best = 0, math.inf
 
     def restore(self, saved):
         """Goes on from what `save` has written."""
         for name in ("model", "opt_g", "opt_d"):
             getattr(self, name).load_state_dict(saved[name])
-        for side, images in run.restore_rank(saved, self.rank).items():
+        for side, images in restore_rank(saved, self.rank).items():
             self.pools[side].images = [image.to(self.device) for image in images]
         self.step, self.best = saved["step"], saved["best"]
 
@@ -601,17 +606,17 @@ class Job:
 def save(job, log, best=False):
     """Writes last.pt, and before it best.pt for `load_generator` where these weights are the
     `best`. Every process calls this, for each has pools of its own."""
-    weights = {"model": job.model.state_dict(), "config": run.options_of(job.config),
+    weights = {"model": job.model.state_dict(), "config": options_of(job.config),
                "in_chans": job.pairs.in_chans, "out_chans": job.pairs.out_chans,
                "shape": list(job.pairs.shape)}
-    run.check_weights(log, job.step, weights["model"])
+    check_weights(log, job.step, weights["model"])
     if best and job.rank == 0:
         save_checkpoint(log.out / "best.pt", weights)
     pools = {side: [image.to("cpu", copy=True) for image in pool.images]  # for all processes
              for side, pool in job.pools.items()}
     optimizers = {"opt_g": job.opt_g.state_dict(), "opt_d": job.opt_d.state_dict()}
     state = weights | job.facts | optimizers | {"step": job.step, "best": job.best}
-    run.save_state(log, job.config, job.world, state, pools)
+    save_state(log, job.config, job.world, state, pools)
 
 
 @torch.no_grad()
@@ -633,7 +638,7 @@ def evaluate(job, aligned, moved):
             for name, column in values.items():
                 scores.setdefault(name, []).extend(column.tolist())
     job.model.train()
-    parts, means = run.from_all(scores, job.world), {}
+    parts, means = from_all(scores, job.world), {}
     for name in parts[0]:  # where images are few, another process may have got none
         means[name] = statistics.fmean(x for part in parts for x in part.get(name, ()))
     return means
@@ -645,8 +650,8 @@ def loop(job, log):
     every, epochs = max(per_epoch, steps // 10), math.ceil(steps / per_epoch)
     batches = job.pairs.batches(config.batch_size, epochs, True, config.seed, job.step, job.rank,
                                 job.world, config.workers)
-    batches = run.Timed(batches, job.device, job.world)
-    with run.Saving(lambda step: save(job, log), job.world) as saving:
+    batches = Timed(batches, job.device, job.world)
+    with Saving(lambda step: save(job, log), job.world) as saving:
         while job.step < steps:
             # The pairs are moved anew in every epoch, so that G cannot learn their motion by heart.
             a, b = (x.to(job.device) for x in next(batches))
@@ -686,9 +691,9 @@ def loop(job, log):
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
     config, start = complete(config), time.time()
-    device, rank, world = run.join(config)
+    device, rank, world = join(config)
     job = Job(config, device, rank, world)
-    saved = run.last_state(config, job.steps, **job.facts)
+    saved = last_state(config, job.steps, **job.facts)
     if saved:
         job.restore(saved)
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
@@ -748,13 +753,13 @@ def draw_run(job, path, aligned, moved, rows=4):
             row += [a, b, warped, (warped - b).abs() - 1, warp(grid, flow)]
         pictures.append([(x[0].cpu() + 1) / 2 for x in row])
     scale = max(1, 128 // aligned.shape[1])
-    run.save_grid(path, pictures, titles=titles, scale=scale)
+    save_grid(path, pictures, titles=titles, scale=scale)
 
 
 def load_generator(path, config_class=Config):
     """(model, translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN
     generator (netG_A2B.pth). Raises InputError for any other file."""
-    state = load_checkpoint(run.checkpoint_file(path, "best.pt"))
+    state = load_checkpoint(checkpoint_file(path, "best.pt"))
     wanted = "a checkpoint of this reggan.py or a Reg-GAN generator"
     try:
         if "model_head.1.weight" in state:
@@ -770,7 +775,7 @@ def load_generator(path, config_class=Config):
             maker = state["config"].get("script", "more.?")
             if host not in HOSTS:
                 raise InputError(path, f"a host of this script ({', '.join(HOSTS)})",
-                                 f"{host}; {run.command_of(maker)} knows it")
+                                 f"{host}; {command_of(maker)} knows it")
             options = {name: value for name, value in state["config"].items() if name != "script"}
             if maker != config_class.script:  # R, which is not needed, may have options of its own
                 options = {name: options[name] for name in options.keys() & names}
@@ -795,8 +800,8 @@ def translate_folder(config):
         wanted = "a run's folder, its best.pt, or a Reg-GAN netG_A2B.pth"
         raise InputError(f"--translate needs --weights RUN: {wanted}")
     model, translate, trained, in_chans = load_generator(config.weights, type(config))
-    device, _, _ = run.join(config)
-    autocast = run.autocast(config, device)
+    device, _, _ = join(config)
+    autocast = make_autocast(config, device)
     model.to(device).eval()
     span_a, span_b = data.parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
@@ -825,10 +830,10 @@ def compare(config):
     out, table = Path(config.out or default_out(config, "-compare")), []
     rows, levels = config.hosts.split(","), config.levels.split(",")
     seeds = range(config.seed, config.seed + config.seeds)
-    keys = [(row, level, seed) for seed in seeds for level in levels for row in rows]
+    keys = [(row, level, number) for number in seeds for level in levels for row in rows]
     cells = {"_".join(map(str, key)): cell_config(config, *key) for key in keys}
-    _, rank, _ = run.join(config)
-    for (row, level, seed), (_, result) in zip(keys, run.run_cells(out / "cells", cells, train)):
+    _, rank, _ = join(config)
+    for (row, level, seed), (_, result) in zip(keys, run_cells(out / "cells", cells, train)):
         table.append({"row": row, "level": level, "seed": seed} | result)
         if rank == 0:
             write_tables(out, table, rows, levels)
@@ -863,27 +868,27 @@ TABLES |= {"folding": "share of pixels where the flow folds"}
 def write_tables(out, table, rows, levels):
     """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
     names = list(dict.fromkeys(name for line in table for name in line))
-    run.write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
+    write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
 
     def cell(row, level, measure):
         runs = [line for line in table if (line["row"], line["level"]) == (row, level)]
         digits = 2 if measure in ("psnr", "registration_error") else 4
         values = [line[measure] for line in runs if measure in line]
-        return run.mean_and_deviation(values, digits)
+        return mean_and_deviation(values, digits)
 
     parts, header = [], ["method"] + [f"level {level}" for level in levels]
     for measure, title in TABLES.items():
         lines = [[row] + [cell(row, level, measure) for level in levels] for row in rows]
         lines = [line for line in lines if any(line[1:])]
-        parts.append(f"{title}\n\n{run.markdown_table(header, lines)}")
-    run.write_text(out / "table.md", "\n".join(parts))
+        parts.append(f"{title}\n\n{markdown_table(header, lines)}")
+    write_text(out / "table.md", "\n".join(parts))
 
 
 def main(config_class=Config, description=__doc__):
     """Does what the command line says. A file of more/ gives its own options and its own text."""
     presets = {"small": SMALL | config_class.changes, "paper changes": PAPER}
     lines = [textwrap.fill(f"preset {name}: {values}", 98) for name, values in presets.items()]
-    config = run.parse_config(config_class, description="\n".join([description, *lines]))
+    config = parse_config(config_class, description="\n".join([description, *lines]))
     if config.translate:
         translate_folder(config)
     elif config.compare:
@@ -895,4 +900,4 @@ def main(config_class=Config, description=__doc__):
 
 
 if __name__ == "__main__":
-    run.run_script(main)
+    run_script(main)

@@ -19,7 +19,7 @@ import reggan
 from kernels import warp
 from more import nicegan  # another host
 from reggan import Residual, average, leaky_conv, levels_of, start_at_zero
-from support.run import InputError, option, run_script
+from support.script import InputError, option, run_script
 
 
 class CoarseToFine(nn.Module):

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import cached
 import reggan
 from kernels.cpu import InstanceNorm, LastConv, Reflect
 from reggan import lsgan
-from support.run import InputError, option, run_script
+from support.script import InputError, option, run_script
 
 
 class LayerInstanceNorm(nn.Module):

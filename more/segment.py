@@ -33,8 +33,10 @@ from PIL import Image
 import data
 import finetune
 from finetune import FinetuneConfig
-from support import run
-from support.run import InputError, option
+from support.script import (
+    InputError, RunLog, atomic_write, fill, join, last_state, number_of_steps, option,
+    parse_config, run_script, save_grid, seed, write_csv,
+)
 from support.weights import ENCODER_SIZES, encoder_sizes, load_encoder
 from vit import ViT
 
@@ -286,22 +288,22 @@ def segment(config):
     """Trains, chooses on the validation list, tests once. Returns the content of result.json.
     Leaves in `config.out` what `finetune.finetune` does, and overlays.png instead of roc.png."""
     start = time.time()
-    device, rank, world = run.join(config)
-    config = finetune.fill_cell(run.fill(config, {"ratio": 100}), "runs/segment")
+    device, rank, world = join(config)
+    config = finetune.fill_cell(fill(config, {"ratio": 100}), "runs/segment")
     parts = read_lists(config)
     tensors, known = finetune.read_start(config)
     sizes = encoder_sizes(tensors, known, config.weights, config.num_heads)
     preset = {"img_size": 2 * sizes["img_size"], "num_heads": sizes["num_heads"],
               "mean": known.get("mean"), "std": known.get("std")}
-    config = run.fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
+    config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
     sizes = sizes | {"img_size": config.img_size}  # an outline needs more pixels than a finding
-    steps = run.number_of_steps(config, len(parts["train"].names), config.batch_size)
-    run.seed(config.seed)
+    steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
+    seed(config.seed)
     model = build_model(config, sizes, tensors).to(device)
     facts = finetune.facts_of(parts, ["mask"], model, world)
-    saved = run.last_state(config, steps, **facts)
+    saved = last_state(config, steps, **facts)
     load_images(parts, config)
-    log = run.RunLog(config.out, config, rank, saved and saved["history"], start)
+    log = RunLog(config.out, config, rank, saved and saved["history"], start)
     finetune.describe(config, model, len(parts["train"].names), steps, device, rank)
     finetune.warn_of_trained(config, parts["test"], known)
     best = finetune.train(config, model, parts, steps, saved, facts, log, device, world,
@@ -331,7 +333,7 @@ def write_results(config, part, logits, facts, log):
                "images_with_mask": int((true > 0).sum()), "pixels": config.img_size**2, **facts}
     if log.rank > 0:
         return result
-    run.write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
+    write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
                      [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
     dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
     order = [i for i in dice.argsort() if true[i] > 0]
@@ -339,7 +341,7 @@ def write_results(config, part, logits, facts, log):
         film = part.images[i][0][:1].expand(3, -1, -1)
         rows.append([film, overlay(film, truth[i]), overlay(film, found[i])])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
-    run.save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
+    save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
                      max(1, 256 // config.img_size))
     print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
           f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
@@ -370,10 +372,10 @@ def predict_folder(config):
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a segmentation run")
     model, saved = finetune.load_run(config.weights, config.base, make_network, config.script)
-    config = run.fill(config, {"out": "runs/segment-predict", "mean": saved["mean"],
+    config = fill(config, {"out": "runs/segment-predict", "mean": saved["mean"],
                                   "std": saved["std"]})
     threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
-    device, _, _ = run.join(config)
+    device, _, _ = join(config)
     paths = data.list_images(config.predict)
     images = data.ImageSet(paths, model.img_size, masks=[None] * len(paths))
     logits = finetune.predict(model.to(device), images, config, device)
@@ -383,12 +385,12 @@ def predict_folder(config):
         kept = find_pixels(logit, threshold, smallest).any()  # `smallest` is of its size
         picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
         name = data.split_ending(Path(path).relative_to(config.predict).as_posix())[0] + ".png"
-        run.atomic_write(Path(config.out, name), lambda file: picture.save(file, "PNG"))
+        atomic_write(Path(config.out, name), lambda file: picture.save(file, "PNG"))
     print(f"{len(paths)} masks: {config.out}")
 
 
 def main():
-    config = run.parse_config(SegmentConfig, description=__doc__)
+    config = parse_config(SegmentConfig, description=__doc__)
     if config.predict:
         predict_folder(config)
     else:
@@ -396,4 +398,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run.run_script(main)
+    run_script(main)

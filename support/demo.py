@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from support.run import (
+from support.script import (
     InputError, option, over_images, parse_config, run_script, write_csv, write_json)
 
 # --------------------------------------------------------------------------------------------------

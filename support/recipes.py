@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from support.run import InputError
+from support.script import InputError
 
 FAMILIES = ("mrm", "medpeft", "cxr-mae", "small")
 PAPER_SETS = ("nih", "chexpert", "rsna", "covid")

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 import tiktoken
 import torch
 
-from support.run import InputError, atomic_write, read_text
+from support.script import InputError, atomic_write, read_text
 
 # A byte-level byte-pair encoding, trained on the reports at hand and run by tiktoken. Reports are
 # put in lower case, since case says little in them, and runs of white space become one space. A

@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from support.run import InputError, checkpoint_file, load_checkpoint
+from support.script import InputError, checkpoint_file, load_checkpoint
 
 ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its tensors' names begin

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from support import run as common
+from support import script as common
 
 
 def attempt(run, root, out, seconds=-1):

@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from support import weights as weights_module
-from support import run as common
+from support import script as common
 import data
 import finetune
 import lora

@@ -22,13 +22,13 @@ import tiktoken.load
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_run import fails
+from test_script import fails
 
 from support import tokenizer as tokenizer_module
-from support import run as common
+from support import script as common
 import data
 import mrm
-from support.run import InputError
+from support.script import InputError
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 

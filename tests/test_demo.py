@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support import run as common
+from support import script as common
 from support import demo as demo_drawing
 
 PATIENTS = 120

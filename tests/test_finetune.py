@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from support import weights as weights_module
-from support import run as common
+from support import script as common
 import data
 import finetune
 import lora

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from support import tokenizer as tokenizer_module
-from support import run as common
+from support import script as common
 import data
 import lora
-from support.run import InputError
+from support.script import InputError
 
 COUNT = int(os.environ.get("MEDVISION_FUZZ", 2000))
 SEED = int(os.environ.get("MEDVISION_FUZZ_SEED", 0))

@@ -19,7 +19,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from support import run as common
+from support import script as common
 import finetune
 import interruption
 import mrm

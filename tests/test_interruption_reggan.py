@@ -18,7 +18,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from support import run as common
+from support import script as common
 import interruption
 import reggan
 from more import improved

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from support import run as common
+from support import script as common
 import lora
 import mrm
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from support import tokenizer as tokenizer_module
 from support import weights as weights_module
-from support import run as common
+from support import script as common
 import data
 import mrm
 from more import segment

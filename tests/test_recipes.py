@@ -2,7 +2,7 @@
 
 import pytest
 
-from support import run as common
+from support import script as common
 from support.recipes import recipe_for
 
 # FACTS of "Less Could Be Better": learning rate and rank; epochs, base rate and rank

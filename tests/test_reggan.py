@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from support import run as common
+from support import script as common
 import data
 from support import demo as demo_drawing
 from more import improved, nicegan

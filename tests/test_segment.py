@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from support import run as common
+from support import script as common
 import data
 import finetune
 from more import segment

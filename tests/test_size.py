@@ -9,29 +9,29 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 975,
-    "finetune.py": 775,
+    "finetune.py": 780,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 66,
     "kernels/dropout.py": 41,
     "kernels/lora_linear.py": 426,
     "kernels/warp.py": 346,
-    "lora.py": 382,
+    "lora.py": 384,
     "more/__init__.py": 1,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
-    "more/segment.py": 399,
-    "mrm.py": 715,
-    "reggan.py": 898,
+    "more/segment.py": 401,
+    "mrm.py": 718,
+    "reggan.py": 903,
     "support/__init__.py": 1,
     "support/demo.py": 450,
     "support/recipes.py": 162,
-    "support/run.py": 649,
+    "support/script.py": 649,
     "support/tokenizer.py": 124,
     "support/weights.py": 94,
     "vit.py": 207,
 }
-TOTAL = 7303
+TOTAL = 7320
 
 
 def lines_of(name):

@@ -204,7 +204,7 @@ def join(config):
     return device, rank, world
 
 
-def autocast(config, device, narrow=False):
+def make_autocast(config, device, narrow=False):
     """A function that makes the context of a forward pass: bfloat16 autocast, or none.
     `narrow`: the model's layers are so narrow that on a CPU the conversions to bfloat16 cost more
     than its faster products save; --dtype auto then stays in float32 there."""

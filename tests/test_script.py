@@ -1,4 +1,4 @@
-"""Tests of support/run.py: options, start-up, checkpoints, logs, speed, signals, pictures; every kind of
+"""Tests of support/script.py: options, start-up, checkpoints, logs, speed, signals, pictures; every kind of
 bad input has its one line."""
 
 import argparse
@@ -21,8 +21,8 @@ import pytest
 import torch
 from PIL import Image
 
-from support import run as common
-from support.run import InputError
+from support import script as common
+from support.script import InputError
 
 
 def one_line(error):
@@ -97,7 +97,7 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
 def test_atomic_write_keeps_the_old_checkpoint_on_a_full_disk(tmp_path):
     resource = pytest.importorskip("resource")
     code = f"""if True:
-        import resource, signal, torch; from support import run as common
+        import resource, signal, torch; from support import script as common
         common.save_checkpoint({str(tmp_path / "a.pt")!r}, {{"model": torch.ones(2)}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
@@ -184,7 +184,7 @@ def test_narrow_models_stay_in_float32_on_a_cpu():
         ("bf16", True, True),
         ("fp32", False, False),
     ):
-        autocast = common.autocast(common.RunConfig(dtype=dtype), torch.device("cpu"), narrow)
+        autocast = common.make_autocast(common.RunConfig(dtype=dtype), torch.device("cpu"), narrow)
         with autocast():
             assert (
                 torch.nn.functional.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype
@@ -290,7 +290,7 @@ def test_errors_are_one_line_and_short():
 STOPPED = """
 import sys, time
 sys.path.insert(0, {repository!r})
-from support import run as common
+from support import script as common
 import mrm
 def save(steps):
     print("saved", steps, flush=True)
