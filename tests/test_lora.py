@@ -10,7 +10,8 @@ import torch.nn as nn
 
 from support import script as common
 import lora
-import mrm
+from support import weights
+from vit import ViT
 
 
 def random_layer(parts=(True, False, True), rank=3, bias=True, seed=0):
@@ -110,10 +111,17 @@ def test_med_pefts_shapes_and_errors():
 
 def vit(seed=0, **kwargs):
     torch.manual_seed(seed)
-    return mrm.ViT(
+    return ViT(
         **dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=3)
         | kwargs
     )
+
+
+def test_paper_parameter_count():
+    """'Less Could Be Better': rank 4 on q and v of a ViT-B with 14 classes trains 159,758
+    parameters."""
+    model = lora.add_lora(ViT(in_chans=3, num_classes=14), rank=4)
+    assert lora.count_parameters(model)["trainable"] == 159_758
 
 
 def trained(model):
@@ -214,7 +222,7 @@ def test_adapter_round_trip_and_size(tmp_path):
 
 
 def test_an_adapter_of_vit_b_is_under_two_percent_of_it(tmp_path):
-    model = mrm.ViT(
+    model = ViT(
         embed_dim=768, depth=2, num_heads=12, num_classes=14
     )  # two of the twelve blocks; the rest by counting
     lora.save_adapter(tmp_path / "two.pt", lora.add_lora(model, rank=4))
@@ -294,44 +302,6 @@ def test_the_plain_form_in_the_head_is_the_layer():
     assert trained_names == {"A", "B"}
 
 
-def dora_layer():
-    """A DoRA layer of 2 inputs and 2 outputs, the second adapted: W = ((1, 2), (3, 4)), scale 1."""
-    layer = lora.DoRALinear(2, 2, 1, alpha=1, dropout=0.0, parts=(False, True))
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-        layer.bias.copy_(torch.tensor([0.0, 7.0]))
-        layer.lora_A.copy_(torch.tensor([[0.0, 2.0]]))
-        layer.lora_B.fill_(-2)
-    layer.start_magnitude()
-    return layer
-
-
-def dora_beside_peft(tmp_path, **settings):
-    """The same random DoRA in peft and here: their models."""
-    peft = pytest.importorskip("peft")
-    names = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn.qkv", "mlp.fc1")]
-    settings = peft.LoraConfig(r=3, lora_alpha=7, target_modules=names, use_dora=True, **settings)
-    theirs = peft.get_peft_model(vit(), settings)
-    torch.manual_seed(5)
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            with torch.no_grad():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    theirs.save_pretrained(tmp_path / "peft")
-    common.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
-    lora.import_peft(
-        lora.LoRAConfig(
-            peft=str(tmp_path / "peft"),
-            weights=str(tmp_path / "base.pt"),
-            out=str(tmp_path / "in.pt"),
-        )
-    )
-    saved, ours = common.load_checkpoint(tmp_path / "in.pt"), vit()
-    lora.add_lora(ours, **saved["lora"])
-    assert not ours.load_state_dict(saved["adapter"], strict=False).unexpected_keys
-    return theirs, ours
-
-
 def medpeft_checkpoint(rank=2):
     """A checkpoint as MED-PEFT's code saves it, and its logits by the formula: q and v of the fused
     qkv get 32 / r B_g A_g, one convolution of two groups there."""
@@ -364,7 +334,7 @@ def test_import_of_med_pefts_checkpoints(tmp_path):
     # Read as weights, LoRA is not left out without a word
     common.save_checkpoint(path, {"model": state})
     with pytest.raises(common.InputError, match="lora_A: expected no such tensor"):
-        mrm.load_encoder(vit(), mrm.read_weights(path)[0], path)
+        weights.load_encoder(vit(), weights.read_weights(path)[0], path)
 
 
 @pytest.mark.parametrize("targets", ["qv", "qkv", "all"])

@@ -1,15 +1,12 @@
-"""mrm.py against independent formulas: the ViT against a float64 loop, masking and losses against
-NumPy, learning; runs, their options and their resumption."""
+"""mrm.py against independent formulas: masking and losses against NumPy, learning; runs, their
+options and their resumption."""
 
-import copy
 import dataclasses
 import json
 import math
-import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +16,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from support import tokenizer as tokenizer_module
-from support import weights as weights_module
 from support import script as common
 import data
 import mrm
 from more import segment
 import vit
+from test_vit import randomised
 
 TINY = dict(
     img_size=16,
@@ -41,157 +38,6 @@ TINY = dict(
     report_length=12,
     report_dropout=0.0,
 )
-
-
-def randomised(model, seed=0):
-    """Away from initialisation, where zero biases and unit norms hide what is never computed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def timm_keys(depth, last):
-    keys = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
-    for i in range(depth):
-        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-            keys |= {f"blocks.{i}.{layer}.weight", f"blocks.{i}.{layer}.bias"}
-    return keys | {f"{name}.{kind}" for name in last for kind in ("weight", "bias")}
-
-
-def test_vit_keys_and_size_are_timms():
-    model = vit.ViT(
-        img_size=224,
-        patch_size=16,
-        in_chans=3,
-        embed_dim=768,
-        depth=12,
-        num_heads=12,
-        num_classes=14,
-    )
-    assert set(model.state_dict()) == timm_keys(12, ("fc_norm", "head"))
-    assert set(vit.ViT(16, 4, 1, 24, 2, 3).state_dict()) == timm_keys(2, ("norm",))
-    assert (
-        sum(p.numel() for p in model.parameters()) == 85_809_422
-    )  # ViT-B/16 with 14 classes; timm counts the same
-
-
-@pytest.mark.parametrize("pool", [1, 2, 4])
-def test_pooled_head_against_means_by_hand(pool):
-    sizes = dict(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=3)
-    model = vit.ViT(**sizes, pool=pool).eval()
-    torch.nn.init.normal_(model.fc_norm.weight)
-    images = torch.rand(2, 1, 32, 32)
-    grid = model.tokens(images)[:, 1:].view(2, 4, 4, 8)  # row, column
-    side, means = 4 // pool, []
-    for y in range(pool):
-        for x in range(pool):
-            region = grid[:, y * side : (y + 1) * side, x * side : (x + 1) * side]
-            means.append(model.fc_norm(region.mean((1, 2))))
-    torch.testing.assert_close(model(images), model.head(torch.cat(means, 1)))
-
-
-def test_pool_must_divide_the_grid():
-    with pytest.raises(ValueError, match="pool 3 must divide the 4 patches a side"):
-        vit.ViT(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=2, pool=3)
-
-
-def test_paper_parameter_count():
-    """'Less Could Be Better': rank 4 on q and v of a ViT-B with 14 classes trains 159,758
-    parameters."""
-    import lora
-
-    model = lora.add_lora(vit.ViT(in_chans=3, num_classes=14), rank=4)
-    assert lora.count_parameters(model)["trainable"] == 159_758
-
-
-def layer_norm64(x, weight, bias):
-    mean = x.mean(-1, keepdims=True)
-    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-6) * weight + bias
-
-
-def vit64(state, image, patch, heads):
-    """One image (H, W) through the ViT in float64 NumPy, patch by patch and head by head."""
-    s = {k: v.double().numpy() for k, v in state.items()}
-    H, W = image.shape
-    kernel = s["patch_embed.proj.weight"].reshape(-1, patch * patch)
-    tokens = [s["cls_token"][0, 0] + s["pos_embed"][0, 0]]
-    for i in range(H // patch):
-        for j in range(W // patch):
-            pixels = image[i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].reshape(-1)
-            tokens.append(
-                kernel @ pixels + s["patch_embed.proj.bias"] + s["pos_embed"][0, len(tokens)]
-            )
-    x = np.stack(tokens)
-    dim = x.shape[1]
-    size = dim // heads
-    for i in range(sum(k.endswith("norm1.weight") for k in s)):
-        b = {k[len(f"blocks.{i}.") :]: v for k, v in s.items() if k.startswith(f"blocks.{i}.")}
-        qkv = (
-            layer_norm64(x, b["norm1.weight"], b["norm1.bias"]) @ b["attn.qkv.weight"].T
-            + b["attn.qkv.bias"]
-        )
-        out = np.zeros_like(x)
-        for h in range(heads):
-            q, k, v = (
-                qkv[:, part * dim + h * size : part * dim + (h + 1) * size] for part in range(3)
-            )
-            scores = np.exp(q @ k.T / math.sqrt(size))
-            out[:, h * size : (h + 1) * size] = scores / scores.sum(1, keepdims=True) @ v
-        x = x + out @ b["attn.proj.weight"].T + b["attn.proj.bias"]
-        hidden = (
-            layer_norm64(x, b["norm2.weight"], b["norm2.bias"]) @ b["mlp.fc1.weight"].T
-            + b["mlp.fc1.bias"]
-        )
-        hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
-        x = x + hidden @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
-    x = layer_norm64(x[1:].mean(0), s["fc_norm.weight"], s["fc_norm.bias"])
-    return s["head.weight"] @ x + s["head.bias"]
-
-
-def test_vit_forward_against_float64():
-    torch.manual_seed(0)
-    model = randomised(vit.ViT(16, 4, 1, 24, 2, 3, num_classes=5)).eval()
-    images = torch.randn(2, 1, 16, 16)
-    expected = [vit64(model.state_dict(), image[0].double().numpy(), 4, 3) for image in images]
-    np.testing.assert_allclose(model(images).detach().numpy(), expected, atol=2e-5)
-
-
-def test_patchify_order_and_round_trip():
-    image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert vit.patchify(image, 2)[0].tolist() == [
-        [0, 1, 4, 5],
-        [2, 3, 6, 7],
-        [8, 9, 12, 13],
-        [10, 11, 14, 15],
-    ]
-    images = torch.randn(3, 2, 12, 12)
-    assert torch.equal(vit.unpatchify(vit.patchify(images, 4), 4, channels=2), images)
-
-
-@pytest.mark.parametrize("in_chans", [1, 3])
-def test_patch_embedding_is_the_strided_convolution(in_chans):
-    embed, images = vit.PatchEmbed(4, in_chans, 24), torch.randn(2, in_chans, 16, 12)
-    expected = (
-        F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2)
-    )
-    torch.testing.assert_close(embed(images), expected)
-
-
-def test_sincos_positions_against_the_formula():
-    table = vit.sincos_positions(16, 3)
-    assert table.shape == (1, 10, 16) and not table[0, 0].any()
-    y, x = 2, 1
-    for i in range(4):
-        frequency = 1 / 10000 ** (i / 4)
-        expected = [
-            math.sin(x * frequency),
-            math.cos(x * frequency),
-            math.sin(y * frequency),
-            math.cos(y * frequency),
-        ]
-        assert table[0, 1 + y * 3 + x, i::4].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_masking_hides_the_noisiest_patches_and_ignores_their_pixels():
@@ -372,54 +218,6 @@ def test_overfits_one_batch_of_records():
         first = first or (image_loss.item(), report_loss.item())
     assert image_loss.item() < 0.5 * first[0]  # predicting each patch's mean leaves 1.0
     assert report_loss.item() < 0.1 < math.log(30) * 0.9 < first[1]
-
-
-def test_drop_path_keeps_the_expectation():
-    torch.manual_seed(0)
-    block = vit.Block(8, 2, drop_path=0.4).train()
-    x = torch.ones(20000, 1, 1)
-    y = block.drop(x)
-    assert y.unique().tolist() == pytest.approx([0, 1 / 0.6])
-    assert y.mean().item() == pytest.approx(1, abs=0.03)
-    assert torch.equal(block.eval().drop(x), x)
-
-
-def test_three_channel_weights_load_exactly_for_grey(capsys):
-    torch.manual_seed(0)
-    colour, grey = (
-        randomised(vit.ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
-        vit.ViT(16, 4, 1, 24, 2, 3, num_classes=5),
-    )
-    weights_module.load_encoder(grey, colour.state_dict(), "colour.pth")
-    images = torch.randn(2, 1, 16, 16)
-    torch.testing.assert_close(
-        grey(images), colour(images.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5
-    )
-    assert "colour.pth: 32 tensors loaded, 0 new, 0 left" in capsys.readouterr().out
-
-
-def test_positions_are_resized_and_other_encoders_refused(capsys):
-    small = randomised(vit.ViT(16, 4, 1, 24, 2, 3))
-    large = vit.ViT(32, 4, 1, 24, 2, 3, num_classes=2)
-    weights_module.load_encoder(large, small.state_dict(), "small.pth")
-    out = capsys.readouterr().out
-    assert "4 new (fc_norm, head)" in out and "2 left (norm)" in out
-    grid = small.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
-    expected = (
-        F.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-    )
-    torch.testing.assert_close(large.pos_embed[:, 1:], expected)
-    for other in (
-        vit.ViT(16, 4, 1, 48, 2, 3),
-        vit.ViT(16, 4, 1, 24, 3, 3),
-        vit.ViT(16, 8, 1, 24, 2, 3),
-    ):
-        with pytest.raises(common.InputError, match="small.pth: the encoder does not fit"):
-            weights_module.load_encoder(other, small.state_dict(), "small.pth")
-    with pytest.raises(common.InputError, match="blocks.1.attn.proj.bias: expected no such tensor"):
-        weights_module.load_encoder(vit.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
-    with pytest.raises(common.InputError, match="x.pth: expected a ViT's tensors"):
-        weights_module.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
 
 
 def test_cosine_lr():
@@ -729,75 +527,6 @@ def test_both_losses_reach_the_encoder_and_each_its_own_decoder_only(fresh):
     assert {
         name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()
     } == every
-
-
-def file_of(path, content):
-    torch.save(content, path)
-    return path
-
-
-def vit_tensors(**extra):
-    torch.manual_seed(3)
-    return randomised(vit.ViT(16, 4, 1, 24, 2, 3)).state_dict() | extra
-
-
-WRAPPED = {
-    "model": lambda t: {"model": t},
-    "state_dict": lambda t: {"state_dict": t, "epoch": 3},
-    "a model that is a name": lambda t: {"model": "vit_b", "state_dict": t},
-    "compiled": lambda t: {"model": {"module._orig_mod." + n: x for n, x in t.items()}},
-    "encoder and decoder": lambda t: (
-        {"encoder." + n: x for n, x in t.items()} | {"decoder.blocks.0.w": torch.ones(2)}
-    ),
-    "half precision": lambda t: {n: x.double() for n, x in t.items()} | {"epoch": 3},
-}
-
-
-@pytest.mark.parametrize("kind", WRAPPED)
-def test_usual_wrappings_are_opened(tmp_path, kind):
-    plain = vit_tensors()
-    tensors, saved = weights_module.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
-    assert weights_module.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
-        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
-    )
-    model = vit.ViT(16, 4, 1, 24, 2, 3)
-    weights_module.load_encoder(model, tensors, "w.pt")
-    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
-
-
-def test_decoders_and_old_heads_may_be_left(capsys):
-    extra = {
-        name: torch.ones(3)
-        for name in (
-            "decoder_blocks.0.ls1.gamma",
-            "head.weight",
-            "fc_norm.weight",
-            "mask_token",
-            "head_dist.bias",
-        )
-    }
-    weights_module.load_encoder(vit.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
-    assert (
-        "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
-    )
-
-
-def test_heads_are_known_or_asked_for():
-    def sizes(dim, heads=None):
-        tensors = {
-            "patch_embed.proj.weight": torch.ones(dim, 1, 4, 4),
-            "pos_embed": torch.ones(1, 17, dim),
-            "blocks.0.x": torch.ones(1),
-        }
-        return weights_module.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
-
-    assert [sizes(dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
-    assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
-    for dim in (64, 320, 1152):
-        with pytest.raises(
-            common.InputError, match=f"expected --num-heads, which weights of width {dim}"
-        ):
-            sizes(dim)
 
 
 def test_a_run_goes_on_for_more_steps_and_never_for_fewer(films, tmp_path, capsys):
@@ -1205,78 +934,6 @@ def test_upernet_of_any_size_that_the_patches_divide(side):
         upernet(img_size=side + 1)
 
 
-def hugging_face(dinov2):
-    """Random tensors of a ViT of width 12 with 2 blocks under Hugging Face's names, DINOv2's with
-    LayerScale, and the tokens (B, 1 + N, D) that they give, written out with separate q, k, v."""
-    generator = torch.Generator().manual_seed(3)
-
-    def new(*shape):
-        return torch.randn(*shape, generator=generator) * 0.3
-
-    D, p, n = 12, 4, 3
-    t = {
-        "embeddings.cls_token": new(1, 1, D),
-        "embeddings.position_embeddings": new(1, 1 + n * n, D),
-        "embeddings.patch_embeddings.projection.weight": new(D, 3, p, p),
-        "embeddings.patch_embeddings.projection.bias": new(D),
-        "layernorm.weight": new(D),
-        "layernorm.bias": new(D),
-    }
-    norms = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
-    mlp = ("mlp.fc1", "mlp.fc2") if dinov2 else ("intermediate.dense", "output.dense")
-    for i in range(2):
-        at = f"encoder.layer.{i}."
-        for part in ("query", "key", "value"):
-            t[at + f"attention.attention.{part}.weight"] = new(D, D)
-            t[at + f"attention.attention.{part}.bias"] = new(D)
-        for name, shape in (
-            ("attention.output.dense", (D, D)),
-            (mlp[0], (4 * D, D)),
-            (mlp[1], (D, 4 * D)),
-        ):
-            t[at + name + ".weight"], t[at + name + ".bias"] = new(*shape), new(shape[0])
-        for name in norms:
-            t[at + name + ".weight"], t[at + name + ".bias"] = new(D) + 1, new(D)
-        if dinov2:
-            t[at + "layer_scale1.lambda1"], t[at + "layer_scale2.lambda1"] = new(D), new(D)
-
-    def tokens(images, heads=3):
-        linear = torch.nn.functional.linear
-
-        def layer(x, name):
-            return linear(x, t[name + ".weight"], t[name + ".bias"])
-
-        def norm(x, name):
-            mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
-            return (x - mean) / (var + 1e-6).sqrt() * t[name + ".weight"] + t[name + ".bias"]
-
-        x = torch.nn.functional.conv2d(
-            images.expand(-1, 3, -1, -1),
-            t["embeddings.patch_embeddings.projection.weight"],
-            t["embeddings.patch_embeddings.projection.bias"],
-            stride=p,
-        )
-        x = x.flatten(2).transpose(1, 2)
-        x = torch.cat([t["embeddings.cls_token"].expand(len(x), -1, -1), x], 1)
-        x = x + t["embeddings.position_embeddings"]
-        for i in range(2):
-            at, y = f"encoder.layer.{i}.", norm(x, f"encoder.layer.{i}.{norms[0]}")
-            q, k, v = (
-                layer(y, at + f"attention.attention.{part}")
-                .unflatten(2, (heads, -1))
-                .transpose(1, 2)
-                for part in ("query", "key", "value")
-            )
-            weights = (q @ k.transpose(2, 3) / (D / heads) ** 0.5).softmax(-1)
-            y = layer((weights @ v).transpose(1, 2).flatten(2), at + "attention.output.dense")
-            x = x + y * t.get(at + "layer_scale1.lambda1", 1)
-            y = torch.nn.functional.gelu(layer(norm(x, at + norms[1]), at + mlp[0]))
-            x = x + layer(y, at + mlp[1]) * t.get(at + "layer_scale2.lambda1", 1)
-        return x
-
-    return t, tokens
-
-
 def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
     """Every crop of a large film has at least the pixels that it becomes; a small film is kept."""
     paths = [str(tmp_path / name) for name in ("a.png", "b.png", "large.png", "small.png")]
@@ -1309,21 +966,3 @@ def test_a_run_is_not_resumed_with_another_batch_of_a_step(tmp_path):
     common.save_checkpoint(tmp_path / "last.pt", saved)
     with pytest.raises(common.InputError, match="a run with the same images of a step as now"):
         common.last_state(filled, 9, images_of_a_step=filled.batch_size)
-
-
-def counted(monkeypatch):
-    """Counts the calls of attention."""
-    calls, forward = [], vit.Attention.forward
-
-    def counting(self, *args):
-        calls.append(self)
-        return forward(self, *args)
-
-    monkeypatch.setattr(vit.Attention, "forward", counting)
-    return calls
-
-
-def table_of(text):
-    """{row: (milliseconds, percent)} of what --profile prints."""
-    found = re.findall(r"^(\S.*?) +([\d.]+) ms +([\d.]+) %$", text, re.M)
-    return {row: (float(time), float(share)) for row, time, share in found}

@@ -1,0 +1,117 @@
+"""support/weights.py: checkpoints of the usual wrappings load exactly; what does not fit is refused
+by name."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vit
+from support import script, weights
+from test_vit import randomised
+
+
+def test_three_channel_weights_load_exactly_for_grey(capsys):
+    torch.manual_seed(0)
+    colour, grey = (
+        randomised(vit.ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
+        vit.ViT(16, 4, 1, 24, 2, 3, num_classes=5),
+    )
+    weights.load_encoder(grey, colour.state_dict(), "colour.pth")
+    images = torch.randn(2, 1, 16, 16)
+    torch.testing.assert_close(
+        grey(images), colour(images.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5
+    )
+    assert "colour.pth: 32 tensors loaded, 0 new, 0 left" in capsys.readouterr().out
+
+
+def test_positions_are_resized_and_other_encoders_refused(capsys):
+    small = randomised(vit.ViT(16, 4, 1, 24, 2, 3))
+    large = vit.ViT(32, 4, 1, 24, 2, 3, num_classes=2)
+    weights.load_encoder(large, small.state_dict(), "small.pth")
+    out = capsys.readouterr().out
+    assert "4 new (fc_norm, head)" in out and "2 left (norm)" in out
+    grid = small.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    expected = (
+        F.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
+    )
+    torch.testing.assert_close(large.pos_embed[:, 1:], expected)
+    for other in (
+        vit.ViT(16, 4, 1, 48, 2, 3),
+        vit.ViT(16, 4, 1, 24, 3, 3),
+        vit.ViT(16, 8, 1, 24, 2, 3),
+    ):
+        with pytest.raises(script.InputError, match="small.pth: the encoder does not fit"):
+            weights.load_encoder(other, small.state_dict(), "small.pth")
+    with pytest.raises(script.InputError, match="blocks.1.attn.proj.bias: expected no such tensor"):
+        weights.load_encoder(vit.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
+    with pytest.raises(script.InputError, match="x.pth: expected a ViT's tensors"):
+        weights.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
+
+
+def file_of(path, content):
+    torch.save(content, path)
+    return path
+
+
+def vit_tensors(**extra):
+    torch.manual_seed(3)
+    return randomised(vit.ViT(16, 4, 1, 24, 2, 3)).state_dict() | extra
+
+
+WRAPPED = {
+    "model": lambda t: {"model": t},
+    "state_dict": lambda t: {"state_dict": t, "epoch": 3},
+    "a model that is a name": lambda t: {"model": "vit_b", "state_dict": t},
+    "compiled": lambda t: {"model": {"module._orig_mod." + n: x for n, x in t.items()}},
+    "encoder and decoder": lambda t: (
+        {"encoder." + n: x for n, x in t.items()} | {"decoder.blocks.0.w": torch.ones(2)}
+    ),
+    "half precision": lambda t: {n: x.double() for n, x in t.items()} | {"epoch": 3},
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_usual_wrappings_are_opened(tmp_path, kind):
+    plain = vit_tensors()
+    tensors, saved = weights.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
+    assert weights.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
+    )
+    model = vit.ViT(16, 4, 1, 24, 2, 3)
+    weights.load_encoder(model, tensors, "w.pt")
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
+
+
+def test_decoders_and_old_heads_may_be_left(capsys):
+    extra = {
+        name: torch.ones(3)
+        for name in (
+            "decoder_blocks.0.ls1.gamma",
+            "head.weight",
+            "fc_norm.weight",
+            "mask_token",
+            "head_dist.bias",
+        )
+    }
+    weights.load_encoder(vit.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
+    assert (
+        "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
+    )
+
+
+def test_heads_are_known_or_asked_for():
+    def sizes(dim, heads=None):
+        tensors = {
+            "patch_embed.proj.weight": torch.ones(dim, 1, 4, 4),
+            "pos_embed": torch.ones(1, 17, dim),
+            "blocks.0.x": torch.ones(1),
+        }
+        return weights.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
+
+    assert [sizes(dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
+    assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
+    for dim in (64, 320, 1152):
+        with pytest.raises(
+            script.InputError, match=f"expected --num-heads, which weights of width {dim}"
+        ):
+            sizes(dim)
