@@ -338,11 +338,18 @@ def save_checkpoint(path, state):
     atomic_write(path, lambda file: torch.save(state, file))
 
 
+# What a checkpoint may hold beside tensors and plain values: the options of old ones, and numbers of
+# numpy, whose function stands under two names
+NUMBER = np.float64(0).__reduce__()[0]
+SAFE = [argparse.Namespace, NUMBER, (NUMBER, "numpy.core.multiarray.scalar"), np.dtype,
+        *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}]
+
+
 def load_checkpoint(path):
-    """Reads a checkpoint onto the CPU: a dict of tensors and plain values, no pickled code. The one
-    class allowed is argparse.Namespace, which holds the options in old checkpoints."""
+    """Reads a checkpoint onto the CPU: a dict of tensors, plain values and what SAFE allows, no
+    pickled code."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SAFE):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None

@@ -26,12 +26,12 @@ BUDGET = {
     "support/__init__.py": 1,
     "support/demo.py": 450,
     "support/recipes.py": 162,
-    "support/script.py": 649,
+    "support/script.py": 656,
     "support/tokenizer.py": 124,
     "support/weights.py": 94,
     "vit.py": 207,
 }
-TOTAL = 7320
+TOTAL = 7327
 
 
 def lines_of(name):

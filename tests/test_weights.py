@@ -1,6 +1,10 @@
 """support/weights.py: checkpoints of the usual wrappings load exactly; what does not fit is refused
 by name."""
 
+import datetime
+import zipfile
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +84,19 @@ def test_usual_wrappings_are_opened(tmp_path, kind):
     model = vit.ViT(16, 4, 1, 24, 2, 3)
     weights.load_encoder(model, tensors, "w.pt")
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
+
+
+def test_numbers_of_numpy_are_data_and_code_is_not(tmp_path):
+    kinds = (np.float64, np.float32, np.float16, np.int64, np.uint8, np.bool_)
+    numbers = {kind.__name__: kind(1) for kind in kinds}
+    path = file_of(tmp_path / "w.pt", {"model": vit_tensors(), **numbers})
+    assert script.load_checkpoint(path).items() >= numbers.items()
+    with zipfile.ZipFile(path) as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for name in new.namelist():  # as numpy 1 wrote it
+            old.writestr(name, new.read(name).replace(b"numpy._core.", b"numpy.core."))
+    assert script.load_checkpoint(tmp_path / "old.pt").items() >= numbers.items()
+    with pytest.raises(script.InputError, match="refused: it holds code to run .*date"):
+        script.load_checkpoint(file_of(path, {"model": {}, "when": datetime.date(2026, 1, 1)}))
 
 
 def test_decoders_and_old_heads_may_be_left(capsys):
