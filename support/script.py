@@ -338,11 +338,12 @@ def save_checkpoint(path, state):
     atomic_write(path, lambda file: torch.save(state, file))
 
 
-# What a checkpoint may hold beside tensors and plain values: the options of old ones, and numbers of
-# numpy, whose function stands under two names
+# What a checkpoint may hold beside tensors and plain values: the options of old ones, and numbers
+# of numpy, whose function stands under two names
 NUMBER = np.float64(0).__reduce__()[0]
+KINDS = "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]
 SAFE = [argparse.Namespace, NUMBER, (NUMBER, "numpy.core.multiarray.scalar"), np.dtype,
-        *{type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]}]
+        *{type(np.dtype(kind)) for kind in KINDS}]
 
 
 def load_checkpoint(path):

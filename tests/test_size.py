@@ -26,12 +26,12 @@ BUDGET = {
     "support/__init__.py": 1,
     "support/demo.py": 450,
     "support/recipes.py": 162,
-    "support/script.py": 656,
+    "support/script.py": 657,
     "support/tokenizer.py": 124,
     "support/weights.py": 94,
     "vit.py": 207,
 }
-TOTAL = 7327
+TOTAL = 7328
 
 
 def lines_of(name):
