@@ -20,29 +20,29 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
     D's own        D <== verdict; G(a) is detached          D learns to tell b from G(a)
     What reaches R runs on through G(a) to G: R may ask G for an image that is easier to move.
 
-G cannot learn how b was moved: that is random, and a, which is all that G sees, does not show it. A
-motion common to all pairs is another matter: nothing in a tells whether b was moved or belongs
-there, so that G may move every image alike and R take it back (see `running_mean`). And what a
-shows of its own motion, such as a zoom, G can undo in part (see `equivariance_loss`).
+Level n. To know what is true, one takes aligned pairs and moves a and b apart. Each is read at
+positions T(p) of its own, by a random map T of the pixels p = (y, x), c being the middle pixel:
+
+    T(p) = c + t + M (p - c)        M turns by at most n degrees and zooms by at most 2n %,
+                                    t shifts by at most 2n % of the sides; all of them uniform
+    moved a[p] = a[Ta(p)]           moved b[p] = b[Tb(p)]
+    the flow that R should find:    flow(p) = Ta^-1(Tb(p)) - p
+
+At level 3, 64 x 64 pixels, that is 4 pixels in the mean. At level 0 one small T (1 degree, 2 %)
+moves both. --elastic s adds a smooth bending of s % of the sides to T. See `data.misalign`.
+
+G cannot learn how b was moved: that is random, and a, which is all that G sees, does not show it.
+A motion that all pairs share is another matter: G may make it and R take it back. And where a shows
+its own motion, as a zoom does, G can undo a part of it. more/improved.py takes both freedoms away.
 
     python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
     python reggan.py --host cycle --no-reg --noise 3 --root DIR --paper
     python reggan.py --compare --levels 0,3,5,elastic --seeds 3
     python reggan.py --translate DIR --weights RUN
-    python -m more.nicegan              # a host from outside; more.improved: losses and an R
+    python -m more.nicegan              # another host; more.improved: other losses, another R
 
 The default is the paper's method in small networks; --paper takes the paper's networks and
-schedule. This file differs from the official code (Kid-Liet/Reg-GAN) in these points:
- 1. G runs once a step: D learns from the same fake. The official NC + R runs G again for D.
- 2. Small networks learn from eight pairs a step, and their learning rates fall linearly to 0 over
-    the second half. No official trainer applies the decay of its yaml file: --paper has none.
- 3. R halves the image as often as it can, seven times at most, and its first flow is zero. The
-    official R takes no image below 256 x 256, and its last layer starts at 1e-5.
- 4. Misaligned images are resampled bilinearly, in the official code to the nearest pixel.
- 5. PSNR leaves out the background pixels. The official Pix2Pix trainer leaves out whole rows.
- 6. val/ chooses best.pt and test/ reports it. The official code does both on one folder.
- 7. The adversarial loss is least squares, as in the official code; eq. 1 has logarithms. D sees a
-    pool of old fakes in NC + R too, but not with --paper: there only the other hosts have one.
+schedule. tests/departures.md lists what differs from the official code, and why.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. A flow says where each pixel reads:
@@ -71,10 +71,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
-from data import Pairs
+from data import Pairs, demo_root, list_slices, parse_rescale, read_slice, write_slice
 from kernels import warp
-from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout  # torch's, quick on a CPU
+from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.script import (
     InputError, RunConfig, RunLog, Saving, Timed, make_autocast, check_weights, checkpoint_file,
     command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
@@ -116,7 +115,7 @@ class Generator(nn.Module):
         super().__init__()
         self.multiple = 2**downs
         widths = [width * 2**level for level in range(downs + 1)]
-        head = [Reflect(kernel // 2), *normed(nn.Conv2d(in_chans, width, kernel)), nn.ReLU(True)]
+        head = [Reflect(kernel // 2), *normed(FirstConv(in_chans, width, kernel)), nn.ReLU(True)]
         tail = [Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh()]
         for i, o in zip(widths, widths[1:]):
             head += [*normed(nn.Conv2d(i, o, 3, stride=2, padding=1)), nn.ReLU(True)]
@@ -128,12 +127,10 @@ class Generator(nn.Module):
 
     def forward(self, x):
         H, W = x.shape[-2:]
-        if H % self.multiple or W % self.multiple:
-            x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
-        x = quick_layout(self.model_head[:2](x))  # (B, w, H, W), w = width
-        x = self.model_head[2:](x)  # (B, 4w, H/4, W/4) where downs is 2
-        x = self.model_tail(self.model_body(x))  # (B, C, H, W) and the padding
-        return x[..., :H, :W].float()
+        x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
+        x = self.model_head(x)  # (B, 4w, H/4, W/4), w = width and downs = 2
+        x = self.model_body(x)  # the same
+        return self.model_tail(x)[..., :H, :W]  # (B, C, H, W)
 
 
 class Discriminator(nn.Module):
@@ -152,7 +149,7 @@ class Discriminator(nn.Module):
         return self.model(x).float().mean((2, 3))  # (B, 1, H/8 - 2, W/8 - 2) -> (B, 1)
 
 
-def levels_of(size):
+def halvings(size):
     """How often R halves an image of `size` = (H, W): down to 2 or 3 pixels, 7 times at most."""
     return min(7, int(math.log2(min(size))) - 1)
 
@@ -180,7 +177,7 @@ class Registration(nn.Module):
     def __init__(self, channels, size, width=32):
         super().__init__()
         w = 2 * width
-        widths = [width] + [w] * (levels_of(size) - 1)
+        widths = [width] + [w] * (halvings(size) - 1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, o in zip([channels] + widths, widths):
             self.down.append(nn.Sequential(leaky_conv(i, o), Residual(o)))
@@ -269,7 +266,7 @@ def parameters_of(optimizer):
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
-def average(tensors):
+def mean_over_processes(tensors):
     """Makes each tensor its mean over torchrun's processes, in one message for all of them."""
     if torch.distributed.is_initialized():
         tensors = list(tensors)
@@ -284,7 +281,7 @@ def descend(optimizer, losses):
     """One step of the optimiser down the sum of the losses; under torchrun by the mean gradient."""
     optimizer.zero_grad()
     sum(losses.values()).backward()
-    average(p.grad for p in parameters_of(optimizer) if p.grad is not None)
+    mean_over_processes(p.grad for p in parameters_of(optimizer) if p.grad is not None)
     optimizer.step()
 
 
@@ -306,7 +303,7 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext
         losses_of_d = model.discriminator_losses(a, b, shown)
     descend(opt_d, losses_of_d)
     values = {name: loss.detach() for name, loss in (losses | losses_of_d).items()}
-    average(values.values())
+    mean_over_processes(values.values())
     return values
 
 
@@ -545,7 +542,7 @@ def trainable(module, *prefixes):
 
 def make_pairs(config, part, misaligned=False, with_flow=True):
     """The pairs of train, val or test, with the motion of --noise where `misaligned`."""
-    folder = Path(config.root or data.demo_root(pairs=True)) / part
+    folder = Path(config.root or demo_root(pairs=True)) / part
     noise = config.noise if misaligned else None
     return Pairs(folder, noise, config.elastic, config.seed, config.size, config.rescale, with_flow)
 
@@ -620,7 +617,7 @@ def save(job, log, best=False):
 
 
 @torch.no_grad()
-def evaluate(job, aligned, moved):
+def score(job, aligned, moved):
     """Metrics of G on aligned pairs, since it is used without R, and of R on moved ones: a dict of
     means over the images of all processes."""
     job.model.eval()
@@ -672,7 +669,7 @@ def loop(job, log):
             if job.step % max(1, per_epoch // 3) == 0 or ends:
                 log.line(step=job.step, epoch=epoch, lr=job.opt_g.param_groups[0]["lr"], **losses)
             if job.step % every == 0 or ends:
-                scores = evaluate(job, *job.val)
+                scores = score(job, *job.val)
                 log.line(step=job.step, epoch=epoch, val=scores, val_mae=scores["mae"],
                          **batches.speed())
                 log.curves(config.host, "val_mae", *losses)
@@ -711,7 +708,7 @@ def train(config):
     if part == "test":  # weights that val chose would score too well on val itself
         job.model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
-    result = evaluate(job, *job.test)
+    result = score(job, *job.test)
     result |= {"host": config.host, "registration": config.reg, "noise": config.noise}
     result |= {"elastic": config.elastic, "part": part, "weights": chosen}
     trained = sum(weight.numel() for weight in trainable(job.model, ""))
@@ -803,13 +800,13 @@ def translate_folder(config):
     device, _, _ = join(config)
     autocast = make_autocast(config, device)
     model.to(device).eval()
-    span_a, span_b = data.parse_rescale(config.rescale or trained.rescale)
+    span_a, span_b = parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
     if out.resolve() == folder.resolve():
         raise InputError("--out", "another folder than --translate, whose images stay", out)
     images = {}  # all of them are read first, so that a bad one is found before any is written
-    for name in data.list_slices(folder):
-        images[name] = data.read_slice(folder / name, span_a, blank=True)
+    for name in list_slices(folder):
+        images[name] = read_slice(folder / name, span_a, blank=True)
         if (found := len(images[name])) != in_chans:
             raise InputError(f"{folder / name}: {found} channels, the generator takes {in_chans}")
     for name, image in images.items():
@@ -820,7 +817,7 @@ def translate_folder(config):
         with autocast():
             fake = translate(a)
         fake = F.interpolate(fake, (H, W), mode="bilinear")[0]  # (C, H, W)
-        data.write_slice(out / name, fake, folder / name, span_b)
+        write_slice(out / name, fake, folder / name, span_b)
     print(f"{len(images)} images translated into {out}")
 
 

@@ -6,7 +6,7 @@
     Reflect        nn.ReflectionPad2d   under autocast torch's returns float32, and so does all
                                         that follows it
     LastConv       nn.Conv2d            with few output channels the library's kernels stand idle
-    quick_layout                        convolutions of a single image are a sixth faster in
+    FirstConv      nn.Conv2d            convolutions of a single image are a sixth faster in
                                         channels_last
 
 Parameters and state-dict keys are torch's, and on a GPU each of them is torch's own layer.
@@ -59,8 +59,11 @@ class LastConv(nn.Conv2d):
         return total + self.bias.view(-1, 1, 1)
 
 
-def quick_layout(x):
-    """`x` (B, C, H, W) itself; a single image on a CPU comes back in channels_last."""
-    if len(x) == 1 and not x.is_cuda:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
+class FirstConv(nn.Conv2d):
+    """A convolution whose result, of a single image on a CPU, comes in channels_last. All layers
+    that follow keep that layout."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        single = len(x) == 1 and not x.is_cuda
+        return x.contiguous(memory_format=torch.channels_last) if single else x

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import reggan
 from kernels import warp
 from more import nicegan  # another host
-from reggan import Residual, average, leaky_conv, levels_of, start_at_zero
+from reggan import Residual, halvings, leaky_conv, mean_over_processes, start_at_zero
 from support.script import InputError, option, run_script
 
 
@@ -31,7 +31,7 @@ class CoarseToFine(nn.Module):
     def __init__(self, size, width=32):
         super().__init__()
         w, self.blocks, self.heads = width, nn.ModuleList(), nn.ModuleList()
-        for level in range(levels_of(size)):
+        for level in range(halvings(size)):
             first = leaky_conv(9 + w if level else 9, w)
             self.blocks.append(nn.Sequential(*first, Residual(w), nn.LeakyReLU(0.2, True)))
         for block in self.blocks:
@@ -113,7 +113,7 @@ def added_losses(model, config, a, b, fake, flow):
         mean = running_mean(registration.mean, flow)
         losses["drift"] = config.drift * mean.square().mean()
         registration.mean.copy_(mean.detach())
-        average([registration.mean])
+        mean_over_processes([registration.mean])
     if config.synthetic:  # every other image of the batch teaches as much
         losses["synthetic"] = config.synthetic * synthetic_loss(registration, b[::2])
     if config.equivariance:

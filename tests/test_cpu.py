@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels.cpu import InstanceNorm, LastConv, Reflect, quick_layout
+from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect
 
 
 def test_instance_norm_is_torchs_with_the_gradient_of_its_formula():
@@ -49,11 +49,12 @@ def test_reflect_pads_as_torch_does_and_keeps_bfloat16():
     assert torch.equal(padded, nn.ReflectionPad2d(2)(x))
 
 
-def test_quick_layout_changes_the_layout_of_a_single_image_alone():
-    batch = torch.randn(2, 3, 9, 11)
-    assert quick_layout(batch) is batch
-    single = quick_layout(batch[:1])
-    assert torch.equal(single, batch[:1])
+def test_first_conv_is_torchs_and_changes_the_layout_of_a_single_image_alone():
+    batch, conv = torch.randn(2, 3, 9, 11), FirstConv(3, 2, 3)
+    theirs = F.conv2d(batch, conv.weight, conv.bias)
+    assert torch.equal(conv(batch), theirs) and conv(batch).is_contiguous()
+    single = conv(batch[:1])
+    assert torch.allclose(single, theirs[:1], atol=1e-6)
     assert single.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -61,6 +62,7 @@ def test_state_dict_keys_are_torchs():
     for ours, theirs in (
         (InstanceNorm(), nn.InstanceNorm2d(3)),
         (Reflect(1), nn.ReflectionPad2d(1)),
+        (FirstConv(3, 2, 7), nn.Conv2d(3, 2, 7)),
         (LastConv(3, 2, 7), nn.Conv2d(3, 2, 7)),
     ):
         assert ours.state_dict().keys() == theirs.state_dict().keys()

@@ -1445,7 +1445,7 @@ def test_the_weights_that_are_best_on_val_are_kept_and_tested(root, monkeypatch)
         seen.append({name: x.clone() for name, x in run.model.state_dict().items()})
         return {"mae": next(scores)}
 
-    monkeypatch.setattr(reggan, "evaluate", scripted)
+    monkeypatch.setattr(reggan, "score", scripted)
     result = reggan.train(
         config_of(root=str(root), out=str(root / "run"), **SMALL | dict(epochs=3))
     )
@@ -1494,7 +1494,7 @@ def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
     c = config(drawn, noise=3.0)
     run = reggan.Job(c, torch.device("cpu"))
     aligned, moved = run.val
-    scores = reggan.evaluate(run, aligned, moved)
+    scores = reggan.score(run, aligned, moved)
     with torch.no_grad():
         a, b = (
             torch.stack(side) for side in zip(*(aligned.item(0, i) for i in range(len(aligned))))
@@ -1636,12 +1636,12 @@ EQUAL = dict(
 
 def test_the_mean_over_processes(monkeypatch):
     tensors = [torch.ones(2, 3), torch.tensor(5.0), torch.arange(4.0)]
-    reggan.average(tensors)
+    reggan.mean_over_processes(tensors)
     assert torch.equal(tensors[0], torch.ones(2, 3))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.add_(4 * flat + 6))
-    reggan.average(tensors)  # this process has x, the other one 4 x + 6
+    reggan.mean_over_processes(tensors)  # this process has x, the other one 4 x + 6
     assert torch.equal(tensors[0], torch.full((2, 3), 5.5)) and tensors[1] == 15.5
     assert torch.equal(tensors[2], torch.arange(4.0) * 2.5 + 3)
 
