@@ -495,11 +495,16 @@ def fill_options(config, tensors, known, images):
 
 
 def fill_cell(config, out="runs/finetune"):
-    """`config` with the method, the percent of the labels, the weights and the folder of a run."""
+    """`config` with the method, the percent of the labels and the folder of a run."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
-    config = fill(config, {"out": out, "method": "lora" if config.lora else "full",
-                                  "ratio": 10 if config.data == "demo" else 100})
+    return fill(config, {"out": out, "method": "lora" if config.lora else "full",
+                         "ratio": 10 if config.data == "demo" else 100})
+
+
+def fill_weights(config):
+    """`config` with the weights of a run: where none are given, the demo MRM's, made on first
+    use."""
     if config.weights is None:
         config = dataclasses.replace(config, weights=pretrain_demo(config))
     if config.weights in DEMO_INITS:  # of a comparison, whose seeds are those of pretraining too
@@ -519,6 +524,7 @@ def finetune(config):
     device, rank, world = join(config)
     config = fill_cell(config)
     parts, classes = read_lists(config)
+    config = fill_weights(config)  # last, since it may pretrain for minutes
     for name, part in parts.items():
         if not any({0.0, 1.0} <= set(column) for column in part.labels.T.tolist()):
             raise InputError(f"the {name} list", "both labels of at least one class", "one in each")

@@ -291,6 +291,7 @@ def segment(config):
     device, rank, world = join(config)
     config = finetune.fill_cell(fill(config, {"ratio": 100}), "runs/segment")
     parts = read_lists(config)
+    config = finetune.fill_weights(config)
     tensors, known = finetune.read_start(config)
     sizes = encoder_sizes(tensors, known, config.weights, config.num_heads)
     preset = {"img_size": 2 * sizes["img_size"], "num_heads": sizes["num_heads"],

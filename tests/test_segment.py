@@ -149,7 +149,7 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, monkeyp
 
     save, part = common.save_state, run(holes, tmp_path / "part", **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "save_state", stop_after_two)
+        patch.setattr(finetune, "save_state", stop_after_two)
         segment.segment(part)
     segment.segment(dataclasses.replace(part, resume=True))
     a, b = (common.load_checkpoint(tmp_path / name / "last.pt")["model"]

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 975,
-    "finetune.py": 780,
+    "finetune.py": 786,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 69,
@@ -20,7 +20,7 @@ BUDGET = {
     "more/__init__.py": 1,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
-    "more/segment.py": 401,
+    "more/segment.py": 402,
     "mrm.py": 718,
     "reggan.py": 900,
     "support/__init__.py": 1,
@@ -31,7 +31,7 @@ BUDGET = {
     "support/weights.py": 94,
     "vit.py": 207,
 }
-TOTAL = 7328
+TOTAL = 7335
 
 
 def lines_of(name):
