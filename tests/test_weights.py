@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import vit
 from support import script, weights
 from test_vit import randomised
+from vit import ViT
 
 
 def test_three_channel_weights_load_exactly_for_grey(capsys):
     torch.manual_seed(0)
     colour, grey = (
-        randomised(vit.ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
-        vit.ViT(16, 4, 1, 24, 2, 3, num_classes=5),
+        randomised(ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
+        ViT(16, 4, 1, 24, 2, 3, num_classes=5),
     )
     weights.load_encoder(grey, colour.state_dict(), "colour.pth")
     images = torch.randn(2, 1, 16, 16)
@@ -29,8 +29,8 @@ def test_three_channel_weights_load_exactly_for_grey(capsys):
 
 
 def test_positions_are_resized_and_other_encoders_refused(capsys):
-    small = randomised(vit.ViT(16, 4, 1, 24, 2, 3))
-    large = vit.ViT(32, 4, 1, 24, 2, 3, num_classes=2)
+    small = randomised(ViT(16, 4, 1, 24, 2, 3))
+    large = ViT(32, 4, 1, 24, 2, 3, num_classes=2)
     weights.load_encoder(large, small.state_dict(), "small.pth")
     out = capsys.readouterr().out
     assert "4 new (fc_norm, head)" in out and "2 left (norm)" in out
@@ -40,14 +40,14 @@ def test_positions_are_resized_and_other_encoders_refused(capsys):
     )
     torch.testing.assert_close(large.pos_embed[:, 1:], expected)
     for other in (
-        vit.ViT(16, 4, 1, 48, 2, 3),
-        vit.ViT(16, 4, 1, 24, 3, 3),
-        vit.ViT(16, 8, 1, 24, 2, 3),
+        ViT(16, 4, 1, 48, 2, 3),
+        ViT(16, 4, 1, 24, 3, 3),
+        ViT(16, 8, 1, 24, 2, 3),
     ):
         with pytest.raises(script.InputError, match="small.pth: the encoder does not fit"):
             weights.load_encoder(other, small.state_dict(), "small.pth")
     with pytest.raises(script.InputError, match="blocks.1.attn.proj.bias: expected no such tensor"):
-        weights.load_encoder(vit.ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
+        weights.load_encoder(ViT(16, 4, 1, 24, 1, 3), small.state_dict(), "small.pth")
     with pytest.raises(script.InputError, match="x.pth: expected a ViT's tensors"):
         weights.encoder_sizes({"model_head.weight": torch.zeros(1)}, {}, "x.pth")
 
@@ -59,12 +59,18 @@ def file_of(path, content):
 
 def vit_tensors(**extra):
     torch.manual_seed(3)
-    return randomised(vit.ViT(16, 4, 1, 24, 2, 3)).state_dict() | extra
+    return randomised(ViT(16, 4, 1, 24, 2, 3)).state_dict() | extra
 
 
 WRAPPED = {
     "model": lambda t: {"model": t},
     "state_dict": lambda t: {"state_dict": t, "epoch": 3},
+    "model_ema": lambda t: {"model_ema": t},
+    "teacher": lambda t: {
+        "student": {},
+        "teacher": {"module.backbone." + n: x for n, x in t.items()}
+        | {"module.head.mlp.weight": torch.ones(3)},
+    },
     "a model that is a name": lambda t: {"model": "vit_b", "state_dict": t},
     "compiled": lambda t: {"model": {"module._orig_mod." + n: x for n, x in t.items()}},
     "encoder and decoder": lambda t: (
@@ -81,9 +87,70 @@ def test_usual_wrappings_are_opened(tmp_path, kind):
     assert weights.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
         img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
     )
-    model = vit.ViT(16, 4, 1, 24, 2, 3)
+    model = ViT(16, 4, 1, 24, 2, 3)
     weights.load_encoder(model, tensors, "w.pt")
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
+
+
+def test_several_encoders_in_a_file_are_refused(tmp_path):
+    both = {
+        f"{part}.{name}": tensor
+        for part in ("student", "momentum")
+        for name, tensor in vit_tensors().items()
+    }
+    with pytest.raises(
+        script.InputError, match=r"expected one encoder, found several: \['momentum\.', 'student\.'"
+    ):
+        weights.read_weights(file_of(tmp_path / "w.pt", both))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.ls1.gamma",
+        "blocks.1.attn.q_norm.weight",
+        "blocks.0.attn.qkv.lora_A",
+        "reg_token",
+        "register_tokens",
+        "norm_pre.weight",
+        "blocks.0.attn.relative_position_bias_table",
+        "rel_pos_bias.weight",
+        "dist_token",
+        "patch_embed.norm.weight",
+        "blocks.2.norm1.weight",
+        "rope_embed.periods",
+    ],
+)
+def test_tensors_that_would_change_the_result_are_refused_by_name(name):
+    with pytest.raises(script.InputError, match=rf"w\.pt: .*fit: {name}: expected no such tensor"):
+        weights.load_encoder(ViT(16, 4, 1, 24, 2, 3), vit_tensors(**{name: torch.ones(24)}), "w.pt")
+
+
+@pytest.mark.parametrize(
+    "name, spoil, message",
+    [
+        ("blocks.0.norm1.weight", lambda x: x / 0, "expected finite .* found NaN or infinity"),
+        ("cls_token", lambda x: x.double() * 1e300, "expected finite .* found NaN or infinity"),
+        ("blocks.1.mlp.fc1.bias", lambda x: x.long(), "floating-point numbers, found torch.int64"),
+        ("pos_embed", lambda x: x.to_sparse(), "expected finite floating-point numbers"),
+        (
+            "pos_embed",
+            lambda x: x[:, 1:],
+            r"expected positions \(1, 1 \+ n\*n, width\).* found \(1, 16, 24\)",
+        ),
+        ("pos_embed", lambda x: torch.cat([x, x[:, :1]], 1), r"found \(1, 18, 24\)"),
+        ("pos_embed", lambda x: x[:, :13], r"found \(1, 13, 24\)"),
+        ("pos_embed", lambda x: x[0], r"found \(17, 24\)"),
+        ("patch_embed.proj.weight", lambda x: x[:, 0], "does not fit: patch_embed.proj.weight"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused_by_name(name, spoil, message):
+    tensors = vit_tensors()
+    with pytest.raises(script.InputError, match=f"w.pt: .*{message}") as error:
+        weights.load_encoder(
+            ViT(16, 4, 1, 24, 2, 3), tensors | {name: spoil(tensors[name])}, "w.pt"
+        )
+    assert name in str(error.value)
 
 
 def test_numbers_of_numpy_are_data_and_code_is_not(tmp_path):
@@ -110,13 +177,13 @@ def test_decoders_and_old_heads_may_be_left(capsys):
             "head_dist.bias",
         )
     }
-    weights.load_encoder(vit.ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
+    weights.load_encoder(ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
     assert (
         "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
     )
 
 
-def test_heads_are_known_or_asked_for():
+def test_heads_are_known_or_asked_for(capsys):
     def sizes(dim, heads=None):
         tensors = {
             "patch_embed.proj.weight": torch.ones(dim, 1, 4, 4),
@@ -126,9 +193,27 @@ def test_heads_are_known_or_asked_for():
         return weights.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
 
     assert [sizes(dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 5 and said[1].startswith("w.pt: 6 heads, as is usual at width 384")
     assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
     for dim in (64, 320, 1152):
         with pytest.raises(
             script.InputError, match=f"expected --num-heads, which weights of width {dim}"
         ):
             sizes(dim)
+    assert not capsys.readouterr().out  # the file or the option says it
+    for known in (
+        dict(embed_dim=24),
+        dict(img_size=16, patch_size=4, embed_dim=-24, depth=2, num_heads=3),
+        dict(img_size="16", patch_size=4, embed_dim=24, depth=2, num_heads=3),
+    ):
+        with pytest.raises(script.InputError, match="w.pt: expected whole numbers above 0"):
+            weights.encoder_sizes({}, {"sizes": known}, "w.pt")
+
+
+def test_weights_of_others_are_sent_to_their_conversion(tmp_path):
+    with pytest.raises(script.InputError, match="python -m more.convert weights"):
+        weights.read_weights(tmp_path / "a.safetensors")
+    theirs = {"embeddings.patch_embeddings.projection.weight": torch.ones(8, 3, 4, 4)}
+    with pytest.raises(script.InputError, match="python -m more.convert weights"):
+        weights.encoder_sizes(theirs, {}, "w.pt")
