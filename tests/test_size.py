@@ -28,10 +28,10 @@ BUDGET = {
     "support/recipes.py": 162,
     "support/script.py": 657,
     "support/tokenizer.py": 124,
-    "support/weights.py": 94,
+    "support/weights.py": 128,
     "vit.py": 207,
 }
-TOTAL = 7335
+TOTAL = 7369
 
 
 def lines_of(name):
