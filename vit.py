@@ -1,16 +1,20 @@
-"""The vision transformer (ViT) that MRM pretrains and finetune.py adapts, under timm's names.
+"""The vision transformer (ViT): it cuts an image into patches, which then look at each other.
 
-    film (B, 1, 48, 48) -> 16 patches of 12 x 12 pixels (B, 16, 128) -> class token first
-    (B, 17, 128) -> blocks of attention and MLP -> tokens (B, 17, 128), of the demo's ViT
+    z = [class token, patches E] + positions                    N + 1 tokens of D numbers each
+    z = z + attention(norm(z)),  z = z + mlp(norm(z))           in each block
+    attention(x) = softmax(q k^T / sqrt(D / heads)) v           q, k and v: three linear maps of x
+    logits = head(norm(mean of the patch tokens))
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021. Weights that MRM, MAE, MED-PEFT and
-timm have published load as they are: support/weights.py says what fits.
-The sin-cos frequencies go from 1 down to 1e-4, as in MAE. MRM's official code divides twice and
-stops at 0.1. Published weights work, because they carry their own `pos_embed`.
+mrm.py pretrains it and finetune.py adapts it. Its tensors have timm's names, so that weights of
+MRM, MAE, MED-PEFT and timm load as they are (support/weights.py).
 
-Shapes: B batch, N patches, D width, p pixels a side of a patch, C channels. Next: mrm.py.
+One batch of the demo: X-rays (32, 1, 48, 48) -> 16 patches of 12 x 12 pixels (32, 16, 144) ->
+(32, 16, 128) -> class token first (32, 17, 128) -> one block, in which q, k and v are
+(32, 4, 17, 32) each -> (32, 17, 128) -> mean of the patch tokens (32, 128) -> 7 logits (32, 7)
+
+Paper: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; sin-cos positions as in MAE.
+Next: mrm.py. Shapes: B batch, N patches, D width, p pixels a side of a patch, C channels.
 """
-
 import math
 
 import torch
@@ -52,7 +56,7 @@ def sincos_positions(dim, side):
 
 
 # --------------------------------------------------------------------------------------------------
-# The vision transformer (Dosovitskiy et al., 2021), under timm's names
+# The vision transformer, under timm's names
 
 
 class Attention(nn.Module):
