@@ -16,7 +16,7 @@ BUDGET = {
     "kernels/dropout.py": 41,
     "kernels/lora_linear.py": 426,
     "kernels/warp.py": 346,
-    "lora.py": 384,
+    "lora.py": 340,
     "more/__init__.py": 1,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
@@ -29,9 +29,9 @@ BUDGET = {
     "support/script.py": 657,
     "support/tokenizer.py": 124,
     "support/weights.py": 128,
-    "vit.py": 207,
+    "vit.py": 211,
 }
-TOTAL = 7369
+TOTAL = 7329
 
 
 def lines_of(name):
