@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 975,
-    "finetune.py": 786,
+    "finetune.py": 793,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 69,
@@ -17,21 +17,21 @@ BUDGET = {
     "kernels/lora_linear.py": 426,
     "kernels/warp.py": 346,
     "lora.py": 340,
-    "more/__init__.py": 1,
+    "more/__init__.py": 3,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
-    "more/segment.py": 402,
-    "mrm.py": 718,
-    "reggan.py": 900,
-    "support/__init__.py": 1,
+    "more/segment.py": 404,
+    "mrm.py": 714,
+    "reggan.py": 907,
+    "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 162,
-    "support/script.py": 657,
+    "support/script.py": 730,
     "support/tokenizer.py": 124,
     "support/weights.py": 128,
     "vit.py": 211,
 }
-TOTAL = 7329
+TOTAL = 7423
 
 
 def lines_of(name):
