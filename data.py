@@ -16,6 +16,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -54,13 +55,13 @@ def kind_of(path):
     return KINDS.get(ending, "picture" if ending else "dicom")
 
 
-def read_pixels(path, short_side=None, grey=False):
+def read_pixels(path, short_side=None, grey=False, mask=False):
     """The numbers of an image file as they are stored: (array (H, W) or (H, W, 3), full scale).
 
     Full scale is the number that stands for white: 255 or 65535 in a PNG, JPEG, TIFF or BMP; 1 in
-    DICOM, which its own rules scale; None in .npy and NIfTI, whose numbers may mean anything. A
+    DICOM, which `read_dicom` scales; None in .npy and NIfTI, whose numbers may mean anything. A
     JPEG is decoded at the smallest of 1/8, 1/4, 1/2 of its size whose shorter side is not below
-    `short_side`, and as grey where `grey`."""
+    `short_side`, and as grey where `grey`. Of a `mask` a palette's indices are read."""
     kind, white = kind_of(path), None
     try:
         if kind == "npy":
@@ -70,28 +71,29 @@ def read_pixels(path, short_side=None, grey=False):
         elif kind == "nifti":
             pixels = np.asanyarray(read_nifti(path).dataobj)
         else:
-            pixels, white = read_picture(path, short_side, grey)
+            pixels, white = read_picture(path, short_side, grey, mask)
     except FileNotFoundError:
         raise InputError(f"{path}: no such image") from None
     except InputError:
         raise
     except Exception as error:  # a damaged file raises one of a dozen types, by its decoder
-        reason = str(error) or type(error).__name__
-        raise InputError(path, "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image",
-                         reason) from None
+        first, *hints = str(error).strip().splitlines() or [type(error).__name__]
+        reason = "; ".join([*map(str.strip, hints), first])  # pydicom names a decoder to install
+        expected = "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image"
+        raise InputError(path, expected, reason) from None
     while pixels.ndim > 2 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
-    flat = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
-    if not flat or not pixels.size or pixels.dtype.kind not in "buif":
+    colour = pixels.ndim == 3 and pixels.shape[2] == 3 and kind != "nifti"  # there: three slices
+    if not (pixels.ndim == 2 or colour) or not pixels.size or pixels.dtype.kind not in "buif":
         found = f"{pixels.dtype} of shape {pixels.shape}"
-        raise InputError(path, "numbers of shape (H, W), (H, W, 1) or (H, W, 3)", found)
+        raise InputError(path, "numbers of shape (H, W) or (H, W, 1), or colours", found)
     wrong = np.count_nonzero(~np.isfinite(pixels))
     if wrong:
         raise InputError(path, "finite numbers", f"{wrong} of {pixels.size} NaN or infinite")
     return pixels, white
 
 
-def read_picture(path, short_side, grey):
+def read_picture(path, short_side, grey, mask):
     """The pixels and full scale of a file that PIL reads, turned as its EXIF orientation says."""
     with open(path, "rb") as file, Image.open(file) as picture:
         if getattr(picture, "n_frames", 1) > 1:
@@ -102,6 +104,10 @@ def read_picture(path, short_side, grey):
             raise InputError(path, "0 for black", "0 for white (MinIsWhite), of 16 bits")
         picture.load()
         picture = ImageOps.exif_transpose(picture)
+    if mask and picture.has_transparency_data:  # the object may be in it alone
+        raise InputError(path, "a mask without transparency", f"mode {picture.mode}")
+    if mask and picture.mode == "P":
+        return np.array(picture), 255
     if picture.mode == "F":
         return np.array(picture), None
     if picture.mode.startswith("I"):  # PIL's own conversion to 8 bits would clip 16 to white
@@ -115,8 +121,8 @@ def read_picture(path, short_side, grey):
 
 def read_dicom(path):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
-    They pass through the modality LUT and then the VOI LUT or window. The minimum becomes 0 and the
-    maximum 1, but padding, which becomes black; MONOCHROME1 is inverted."""
+    They pass through the modality LUT and the VOI LUT or window. Black and white are the ends of
+    the window or, without one, those of `limits`. Padding is black; MONOCHROME1 is inverted."""
     try:
         import pydicom
         from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -133,8 +139,12 @@ def read_dicom(path):
         value, limit = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
         low, high = sorted([value, value if limit is None else limit])
         inside = (raw < low) | (raw > high)
-    if inside.any():
-        pixels = stretch(pixels, pixels[inside])
+    window = record.get("WindowWidth"), record.get("WindowCenter")
+    if None not in window and not record.get("VOILUTSequence"):
+        with np.errstate(over="ignore"):  # what the window makes of numbers far outside it
+            pixels = stretch(pixels, *apply_voi_lut(np.array([-1e9, 1e9]), record))
+    elif inside.any():
+        pixels = stretch(pixels, *limits(pixels[inside]))
     if kind == "MONOCHROME1":  # a large number is dark
         pixels = 1 - pixels
     pixels[~inside] = 0
@@ -149,29 +159,42 @@ def read_nifti(path):
     return nibabel.load(path)
 
 
-def stretch(pixels, among):
-    """`pixels`, scaled so that the minimum of `among` is at 0 and its maximum at 1."""
-    low, high = among.min(), among.max()
-    return (pixels - low) / (high - low or 1)
+def limits(values):
+    """What becomes black and white where no file says so: all but the 0.5 % darkest and brightest
+    numbers lie between them, so that no dead pixel and no burned-in marker decides. Where these
+    lie in [0, 1], give or take 0.01, they are 0 and 1."""
+    beyond = values.size // 200
+    ordered = np.partition(values, [beyond, values.size - 1 - beyond], axis=None)
+    low, high = float(ordered[beyond]), float(ordered[values.size - 1 - beyond])
+    if low == high:  # a small object on a plain ground
+        low, high = float(values.min()), float(values.max())
+    return (0.0, 1.0) if -0.01 <= low and high <= 1.01 else (low, high)
 
 
-def read_image(path, short_side=None, enlarge=True):
+def stretch(pixels, low, high):
+    """`pixels`, scaled so that `low` becomes 0 and `high` 1, and clipped."""
+    return np.clip((pixels.astype(np.float64) - low) / (high - low or 1), 0, 1)
+
+
+def read_image(path, short_side=None, enlarge=True, white=None):
     """Reads an image file as grey: float32 (1, H, W) in [0, 1].
 
     short_side: pixels of the shorter side after a `resize` (None: full size), which leaves smaller
     images as they are where not `enlarge`. Pictures, and unsigned .npy of 8 or 16 bits, are divided
-    by their full scale, which for 16 bits is the least of 2^8 - 1, 2^10 - 1 ... 2^16 - 1 that holds
-    the file: many hold only 10 to 14 bits. Other numbers are stretched from minimum to maximum
-    where they leave [0, 1]. Colour becomes grey by ITU-R 601."""
-    pixels, white = read_pixels(path, short_side, grey=True)
-    if white is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
-        white = np.iinfo(pixels.dtype).max
-    if white == 65535:
-        white = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if pixels.max() < 2**bits)
-    if white is None and (pixels.min() < 0 or pixels.max() > 1):
-        pixels = stretch(pixels.astype(np.float64), pixels)
+    by their full scale. For 16 bits that is `white`, or else the least of 2^8 - 1, 2^10 - 1 ...
+    2^16 - 1 that holds all but the 0.5 % brightest pixels, since many files hold only 10 to 14
+    bits. Other numbers are stretched between their `limits`. Colour becomes grey by ITU-R 601."""
+    pixels, scale = read_pixels(path, short_side, grey=True)
+    if scale is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize <= 2:
+        scale = np.iinfo(pixels.dtype).max
+    if scale == 65535:
+        bits = (8, 10, 12, 14, 16)
+        scale = white or next(2**n - 1 for n in bits if limits(pixels)[1] < 2**n)
+        pixels = np.minimum(pixels, scale)
+    if scale is None:
+        pixels, scale = stretch(pixels, *limits(pixels)), 1
     if pixels.dtype != np.uint8:  # 8 bits stay as they are until they are resized
-        pixels = (pixels / np.float32(white or 1)).astype(np.float32)
+        pixels = (pixels / np.float32(scale)).astype(np.float32)
     image = torch.from_numpy(pixels)
     image = image[None] if image.ndim == 2 else image.permute(2, 0, 1)
     shorter = min(image.shape[1:])
@@ -194,11 +217,23 @@ def pixel_hash(path):
 
 
 def list_images(folder):
-    """Every image below a folder, sorted paths. The number of other files is said."""
+    """Every image below a folder, sorted paths. Linked folders are followed, each folder once. The
+    number of other files is said."""
+
+    def stop(error):
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
+
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder")
-    files = sorted(str(path) for path in Path(folder).rglob("[!.]*") if path.is_file())
-    paths = [path for path in files if split_ending(path)[1]]
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links come last
+        if os.path.realpath(place) in seen:
+            folders.clear()
+        else:
+            files += [os.path.join(place, name) for name in names if name[0] != "."]
+        seen.add(os.path.realpath(place))
+    paths = sorted(path for path in files if split_ending(path)[1])
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
     if len(paths) < len(files):
@@ -224,9 +259,9 @@ def read_header(path):
 def read_csv(path, columns):
     """The rows of a CSV as (line at which it begins, value of each of `columns`)."""
     header, reader = read_header(path), csv.reader(io.StringIO(read_text(path)), strict=True)
-    if not set(columns) <= set(header):
+    if [header.count(name) for name in columns] != [1] * len(columns):
         found = ", ".join(header) or "an empty file"
-        raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}", found)
+        raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}, each once", found)
     places, line = [header.index(name) for name in columns], 1
     try:
         next(reader)
@@ -254,10 +289,20 @@ def plain_name(name):
 
 def image_keys(root, names):
     """What identifies the image of each name or path: its path below the root, without a leading
-    images/ and without the ending."""
-    root = os.path.abspath(root or ".")
-    paths = (os.path.relpath(os.path.join(root, plain_name(str(name))), root) for name in names)
-    return [split_ending(path.removeprefix("images/"))[0] for path in paths]
+    images/ and without the ending. Links to the root, or to its images, may be in an absolute
+    path."""
+    places = [os.path.join(os.path.abspath(root or "."), folder) for folder in ("images", "")]
+    places = [f"{real(x)}/" for x in places for real in (os.path.normpath, os.path.realpath)]
+
+    def key(name):
+        path = os.path.normpath(os.path.join(places[-2], plain_name(str(name))))
+        for whole in (path, os.path.realpath(path)):
+            for place in places:
+                if whole.startswith(place):
+                    return split_ending(whole[len(place) :])[0]
+        return split_ending(path)[0]
+
+    return list(map(key, names))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,15 +315,36 @@ NIH_CLASSES = [
 ]
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
 DATASETS = {  # the folders of the images, and the classes, which ROOT/classes.txt replaces
-    "demo": (["images"], None), "csv": (["images", ""], None),
-    "nih": (["images", "all_classes", ""], NIH_CLASSES), "rsna": ([""], ["Pneumonia"]),
+    "demo": (["images"], None), "csv": (["images", ""], None), "rsna": ([""], ["Pneumonia"]),
+    "nih": (["images", "images_*/images", "all_classes", ""], NIH_CLASSES),
     "chexpert": ([""], CHEXPERT_CLASSES), "covid": (["images"], None),
 }
-TABLES = {"csv": "labels.csv", "nih": "Data_Entry_2017.csv", "chexpert": "train.csv",
+TABLES = {"csv": "labels.csv", "nih": "Data_Entry_2017*.csv", "chexpert": "train.csv",
           "rsna": "stage_2_train_labels.csv"}
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LABELS = {"": 0.0, "0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
-UNCERTAIN = {"-1": 1.0, "-1.0": 1.0}  # CheXpert's: ones, as in the papers
+UNCERTAIN = {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}  # what a label of -1 becomes
+
+
+@dataclasses.dataclass
+class Part:
+    """The training, validation or test part of a labelled data set: names of its images, their
+    paths, labels float32 (n, k; NaN where unknown), and whose they are (`identify`). A run adds the
+    ImageSet, and a segmentation the files of the masks."""
+
+    names: list
+    paths: list
+    labels: torch.Tensor
+    owners: list
+    images: object = None
+    masks: list = None
+
+    def keep(self, rows):
+        """Leaves the images `rows` alone."""
+        for name in ("names", "paths", "owners", "masks"):
+            values = getattr(self, name)
+            setattr(self, name, values and [values[i] for i in rows])
+        self.labels = self.labels[rows]
 
 
 def demo_root(root="", pairs=False):
@@ -297,68 +363,101 @@ def demo_root(root="", pairs=False):
     return root
 
 
-def read_parts(data, root, split="", ratio=100):
-    """A labelled data set: ({"train", "val", "test": (its file, names, labels float32 (n, k))},
-    classes), with `ratio` percent of the training labels. Lists go before a table."""
-    root = Path(root or ".")
-    table = root / TABLES.get(data, "no table")
-    if not (root / "val_list.txt").exists() and table.is_file():
-        parts, classes = read_table(data, root, ratio), table_classes(data, table)
-        return {part: (table, *listed) for part, listed in parts.items()}, classes
-    names = {"val": "val_list.txt", "test": "test_list.txt",
-             "train": "train_list.txt" if ratio == 100 else f"train_{ratio}.txt"}
-    folder = root
+def read_parts(data, root, split="", ratio=100, uncertain=None, skip_bad=False):
+    """A labelled data set: ({"train", "val", "test": Part}, classes), with `ratio` percent of the
+    training labels. Lists go before a table. uncertain: what a label of -1 means (UNCERTAIN); None
+    refuses it, but for CheXpert's, which are ones as in the papers. skip_bad: images that are
+    missing or cannot be read are left out, and counted."""
+    root, parts = Path(root or "."), {}
+    table = find_table(data, root)
+    if table and not (root / "val_list.txt").exists():
+        listed, classes = read_table(data, root, ratio, uncertain), table_classes(data, table)
+    else:
+        listed, classes = read_lists(data, root, split, ratio, uncertain)
+    for part, (names, labels, *source) in listed.items():
+        source = source[0] if source else table
+        paths = find_images(data, root, names, source, not skip_bad)
+        parts[part] = Part(names, paths, labels, identify(root, names))
+        wrong = [reason for _, reason in over_images(pixel_hash, paths)] if skip_bad else []
+        if any(wrong):
+            parts[part].keep([i for i, reason in enumerate(wrong) if not reason])
+            count = f"{len(paths) - len(parts[part].names)} of {len(paths)} images of {part}"
+            warn(f"{source}: {count} are left out, the first: {next(filter(None, wrong))}")
+        if not parts[part].names:
+            raise InputError(source, f"images of the part {part}", "none")
+    return parts, classes
+
+
+def label_values(data, uncertain):
+    """{label as a list or a table writes it: its number}"""
+    if uncertain or data == "chexpert":
+        return LABELS | dict.fromkeys(("-1", "-1.0"), UNCERTAIN[uncertain or "ones"])
+    return LABELS
+
+
+def read_lists(data, root, split, ratio, uncertain):
+    """The lists of a data set: ({part: (names, labels float32 (n, k), file)}, classes)."""
+    names = {"train": "train_list.txt" if ratio == 100 else f"train_{ratio}.txt",
+             "val": "val_list.txt", "test": "test_list.txt"}
+    folder, listed = root, {}
     if data == "covid":  # splits/covid1/train.txt, or covid1/iscovid_train.txt as first published
         folder = next((f for f in (root / "splits" / split, root / split) if f.is_dir()), root)
         names = {part: next((f.name for f in folder.glob(f"*{part}.txt")), f"{part}.txt")
                  for part in names}
     elif split:
         raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
-    parts = {}
-    for part in ("train", "val", "test"):
-        path = folder / names[part]
+    for part, name in names.items():
+        path = folder / name
         if not path.is_file() or (ratio != 100 and data == "covid"):
             there = ", ".join(sorted(os.listdir(folder))[:12]) if folder.is_dir() else "nothing"
             needs = f"which --data {data} --split {split or 'none'} --ratio {ratio} needs"
             raise InputError(f"{path}: no such list, {needs}; {folder} holds {there}")
-        parts[part] = path, *read_list(path)
-    classes, count = DATASETS[data][1], parts["train"][2].shape[1]
+        listed[part] = *read_list(path, label_values(data, uncertain)), path
+    classes, count = DATASETS[data][1], listed["train"][1].shape[1]
     if data == "covid":
         classes = [split.rstrip("0123456789")]
     if (root / "classes.txt").exists():
         classes = [line for _, line in read_lines(root / "classes.txt")]
     classes = classes or [f"class {i + 1}" for i in range(count)]
-    for path, _, labels in parts.values():
+    if len(set(classes)) < len(classes):
+        raise InputError(root / "classes.txt", "each class once", ", ".join(classes))
+    for _, labels, path in listed.values():
         if labels.shape[1] != len(classes):
             expected = f"{len(classes)} labels a line, of {', '.join(classes)}"
             raise InputError(path, expected, labels.shape[1])
-    return parts, classes
+    return listed, classes
 
 
 def split_line(line):
     """`name l1 ... lk` or `name,l1,...,lk` as (name, labels): numbers at the end are labels, and a
     name may hold spaces."""
-    words = line.replace(",", " ").split()
-    labels = list(itertools.takewhile(LABELS.__contains__, reversed(words[1:])))[::-1]
+    fields = line.replace(",", " ").split()[1:]
+    labels = list(itertools.takewhile({*LABELS, "-1", "-1.0"}.__contains__, fields[::-1]))[::-1]
     return plain_name(re.split(r"[\s,]+", line[::-1], maxsplit=len(labels))[-1][::-1]), labels
 
 
-def read_list(path):
+def read_list(path, values=LABELS):
     """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)). Another number of
-    labels than in the first line and a name listed twice are refused with their line."""
+    labels than in the first line, a label that is not in the dict `values`, and a name listed twice
+    are refused with their line."""
     lines, rows = read_lines(path), {}
     if not lines:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
     count = len(split_line(lines[0][1])[1])
     for number, line in lines:
         name, labels = split_line(line)
-        if len(labels) != count:
-            expected = f"a name and {count} labels, each 0 or 1"
+        if len(labels) != count or not set(labels) <= set(values):
+            expected = f"a name and {count} labels, each 0 or 1 (--uncertain says what -1 is)"
             raise InputError(f"{path}: line {number}", expected, repr(line[:80]))
         if name in rows:
             raise InputError(f"{path}: line {number}: {name!r} is listed before")
-        rows[name] = [LABELS[label] for label in labels]
+        rows[name] = [values[label] for label in labels]
     return list(rows), torch.tensor(list(rows.values()))
+
+
+def find_table(data, root):
+    """The published table of a data set at its root, or one of your own; None without."""
+    return min(Path(root).glob(TABLES.get(data, "no table")), default=None)
 
 
 def table_classes(data, path):
@@ -374,56 +473,57 @@ def table_classes(data, path):
 
 
 def table_rows(data, path):
-    """The rows of a table as it is published: (where it stands, name, cells of the classes, patient
-    or "", part or ""), with the parts that NIH and CheXpert publish beside it."""
+    """The rows of a table as it is published: (where it stands, name, cells of the classes, part or
+    ""), with the parts that NIH and CheXpert publish beside it."""
     classes, tests = table_classes(data, path), path.parent / "test_list.txt"
     if data == "nih":
         tests = {text for _, text in read_lines(tests)} if tests.is_file() else ()
-        columns = "Image Index", "Patient ID", "Finding Labels"
-        for line, name, patient, findings in read_csv(path, columns):
+        for line, name, findings in read_csv(path, ("Image Index", "Finding Labels")):
             cells = [str(int(c in findings.split("|"))) for c in classes]
-            yield f"{path}: line {line}", name, cells, patient, "test" * (name in tests)
+            yield f"{path}: line {line}", name, cells, "test" * (name in tests)
     elif data == "rsna":  # a row for each box
         for line, name, target in read_csv(path, ("patientId", "Target")):
-            yield f"{path}: line {line}", f"stage_2_train_images/{name}.dcm", [target], name, ""
+            yield f"{path}: line {line}", f"stage_2_train_images/{name}.dcm", [target], ""
     elif data == "chexpert":
         files = [(path, ""), (path.with_name("valid.csv"), "test")]
         for file, part in files if files[1][0].is_file() else files[:1]:
             for line, name, *cells in read_csv(file, ("Path", *classes)):
-                name = name.removeprefix("CheXpert-v1.0-small/")
-                yield f"{file}: line {line}", name, cells, "", part
+                name = re.sub(r"^CheXpert-v1\.0[^/]*/", "", name)  # the small set or the large one
+                yield f"{file}: line {line}", name, cells, part
     else:
-        more = [name for name in ("patient", "split") if name in read_header(path)]
+        more = [name for name in read_header(path) if name == "split"]
         for line, name, *cells in read_csv(path, ("image", *classes, *more)):
-            other = dict(zip(more, cells[len(classes) :]))
-            yield (f"{path}: line {line}", name, cells[: len(classes)], other.get("patient", ""),
-                   other.get("split", "").lower())
+            yield f"{path}: line {line}", name, cells[: len(classes)], "".join(
+                cells[len(classes) :]).lower()
 
 
-def read_table(data, root, ratio=100):
+def read_table(data, root, ratio=100, uncertain=None):
     """The table of a data set as {part: (names, labels float32 (n, k))}. An image that has no part
     yet follows the others of its patient, so that no patient is trained and tested on, or is given
     one by a hash of the patient alone: 70 % train, 10 % val and 20 % test, the same in every run.
     `ratio`: the percent of the training patients that are taken, by another hash."""
-    root = Path(root)
-    path, rows = root / TABLES[data], {}
-    allowed = LABELS | (UNCERTAIN if data == "chexpert" else {})
-    for where, name, cells, patient, part in table_rows(data, path):
+    path, values, rows = find_table(data, root), label_values(data, uncertain), {}
+    for where, name, cells, part in table_rows(data, path):
         name = plain_name(name)
-        wrong = [cell for cell in cells if cell not in allowed]
+        wrong = [cell for cell in cells if cell not in values]
         if wrong or part not in ("", *PARTS):
-            found = repr(wrong[0] if wrong else part)
-            raise InputError(where, "labels 0, 1 or blank; split train, val or test", found)
-        labels = [allowed[cell] for cell in cells]
+            expected = "labels 0, 1 or blank (-1: see --uncertain), a split train, val or test"
+            raise InputError(where, expected, repr(wrong[0] if wrong else part))
+        labels = [values[cell] for cell in cells]
         if name in rows and data != "rsna":
             raise InputError(f"{where}: {name!r} is listed before")
         if name in rows:
             labels = list(map(max, labels, rows[name][0]))
-        rows[name] = labels, patient, PARTS.get(part, "")
-    groups = [row[1] or unit for row, unit in zip(rows.values(), units(root, rows))]
-    part_of = {group: row[2] for group, row in zip(groups, rows.values()) if row[2]}
-    parts = {"train": ([], []), "val": ([], []), "test": ([], [])}
-    for group, (name, (labels, _, part)) in zip(groups, rows.items()):
+        rows[name] = labels, PARTS.get(part, "")
+    listed, owners = {part: ([], []) for part in ("train", "val", "test")}, identify(root, rows)
+    groups = units(owners)
+    part_of = {group: part for group, (_, part) in zip(groups, rows.values()) if part}
+    unknown = [image for image, patient in owners if not patient]
+    if unknown and data != "rsna" and not all(part for _, part in rows.values()):
+        warn(f"{path}: no patient is known of {len(unknown)} of {len(rows)} images, such as "
+             f"{unknown[0]}: one who has several may be in train and in test. A column `patient`, "
+             "or ROOT/patients.csv (image_path,patient_id), names them")
+    for group, (name, (labels, part)) in zip(groups, rows.items()):
         digest = hashlib.sha256(group.encode()).digest()
         chance, other = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))
         if "test" in part_of.values():  # the others are divided into train and val
@@ -431,32 +531,35 @@ def read_table(data, root, ratio=100):
         part = part or part_of.get(group) or (
             "train" if chance < 0.7 else "val" if chance < 0.8 else "test")
         if part != "train" or other < ratio / 100:
-            parts[part][0].append(name)
-            parts[part][1].append(labels)
-    for part, (names, _) in parts.items():
+            listed[part][0].append(name)
+            listed[part][1].append(labels)
+    for part, (names, _) in listed.items():
         if not names:
             raise InputError(path, f"images of the part {part}", f"none among {len(rows)}")
-    return {part: (names, torch.tensor(labels)) for part, (names, labels) in parts.items()}
+    return {part: (names, torch.tensor(labels)) for part, (names, labels) in listed.items()}
 
 
 # --------------------------------------------------------------------------------------------------
 # The images of a list, with their reports and masks
 
 
-def find_images(data, root, names, source):
+def find_images(data, root, names, source, check=True):
     """The path of every name in the list or CSV `source`, below the folders of the data set. A name
-    that is missing is refused with its line."""
-    folders = [os.path.join(root or ".", folder) for folder in DATASETS[data][0]]
+    that is missing is refused with its line, or is below the first folder where not `check`."""
+    root, patterns = root or ".", DATASETS[data][0]
+    folders = [folder for pattern in patterns for folder in
+               (sorted(glob.glob(os.path.join(glob.escape(root), pattern))) if "*" in pattern
+                else [os.path.join(root, pattern)])]
     places = [[os.path.join(folder, name) for folder in folders] for name in names]
     paths = [next(filter(os.path.isfile, each), None) for each in places]
-    if None in paths:
+    if check and None in paths:
         name = names[paths.index(None)]
         alone = re.compile(rf"(?<![\w./-]){re.escape(name)}(?![\w.-])")  # and no part of a name
         line = next((number for number, text in read_lines(source) if alone.search(text)), "?")
         count = f"{paths.count(None)} of {len(names)} are missing"
         raise InputError(f"{source}: line {line}: no image {name!r} in {' or '.join(folders)} "
                          f"({count})")
-    return paths
+    return [path or each[0] for path, each in zip(paths, places)]
 
 
 def read_reports(path, root):
@@ -484,7 +587,7 @@ def read_mask(source, shape, path):
     file holds 0 and one other value."""
     if source is None:
         return np.zeros(shape, bool)
-    pixels, _ = read_pixels(source, grey=True)
+    pixels, _ = read_pixels(source, grey=True, mask=True)
     values = np.unique(pixels)
     if pixels.shape != tuple(shape) or values[0] != 0 or len(values) > 2:
         expected = f"a mask of {tuple(shape)} pixels, as {path}, of the values 0 and one other"
@@ -495,28 +598,68 @@ def read_mask(source, shape, path):
 # --------------------------------------------------------------------------------------------------
 # Patients, and what two lists share
 
-# The patient in a name of NIH's or CheXpert's
-WRITTEN_PATIENT = re.compile(r"patient\d+|(?:^|/)\d{8}(?=_\d{3}$)")
+# The patient in a name of NIH's, MIMIC-CXR's or CheXpert's
+WRITTEN_PATIENT = re.compile(r"patient\d+|(?<![^/])(?:\d{8}(?=_\d{3}$)|p\d{8}(?=/s\d{8}/))")
+PATIENT_TABLES = {"patients.csv": ("image_path", "patient_id"), "labels.csv": ("image", "patient"),
+                  "records.csv": ("image_path", "patient_id")}
 
 
-def units(root, names):
-    """What may stand in one part of a split alone, for each name: the image's patient, by
-    patients.csv or records.csv (image_path, patient_id) at the root, else as NIH
-    (`00000013_005.png`) and CheXpert (`.../patient00007/...`) write it; else the image itself."""
-    tables = [Path(root or ".") / name for name in ("patients.csv", "records.csv")]
-    table = next((path for path in tables if path.exists()), None)
-    rows = list(read_csv(table, ("image_path", "patient_id"))) if table else []
-    patients = dict(zip(image_keys(root, [name for _, name, _ in rows]), [row[2] for row in rows]))
-    keys = image_keys(root, names)
-    written = [WRITTEN_PATIENT.search(key) for key in keys]
-    return [patients.get(key) or (found and found[0].strip("/")) or key
-            for key, found in zip(keys, written)]
+def identify(root, names):
+    """(the image, its patient or "") of each name. The patient is named by a table at the root
+    (PATIENT_TABLES) or by the name. The image is its `image_keys`, from the patient's part on: so
+    copies of a data set that lie otherwise on disk agree. Drawn images are called like NIH's, and
+    are told apart by "demo "."""
+    root, listed = Path(root or "."), {}
+    drawn = "demo " * (root / "demo.json").is_file()
+    for file, columns in PATIENT_TABLES.items():
+        path = root / file
+        if path.is_file() and (file == "patients.csv" or set(columns) <= set(read_header(path))):
+            rows = list(read_csv(path, columns))
+            listed = dict(zip(image_keys(root, [row[1] for row in rows]),
+                              [row[2] for row in rows])) | listed
+    identities = []
+    for key in image_keys(root, names):
+        found = WRITTEN_PATIENT.search(key)
+        image, patient = (key[found.start() :], found[0]) if found else (key, "")
+        patient = listed.get(key) or patient
+        identities.append((drawn + image, drawn + patient if patient else ""))
+    return identities
 
 
-def listed_units(root, path):
-    """The units of a list file, or of a CSV with a column image_path."""
-    rows = read_csv(path, ("image_path",)) if Path(path).suffix == ".csv" else read_lines(path)
-    return set(units(root, [split_line(name)[0] for _, name in rows]))
+def units(owners):
+    """What may stand in one part of a split alone, for each (image, patient) of `identify`."""
+    return [patient or image for image, patient in owners]
+
+
+def marks(owners):
+    """What a checkpoint keeps of its training images, for `seen`: {images and patients}."""
+    return {mark for owner in owners for mark in owner if mark}
+
+
+def seen(owners, before):
+    """Whether each image or its patient is among `before`, the `marks` of other images."""
+    return [image in before or patient in before for image, patient in owners]
+
+
+def listed_names(path):
+    """The names of images in a list file, or in a CSV, a published table or one of your own."""
+    columns = ("image_path", "image", "Image Index", "Path")
+    column = next((name for name in read_header(path) if name in columns), None)
+    if column:
+        return [plain_name(name) for _, name in read_csv(path, (column,))]
+    return [split_line(line)[0] for _, line in read_lines(path)]
+
+
+def not_excluded(root, names, path):
+    """The indices of the names that are neither in the list or CSV `path` nor of a patient in it.
+    Warns of its names that are of no image and of no patient here."""
+    listed = listed_names(path)
+    theirs, ours = identify(root, listed), identify(root, names)
+    here = seen(theirs, marks(ours))
+    if not all(here):
+        count = f"{here.count(False)} of {len(listed)} names are of no image and no patient here"
+        warn(f"{path}: {count}, the first: {listed[here.index(False)]!r}")
+    return [i for i, hit in enumerate(seen(ours, marks(theirs))) if not hit]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -596,13 +739,13 @@ def crop_and_flip(images, generator, side, min_crop, flip=False, pair=False):
     return random_flip(images, generator) if flip else images
 
 
-def read_bytes(item, side, enlarge=True, pair=False):
+def read_bytes(item, side, enlarge=True, pair=False, white=None):
     """An image whose shorter side becomes `side`, rounded to 8 bits: uint8 (1, H, W). With `pair`
     the item is (path, mask), and both are squeezed into a square: uint8 (2, side, side)."""
     if not pair:
-        image = read_image(item, side, enlarge)
+        image = read_image(item, side, enlarge, white)
     else:
-        image = read_image(item[0])
+        image = read_image(item[0], white=white)
         mask = read_mask(item[1], image.shape[1:], item[0])
         image = torch.cat([image, torch.from_numpy(mask)[None].float()])
         image = resize_pair(image, (side, side))
@@ -619,12 +762,13 @@ class ImageSet(torch.utils.data.Dataset):
     (default: `size`). set[i] is (image, i). `masks`, as `find_masks` gives them, make each item a
     whole image and its mask as two channels (2, size, size)."""
 
-    def __init__(self, paths, size, augment=None, seed=0, masks=None, crop=None, enlarge=True):
+    def __init__(self, paths, size, augment=None, seed=0, masks=None, crop=None, enlarge=True,
+                 white=None):
         self.paths, self.size, self.augment, self.seed = list(paths), size, augment, seed
         self.masks, self.crop, self.cache = masks, crop or size, None
         self.items = self.paths if masks is None else list(zip(paths, masks))
         self.reader = functools.partial(read_bytes, side=size, enlarge=enlarge,
-                                        pair=masks is not None)
+                                        pair=masks is not None, white=white)
 
     def __len__(self):
         return len(self.paths)
@@ -747,9 +891,26 @@ def write_slice(path, image, source, rescale=None):
         atomic_write(path, lambda file: np.save(file, values))
     else:
         like = read_nifti(source)
-        shape = like.shape if array.ndim == 2 else like.shape[:2] + (-1,)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        type(like)(values.reshape(shape), like.affine).to_filename(path)
+        type(like)(values.reshape(like.shape), like.affine).to_filename(path)
+
+
+def check_range(where, images, span):
+    """Refuses images (C, H, W) in [-1, 1] that no `span` was given for and whose numbers seem to
+    mean something else: [0, 1], which has no background of -1, or 12 bits in a file of 16."""
+    low, high = min(float(x.min()) for x in images), max(float(x.max()) for x in images)
+    if span is None and (low >= 0 or high < -0.87):
+        found = f"{low:g} to {high:g}; --rescale LO,HI maps LO..HI, such as 0,1, to -1..1"
+        raise InputError(where, "values from -1, the background, to 1", found)
+
+
+def axes_of(path):
+    """Where the rows and columns of a NIfTI lead, such as ("R", "A"); () of another file."""
+    if kind_of(path) != "nifti":
+        return ()
+    from nibabel import aff2axcodes
+
+    return aff2axcodes(read_nifti(path).affine)[:2]
 
 
 def list_slices(folder):
@@ -760,12 +921,9 @@ def list_slices(folder):
 def list_pairs(folder):
     """The names that `folder`/A and `folder`/B share; none may be on one side alone."""
     a, b = (set(list_slices(Path(folder) / side)) for side in "AB")
-    lone = ""
-    for side, names in (("A", sorted(a - b)), ("B", sorted(b - a))):
-        if names:
-            lone += f"; only in {side}: {', '.join(names[:5])} ({len(names)})"
-    if lone:
-        raise InputError(f"{folder}: A and B must hold the same file names{lone}")
+    if a != b:
+        lone = f"only in A: {sorted(a - b)[:5]} ({len(a - b)}); only in B: {sorted(b - a)[:5]}"
+        raise InputError(f"{folder}: A and B must hold the same file names; {lone} ({len(b - a)})")
     return sorted(a)
 
 
@@ -854,15 +1012,24 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
-        self.names, self.kept, first = list_pairs(folder), {}, None
+        self.names, self.kept, ends = list_pairs(folder), {}, ([], [])
+        first = None
         for name in self.names:
-            a, b = self.read(name)
+            pair = self.read(name)
+            for side, image in zip(ends, pair):
+                side.append(torch.stack([image.min(), image.max()]))
+            a, b = (fit_square(image, self.size) for image in pair)
             if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = a, b
             first = first or (a.shape, b.shape)
             if a.shape[1:] != b.shape[1:] or (a.shape, b.shape) != first:
                 expected = f"{first[0]} and {first[1]} in A and B (--size N makes all N x N)"
                 raise InputError(self.folder / "A" / name, expected, f"{a.shape} and {b.shape}")
+            axes, other = (axes_of(self.folder / side / name) for side in "AB")
+            if axes != other:
+                raise InputError(self.folder / "B" / name, f"the axes {axes}, as its A", other)
+        for side, span, images in zip("AB", self.rescale, ends):
+            check_range(self.folder / side, images, span)
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):
@@ -870,14 +1037,15 @@ class Pairs(torch.utils.data.Dataset):
 
     def read(self, name):
         places = ((self.folder / side / name, span) for side, span in zip("AB", self.rescale))
-        return [fit_square(read_slice(path, span), self.size) for path, span in places]
+        return [read_slice(path, span) for path, span in places]
 
     def __getitem__(self, keys):
         """The batch of a list of (epoch, index): each part of the items stacked to (B, C, H, W)."""
         return [torch.stack(parts) for parts in zip(*(self.item(*key) for key in keys))]
 
     def item(self, epoch, index):
-        a, b = self.kept.get(self.names[index]) or self.read(self.names[index])
+        name = self.names[index]
+        a, b = self.kept.get(name) or (fit_square(image, self.size) for image in self.read(name))
         if self.noise is None:
             return a, b
         rng = np.random.default_rng([self.seed, epoch, index])
@@ -939,18 +1107,20 @@ class AuditConfig:
 def audit(config):
     """Prints images, patients and positives of every part, then what is wrong: a patient or the
     same pixels in two parts, files that are unreadable. Returns 1 where anything is wrong."""
-    parts, classes = read_parts(config.data, config.root, config.split)
-    groups, digests, problems = {}, {}, []
+    parts, classes = read_parts(config.data, config.root, config.split, uncertain="ignore")
+    groups, digests, problems, unknown = {}, {}, [], 0
     print(f"{'part':12s}{'images':>8s}{'patients':>10s}  positives")
-    for part, (source, names, labels) in parts.items():
-        groups[part] = set(units(config.root, names))
-        counts = ", ".join(f"{name} {int(count)}" for name, count in zip(classes, labels.sum(0)))
-        print(f"{part:12s}{len(names):8d}{len(groups[part]):>10}  {counts}")
-        found = over_images(pixel_hash, find_images(config.data, config.root, names, source))
-        digests[part] = {digest: name for (digest, _), name in zip(found, names) if digest}
+    for name, part in parts.items():
+        groups[name], people = set(units(part.owners)), [patient for _, patient in part.owners]
+        unknown += people.count("")
+        counts = ", ".join(f"{c} {int(n)}" for c, n in zip(classes, part.labels.nansum(0)))
+        print(f"{name:12s}{len(part.names):8d}{len({*people} - {''}) or '?':>10}  {counts}")
+        found = over_images(pixel_hash, part.paths)
+        digests[name] = {digest: image for (digest, _), image in zip(found, part.names) if digest}
         problems += [reason for _, reason in found if reason]
     if config.pretraining:
-        groups["pretraining"] = listed_units(config.root, config.pretraining)
+        names = listed_names(config.pretraining)
+        groups["pretraining"] = set(units(identify(config.root, names)))
     for a, b in itertools.combinations(groups, 2):
         both = sorted(groups[a] & groups[b])
         if both and {a, b} != {"train", "pretraining"}:
@@ -960,6 +1130,8 @@ def audit(config):
             shown = ", ".join(f"{digests[a][x]} = {digests[b][x]}" for x in same[:5])
             problems.append(f"{a} and {b}: {len(same)} images with the same pixels: {shown}")
     sound = "nothing wrong: no patient and no image in two parts, every file readable"
+    if unknown:
+        sound = f"no image in two parts, every file readable; of {unknown} no patient is known"
     print("\n".join(problems) or sound)
     return int(bool(problems))
 

@@ -51,7 +51,6 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-import support  # before torch: it sets how threads wait
 import numpy as np
 import torch
 import torch.nn as nn
@@ -62,11 +61,11 @@ import lora
 import mrm
 import vit
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite,
-    checkpoint_file, command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
-    mean_and_deviation, number_of_steps, option, parse_config, restore, run_cells, run_script,
-    save_checkpoint, save_plot, save_state, scaler_for, seed, seed_rank, share_of_batch, warn,
-    with_dtype, write_csv, write_text,
+    InputError, RunConfig, RunLog, Saving, Timed, average, check_finite, checkpoint_file,
+    command_of, even_batch, fill, from_all, join, last_state, load_checkpoint, markdown_table,
+    mean_and_deviation, number_of_steps, option, parse_config, restore_rank, run_cells,
+    run_script, save_checkpoint, save_plot, save_state, seed, seed_rank, share_of_batch, warn,
+    write_csv, write_text,
 )
 from support.recipes import FAMILIES, PAPER_SETS, recipe_for, strong_augment
 from support.weights import encoder_sizes, load_encoder, read_weights
@@ -100,8 +99,10 @@ def build_model(config, sizes, classes, tensors=None):
 
 
 def label_loss(logits, labels):
-    """Binary cross-entropy, the mean over the labels (B, k)."""
-    return F.binary_cross_entropy_with_logits(logits, labels)
+    """Binary cross-entropy, the mean over the labels (B, k) that are known (not NaN)."""
+    known = ~labels.isnan()
+    loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
+    return (loss * known).sum() / known.sum().clamp(min=1)
 
 
 def make_optimizer(model, config):
@@ -161,6 +162,7 @@ def weighted_auroc(scores, labels, weights):
     if not np.isfinite(scores).all():
         raise InputError("AUROC", "finite scores", f"{np.sum(~np.isfinite(scores))} that are not")
     order = np.argsort(scores, kind="stable")
+    order = order[~np.isnan(labels[order])]  # an unknown label does not count
     scores, labels, weights = scores[order], labels[order], weights[:, order]
     groups = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # where a new score begins
     positive = np.add.reduceat(weights * labels, groups, axis=1)  # (R, groups): ties count together
@@ -220,6 +222,7 @@ def mean_auroc(scores, labels):
 def roc_curve(scores, labels):
     """False and true positive rates of one class at every threshold, from (0, 0) to (1, 1)."""
     order = np.argsort(-scores, kind="stable")
+    order = order[~np.isnan(labels[order])]
     last = np.r_[np.flatnonzero(np.diff(scores[order])), len(order) - 1]  # ties move together
     true, false = np.cumsum(labels[order])[last], np.cumsum(1 - labels[order])[last]
     return np.r_[0, false / max(1, false[-1])], np.r_[0, true / max(1, true[-1])]
@@ -233,7 +236,7 @@ def roc_curve(scores, labels):
 def predict(model, images, config, device, rank=0, world=1):
     """The model's output for each image of an ImageSet, in its order: (n, ...). Every process
     computes a share of it."""
-    autocast, outputs, rows = autocast_for(config, device), [], []
+    autocast, outputs, rows = mrm.autocast_for(config, model, device), [], []
     for buffer in model.buffers() if world > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # a batch norm has seen other images in each process
     model.eval()
@@ -267,14 +270,15 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
     """The training loop. Returns the scores, step and trained tensors of the state that was best on
     the validation list."""
     images, labels = parts["train"].images, parts["train"].labels.to(device)
-    optimizer = make_optimizer(model, config)
-    autocast, scaler = autocast_for(config, device), scaler_for(config, device)
+    autocast, optimizer = mrm.autocast_for(config, model, device), make_optimizer(model, config)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, losses, best, best_score = 0, [], None, -1.0
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     seed_rank(config.seed, log.rank)
     if saved:
-        restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
+        model.load_state_dict(saved["model"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        restore_rank(saved, log.rank)
         step, losses, best = saved["step"], saved["losses"], saved["best"]
         best_score = saved["best_score"]
     share, passes = share_of_batch(config, world), config.accumulate
@@ -285,8 +289,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
 
     def save(step):
         state = facts | {"model": trained_tensors(model), "optimizer": optimizer.state_dict(),
-                         "scaler": scaler.state_dict(), "step": step, "losses": losses,
-                         "best": best, "best_score": best_score}
+                         "step": step, "losses": losses, "best": best, "best_score": best_score}
         save_state(log, config, world, state)
 
     model.train()
@@ -304,15 +307,13 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
                 # The loss is float32: its gradient, probability - label, is near 0 for most
                 # labels, and bfloat16 would round it to two or three digits
                 loss = loss_function(logits.float(), targets)
-                scaler.scale(loss / passes).backward()
+                (loss / passes).backward()
                 loss_of_step += loss.detach() / passes
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
-            scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            check_finite(step + 1, images.paths, seen, scaler, loss=loss_of_step, gradient=norm)
-            scaler.step(optimizer)
-            scaler.update()
+            check_finite(step + 1, images.paths, seen, loss=loss_of_step, gradient=norm)
+            optimizer.step()
             optimizer.zero_grad()
             losses.append(average(loss_of_step, world).item())
             if (step + 1) % every == 0 or step + 1 == steps:
@@ -322,9 +323,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
                 scores = score(outputs, parts["val"])
                 log.line(step=step + 1, loss=sum(losses) / len(losses), **scores,
                          **batches.speed())
-                chosen_by, *others = scores
-                log.curves("fine-tuning", {"loss": ["loss", *others], "score on val": [chosen_by]},
-                           config.probe and (config.probe * steps, "all of it learns"))
+                log.curves("fine-tuning", "loss", *scores)
                 losses.clear()
                 if next(iter(scores.values())) > best_score:
                     best_score = next(iter(scores.values()))
@@ -337,7 +336,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
 # --------------------------------------------------------------------------------------------------
 # Options
 
-TARGETS = list(lora.TARGETS)  # of LoRA
+TARGETS, UNCERTAIN = list(lora.TARGETS), list(data.UNCERTAIN)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -356,6 +355,11 @@ class FinetuneConfig(RunConfig):
     method: str = option(None, "what is trained: everything; LoRA + fc_norm + head; fc_norm + head "
                          "(default: full)", choices=["full", "lora", "linear"])
     lora: bool = option(False, "short for --method lora", free=True)
+    uncertain: str = option(None, "what a label of -1 becomes: 1, 0 or unknown (default: refused; "
+                            "CheXpert's: ones)", choices=UNCERTAIN)
+    skip_bad: bool = option(False, "leave out listed images that are missing or cannot be read")
+    white: int = option(None, "white of every 16-bit image (default: by its own bits)",
+                        within="[1, 65535]")
     rank: int = option(None, "rank of LoRA", within="[1, inf)")
     alpha: float = option(None, "LoRA is scaled by alpha / rank", within="(0, inf)")
     targets: str = option("qv", "what LoRA adapts: q and v, as the paper; q, k and v; or every "
@@ -402,33 +406,20 @@ DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
 SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
 
 
-@dataclasses.dataclass
-class Part:
-    """A training, validation or test list: image names, their paths, labels (n, k), images; of a
-    segmentation also the files of the masks."""
-
-    names: list
-    paths: list
-    labels: torch.Tensor
-    images: data.ImageSet = None
-    masks: list = None
-
-
 def read_lists(config):
-    """Returns ({"train", "val", "test": Part without images}, class names). Raises InputError for
-    lists or image files that cannot be used."""
+    """Returns ({"train", "val", "test": data.Part without images}, class names). Raises InputError
+    for lists or image files that cannot be used."""
     root = str(data.demo_root(config.root)) if config.data == "demo" else config.root
-    listed, classes = data.read_parts(config.data, root, config.split, config.ratio)
-    parts = {name: Part(names, data.find_images(config.data, root, names, path), labels)
-             for name, (path, names, labels) in listed.items()}
+    parts, classes = data.read_parts(config.data, root, config.split, config.ratio,
+                                     config.uncertain, config.skip_bad)
     if len(parts["val"].names) < 20:
         warn(f"{len(parts['val'].names)} validation images choose the model, which is "
                     "little more than chance")
-    units = {name: set(data.units(root, part.names)) for name, part in parts.items()}
-    both = len(units["test"] & (units["train"] | units["val"]))
-    if both:
-        warn(f"{both} patients of the test list are in train or val; python data.py audit "
-                    "lists them")
+    for one, other in itertools.combinations(parts, 2):
+        both = sum(data.seen(parts[other].owners, data.marks(parts[one].owners)))
+        if both:
+            warn(f"{both} images of {other} are of patients in {one}, which flatters the scores; "
+                 "python data.py audit lists them")
     return parts, classes
 
 
@@ -441,9 +432,11 @@ def load_images(parts, config):
                                     config.mean, config.std)
     for name, part in parts.items():
         if name == "train":
-            part.images = data.ImageSet(part.paths, 2 * config.img_size, augment, config.seed)
+            part.images = data.ImageSet(part.paths, 2 * config.img_size, augment, config.seed,
+                                        white=config.white)
         else:
-            part.images = data.ImageSet(part.paths, config.test_side, crop=config.img_size)
+            part.images = data.ImageSet(part.paths, config.test_side, crop=config.img_size,
+                                        white=config.white)
         part.images.preload()
 
 
@@ -535,12 +528,12 @@ def finetune(config):
             raise InputError(f"the {name} list", "both labels of at least one class", "one in each")
     tensors, known = read_start(config, classes)
     config, sizes = fill_options(config, tensors, known, len(parts["train"].names))
+    config = even_batch(config, world)
     steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
     seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors).to(device)
     facts = facts_of(parts, classes, model, world)
     saved = last_state(config, steps, **facts)
-    config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     describe(config, model, len(parts["train"].names), steps, device, rank)
@@ -575,20 +568,20 @@ def describe(config, model, images, steps, device, rank):
 
 def warn_of_trained(config, part, known):
     """Warns where the weights of a run were trained on films, or on patients, of its test list."""
-    units, before = data.units(config.root, part.names), set(known.get("trained_on", ()))
-    seen = sum(unit in before for unit in units)
-    if seen:
-        warn(f"{config.weights}: {seen} of {len(units)} test images are of a patient that "
-                    "was trained on before; test scores of other patients may be lower")
+    seen = data.seen(part.owners, set(known.get("trained_on", ())))
+    if any(seen):
+        warn(f"{config.weights}: {sum(seen)} of {len(seen)} test images are of a patient that "
+             "was trained on before; test scores of other patients may be lower")
 
 
 def save_best(config, model, parts, best, sizes, tensors, known, log, about):
     """Puts the state that was best on val into `model`, and writes adapter.pt or best.pt: with it
     all that `load_run` needs. An adapter whose base is a random start brings it along."""
     model.load_state_dict(best["trained"], strict=False)
-    own = data.units(config.root, parts["train"].names)
+    own = data.marks(parts["train"].owners)
     about = about | {"script": config.script, "sizes": sizes, "mean": config.mean,
-                     "std": config.std, "trained_on": sorted({*own, *known.get("trained_on", ())})}
+                     "std": config.std, "white": config.white,
+                     "trained_on": sorted({*own, *known.get("trained_on", ())})}
     if log.rank == 0 and config.method == "lora":
         base, state = config.weights, model.state_dict()
         if tensors is None:
@@ -632,8 +625,8 @@ def write_results(config, model, parts, classes, scores, best, log):
     write_predictions(log.out, parts["test"].names, classes, 1 / (1 + np.exp(-scores)), labels)
     curves = {f"{name} {value[0]:.3f}": roc_curve(scores[:, c], labels[:, c])
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
-    save_plot(log.out / "roc.png", {"true positive rate": curves},
-              f"ROC on the test list, mean AUROC {mean:.3f}", "false positive rate", diagonal=True)
+    save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
+                     "false positive rate", "true positive rate", diagonal=True)
     for name, value in zip(classes, per_class):
         print(f"  {name:20s} " + ("%.3f  [%.3f, %.3f]" % value if value
                                   else "undefined: one label only"))
@@ -650,7 +643,8 @@ def write_predictions(out, names, classes, probabilities, labels=None):
     rows = [[name, *(f"{p:.9g}" for p in row)] for name, row in zip(names, probabilities)]
     if labels is not None:
         header += [f"label {name}" for name in classes]
-        rows = [row + [int(label) for label in known] for row, known in zip(rows, labels)]
+        rows = [row + ["" if np.isnan(label) else int(label) for label in known]
+                for row, known in zip(rows, labels)]
     write_csv(Path(out) / "predictions.csv", header, rows)
 
 
@@ -699,9 +693,9 @@ def predict_folder(config):
     config = fill(config, {"out": "runs/predict", "mean": saved["mean"],
                                   "std": saved["std"]})
     device, _, _ = join(config)
-    config = with_dtype(config, device, width=model.cls_token.shape[-1])
     paths = data.list_images(config.predict)
-    images = data.ImageSet(paths, saved.get("test_side", model.img_size), crop=model.img_size)
+    images = data.ImageSet(paths, saved.get("test_side", model.img_size), crop=model.img_size,
+                           white=saved.get("white"))
     scores = predict(model.to(device), images, config, device)
     names = [Path(path).relative_to(config.predict).as_posix() for path in paths]
     write_predictions(config.out, names, saved["classes"], scores.sigmoid().tolist())
@@ -735,7 +729,7 @@ def list_cells(config):
 def read_draws(path, classes):
     """The bootstrap of the mean AUROC of a run, (R,), from its predictions.csv."""
     rows = data.read_csv(path, [*classes, *(f"label {name}" for name in classes)])
-    values = np.array([values for _, *values in rows], np.float64)
+    values = np.array([[value or "nan" for value in values] for _, *values in rows], np.float64)
     return bootstrap_auroc(values[:, :len(classes)], values[:, len(classes):])[2].mean(0)
 
 

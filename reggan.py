@@ -67,19 +67,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import ClassVar
 
-import support  # before torch: it sets how threads wait
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Pairs, demo_root, list_slices, parse_rescale, read_slice, write_slice
+from data import (
+    Pairs, check_range, demo_root, list_slices, parse_rescale, read_slice, write_slice)
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_weights, checkpoint_file,
+    InputError, RunConfig, RunLog, Saving, Timed, make_autocast, check_weights, checkpoint_file,
     command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
-    mean_and_deviation, number_of_steps, option, options_of, parse_config, restore, run_cells,
-    run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank, with_dtype,
+    mean_and_deviation, number_of_steps, option, options_of, parse_config, restore_rank,
+    run_cells, run_script, save_checkpoint, save_grid, save_state, seed, seed_rank, warn,
     write_csv, write_text,
 )
 
@@ -278,16 +278,15 @@ def mean_over_processes(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 
-def descend(optimizer, losses, scaler):
+def descend(optimizer, losses):
     """One step of the optimiser down the sum of the losses; under torchrun by the mean gradient."""
     optimizer.zero_grad()
-    scaler.scale(sum(losses.values())).backward()
+    sum(losses.values()).backward()
     mean_over_processes(p.grad for p in parameters_of(optimizer) if p.grad is not None)
-    scaler.step(optimizer)
+    optimizer.step()
 
 
-def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext,
-                  scaler=torch.amp.GradScaler(enabled=False)):
+def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext):
     """Updates G and R together, then D. Returns the losses, means over all processes.
     NC + R minimises (D(G(a)) - 1)^2 + 20 correction + 10 smoothness; another host has its own
     losses in place of the first. D minimises `discriminator_loss`."""
@@ -296,15 +295,14 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext
     with autocast():
         fakes, losses = model.generator_losses(a, b)  # fakes["B"] is G(a)
         losses |= registration_losses(model, config, a, b, fakes["B"])
-    descend(opt_g, losses, scaler)
+    descend(opt_g, losses)
     for weight in parameters_of(opt_d):
         weight.requires_grad_(True)
     # D is shown the fakes detached: what it learns from them must not flow back into G.
     shown = {side: pools[side](fake.detach()) for side, fake in fakes.items()}
     with autocast():
         losses_of_d = model.discriminator_losses(a, b, shown)
-    descend(opt_d, losses_of_d, scaler)
-    scaler.update()
+    descend(opt_d, losses_of_d)
     values = {name: loss.detach() for name, loss in (losses | losses_of_d).items()}
     mean_over_processes(values.values())
     return values
@@ -409,7 +407,7 @@ def metrics(fake, real):
     100, both over the foreground real != -1, as the paper defines them. ssim is that of
     scikit-image: a 7 x 7 uniform window, sample covariance, K 0.01 and 0.03, mean over all windows.
     mae_whole and psnr_whole take every pixel, ssim_foreground the windows whose middle is
-    foreground. Foreground metrics are NaN where there is no foreground."""
+    foreground, foreground is its share. Foreground metrics are NaN where there is none."""
     f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
     inside = (real != -1).double()
 
@@ -425,7 +423,8 @@ def metrics(fake, real):
     vr = unbiased * (window(r * r) - mr * mr)
     vfr = unbiased * (window(f * r) - mf * mr)
     ssim = (2 * mf * mr + 1e-4) * (2 * vfr + 9e-4) / ((mf**2 + mr**2 + 1e-4) * (vf + vr + 9e-4))
-    scores = {"ssim": ssim.mean((1, 2, 3)), "ssim_foreground": mean(ssim, inside[..., 3:-3, 3:-3])}
+    scores = {"ssim": ssim.mean((1, 2, 3)), "ssim_foreground": mean(ssim, inside[..., 3:-3, 3:-3]),
+              "foreground": inside.mean((1, 2, 3))}
     for suffix, mask in (("", inside), ("_whole", torch.ones_like(inside))):
         scores["mae" + suffix] = mean((f - r).abs(), mask)
         scores["psnr" + suffix] = -10 * mean((f - r).square(), mask).clamp(min=1e-10).log10()
@@ -573,6 +572,7 @@ class Job:
 
     def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.autocast = make_autocast(config, device)
         self.pairs, self.val, self.test = all_pairs(config)
         names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
         names = hashlib.sha256(names.encode()).hexdigest()
@@ -593,16 +593,11 @@ class Job:
         self.steps = number_of_steps(config, self.per_epoch, 1)
         self.step, self.best = 0, math.inf
 
-    def settle(self, saved):
-        """Chooses the type of the products, and goes on from what `save` has written, if `saved`."""
-        self.config = with_dtype(self.config, self.device, self.world, saved)
-        self.autocast = autocast_for(self.config, self.device)
-        self.scaler = scaler_for(self.config, self.device)
-        if not saved:
-            return
-        pools = restore(saved, self.rank, model=self.model, opt_g=self.opt_g, opt_d=self.opt_d,
-                        scaler=self.scaler)
-        for side, images in pools.items():
+    def restore(self, saved):
+        """Goes on from what `save` has written."""
+        for name in ("model", "opt_g", "opt_d"):
+            getattr(self, name).load_state_dict(saved[name])
+        for side, images in restore_rank(saved, self.rank).items():
             self.pools[side].images = [image.to(self.device) for image in images]
         self.step, self.best = saved["step"], saved["best"]
 
@@ -618,8 +613,8 @@ def save(job, log, best=False):
         save_checkpoint(log.out / "best.pt", weights)
     pools = {side: [image.to("cpu", copy=True) for image in pool.images]  # for all processes
              for side, pool in job.pools.items()}
-    parts = {name: getattr(job, name).state_dict() for name in ("opt_g", "opt_d", "scaler")}
-    state = weights | job.facts | parts | {"step": job.step, "best": job.best}
+    optimizers = {"opt_g": job.opt_g.state_dict(), "opt_d": job.opt_d.state_dict()}
+    state = weights | job.facts | optimizers | {"step": job.step, "best": job.best}
     save_state(log, job.config, job.world, state, pools)
 
 
@@ -665,11 +660,11 @@ def loop(job, log):
                 group["lr"] = group["peak"] * factor
             # G and R take one step together, for each is judged by what the other makes; then D.
             losses = training_step(job.model, config, a, b, job.opt_g, job.opt_d, job.pools,
-                                   job.autocast, job.scaler)
+                                   job.autocast)
             job.step += 1
             # A GAN that diverges does not recover, so every step's losses are looked at.
             losses = {name: loss.item() for name, loss in losses.items()}
-            if not all(map(math.isfinite, losses.values())) or job.scaler.get_scale() < 1:
+            if not all(map(math.isfinite, losses.values())):
                 advice = "lower --lr, or use --dtype fp32"
                 raise InputError(f"step {job.step}: losses are not finite ({losses}); {advice}")
             ends, epoch = job.step == steps, job.step / per_epoch
@@ -679,7 +674,7 @@ def loop(job, log):
                 scores = score(job, *job.val)
                 log.line(step=job.step, epoch=epoch, val=scores, val_mae=scores["mae"],
                          **batches.speed())
-                log.curves(config.host, {"losses": list(losses), "MAE on val": ["val_mae"]})
+                log.curves(config.host, "val_mae", *losses)
                 if job.rank == 0:
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
                     shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
@@ -698,8 +693,8 @@ def train(config):
     device, rank, world = join(config)
     job = Job(config, device, rank, world)
     saved = last_state(config, job.steps, **job.facts)
-    job.settle(saved)
-    config = job.config
+    if saved:
+        job.restore(saved)
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     if rank == 0:
@@ -716,6 +711,9 @@ def train(config):
         job.model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
     result = score(job, *job.test)
+    if rank == 0 and result["foreground"] in (0, 1):
+        warn(f"{job.test[0].folder / 'B'}: the foreground is {result['foreground']:.0%} of all "
+             "pixels; is the background -1? See --rescale")
     result |= {"host": config.host, "registration": config.reg, "noise": config.noise}
     result |= {"elastic": config.elastic, "part": part, "weights": chosen}
     trained = sum(weight.numel() for weight in trainable(job.model, ""))
@@ -805,7 +803,7 @@ def translate_folder(config):
         raise InputError(f"--translate needs --weights RUN: {wanted}")
     model, translate, trained, in_chans = load_generator(config.weights, type(config))
     device, _, _ = join(config)
-    autocast = autocast_for(with_dtype(config, device), device)
+    autocast = make_autocast(config, device)
     model.to(device).eval()
     span_a, span_b = parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
@@ -816,6 +814,7 @@ def translate_folder(config):
         images[name] = read_slice(folder / name, span_a, blank=True)
         if (found := len(images[name])) != in_chans:
             raise InputError(f"{folder / name}: {found} channels, the generator takes {in_chans}")
+    check_range(folder, images.values(), span_a)
     for name, image in images.items():
         H, W = image.shape[1:]
         scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows

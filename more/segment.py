@@ -34,8 +34,8 @@ import data
 import finetune
 from finetune import FinetuneConfig
 from support.script import (
-    InputError, RunLog, atomic_write, fill, join, last_state, number_of_steps, option, parse_config,
-    run_script, save_grid, seed, with_dtype, write_csv,
+    InputError, RunLog, atomic_write, fill, join, last_state, number_of_steps, option,
+    parse_config, run_script, save_grid, seed, write_csv,
 )
 from support.weights import ENCODER_SIZES, encoder_sizes, load_encoder
 from vit import ViT
@@ -243,10 +243,7 @@ def read_lists(config):
     shown = [i for i, mask in enumerate(train.masks) if mask is not None]
     empty = [i for i, mask in enumerate(train.masks) if mask is None]
     few = empty[:: max(1, len(empty) // max(1, len(shown)))]  # about as many as there are masks
-    rows = sorted(shown + few)
-    train.names, train.paths, train.masks = (
-        [values[i] for i in rows] for values in (train.names, train.paths, train.masks))
-    train.labels = train.labels[rows]
+    train.keep(sorted(shown + few))
     return parts
 
 
@@ -257,7 +254,8 @@ def load_images(parts, config):
                                 flip=config.flip, pair=True)
     for name, part in parts.items():
         augments = (2 * side, augment, config.seed) if name == "train" else (side,)
-        part.images = data.ImageSet(part.paths, *augments, masks=part.masks).preload()
+        part.images = data.ImageSet(part.paths, *augments, masks=part.masks,
+                                    white=config.white).preload()
 
 
 def truth_of(part):
@@ -303,7 +301,6 @@ def segment(config):
     model = build_model(config, sizes, tensors).to(device)
     facts = finetune.facts_of(parts, ["mask"], model, world)
     saved = last_state(config, steps, **facts)
-    config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     finetune.describe(config, model, len(parts["train"].names), steps, device, rank)
@@ -378,9 +375,9 @@ def predict_folder(config):
                                   "std": saved["std"]})
     threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
     device, _, _ = join(config)
-    config = with_dtype(config, device, width=saved["sizes"]["embed_dim"])
     paths = data.list_images(config.predict)
-    images = data.ImageSet(paths, model.img_size, masks=[None] * len(paths))
+    images = data.ImageSet(paths, model.img_size, masks=[None] * len(paths),
+                           white=saved.get("white"))
     logits = finetune.predict(model.to(device), images, config, device)
     for path, logit in zip(paths, logits):
         size = data.read_image(path).shape[1:]

@@ -153,10 +153,17 @@ def write_dicom(path, pixels, **attributes):
     record.save_as(path, enforce_file_format=True)
 
 
+def between(values, among=None):
+    """The rule of scale by sorting: 0 and 1 are the numbers beyond which 0.5 % lie at each end."""
+    ordered = sorted((values if among is None else among).ravel().tolist())
+    low, high = ordered[len(ordered) // 200], ordered[-1 - len(ordered) // 200]
+    return (np.clip(values, low, high) - low) / (high - low)
+
+
 def test_dicom(tmp_path, photo, monkeypatch):
     pytest.importorskip("pydicom")
     path, raw = tmp_path / "a.dcm", photo.astype(np.uint16) * 16
-    whole = (raw - raw.min()) / np.ptp(raw)
+    whole = between(raw.astype(float))
     write_dicom(path, raw)
     assert np.allclose(data.read_image(path)[0], whole, atol=1e-5)
     write_dicom(path, raw, PhotometricInterpretation="MONOCHROME1")
@@ -166,6 +173,9 @@ def test_dicom(tmp_path, photo, monkeypatch):
     )
     windowed = ((raw * 2.0 - 1000 - 1999.5) / 2999 + 0.5).clip(0, 1)  # DICOM PS3.3 C.11.2.1.2
     assert np.allclose(data.read_image(path)[0], windowed, atol=1e-5)
+    # A window that the pixels do not fill is not stretched to them
+    write_dicom(path, raw, WindowCenter=4096, WindowWidth=8192)
+    assert np.allclose(data.read_image(path)[0], (raw - 4095.5) / 8191 + 0.5, atol=1e-5)
     path.rename(tmp_path / "without_ending")  # told by content
     assert data.read_image(tmp_path / "without_ending", 64).shape == (1, 64, 64)
     (tmp_path / "junk.dcm").write_bytes(b"junk" * 100)
@@ -810,10 +820,6 @@ def test_a_nifti_with_a_slope_keeps_its_values_unit_and_axes(tmp_path):
     )
     assert np.abs(one.get_fdata() - two.get_fdata()).max() < 1e-6
     assert one.header.get_zooms() == two.header.get_zooms()
-    data.write_slice(
-        tmp_path / "rgb.nii", image.expand(3, -1, -1), source, (-0.5, 1.1)
-    )  # another number of channels
-    assert nibabel.load(tmp_path / "rgb.nii").shape == (40, 40, 3)
 
 
 def test_a_blank_slice_is_read_where_it_may_be(tmp_path):
@@ -839,7 +845,7 @@ def test_padding_of_dicom_is_left_out_of_the_stretch(tmp_path):
     path, ramp = tmp_path / "a.dcm", np.mgrid[:64, :64].sum(0).astype(np.int64) * 30 + 100
     inside = np.zeros((64, 64), bool)
     inside[8:, 8:] = True
-    expected = np.where(inside, (ramp - ramp[inside].min()) / np.ptp(ramp[inside]), 0)
+    expected = np.where(inside, between(ramp, ramp[inside]), 0)
     signed = {"PixelRepresentation": 1, "BitsStored": 16, "HighBit": 15}
     for value, tags in (
         (65535, {"BitsStored": 16, "HighBit": 15, "PixelPaddingValue": 65535}),
@@ -918,7 +924,7 @@ def test_other_shapes_and_sizes_of_pictures_are_refused_in_one_line(tmp_path):
     fails(lambda: data.read_image(tmp_path / "a.tif"), "a.tif", "one page", "3")
     wide = np.arange(1600, dtype=np.int32).reshape(40, 40) * 100
     Image.fromarray(wide).save(tmp_path / "b.tif")  # 32 bits: stretched, not clipped to 16
-    assert np.allclose(data.read_image(tmp_path / "b.tif")[0], wide / wide.max(), atol=1e-6)
+    assert np.allclose(data.read_image(tmp_path / "b.tif")[0], between(wide), atol=1e-6)
     Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "c.png")
     head = bytearray((tmp_path / "c.png").read_bytes())
     head[16:24] = (50_000).to_bytes(4, "big") * 2
@@ -1044,22 +1050,16 @@ class TestShared:
     def test_published_lists(self):
         root = SHARED / "covid"
         for split, sizes in {"covid1": (314, 46, 84), "viral2": (266, 42, 83)}.items():
-            for (part, path), size in zip(data.split_files("covid", root, split).items(), sizes):
-                names, labels = data.read_list(path)
-                assert (
-                    labels.shape == (size, 1)
-                    and len(data.find_images("covid", root, names, path)) == size
-                )
-        fails(
-            lambda: data.read_list(root / "splits/viral1/test.txt"),
-            "line 1",
-            "found 11",
-            "--skip-bad-lines",
-        )
+            parts, classes = data.read_parts("covid", root, split)
+            assert [part.labels.shape for part in parts.values()] == [(n, 1) for n in sizes]
+            assert classes == [split[:-1]]
+        # Its first line has the label 11
+        fails(lambda: data.read_parts("covid", root, "viral1"), "viral1/test.txt", "line 2")
 
     def test_reports_less_the_test_part(self):
         paths, reports = data.read_reports(SHARED / "covid/training.csv", SHARED / "covid")
-        kept = data.not_excluded(paths, SHARED / "covid/splits/covid1/test.txt", SHARED / "covid")
+        listed = SHARED / "covid/splits/covid1/test.txt"
+        kept = data.not_excluded(SHARED / "covid", paths, listed)
         assert len(paths) == len(reports) == 464 and 300 < len(kept) < 464
 
     def test_formats(self):
@@ -1081,8 +1081,8 @@ class TestShared:
             assert row[: len(full)].tolist() == full
 
     def test_audit(self, capsys):
-        status, text = audit(SHARED / "covid", capsys, split="covid1")
-        assert status == 0 and "nothing wrong" in text
+        status, text = audit(SHARED / "covid", capsys, data="covid", split="covid1")
+        assert status == 0 and "every file readable" in text
 
 
 def runs_of(mask, absolute=False):
@@ -1340,8 +1340,9 @@ def test_a_bad_line_of_a_list_is_named(tmp_path, text, line):
 def test_parts_of_lists_and_their_classes(folder, tmp_path, photo):
     parts, classes = data.read_parts("csv", folder)
     assert classes == ["Edema", "Nodule"] and list(parts) == ["train", "val", "test"]
-    assert parts["train"][0] == folder / "train_list.txt" and parts["val"][2].shape == (1, 2)
-    assert len(data.read_parts("csv", folder, ratio=1)[0]["train"][1]) == 1
+    assert parts["val"].labels.shape == (1, 2)
+    assert parts["test"].paths == [str(folder / "images" / name) for name in ("c0.png", "c1.png")]
+    assert len(data.read_parts("csv", folder, ratio=1)[0]["train"].names) == 1
     fails(lambda: data.read_parts("csv", folder, ratio=10), "train_10.txt: no such list")
     (folder / "classes.txt").unlink()
     assert data.read_parts("csv", folder)[1] == ["class 1", "class 2"]
@@ -1351,23 +1352,40 @@ def test_parts_of_lists_and_their_classes(folder, tmp_path, photo):
         lists = [layout.format(part) for part in ("train", "val", "test")]
         covid = make_folder(root, photo, dict.fromkeys(lists, {"a.png": "0", "b.png": "1"}))
         parts, classes = data.read_parts("covid", covid, "covid1")
-        assert classes == ["covid"] and parts["test"][1] == ["a.png", "b.png"]
+        assert classes == ["covid"] and parts["test"].names == ["a.png", "b.png"]
     fails(lambda: data.read_parts("covid", covid, "covid1", 10), "--ratio 10 needs")
 
 
 def test_units_are_patients_where_they_are_known(folder):
-    assert data.units(folder, ["a0.png", "c1.png", "z.png"]) == ["1", "4", "z"]
+    def units(*names):
+        return data.units(data.identify(folder, names))
+
+    assert units("a0.png", "c1.png", "z.png") == ["1", "4", "z"]
     (folder / "patients.csv").rename(folder / "other.csv")
-    names = ["00000013_005.png", str(folder / "images/00000013_006.png"), "x.png",
-             "CheXpert/train/patient00007/study1/view1_frontal.jpg"]
-    assert data.units(folder, names) == ["00000013", "00000013", "x", "patient00007"]
-    path = write(folder / "l.txt", "00000013_005.png 0 1\nx 1 0\n")
-    assert data.listed_units(folder, path) == {"00000013", "x"}
+    mimic = "p10/p10000032/s50414267/02aa804e-bde0afdd"
+    assert units("00000013_005.png", str(folder / "images/00000013_006.png"), "x.png",
+                 "CheXpert/train/patient00007/study1/view1_frontal.jpg", f"files/{mimic}.jpg",
+                 "images_004/images/00000013_007.png", "p10000032.png", "100000013_005.png") == [
+        "00000013", "00000013", "x", "patient00007", "p10000032", "00000013", "p10000032",
+        "100000013_005"]
+    copies = data.identify(folder, [f"{mimic}.dcm", f"images/{mimic}.jpg", f"/old/{mimic}.jpg"])
+    assert len(set(copies)) == 1
+    write(folder / "labels.csv", "image,Edema,patient\na0.png,1,p1\nc1.png,0,\n")
+    assert units("a0.png", "c1.png") == ["p1", "c1"]
+    write(folder / "patients.csv", "image,patient\na0.png,1\n")
+    fails(lambda: units("a0.png"), "patients.csv", "image_path, patient_id")
+    write(folder / "demo.json", "{}")  # drawn images are called like NIH's
+    (folder / "patients.csv").unlink()
+    assert units("00000013_005.png", "x.png") == ["demo 00000013", "demo x"]
 
 
 def test_the_audit_finds_what_two_parts_share(folder, tmp_path, photo, capsys):
     status, text = audit(folder, capsys)
     assert status == 0 and "nothing wrong" in text and "Edema 1, Nodule 0" in text
+    (folder / "patients.csv").rename(tmp_path / "patients.csv")
+    status, text = audit(folder, capsys)
+    assert status == 0 and "nothing wrong" not in text and "of 5 no patient is known" in text
+    (tmp_path / "patients.csv").rename(folder / "patients.csv")
     write(folder / "test_list.txt", "c0.png 0 0\nc1.png 1 0\na1.png 1 0\nd.png 0 1\n")
     Image.open(folder / "images/b0.png").save(folder / "images/d.png", compress_level=0)
     (folder / "images/c0.png").write_bytes((folder / "images/c0.png").read_bytes()[:500])
@@ -1384,4 +1402,4 @@ def test_the_audit_finds_what_two_parts_share(folder, tmp_path, photo, capsys):
     (root / "patients.csv").unlink()
     write_table(root, "labels.csv", rows)
     status, text = audit(root, capsys)
-    assert status == 0 and "Edema 1" in text
+    assert status == 1 and "train and test: 1 patients in both: p0" in text

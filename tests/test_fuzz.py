@@ -102,7 +102,7 @@ def write_samples(root):
     def names(path):
         found, labels = data.read_list(path)
         data.find_images("csv", root, found, path)
-        data.listed_units(root, path)
+        data.not_excluded(root, [str(root / "images/a.png")], path)
 
     def adapter(path):
         lora.load_adapter(model(), path)

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "data.py": 975,
-    "finetune.py": 793,
+    "data.py": 1147,
+    "finetune.py": 787,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 69,
@@ -17,21 +17,21 @@ BUDGET = {
     "kernels/lora_linear.py": 426,
     "kernels/warp.py": 346,
     "lora.py": 340,
-    "more/__init__.py": 3,
+    "more/__init__.py": 1,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
-    "more/segment.py": 404,
-    "mrm.py": 714,
-    "reggan.py": 907,
-    "support/__init__.py": 8,
+    "more/segment.py": 401,
+    "mrm.py": 722,
+    "reggan.py": 906,
+    "support/__init__.py": 1,
     "support/demo.py": 450,
     "support/recipes.py": 162,
-    "support/script.py": 730,
+    "support/script.py": 668,
     "support/tokenizer.py": 124,
     "support/weights.py": 128,
     "vit.py": 211,
 }
-TOTAL = 7423
+TOTAL = 7522
 
 
 def lines_of(name):
