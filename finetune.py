@@ -51,6 +51,7 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import support  # before torch: it sets how threads wait
 import numpy as np
 import torch
 import torch.nn as nn
@@ -61,11 +62,11 @@ import lora
 import mrm
 import vit
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, average, check_finite, checkpoint_file,
-    command_of, even_batch, fill, from_all, join, last_state, load_checkpoint, markdown_table,
-    mean_and_deviation, number_of_steps, option, parse_config, restore_rank, run_cells,
-    run_script, save_checkpoint, save_plot, save_state, seed, seed_rank, share_of_batch, warn,
-    write_csv, write_text,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite,
+    checkpoint_file, command_of, even_batch, fill, from_all, join, last_state, load_checkpoint,
+    markdown_table, mean_and_deviation, number_of_steps, option, parse_config, restore,
+    run_cells, run_script, save_checkpoint, save_plot, save_state, scaler_for, seed, seed_rank,
+    share_of_batch, warn, with_dtype, write_csv, write_text,
 )
 from support.recipes import FAMILIES, PAPER_SETS, recipe_for, strong_augment
 from support.weights import encoder_sizes, load_encoder, read_weights
@@ -236,7 +237,7 @@ def roc_curve(scores, labels):
 def predict(model, images, config, device, rank=0, world=1):
     """The model's output for each image of an ImageSet, in its order: (n, ...). Every process
     computes a share of it."""
-    autocast, outputs, rows = mrm.autocast_for(config, model, device), [], []
+    autocast, outputs, rows = autocast_for(config, device), [], []
     for buffer in model.buffers() if world > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # a batch norm has seen other images in each process
     model.eval()
@@ -270,15 +271,14 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
     """The training loop. Returns the scores, step and trained tensors of the state that was best on
     the validation list."""
     images, labels = parts["train"].images, parts["train"].labels.to(device)
-    autocast, optimizer = mrm.autocast_for(config, model, device), make_optimizer(model, config)
+    optimizer = make_optimizer(model, config)
+    autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, losses, best, best_score = 0, [], None, -1.0
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     seed_rank(config.seed, log.rank)
     if saved:
-        model.load_state_dict(saved["model"], strict=False)
-        optimizer.load_state_dict(saved["optimizer"])
-        restore_rank(saved, log.rank)
+        restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
         step, losses, best = saved["step"], saved["losses"], saved["best"]
         best_score = saved["best_score"]
     share, passes = share_of_batch(config, world), config.accumulate
@@ -289,7 +289,8 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
 
     def save(step):
         state = facts | {"model": trained_tensors(model), "optimizer": optimizer.state_dict(),
-                         "step": step, "losses": losses, "best": best, "best_score": best_score}
+                         "scaler": scaler.state_dict(), "step": step, "losses": losses,
+                         "best": best, "best_score": best_score}
         save_state(log, config, world, state)
 
     model.train()
@@ -307,13 +308,15 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
                 # The loss is float32: its gradient, probability - label, is near 0 for most
                 # labels, and bfloat16 would round it to two or three digits
                 loss = loss_function(logits.float(), targets)
-                (loss / passes).backward()
+                scaler.scale(loss / passes).backward()
                 loss_of_step += loss.detach() / passes
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
+            scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            check_finite(step + 1, images.paths, seen, loss=loss_of_step, gradient=norm)
-            optimizer.step()
+            check_finite(step + 1, images.paths, seen, scaler, loss=loss_of_step, gradient=norm)
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             losses.append(average(loss_of_step, world).item())
             if (step + 1) % every == 0 or step + 1 == steps:
@@ -323,7 +326,9 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
                 scores = score(outputs, parts["val"])
                 log.line(step=step + 1, loss=sum(losses) / len(losses), **scores,
                          **batches.speed())
-                log.curves("fine-tuning", "loss", *scores)
+                chosen_by, *others = scores
+                log.curves("fine-tuning", {"loss": ["loss", *others], "score on val": [chosen_by]},
+                           config.probe and (config.probe * steps, "all of it learns"))
                 losses.clear()
                 if next(iter(scores.values())) > best_score:
                     best_score = next(iter(scores.values()))
@@ -534,6 +539,7 @@ def finetune(config):
     model = build_model(config, sizes, len(classes), tensors).to(device)
     facts = facts_of(parts, classes, model, world)
     saved = last_state(config, steps, **facts)
+    config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     describe(config, model, len(parts["train"].names), steps, device, rank)
@@ -625,8 +631,8 @@ def write_results(config, model, parts, classes, scores, best, log):
     write_predictions(log.out, parts["test"].names, classes, 1 / (1 + np.exp(-scores)), labels)
     curves = {f"{name} {value[0]:.3f}": roc_curve(scores[:, c], labels[:, c])
               for c, (name, value) in enumerate(zip(classes, per_class)) if value}
-    save_plot(log.out / "roc.png", curves, f"ROC on the test list, mean AUROC {mean:.3f}",
-                     "false positive rate", "true positive rate", diagonal=True)
+    save_plot(log.out / "roc.png", {"true positive rate": curves},
+              f"ROC on the test list, mean AUROC {mean:.3f}", "false positive rate", diagonal=True)
     for name, value in zip(classes, per_class):
         print(f"  {name:20s} " + ("%.3f  [%.3f, %.3f]" % value if value
                                   else "undefined: one label only"))
@@ -693,6 +699,7 @@ def predict_folder(config):
     config = fill(config, {"out": "runs/predict", "mean": saved["mean"],
                                   "std": saved["std"]})
     device, _, _ = join(config)
+    config = with_dtype(config, device, width=model.cls_token.shape[-1])
     paths = data.list_images(config.predict)
     images = data.ImageSet(paths, saved.get("test_side", model.img_size), crop=model.img_size,
                            white=saved.get("white"))

@@ -79,15 +79,16 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
+import support  # before torch: it sets how threads wait
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import data
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, average, check_finite, fill, join,
-    last_state, number_of_steps, option, parse_config, restore_rank, run_script, save_grid,
-    save_state, seed, seed_rank, share_of_batch, make_autocast,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite, fill, join,
+    last_state, number_of_steps, option, parse_config, restore, run_script, save_grid, save_state,
+    scaler_for, seed, seed_rank, share_of_batch, with_dtype,
 )
 from support.tokenizer import encode_reports, load_tokenizer, save_tokenizer, train_tokenizer
 from support.weights import load_encoder, read_weights
@@ -245,9 +246,6 @@ class MRM(ViT):
 # Options and presets
 
 MEAN, STD = 0.4978, 0.2449  # of MIMIC-CXR's pixels in [0, 1], from the official code
-# Below this width a CPU trains faster in float32 than in bfloat16 (Zen 4: at width 128 1.4 times
-# faster, at 256 the same, at 768 1.7 times slower)
-NARROW = 256
 
 BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, decoder_dim=768,
             decoder_depth=4, decoder_heads=6, report_dim=384, report_depth=6, report_heads=6,
@@ -457,11 +455,6 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def autocast_for(config, model, device):
-    """`autocast` for a ViT: on a CPU, --dtype auto takes bfloat16 for wide models alone."""
-    return make_autocast(config, device, narrow=model.cls_token.shape[-1] < NARROW)
-
-
 # --------------------------------------------------------------------------------------------------
 # Pretraining
 
@@ -495,6 +488,7 @@ def pretrain(config):
         "images_of_a_step": config.batch_size,
     }
     saved = last_state(config, steps, **facts)
+    config = with_dtype(config, device, world, saved, MODELS[config.preset]["embed_dim"])
     tensors, tokenizer, before = None, None, saved
     if not saved:
         tensors, tokenizer, before = read_start(config, asked.vocab_size)
@@ -535,21 +529,21 @@ def train(config, model, records, steps, saved, facts, log, world):
     """The training loop. Returns what the last evaluation measured."""
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
     paths = records.images.paths  # a list that takes milliseconds to make
-    autocast, optimizer = autocast_for(config, model, device), make_optimizer(model, config, device)
+    optimizer = make_optimizer(model, config, device)
+    autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     seed_rank(config.seed, log.rank)
     step, parallel, image = 0, model, not config.report_only
     if saved:
         step = saved["step"]
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        restore_rank(saved, log.rank)
+        restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not image)
     batches = records.batches(config, step, steps, log.rank, world)
 
     def save(step):
-        state = facts | {"model": model.state_dict(), "step": step}
-        save_state(log, config, world, state | {"optimizer": optimizer.state_dict()})
+        state = facts | {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                         "scaler": scaler.state_dict(), "step": step}
+        save_state(log, config, world, state)
 
     with Saving(save, world) as saving:
         for step in batches.steps(step, steps, "pretrain", log.rank):
@@ -569,14 +563,16 @@ def train(config, model, records, steps, saved, facts, log, world):
                 # bfloat16's two or three digits would round away what one step gains
                 with autocast():
                     image_loss, report_loss = parallel(images, report, image, config.mask_ratio)
-                ((image_loss + report_loss) / passes).backward()  # equation 3
+                scaler.scale((image_loss + report_loss) / passes).backward()  # equation 3
                 losses += torch.stack([image_loss, report_loss]).detach() / passes
                 seen += rows.tolist()
             # A finite loss can have a gradient that is not, which would spoil every weight
+            scaler.unscale_(optimizer)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
-            check_finite(step + 1, paths, seen, loss=losses, gradient=norm)
-            optimizer.step()
+            check_finite(step + 1, paths, seen, scaler, loss=losses, gradient=norm)
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             # Films that are never trained on tell learning from knowing by heart
             if (step + 1) % every == 0 or step + 1 == steps:
@@ -584,8 +580,9 @@ def train(config, model, records, steps, saved, facts, log, world):
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}
                 speed, heldout = batches.speed(), evaluate(model, records, config, autocast)
                 log.line(**line, lr_of_step=lr, **speed, **heldout)
-                log.curves("MRM pretraining", "image_loss", "heldout_image_loss", "report_loss",
-                           "heldout_report_loss")
+                log.curves("MRM pretraining", {
+                    "image loss": ["image_loss", "heldout_image_loss"],
+                    "report loss": ["report_loss", "heldout_report_loss"]})
                 save(step + 1)
             saving.after(step + 1)
     return log.history[-1]

@@ -67,6 +67,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import ClassVar
 
+import support  # before torch: it sets how threads wait
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -76,11 +77,11 @@ from data import (
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, make_autocast, check_weights, checkpoint_file,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_weights, checkpoint_file,
     command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
-    mean_and_deviation, number_of_steps, option, options_of, parse_config, restore_rank,
-    run_cells, run_script, save_checkpoint, save_grid, save_state, seed, seed_rank, warn,
-    write_csv, write_text,
+    mean_and_deviation, number_of_steps, option, options_of, parse_config, restore, run_cells,
+    run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank, warn,
+    with_dtype, write_csv, write_text,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -278,15 +279,16 @@ def mean_over_processes(tensors):
             tensor.copy_(mean.view_as(tensor))
 
 
-def descend(optimizer, losses):
+def descend(optimizer, losses, scaler):
     """One step of the optimiser down the sum of the losses; under torchrun by the mean gradient."""
     optimizer.zero_grad()
-    sum(losses.values()).backward()
+    scaler.scale(sum(losses.values())).backward()
     mean_over_processes(p.grad for p in parameters_of(optimizer) if p.grad is not None)
-    optimizer.step()
+    scaler.step(optimizer)
 
 
-def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext):
+def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext,
+                  scaler=torch.amp.GradScaler(enabled=False)):
     """Updates G and R together, then D. Returns the losses, means over all processes.
     NC + R minimises (D(G(a)) - 1)^2 + 20 correction + 10 smoothness; another host has its own
     losses in place of the first. D minimises `discriminator_loss`."""
@@ -295,14 +297,15 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext
     with autocast():
         fakes, losses = model.generator_losses(a, b)  # fakes["B"] is G(a)
         losses |= registration_losses(model, config, a, b, fakes["B"])
-    descend(opt_g, losses)
+    descend(opt_g, losses, scaler)
     for weight in parameters_of(opt_d):
         weight.requires_grad_(True)
     # D is shown the fakes detached: what it learns from them must not flow back into G.
     shown = {side: pools[side](fake.detach()) for side, fake in fakes.items()}
     with autocast():
         losses_of_d = model.discriminator_losses(a, b, shown)
-    descend(opt_d, losses_of_d)
+    descend(opt_d, losses_of_d, scaler)
+    scaler.update()
     values = {name: loss.detach() for name, loss in (losses | losses_of_d).items()}
     mean_over_processes(values.values())
     return values
@@ -572,7 +575,6 @@ class Job:
 
     def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.autocast = make_autocast(config, device)
         self.pairs, self.val, self.test = all_pairs(config)
         names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
         names = hashlib.sha256(names.encode()).hexdigest()
@@ -593,11 +595,16 @@ class Job:
         self.steps = number_of_steps(config, self.per_epoch, 1)
         self.step, self.best = 0, math.inf
 
-    def restore(self, saved):
-        """Goes on from what `save` has written."""
-        for name in ("model", "opt_g", "opt_d"):
-            getattr(self, name).load_state_dict(saved[name])
-        for side, images in restore_rank(saved, self.rank).items():
+    def settle(self, saved):
+        """Chooses the type of the products, and goes on from what `save` has written (`saved`)."""
+        self.config = with_dtype(self.config, self.device, self.world, saved)
+        self.autocast = autocast_for(self.config, self.device)
+        self.scaler = scaler_for(self.config, self.device)
+        if not saved:
+            return
+        pools = restore(saved, self.rank, model=self.model, opt_g=self.opt_g, opt_d=self.opt_d,
+                        scaler=self.scaler)
+        for side, images in pools.items():
             self.pools[side].images = [image.to(self.device) for image in images]
         self.step, self.best = saved["step"], saved["best"]
 
@@ -613,8 +620,8 @@ def save(job, log, best=False):
         save_checkpoint(log.out / "best.pt", weights)
     pools = {side: [image.to("cpu", copy=True) for image in pool.images]  # for all processes
              for side, pool in job.pools.items()}
-    optimizers = {"opt_g": job.opt_g.state_dict(), "opt_d": job.opt_d.state_dict()}
-    state = weights | job.facts | optimizers | {"step": job.step, "best": job.best}
+    parts = {name: getattr(job, name).state_dict() for name in ("opt_g", "opt_d", "scaler")}
+    state = weights | job.facts | parts | {"step": job.step, "best": job.best}
     save_state(log, job.config, job.world, state, pools)
 
 
@@ -660,11 +667,11 @@ def loop(job, log):
                 group["lr"] = group["peak"] * factor
             # G and R take one step together, for each is judged by what the other makes; then D.
             losses = training_step(job.model, config, a, b, job.opt_g, job.opt_d, job.pools,
-                                   job.autocast)
+                                   job.autocast, job.scaler)
             job.step += 1
             # A GAN that diverges does not recover, so every step's losses are looked at.
             losses = {name: loss.item() for name, loss in losses.items()}
-            if not all(map(math.isfinite, losses.values())):
+            if not all(map(math.isfinite, losses.values())) or job.scaler.get_scale() < 1:
                 advice = "lower --lr, or use --dtype fp32"
                 raise InputError(f"step {job.step}: losses are not finite ({losses}); {advice}")
             ends, epoch = job.step == steps, job.step / per_epoch
@@ -674,7 +681,7 @@ def loop(job, log):
                 scores = score(job, *job.val)
                 log.line(step=job.step, epoch=epoch, val=scores, val_mae=scores["mae"],
                          **batches.speed())
-                log.curves(config.host, "val_mae", *losses)
+                log.curves(config.host, {"losses": list(losses), "MAE on val": ["val_mae"]})
                 if job.rank == 0:
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
                     shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
@@ -693,8 +700,8 @@ def train(config):
     device, rank, world = join(config)
     job = Job(config, device, rank, world)
     saved = last_state(config, job.steps, **job.facts)
-    if saved:
-        job.restore(saved)
+    job.settle(saved)
+    config = job.config
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     if rank == 0:
@@ -803,7 +810,7 @@ def translate_folder(config):
         raise InputError(f"--translate needs --weights RUN: {wanted}")
     model, translate, trained, in_chans = load_generator(config.weights, type(config))
     device, _, _ = join(config)
-    autocast = make_autocast(config, device)
+    autocast = autocast_for(with_dtype(config, device), device)
     model.to(device).eval()
     span_a, span_b = parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")

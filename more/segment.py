@@ -34,8 +34,8 @@ import data
 import finetune
 from finetune import FinetuneConfig
 from support.script import (
-    InputError, RunLog, atomic_write, fill, join, last_state, number_of_steps, option,
-    parse_config, run_script, save_grid, seed, write_csv,
+    InputError, RunLog, atomic_write, fill, join, last_state, number_of_steps, option, parse_config,
+    run_script, save_grid, seed, with_dtype, write_csv,
 )
 from support.weights import ENCODER_SIZES, encoder_sizes, load_encoder
 from vit import ViT
@@ -301,6 +301,7 @@ def segment(config):
     model = build_model(config, sizes, tensors).to(device)
     facts = finetune.facts_of(parts, ["mask"], model, world)
     saved = last_state(config, steps, **facts)
+    config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     finetune.describe(config, model, len(parts["train"].names), steps, device, rank)
@@ -375,6 +376,7 @@ def predict_folder(config):
                                   "std": saved["std"]})
     threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
     device, _, _ = join(config)
+    config = with_dtype(config, device, width=saved["sizes"]["embed_dim"])
     paths = data.list_images(config.predict)
     images = data.ImageSet(paths, model.img_size, masks=[None] * len(paths),
                            white=saved.get("white"))

@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -73,7 +72,8 @@ class RunConfig:
                              within="[1, inf)")
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
-    dtype: str = option("auto", "auto: bf16 where it is faster", choices=["auto", "fp32", "bf16"])
+    dtype: str = option("auto", "type of the products; auto measures which one is faster",
+                        choices=["auto", "fp32", "bf16", "fp16"])
     workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
                           free=True)
     kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
@@ -175,7 +175,7 @@ def check_same(saved, config, path):
         raise InputError(path, expected, f"one of {command_of(maker)}")
     for field in dataclasses.fields(config):
         before, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
-        if not field.metadata.get("free") and now is not None and before != now:
+        if not field.metadata.get("free") and now not in (None, "auto") and before != now:
             found = f"a run with {flag} {before}; give the same options, or another --out"
             raise InputError(path, f"{flag} {now}, as asked for now", found)
 
@@ -215,24 +215,57 @@ def join(config):
     return device, rank, world
 
 
-def make_autocast(config, device, narrow=False):
-    """A function that makes the context of a forward pass: bfloat16 autocast, or none.
-    `narrow`: the model's layers are so narrow that on a CPU the conversions to bfloat16 cost more
-    than its faster products save; --dtype auto then stays in float32 there."""
-    wanted = config.dtype == "bf16"
-    if config.dtype == "auto":
-        wanted = multiplies_bf16(device.type) and not (narrow and device.type == "cpu")
-    return functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted)
+# On a CPU bfloat16 slows ViTs of less than this width down: the conversions cost more than the
+# products save (AMD EPYC, fp32 / bf16 of a step: 0.6 to 0.9 at widths 64 to 256, 1.7 from 384 on)
+NARROW = 384
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def multiplies_bf16(device_type):
-    """Whether bfloat16 is faster than float32 on cuda, cpu or mps.
-    A CPU without AVX512-BF16 or AMX takes hundreds of times as long."""
-    if device_type == "cuda":
-        return torch.cuda.get_device_capability()[0] >= 8
-    if device_type == "cpu":
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+def with_dtype(config, device, world=1, saved=None, width=NARROW):
+    """`config` with --dtype auto replaced by a type: that of the resumed run `saved`, else what is
+    faster here for a ViT of this `width`. All processes take what the first one measures."""
+    dtype = config.dtype
+    if dtype == "auto" and saved:
+        dtype = saved["config"]["dtype"]
+    elif dtype == "auto" and device.type == "cpu" and width < NARROW:
+        dtype = "fp32"
+    elif dtype == "auto":
+        dtype = from_all(fastest_type(device), world)[0]
+    return dataclasses.replace(config, dtype=dtype)
+
+
+@functools.cache
+def fastest_type(device):
+    """Times a product of each type. The first that is 1.2 times as fast as float32 wins: bf16, and
+    on CUDA fp16, which needs scaled gradients. (float32 on MPS, where nothing was measured.)"""
+    names = {"cpu": ["fp32", "bf16"], "cuda": ["fp32", "bf16", "fp16"]}.get(device.type, ["fp32"])
+    side = 512 if device.type == "cpu" else 4096
+    times = {name: math.inf for name in names}
+    for i in range(6 if len(names) > 1 else 0):  # in turn, so that other programs disturb all alike
+        for name in names:
+            if i == 0 or times[name] < 10 * times["fp32"]:  # without bfloat16 it is 100 times
+                matrix = torch.ones(side, side, dtype=TYPES[name], device=device)
+                began = time.perf_counter()
+                (matrix @ matrix)[0, 0].item()  # .item() waits for the GPU
+                times[name] = min(times[name], time.perf_counter() - began)
+    fast = [name for name in names[1:] if times[name] * 1.2 <= times["fp32"]]
+    chosen = fast[0] if fast else "fp32"
+    if int(os.environ.get("RANK", 0)) == 0:
+        shown = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
+        print(f"--dtype auto: {chosen} (a product of {side} x {side}: {shown})", flush=True)
+    return chosen
+
+
+def autocast_for(config, device):
+    """A function that makes the context of a forward pass in the type that `with_dtype` chose."""
+    return functools.partial(torch.autocast, device.type, TYPES[config.dtype],
+                             enabled=config.dtype != "fp32")
+
+
+def scaler_for(config, device):
+    """float16 knows no number below 6e-8: the loss, and all gradients with it, are multiplied by a
+    scale while they are computed. In any other type this does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
 
 
 def seed(number):
@@ -419,14 +452,14 @@ class RunLog:
             write_text(self.out / "log.jsonl", "".join(
                 json.dumps(line, default=float) + "\n" for line in self.history))
 
-    def curves(self, title, *names):
-        """Draws OUT/curves.png anew: these numbers of the history over the steps."""
+    def curves(self, title, panels, mark=None):
+        """Draws OUT/curves.png anew: numbers of the history over the steps, in panels {title: their
+        names}. mark: (step, what happens there)."""
         if self.rank == 0:
-            curves = {name: zip(*[(line["step"], line[name]) for line in self.history
-                                  if name in line]) for name in names}
-            save_plot(self.out / "curves.png", {name: tuple(points) or ((), ())
-                                                for name, points in curves.items()},
-                      title, "step", "")
+            panels = {label: {name: [[line[key] for line in self.history if name in line]
+                                     for key in ("step", name)] for name in names}
+                      for label, names in panels.items()}
+            save_plot(self.out / "curves.png", panels, title, "step", mark)
 
 
 class Timed:
@@ -465,15 +498,16 @@ class Timed:
             bar.set_postfix_str(str(self), refresh=False)
 
 
-def check_finite(step, paths, rows, **values):
-    """Raises InputError, with the step and the images of the batch (`rows` of `paths`), for a value
-    that is not finite. It runs before the update, so that weights and checkpoint stay good."""
-    for name, value in values.items():
-        if not torch.isfinite(value).all():
+def check_finite(step, paths, rows, scaler, loss, gradient):
+    """Raises InputError, with the step and the images of the batch (`rows` of `paths`), for a loss
+    or gradient that is not finite. It runs before the update, so that weights and checkpoint stay
+    good. In float16 a gradient may overflow: `scaler` skips that step and halves its scale."""
+    values = {"loss": loss, "gradient": gradient}
+    for name in ["loss", "gradient"] if scaler.get_scale() <= 1 else ["loss"]:
+        if not torch.isfinite(values[name]).all():
             files = ", ".join([str(paths[row]) for row in rows[:8]] + ["..."] * (len(rows) > 8))
-            raise InputError(
-                f"step {step}: the {name.replace('_', ' ')} is not finite; lower --lr, use "
-                f"--dtype fp32 or look at the images of the batch: {files}")
+            raise InputError(f"step {step}: the {name} is not finite; lower --lr, use --dtype fp32 "
+                             f"or look at the images of the batch: {files}")
 
 
 def check_weights(log, step, weights):
@@ -496,17 +530,24 @@ def save_state(log, config, world, state, own=None):
             "config": options_of(config), "history": log.history, "ranks": ranks})
 
 
+class State(dict):
+    """What a last.pt holds; an entry that it lacks is refused."""
+
+    def __missing__(self, name):
+        raise InputError(self.path, "a checkpoint of this version", f"one without '{name}'")
+
+
 def last_state(config, steps, **facts):
     """What OUT/last.pt holds, to go on from with --resume; None for a new run. `facts` name what
     must be as it was beside the options. A run may go on to more steps than were planned."""
     if not config.resume:
         return None
     path = Path(config.out) / "last.pt"
-    saved = load_checkpoint(path)
-    check_same(saved.get("config", {}) | {"steps": config.steps, "epochs": config.epochs}, config,
-               path)
+    saved = State(load_checkpoint(path))
+    saved.path = path
+    check_same(saved["config"] | {"steps": config.steps, "epochs": config.epochs}, config, path)
     for name, value in facts.items():
-        if saved.get(name) != value:
+        if saved[name] != value:
             same = f"a run with the same {name.replace('_', ' ')} as now"
             raise InputError(path, same, "one with another; give the same, or another --out")
     if steps < saved["step"]:
@@ -515,13 +556,20 @@ def last_state(config, steps, **facts):
     return saved
 
 
-def restore_rank(saved, rank):
-    """Puts back the random state of a process. Returns what else it alone held."""
-    state = saved["ranks"][rank]
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    return state["own"]
+def restore(saved, rank, **parts):
+    """Puts back the state of the `parts` of a loop (model, optimizer, scaler) and the random state
+    of this process. Returns what else the process alone held."""
+    try:
+        for name, part in parts.items():  # of a model the file may hold what is trained alone
+            part.load_state_dict(part.state_dict() | saved[name])
+        own = saved["ranks"][rank]
+        torch.set_rng_state(own["torch"])
+        if own["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
+        return own["own"]
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        found = f"another ({type(error).__name__}: {str(error)[:200]})"
+        raise InputError(saved.path, "a checkpoint of this version", found) from None
 
 
 class Saving:
@@ -576,6 +624,9 @@ def run_cells(folder, configs, run):
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
+        others = [read_json(path)["dtype"] for path in Path(folder).glob("*/config.json")]
+        if config.dtype == "auto" and others:  # a measurement of its own might come out otherwise
+            config = dataclasses.replace(config, dtype=others[0])
         if (cell / "result.json").exists():
             check_same(read_json(cell / "config.json"), config, cell / "config.json")
         else:
@@ -594,6 +645,10 @@ def mean_and_deviation(values, digits):
 
 # --------------------------------------------------------------------------------------------------
 # Pictures
+
+
+def save_png(path, picture):
+    atomic_write(path, lambda file: picture.save(file, "PNG"))
 
 
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
@@ -624,45 +679,63 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
             canvas.paste(drawn, (gap + i * column, top))
         top += height
         draw.text((gap, top - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
-    atomic_write(path, lambda file: canvas.save(file, "PNG"))
+    save_png(path, canvas)
 
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
 
 
-def save_plot(path, curves, title, xlabel, ylabel, diagonal=False):
-    """Writes a PNG of line plots {name: (xs, ys)}. Points that are None or not finite are left out.
-    diagonal: both axes run from 0 to 1 and the line of chance is drawn, as for an ROC."""
-    curves = {name: np.array(points, dtype=float) for name, points in curves.items()}  # (2, n)
-    curves = {name: points[:, np.isfinite(points).all(0)] for name, points in curves.items()}
-    every = np.concatenate([*curves.values(), np.zeros((2, 0))], axis=1)
-    low, high = np.zeros(2), np.ones(2)  # the ends of the axes, (x, y)
-    if every.size and not diagonal:
-        low, high = every.min(1), every.max(1)
-        high = np.where(high > low, high, low + 1)
-    font, left, top, width, height = ImageFont.load_default(12), 75, 35, 450, 340
-    canvas = Image.new("RGB", (left + width + 210, top + height + 55), "white")
-    draw = ImageDraw.Draw(canvas)
+def ticks(values):
+    """Some six round numbers around all `values`: 1, 2 or 5 times a power of ten apart."""
+    low, high = (min(values), max(values)) if len(values) else (0, 1)
+    high = high if high > low else low + 1
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= (high - low) / 5.001)
+    return step * np.arange(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)
 
-    def place(point):
-        x, y = (point - low) / (high - low)
-        return left + width * x, top + height * (1 - y)
 
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        value = low + share * (high - low)
-        x, y = place(value)
-        draw.line((x, top, x, top + height), "#dddddd")
-        draw.line((left, y, left + width, y), "#dddddd")
-        draw.text((x, top + height + 4), f"{value[0]:.4g}", "black", font, "ma")
-        draw.text((left - 5, y), f"{value[1]:.4g}", "black", font, "rm")
-    if diagonal:
-        draw.line((left, top + height, left + width, top), "#999999", 2)
-    for (name, points), colour, y in zip(curves.items(), itertools.cycle(COLOURS),
-                                         itertools.count(top + 10, 17)):
-        draw.line([place(point) for point in points.T], colour, 2, "curve")
-        draw.line((left + width + 10, y, left + width + 25, y), colour, 3)
-        draw.text((left + width + 30, y), name, "black", font, "lm")
-    draw.text((left + width / 2, 10), title, "black", font, "ma")
-    draw.text((left + width / 2, top + height + 25), xlabel, "black", font, "ma")
-    draw.text((left, top - 7), ylabel, "black", font, "ls")
-    atomic_write(path, lambda file: canvas.save(file, "PNG"))
+def save_plot(path, panels, title, xlabel, mark=None, diagonal=False):
+    """Writes a PNG of the panels {ylabel: {name: (xs, ys)}} below each other, over the same xs.
+    Points that are None or not finite are left out. mark: (x, what happens there).
+    diagonal: the line of chance is drawn, as for an ROC."""
+    font, left, width = ImageFont.load_default(12), 75, 450
+    height = 340 if len(panels) == 1 else 220
+    canvas = Image.new("RGB", (left + width + 210, 55 + len(panels) * (height + 50)), "white")
+    draw, top = ImageDraw.Draw(canvas), 45
+    draw.text((left + width / 2, 8), title, "black", font, "ma")
+    panels = {label: {name: np.array([*points], float) for name, points in curves.items()}
+              for label, curves in panels.items()}  # (2, n) each
+    panels = {label: {name: xy[:, np.isfinite(xy).all(0)] for name, xy in curves.items()}
+              for label, curves in panels.items()}
+    x_ticks = ticks([x for curves in panels.values() for xs, _ in curves.values() for x in xs])
+    for label, curves in panels.items():
+        y_ticks = ticks([y for _, ys in curves.values() for y in ys])
+
+        def place(x, y):
+            x, y = ((value - ends[0]) / (ends[-1] - ends[0])
+                    for value, ends in ((x, x_ticks), (y, y_ticks)))
+            return left + width * x, top + height * (1 - y)
+
+        for value in x_ticks:
+            x, _ = place(value, y_ticks[0])
+            draw.line((x, top, x, top + height), "#dddddd")
+            draw.text((x, top + height + 4), f"{value:.6g}", "black", font, "ma")
+        for value in y_ticks:
+            _, y = place(x_ticks[0], value)
+            draw.line((left, y, left + width, y), "#dddddd")
+            draw.text((left - 5, y), f"{value:.6g}", "black", font, "rm")
+        draw.text((left, top - 6), label, "black", font, "ls")
+        if diagonal:
+            draw.line((left, top + height, left + width, top), "#999999", 2)
+        if mark:
+            x, _ = place(mark[0], y_ticks[0])
+            draw.line((x, top, x, top + height), "#555555", 2)
+            draw.text((x + 4, top + 2), mark[1], "#555555", font)
+        for i, (name, points) in enumerate(curves.items()):
+            colour, y = COLOURS[i % len(COLOURS)], top + 8 + 17 * i
+            draw.line([place(*point) for point in points.T], colour, 2, "curve")
+            draw.line((left + width + 10, y, left + width + 25, y), colour, 3)
+            draw.text((left + width + 30, y), name, "black", font, "lm")
+        top += height + 50
+    draw.text((left + width / 2, top - 30), xlabel, "black", font, "ma")
+    save_png(path, canvas)

@@ -521,7 +521,6 @@ def test_two_processes_predict_every_test_image_once(easy, tmp_path):
     )
 
 
-@pytest.mark.skipif(not common.multiplies_bf16("cpu"), reason="bfloat16 is emulated here, and slow")
 def test_bfloat16_follows_float32(easy, tmp_path):
     runs = [
         finetune.finetune(
@@ -597,9 +596,7 @@ def test_probe_trains_the_head_alone_first(easy, tmp_path, method, monkeypatch):
     monkeypatch.setattr(
         finetune, "build_model", lambda *args: before.setdefault("model", build(*args))
     )
-    monkeypatch.setattr(
-        finetune, "check_finite", look
-    )
+    monkeypatch.setattr(finetune, "check_finite", look)
     finetune.finetune(config(easy, tmp_path, method=method, steps=10, probe=0.5, warmup=0))
     assert min(step for step, part in moved if part == "head") == 2
     assert (

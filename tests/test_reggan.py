@@ -1417,6 +1417,7 @@ def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out()
 def test_every_network_has_its_optimiser_and_its_rate(drawn):
     c = config(drawn, host="cycle", lr=0.01, reg_lr=0.02, improved=True)
     run = reggan.Job(c, torch.device("cpu"))
+    run.settle(None)
     owner = {
         id(p): (name, group["peak"])
         for name in ("opt_g", "opt_d")
@@ -1493,6 +1494,7 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
 def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
     c = config(drawn, noise=3.0)
     run = reggan.Job(c, torch.device("cpu"))
+    run.settle(None)
     aligned, moved = run.val
     scores = reggan.score(run, aligned, moved)
     with torch.no_grad():
@@ -1602,6 +1604,7 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoin
 def test_weights_that_are_not_finite_are_not_saved(drawn, tmp_path):
     c = config(drawn, out=str(tmp_path / "run"))
     run = reggan.Job(c, torch.device("cpu"))
+    run.settle(None)
     log = common.RunLog(tmp_path / "run", c)
     reggan.save(run, log)
     before = (tmp_path / "run" / "last.pt").read_bytes()

@@ -176,20 +176,67 @@ def test_run_log(tmp_path):
     fails(lambda: common.read_json(tmp_path / "none.json"), "none.json: no such file")
 
 
-def test_narrow_models_stay_in_float32_on_a_cpu():
-    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    for dtype, narrow, wanted in (
-        ("auto", True, False),
-        ("auto", False, supported),
-        ("bf16", True, True),
-        ("fp32", False, False),
-    ):
-        autocast = common.make_autocast(common.RunConfig(dtype=dtype), torch.device("cpu"), narrow)
-        with autocast():
-            assert (
-                torch.nn.functional.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype
-                == torch.bfloat16
-            ) == wanted
+CPU = torch.device("cpu")
+
+
+def product_type(config):
+    with common.autocast_for(config, CPU)():
+        return torch.nn.functional.linear(torch.ones(1, 4), torch.ones(2, 4)).dtype
+
+
+@pytest.mark.parametrize("dtype", common.TYPES)
+def test_a_typed_dtype_is_what_products_take(dtype):
+    config = common.with_dtype(Config(dtype=dtype), CPU)
+    assert config.dtype == dtype and product_type(config) == common.TYPES[dtype]
+
+
+def slow_down(monkeypatch, slow, factor):
+    """Lets products of the type `slow` take `factor` times the time of the others."""
+    clock, product = [0.0], torch.Tensor.__matmul__
+
+    def timed(a, b):
+        clock[0] += factor if a.dtype == common.TYPES[slow] else 1.0
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    common.fastest_type.cache_clear()
+
+
+@pytest.mark.parametrize("slow, factor, chosen", [
+    ("fp32", 1.19, "fp32"), ("fp32", 1.21, "bf16"), ("fp32", 4.0, "bf16"), ("bf16", 1.8, "fp32")])
+def test_auto_takes_bfloat16_where_it_is_faster(monkeypatch, capsys, slow, factor, chosen):
+    slow_down(monkeypatch, slow, factor)
+    config = common.with_dtype(Config(), CPU)
+    out = capsys.readouterr().out
+    assert config.dtype == chosen and product_type(config) == common.TYPES[chosen]
+    assert out.count("\n") == 1 and f"--dtype auto: {chosen} " in out and "fp32" in out
+    assert common.with_dtype(Config(), CPU).dtype == chosen and not capsys.readouterr().out
+    assert common.with_dtype(Config(), CPU, width=common.NARROW - 1).dtype == "fp32"
+    common.fastest_type.cache_clear()
+
+
+def test_a_resumed_run_and_a_cell_take_over_the_recorded_type(tmp_path, monkeypatch):
+    """A measurement that comes out otherwise must not part a run from its first half, or two cells
+    of one comparison."""
+    slow_down(monkeypatch, "fp32", 4.0)
+    saved = {"config": common.options_of(Config(dtype="fp32"))}
+    assert common.with_dtype(Config(), CPU, saved=saved).dtype == "fp32"
+    common.check_same(saved["config"], Config(), "last.pt")
+    fails(lambda: common.check_same(saved["config"], Config(dtype="bf16"), "last.pt"), "--dtype bf16")
+    ran = []
+
+    def run(config):
+        config = common.with_dtype(config, CPU)
+        ran.append(config.dtype)
+        common.RunLog(config.out, config).json("result.json", {})
+
+    cells = {"a": Config(), "b": Config(rank=5)}
+    assert len(list(common.run_cells(tmp_path, cells, run))) == 2 and ran == ["bf16", "bf16"]
+    (tmp_path / "b" / "result.json").unlink()
+    slow_down(monkeypatch, "bf16", 4.0)
+    assert len(list(common.run_cells(tmp_path, cells, run))) == 2 and ran[2:] == ["bf16"]
+    common.fastest_type.cache_clear()
 
 
 def test_the_progress_line_shows_the_speed(capsys):
@@ -227,25 +274,49 @@ def test_save_grid(tmp_path):
     fails(lambda: common.save_grid(tmp_path / "g.png/x.png", [[grey]]), "cannot be written")
 
 
+def pixels_of(path, colour):
+    """(n, 2): the places (y, x) of the pixels that are nearly of this colour."""
+    return np.argwhere(np.abs(np.asarray(Image.open(path)).astype(int) - colour).sum(-1) < 60)
+
+
 def test_save_plot(tmp_path):
-    curves = {
-        "loss": (range(5), [4, 3, None, math.nan, 1]),
-        "empty": ([], []),
-        "point": ([2], [2.0]),
-    }
-    common.save_plot(tmp_path / "p.png", curves, "title", "step", "loss")
-    common.save_plot(
-        tmp_path / "q.png", {"Edema 0.5": ([0, 1], [0, 1])}, "ROC", "x", "y", diagonal=True
-    )
-    common.save_plot(tmp_path / "r.png", {}, "nothing", "x", "y")
-    common.save_plot(tmp_path / "s.png", {"flat": ([1, 2], [0.5, 0.5])}, "flat", "x", "y")
-    for name in "pqrs":
-        assert Image.open(tmp_path / f"{name}.png").size[1] == 430
-    blue = (
-        np.abs(np.asarray(Image.open(tmp_path / "p.png")).astype(int) - [31, 119, 180]).sum(-1) < 60
-    ).sum()
-    assert blue > 300
+    losses = {"loss": (range(5), [4, 3, None, math.nan, 1]), "empty": ([], []), "point": ([2], [2])}
+    common.save_plot(tmp_path / "p.png", {"loss": losses, "AUROC": {"val": ([0, 4], [0.5, 0.8])}},
+                     "title", "step", (2, "LoRA joins"))
+    roc = {"true": {"Edema 0.5": ([0, 1], [0, 1])}}
+    common.save_plot(tmp_path / "q.png", roc, "ROC", "false", diagonal=True)
+    common.save_plot(tmp_path / "r.png", {"nothing": {}}, "nothing", "x")
+    common.save_plot(tmp_path / "s.png", {"y": {"flat": ([1, 2], [0.5, 0.5])}}, "flat", "x")
     assert not list(tmp_path.glob(".*"))
+    blue = pixels_of(tmp_path / "p.png", [31, 119, 180])
+    blue = blue[blue[:, 1] < 530]  # without the legends
+    above, below = blue[blue[:, 0] < 290], blue[blue[:, 0] > 310]  # two panels below each other
+    for panel, rises in ((above, False), (below, True)):
+        left, right = panel[panel[:, 1].argmin()], panel[panel[:, 1].argmax()]
+        assert abs(left[1] - 75) <= 2 and abs(right[1] - 525) <= 2  # steps 0 and 4 of 0 to 4
+        assert (right[0] < left[0]) == rises and len(panel) > 300
+    marked = pixels_of(tmp_path / "p.png", [0x55] * 3)
+    assert np.bincount(marked[:, 1], minlength=310)[299:303].max() > 400  # in the middle, twice
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([0, 1], [0, 0.2, 0.4, 0.6, 0.8, 1]), ([3, 97], [0, 20, 40, 60, 80, 100]),
+    ([0, 4800], [0, 1000, 2000, 3000, 4000, 5000]), ([0.71, 0.79], [0.7, 0.72, 0.74, 0.76, 0.78, 0.8]),
+    ([-1, 4], [-1, 0, 1, 2, 3, 4]), ([], [0, 0.2, 0.4, 0.6, 0.8, 1])])
+def test_ticks_are_round(values, expected):
+    assert common.ticks(values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ticks_are_around_any_values():
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        values = rng.normal(size=2) * 10.0 ** rng.integers(-9, 9) + rng.choice([0, 1, 1e3])
+        found, span = common.ticks(values), np.ptp(values)
+        assert found[0] <= min(values) + 1e-5 * span and found[-1] >= max(values) - 1e-5 * span
+        step = found[1] - found[0]
+        assert 3 <= len(found) <= 8 and span <= 5.01 * step
+        mantissa = step / 10.0 ** math.floor(math.log10(step) + 1e-6)
+        assert min(abs(mantissa - k) for k in (1, 2, 5)) < 1e-4 or span < 1e-7
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -255,7 +326,6 @@ def test_a_checkpoint_that_would_run_code_is_refused_without_advice(tmp_path):
     for state, code in (
         ({"model": evil}, "touch"),
         (torch.nn.Linear(2, 2), "torch.nn"),
-        ({"a": np.float64(3)}, "numpy"),
     ):
         torch.save(state, tmp_path / "a.pt")
         fails(

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1147,
-    "finetune.py": 787,
+    "finetune.py": 794,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 69,
@@ -17,21 +17,21 @@ BUDGET = {
     "kernels/lora_linear.py": 426,
     "kernels/warp.py": 346,
     "lora.py": 340,
-    "more/__init__.py": 1,
+    "more/__init__.py": 3,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
-    "more/segment.py": 401,
-    "mrm.py": 722,
-    "reggan.py": 906,
-    "support/__init__.py": 1,
+    "more/segment.py": 403,
+    "mrm.py": 719,
+    "reggan.py": 913,
+    "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 162,
-    "support/script.py": 668,
+    "support/script.py": 741,
     "support/tokenizer.py": 124,
     "support/weights.py": 128,
     "vit.py": 211,
 }
-TOTAL = 7522
+TOTAL = 7617
 
 
 def lines_of(name):
