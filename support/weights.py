@@ -15,7 +15,7 @@ from support.script import InputError, checkpoint_file, load_checkpoint
 ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its tensors' names begin
 # What other ViTs compute with beside these parts: tokens, a norm before the blocks, other positions
-FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|norm_pre|ln_pre|rel_pos|rope")
+FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|distil|norm_pre|ln_pre|rel_pos|rope")
 HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: tiny here, timm, MAE
 
 
