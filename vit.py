@@ -13,8 +13,7 @@ One batch of the demo: X-rays (32, 1, 48, 48) -> 16 patches of 12 x 12 pixels (3
 (32, 4, 17, 32) each -> (32, 17, 128) -> mean of the patch tokens (32, 128) -> 7 logits (32, 7)
 
 Paper: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; sin-cos positions as in MAE.
-Next: mrm.py. Shapes: B batch, N patches, D width, p pixels a side of a patch, C channels.
-"""
+Next: mrm.py. Shapes: B batch, N patches, D width, p pixels a side of a patch, C channels."""
 import math
 
 import torch
@@ -156,8 +155,8 @@ class ViT(nn.Module):
         side = img_size // patch_size
         if side % pool:
             raise ValueError(f"pool {pool} must divide the {side} patches a side")
+        self.pool = pool  # regions a side whose means the head sees
         self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
-        self.pool = pool
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, side))

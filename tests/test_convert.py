@@ -321,7 +321,7 @@ def test_folders_that_are_no_new_folder_are_refused(folder, tmp_path):
 
 def test_films_without_a_right_copy_are_named(folder, tmp_path):
     (folder / "images/b.png").write_bytes(b"no picture")
-    with pytest.raises(script.InputError, match="1 of 9 files have no right copy: .*b.png: expected"):
+    with pytest.raises(script.InputError, match="1 of 9 files have no .*b.png: expected"):
         convert.shrink(convert.ConvertConfig(root=str(folder), out=str(tmp_path / "x"), size=30))
     (folder / "images/b.png").unlink()
     # 12 bits by its finest detail alone, which a smaller copy does not have: a run would take the

@@ -279,7 +279,8 @@ def test_the_plain_form_in_the_head_is_the_layer():
     """The eight lines are run as they stand there, and equal `LoRALinear` with one part."""
     lines = lora.__doc__.splitlines()
     first = next(i for i, line in enumerate(lines) if "class PlainLoRA" in line)
-    code, names = "\n".join(line[4:] for line in lines[first : first + 8]), dict(vars(lora), F=nn.functional)
+    code = "\n".join(line[4:] for line in lines[first : first + 8])
+    names = dict(vars(lora), F=nn.functional)
     exec(code, names)
     torch.manual_seed(0)
     layer, linear = random_layer((True,)), nn.Linear(10, 12)
