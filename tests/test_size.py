@@ -18,6 +18,7 @@ BUDGET = {
     "kernels/warp.py": 346,
     "lora.py": 340,
     "more/__init__.py": 3,
+    "more/convert.py": 219,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
     "more/segment.py": 403,
@@ -29,9 +30,9 @@ BUDGET = {
     "support/script.py": 741,
     "support/tokenizer.py": 124,
     "support/weights.py": 128,
-    "vit.py": 211,
+    "vit.py": 210,
 }
-TOTAL = 7617
+TOTAL = 7835
 
 
 def lines_of(name):
