@@ -1,4 +1,4 @@
-"""Fine-tuning of a pretrained ViT to classify radiographs, on 1, 10 or 100 % of their labels.
+"""Fine-tuning of a pretrained ViT to classify X-rays, on 1, 10 or 100 % of their labels.
 
     python finetune.py --lora        # from nothing: demo records, demo MRM, LoRA, test AUROC
     python finetune.py --data nih --root DIR --ratio 1 --weights MRM.pth --lora  # the paper's cell
@@ -10,34 +10,18 @@
 Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better",
 2024 (LoRA).
 
-One batch of the demo: random crops of films (32, 1, 96, 96) are resized to (32, 1, 48, 48), the ViT
-makes 16 patches and a class token of each, (32, 17, 128), and fc_norm and the head turn the mean
-over the patches, (32, 128), into logits (32, 7). The loss is the binary cross-entropy of each
-finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since a film may show several.
-`--method` decides what learns: "full" everything, "lora" two thin matrices beside q and v of each
-block (lora.py), fc_norm and the head, "linear" fc_norm and the head alone.
+One batch of the demo: random crops of X-rays (32, 1, 96, 96) are resized to (32, 1, 48, 48), the
+ViT makes 16 patches and a class token of each, (32, 17, 128), and fc_norm and the head turn the
+mean over the patches, (32, 128), into logits (32, 7). The loss is the binary cross-entropy of each
+finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since an X-ray may show several.
 
-The options that nobody types come from a recipe (support/recipes.py): the papers', by data set,
-method and percent of labels, for a ViT-B; else ours, by the number of training images. On the
-demo's 10 %, full and LoRA train the head alone for the first half of their steps (`set_rates`).
+`--method` says what learns: "full" everything, "lora" two thin matrices beside q and v of each
+block, fc_norm and the head, "linear" fc_norm and the head alone. lora.py says what LoRA saves.
 
-Read down to "Options" for the methods: model, optimiser, AUROC, the loop. Before this file comes
-mrm.py, after it more/segment.py or kernels/warp.py.
-
-Where this file departs from their official code, and why:
- 1. The model is chosen on the validation list and tested once, at the end. The official MRM code
-    tests every few hundred steps. Its validation lists for NIH, CheXpert, RSNA and COVID-19 share
-    no image with the test lists; SIIM's share 124.
- 2. AUROC is computed over all samples of all processes, with a bootstrap interval. A class with one
-    label present is undefined, is reported as such and is left out of the mean.
- 3. Parameters are counted after freezing, LoRA apart from the head.
- 4. An adapter file holds LoRA + fc_norm + head and names its base weights. An official checkpoint
-    holds everything.
- 5. Images are resized bicubically; MRM's full fine-tuning does it bilinearly. The last batch of an
-    epoch takes the first images of the next one; the LoRA paper drops it. RSNA's DICOM passes
-    through its LUTs and window; the official code divides the stored numbers by their maximum.
- 6. Autocast is bfloat16 instead of float16. Crops are cut out of films whose shorter side is twice
-    the input's. MRM's full fine-tuning is validated 10 times, there every few hundred steps.
+A recipe (support/recipes.py) sets the options that nobody types: the papers', by data set, method
+and percent of labels, for a ViT-B; else ours, by the number of training images. Before this file
+comes mrm.py, after it more/segment.py or kernels/warp.py. tests/departures.md lists where it
+differs from the official code.
 
 Shapes: B batch, n samples, k classes.
 """
@@ -68,21 +52,41 @@ from support.script import (
     run_cells, run_script, save_checkpoint, save_plot, save_state, scaler_for, seed, seed_rank,
     share_of_batch, warn, with_dtype, write_csv, write_text,
 )
-from support.recipes import FAMILIES, PAPER_SETS, recipe_for, strong_augment
+from support.recipes import PAPER_SETS, RECIPES, recipe_for
 from support.weights import encoder_sizes, load_encoder, read_weights
 
 # --------------------------------------------------------------------------------------------------
 # Model, loss, optimiser, learning rate
 
 
+def train_all(model, config):
+    """Everything learns, as it does in a new model."""
+
+
+def train_head(model, config):
+    """fc_norm and the head alone learn."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(lora.part_of(name) == "head")
+
+
+def train_lora(model, config, targets="qv"):
+    """LoRA beside the layers that `targets` names, fc_norm and the head learn."""
+    lora.add_lora(model, config.rank, config.alpha, config.dropout, lora.TARGETS[targets])
+
+
+# What --method may be: each function freezes what does not learn. lora-qkv and lora-all go beyond
+# the paper, whose LoRA stands beside q and v
+METHODS = {"full": train_all, "linear": train_head, "lora": train_lora}
+METHODS |= {f"lora-{name}": functools.partial(train_lora, targets=name)
+            for name in lora.TARGETS if name != "qv"}
+
+
 def choose_parameters(model, config):
-    """Freezes what `config.method` does not train; for LoRA, adds it. Returns the model."""
-    if config.method == "lora":
-        targets = lora.TARGETS[config.targets]
-        lora.add_lora(model, config.rank, config.alpha, config.dropout, targets)
-    elif config.method == "linear":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(lora.part_of(name) == "head")
+    """Freezes what `config.method` does not train. Returns the model. Raises InputError for a
+    method that METHODS does not hold."""
+    if config.method not in METHODS:
+        raise InputError("--method", f"one of {', '.join(METHODS)}", config.method)
+    METHODS[config.method](model, config)
     return model
 
 
@@ -93,6 +97,8 @@ def build_model(config, sizes, classes, tensors=None):
         model = vit.ViT(**sizes, num_classes=classes, drop_path=config.drop_path, pool=config.pool)
     except ValueError as error:
         raise InputError(f"{config.weights}: {error}") from None
+    # As in both papers. A head near 0 gives every finding a probability of 1/2 and passes hardly any
+    # gradient down: so the head learns first, before its noise reaches the pretrained blocks
     nn.init.normal_(model.head.weight, std=2e-5)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
@@ -106,7 +112,7 @@ def label_loss(logits, labels):
     return (loss * known).sum() / known.sum().clamp(min=1)
 
 
-def make_optimizer(model, config):
+def optimizer_by_layer(model, config):
     """SGD or AdamW. Layer i learns at layer_decay^(d + 1 - i) of the rate (BEiT): the embeddings
     are layer 0, the d blocks layers 1 to d, fc_norm and the head layer d + 1.
     """
@@ -129,6 +135,9 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(list(groups.values()), lr=config.lr)
 
 
+PROBE_LR = 1e-2  # peak learning rate of the head while it learns alone
+
+
 def set_rates(optimizer, config, step, steps):
     """Gives each group its learning rate of `step`.
 
@@ -139,7 +148,7 @@ def set_rates(optimizer, config, step, steps):
     """
     alone = round(config.probe * steps)
     if step < alone:
-        lr = mrm.cosine_lr(step, alone, round(config.warmup * alone), config.probe_lr, floor=1e-6)
+        lr = mrm.cosine_lr(step, alone, round(config.warmup * alone), PROBE_LR, floor=1e-6)
         for group in optimizer.param_groups:
             group["lr"] = lr if group["is_head"] else 0.0
         return
@@ -157,14 +166,15 @@ def weighted_auroc(scores, labels, weights):
     """Area under the ROC curve of one class for R weightings of the samples.
 
     AUROC = P(score of a positive > score of a negative) + P(equal) / 2, the Mann-Whitney statistic.
-    scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only. Raises
-    InputError for scores that are not finite, which have no order.
+    scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only. A
+    label of NaN is unknown and does not count. Raises InputError for scores that are not finite,
+    which have no order.
     """
     if not np.isfinite(scores).all():
         raise InputError("AUROC", "finite scores", f"{np.sum(~np.isfinite(scores))} that are not")
     order = np.argsort(scores, kind="stable")
-    order = order[~np.isnan(labels[order])]  # an unknown label does not count
-    scores, labels, weights = scores[order], labels[order], weights[:, order]
+    weights = (weights * ~np.isnan(labels))[:, order]
+    scores, labels = scores[order], np.nan_to_num(labels[order])
     groups = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # where a new score begins
     positive = np.add.reduceat(weights * labels, groups, axis=1)  # (R, groups): ties count together
     negative = np.add.reduceat(weights * (1 - labels), groups, axis=1)
@@ -176,7 +186,7 @@ def weighted_auroc(scores, labels, weights):
 
 def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
     """AUROC of each class, and of each class in each of `resamples` draws of n from the n samples.
-    Films are drawn, although a patient may have several: on the demo, drawing its patients moves
+    Images are drawn, although a patient may have several: on the demo, drawing its patients moves
     the ends of the interval by 0.001.
 
     scores, labels (n, k). Returns (classes that have both labels, AUROC of each, array (classes,
@@ -234,17 +244,17 @@ def roc_curve(scores, labels):
 
 
 @torch.no_grad()
-def predict(model, images, config, device, rank=0, world=1):
+def predict(model, image_set, config, device, rank=0, world=1):
     """The model's output for each image of an ImageSet, in its order: (n, ...). Every process
     computes a share of it."""
     autocast, outputs, rows = autocast_for(config, device), [], []
     for buffer in model.buffers() if world > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # a batch norm has seen other images in each process
     model.eval()
-    for batch, index in data.eval_batches(images, 32, rank, world, config.workers):
+    for images, index in data.eval_batches(image_set, 32, rank, world, config.workers):
         with autocast():
-            batch = data.normalize(batch[:, :1].to(device), config.mean, config.std)
-            outputs.append(model(batch).float().cpu())
+            images = data.normalize(images.to(device), config.mean, config.std)
+            outputs.append(model(images).float().cpu())
         rows.append(index)
     model.train()
     shares = from_all((outputs, rows), world)
@@ -266,12 +276,15 @@ def trained_tensors(model):
             for name, tensor in [*trained, *model.named_buffers()]}
 
 
-def train(config, model, parts, steps, saved, facts, log, device, world,
-          loss_function=label_loss, score=score_labels):
+def train(config, model, parts, steps, saved, facts, log, device, world, targets,
+          loss_function, score):
     """The training loop. Returns the scores, step and trained tensors of the state that was best on
-    the validation list."""
-    images, labels = parts["train"].images, parts["train"].labels.to(device)
-    optimizer = make_optimizer(model, config)
+    the validation list.
+
+    targets(images, rows) -> (images, targets): what the model sees of a batch of the training set,
+    whose rows those are, and what `loss_function(logits, targets)` compares its output with.
+    score(outputs, part) -> what is logged of a validation list; its first number chooses."""
+    train_set, optimizer = parts["train"].images, optimizer_by_layer(model, config)
     autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     step, losses, best, best_score = 0, [], None, -1.0
@@ -282,7 +295,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
         step, losses, best = saved["step"], saved["losses"], saved["best"]
         best_score = saved["best_score"]
     share, passes = share_of_batch(config, world), config.accumulate
-    batches = Timed(data.train_batches(images, share, step * passes, steps * passes,
+    batches = Timed(data.train_batches(train_set, share, step * passes, steps * passes,
                                               config.seed, log.rank, world, config.workers),
                            device, world)
     every = max(1, steps // config.evaluations)
@@ -299,22 +312,20 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
             set_rates(optimizer, config, step, steps)
             loss_of_step, seen = torch.zeros((), device=device), []
             for _ in range(passes):
-                films, rows = next(batches)
-                films = films.to(device, non_blocking=True)
-                # A segmentation's masks come as the second channel
-                targets = films[:, 1:] if films.shape[1] == 2 else labels[rows.to(device)]
+                images, rows = next(batches)
+                images, wanted = targets(images.to(device, non_blocking=True), rows)
                 with autocast():
-                    logits = parallel(data.normalize(films[:, :1], config.mean, config.std))
+                    logits = parallel(data.normalize(images, config.mean, config.std))
                 # The loss is float32: its gradient, probability - label, is near 0 for most
                 # labels, and bfloat16 would round it to two or three digits
-                loss = loss_function(logits.float(), targets)
+                loss = loss_function(logits.float(), wanted)
                 scaler.scale(loss / passes).backward()
                 loss_of_step += loss.detach() / passes
                 seen += rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
-            check_finite(step + 1, images.paths, seen, scaler, loss=loss_of_step, gradient=norm)
+            check_finite(step + 1, train_set.paths, seen, scaler, loss=loss_of_step, gradient=norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -341,12 +352,14 @@ def train(config, model, parts, steps, saved, facts, log, device, world,
 # --------------------------------------------------------------------------------------------------
 # Options
 
-TARGETS, UNCERTAIN = list(lora.TARGETS), list(data.UNCERTAIN)
+UNCERTAIN = data.UNCERTAIN  # (in the class below, `data` is an option)
+recipe_value = functools.partial(option, None, typed=False)  # an option that a recipe alone sets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
-    script: ClassVar = "finetune"
+class TuneConfig(RunConfig):
+    """What the loop needs, whatever it trains."""
+
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
@@ -354,11 +367,7 @@ class FinetuneConfig(RunConfig):
                         within="[1, 100]")
     weights: str = option(None, "checkpoint, run folder, scratch or scratch-PRESET (default: the "
                           "demo MRM, made on first use)")
-    base: str = option("", "base weights of an adapter to predict by, where they moved", free=True)
-    recipe: str = option(None, "whose values the options take (default: mrm for a ViT-B on the "
-                         "papers' data, else small)", choices=FAMILIES)
-    method: str = option(None, "what is trained: everything; LoRA + fc_norm + head; fc_norm + head "
-                         "(default: full)", choices=["full", "lora", "linear"])
+    method: str = option(None, "what learns (default: full)", choices=METHODS)
     lora: bool = option(False, "short for --method lora", free=True)
     uncertain: str = option(None, "what a label of -1 becomes: 1, 0 or unknown (default: refused; "
                             "CheXpert's: ones)", choices=UNCERTAIN)
@@ -367,27 +376,18 @@ class FinetuneConfig(RunConfig):
                         within="[1, 65535]")
     rank: int = option(None, "rank of LoRA", within="[1, inf)")
     alpha: float = option(None, "LoRA is scaled by alpha / rank", within="(0, inf)")
-    targets: str = option("qv", "what LoRA adapts: q and v, as the paper; q, k and v; or every "
-                          "linear layer of the blocks", choices=TARGETS)
-    dropout: float = option(0.1, "dropout on the input of LoRA's A", within="[0, 1)")
-    optimizer: str = option(None, "sgd (momentum 0.9) or adamw", choices=["sgd", "adamw"])
-    weight_decay: float = option(None, "weight decay of the optimiser", within="[0, inf)")
-    layer_decay: float = option(None, "learning rate of a block / of the next", within="(0, 1]")
-    warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
+    dropout: float = recipe_value("dropout on the input of LoRA's A", within="[0, 1)")
+    optimizer: str = recipe_value("sgd (momentum 0.9) or adamw")
+    weight_decay: float = recipe_value("weight decay of the optimiser", within="[0, inf)")
+    layer_decay: float = recipe_value("learning rate of a block / of the next", within="(0, 1]")
+    warmup: float = recipe_value("share of the steps in which the rate rises", within="[0, 1]")
     probe: float = option(None, "share of the steps, at the start, in which fc_norm and head alone "
                           "learn (Kumar et al., 2022)", within="[0, 1)")
-    probe_lr: float = option(1e-2, "peak learning rate of that share", within="(0, inf)")
-    pool: int = option(1, "the head sees the mean of each of pool x pool regions, instead of one "
-                       "mean of all patches, which knows no places", within="[1, inf)")
-    drop_path: float = option(None, "chance to skip a branch of the last block", within="[0, 1)")
+    drop_path: float = recipe_value("chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     flip: bool = option(None, "flip training images left-right at random")
-    randaugment: bool = option(None, "RandAugment on training images")
-    erasing: float = option(None, "chance to fill a box of an image with noise", within="[0, 1]")
-    test_side: int = option(None, "pixels of the shorter side before the central crop of a test "
-                            "image (default: img_size)", within="[1, inf)")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
-    clip: float = option(None, "largest norm of the gradients; 0: any", within="[0, inf)")
+    clip: float = recipe_value("largest norm of the gradients; 0: any", within="[0, inf)")
     mean: float = option(None, "mean of the pixels in [0, 1] (default: the weights', else MRM's)")
     std: float = option(None, "deviation of the pixels", within="(0, inf)")
     img_size: int = option(None, "pixels a side (default: the weights')", within="[1, inf)")
@@ -395,13 +395,32 @@ class FinetuneConfig(RunConfig):
     evaluations: int = option(None, "times the validation list is evaluated; the best state is "
                               "kept", within="[1, inf)")
     predict: str = option("", "folder of images: predict by --weights, and stop", free=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TuneConfig):
+    """What classification adds. A file of more/ for other weights derives its own class, with its
+    recipes, and passes it to `main`."""
+
+    script: ClassVar = "finetune"
+    recipes: ClassVar = RECIPES  # the published ones
+    paper: ClassVar = "mrm"  # the family of recipes that a ViT-B takes on the papers' data
+    test_share: ClassVar = 1.0  # of the shorter side of a test image: the side of its central crop
+    recipe: str = option(None, "whose values the options take (default: mrm for a ViT-B on the "
+                         "papers' data, else small)", choices=["mrm", "medpeft", "small"])
+    pool: int = option(1, "the head sees the mean of each of pool x pool regions, instead of one "
+                       "mean of all patches, which knows no places", within="[1, inf)")
     compare: bool = option(False, "run methods x inits x ratios x seeds, and stop", free=True)
-    methods: str = option("full,lora,linear", "for --compare", free=True)
+    methods: str = option("linear,lora,lora-all,full", "for --compare", free=True)
     ratios: str = option("1,10,100", "for --compare", free=True)
     inits: str = option("mrm", "for --compare: of mrm, image-only, report-only (the demo's), "
                         "scratch, checkpoints and run folders", free=True)
     seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and, on the demo, "
                         "of pretraining", within="[1, inf)", free=True)
+
+    def augment(self, images, generator):
+        """Crops (B, 1, img_size, img_size) of training images."""
+        return data.crop_and_flip(images, generator, self.img_size, self.min_crop, self.flip)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,7 +438,7 @@ def read_lists(config):
                                      config.uncertain, config.skip_bad)
     if len(parts["val"].names) < 20:
         warn(f"{len(parts['val'].names)} validation images choose the model, which is "
-                    "little more than chance")
+             "little more than chance")
     for one, other in itertools.combinations(parts, 2):
         both = sum(data.seen(parts[other].owners, data.marks(parts[one].owners)))
         if both:
@@ -430,17 +449,13 @@ def read_lists(config):
 
 def load_images(parts, config):
     """Gives each part its images, decoded into memory where they fit."""
-    augment = functools.partial(data.crop_and_flip, side=config.img_size,
-                                min_crop=config.min_crop, flip=config.flip)
-    if config.randaugment or config.erasing:
-        augment = functools.partial(strong_augment, augment, config.randaugment, config.erasing,
-                                    config.mean, config.std)
+    test_side = round(config.img_size / config.test_share)
     for name, part in parts.items():
         if name == "train":
-            part.images = data.ImageSet(part.paths, 2 * config.img_size, augment, config.seed,
-                                        white=config.white)
+            part.images = data.ImageSet(part.paths, 2 * config.img_size, config.augment,
+                                        config.seed, white=config.white)
         else:
-            part.images = data.ImageSet(part.paths, config.test_side, crop=config.img_size,
+            part.images = data.ImageSet(part.paths, test_side, crop=config.img_size,
                                         white=config.white)
         part.images.preload()
 
@@ -463,33 +478,34 @@ def pretrain_demo(config, init="mrm", seed=0):
     return str(folder)
 
 
-def read_start(config, classes=None):
+def starting_weights(config, classes=None):
     """What a run starts from: (tensors by name or None for a random start, all that the file
     holds). fc_norm and head are left out where the file does not name `classes` in their order."""
     if config.weights in SCRATCH:
         preset = config.weights.removeprefix("scratch").removeprefix("-") or "tiny"
         return None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}
     path = checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
-    tensors, known = read_weights(path)
-    if "adapter" in known:
+    tensors, held = read_weights(path)
+    if "adapter" in held:
         raise InputError(path, "a ViT (python lora.py merge makes one of an adapter)", "an adapter")
-    if known.get("classes") != classes:
+    if held.get("classes") != classes:
         tensors = {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}
-    return tensors, known
+    return tensors, held
 
 
-def fill_options(config, tensors, known, images):
+def take_recipe(config, tensors, held, images):
     """(`config` filled from what a run starts from and from its recipe, for a training list of
     `images`; the sizes of the ViT)."""
-    sizes = encoder_sizes(tensors, known, config.weights, config.num_heads)
+    sizes = encoder_sizes(tensors, held, config.weights, config.num_heads)
     paper = sizes["embed_dim"] == 768 and config.data in PAPER_SETS
-    config = dataclasses.replace(config, recipe=config.recipe or ("mrm" if paper else "small"))
-    recipe = recipe_for(config.recipe, config.method, config.data, config.ratio, images)
-    stated = {"mean": known.get("mean", mrm.MEAN), "std": known.get("std", mrm.STD)}
+    published = paper and config.method in ("full", "lora")
+    recipe = config.recipe or (config.paper if published else "small")
+    config = dataclasses.replace(config, recipe=recipe)
+    stated = {"mean": held.get("mean", mrm.MEAN), "std": held.get("std", mrm.STD)}
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
-    config = fill(config, stated | named | recipe)
-    config = fill(config, {"test_side": config.img_size})
-    print(f"recipe: {config.recipe} for {config.method}; config.json has its values")
+    config = fill(config, stated | named | recipe_for(
+        config.recipes, recipe, config.method, config.data, config.ratio, images))
+    print(f"recipe: {recipe} for {config.method}; config.json has its values")
     return config, sizes | {"img_size": config.img_size}
 
 
@@ -497,10 +513,11 @@ def fill_options(config, tensors, known, images):
 # One run
 
 
-def fill_cell(config, out="runs/finetune"):
+def fill_cell(config):
     """`config` with the method, the percent of the labels and the folder of a run."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
+    out = f"runs/{config.script.rpartition('.')[2]}"
     return fill(config, {"out": out, "method": "lora" if config.lora else "full",
                          "ratio": 10 if config.data == "demo" else 100})
 
@@ -531,8 +548,8 @@ def finetune(config):
     for name, part in parts.items():
         if not any({0.0, 1.0} <= set(column) for column in part.labels.T.tolist()):
             raise InputError(f"the {name} list", "both labels of at least one class", "one in each")
-    tensors, known = read_start(config, classes)
-    config, sizes = fill_options(config, tensors, known, len(parts["train"].names))
+    tensors, held = starting_weights(config, classes)
+    config, sizes = take_recipe(config, tensors, held, len(parts["train"].names))
     config = even_batch(config, world)
     steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
     seed(config.seed)  # here, because pretraining the demo MRM must not change this run
@@ -543,13 +560,15 @@ def finetune(config):
     load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     describe(config, model, len(parts["train"].names), steps, device, rank)
-    warn_of_trained(config, parts["test"], known)
+    warn_of_trained(config, parts["test"], held)
     if rank == 0:  # a table is divided here; whoever reports a number wants to know how
         write_csv(log.out / "split.csv", ["image", "split"],
-                         [[name, part] for part, listed in parts.items() for name in listed.names])
-    best = train(config, model, parts, steps, saved, facts, log, device, world)
-    about = {"classes": classes, "pool": config.pool, "test_side": config.test_side}
-    save_best(config, model, parts, best, sizes, tensors, known, log, about)
+                  [[name, part] for part, listed in parts.items() for name in listed.names])
+    labels = parts["train"].labels.to(device)
+    best = train(config, model, parts, steps, saved, facts, log, device, world,
+                 lambda images, rows: (images, labels[rows.to(device)]), label_loss, score_labels)
+    about = {"classes": classes, "pool": config.pool, "test_side": parts["test"].images.size}
+    save_best(config, model, parts, best, sizes, tensors, held, log, about)
     scores = predict(model, parts["test"].images, config, device, rank, world).numpy()
     return write_results(config, model, parts, classes, scores, best, log)
 
@@ -572,23 +591,23 @@ def describe(config, model, images, steps, device, rank):
               f"{device}")
 
 
-def warn_of_trained(config, part, known):
-    """Warns where the weights of a run were trained on films, or on patients, of its test list."""
-    seen = data.seen(part.owners, set(known.get("trained_on", ())))
+def warn_of_trained(config, part, held):
+    """Warns where the weights of a run were trained on images, or on patients, of its test list."""
+    seen = data.seen(part.owners, set(held.get("trained_on", ())))
     if any(seen):
         warn(f"{config.weights}: {sum(seen)} of {len(seen)} test images are of a patient that "
              "was trained on before; test scores of other patients may be lower")
 
 
-def save_best(config, model, parts, best, sizes, tensors, known, log, about):
+def save_best(config, model, parts, best, sizes, tensors, held, log, about):
     """Puts the state that was best on val into `model`, and writes adapter.pt or best.pt: with it
     all that `load_run` needs. An adapter whose base is a random start brings it along."""
     model.load_state_dict(best["trained"], strict=False)
     own = data.marks(parts["train"].owners)
     about = about | {"script": config.script, "sizes": sizes, "mean": config.mean,
                      "std": config.std, "white": config.white,
-                     "trained_on": sorted({*own, *known.get("trained_on", ())})}
-    if log.rank == 0 and config.method == "lora":
+                     "trained_on": sorted({*own, *held.get("trained_on", ())})}
+    if log.rank == 0 and lora.lora_layers(model):
         base, state = config.weights, model.state_dict()
         if tensors is None:
             base = log.out / "base.pt"
@@ -658,12 +677,11 @@ def write_predictions(out, names, classes, probabilities, labels=None):
 # Prediction
 
 
-def load_run(folder, base="", make=None, script="finetune"):
-    """The model of a finished run (its folder, adapter.pt or best.pt), merged.
+def load_run(folder, script="finetune", make=None):
+    """The model of a finished run of `script` (its folder, adapter.pt or best.pt), merged.
 
-    base: the base weights of an adapter, where they have moved; make(saved): the network of the
-    runs of another `script`. Returns (network in eval mode, all that the file holds). Raises
-    InputError for any other file, and for base weights that have changed.
+    make(saved): the network, where it is no classifier. Returns (network in eval mode, all that the
+    file holds). Raises InputError for any other file, and for base weights that have changed.
     """
     path = checkpoint_file(folder, "adapter.pt", "best.pt")
     saved = load_checkpoint(path)
@@ -679,7 +697,7 @@ def load_run(folder, base="", make=None, script="finetune"):
         sizes = encoder_sizes({}, saved, path)
         model = vit.ViT(**sizes, num_classes=len(saved["classes"]), pool=saved.get("pool", 1))
     if "adapter" in saved:
-        base, tensors = lora.read_base(path, saved, base)
+        base, tensors = lora.read_base(path, saved)
         load_encoder(model, tensors, base)
         lora.load_adapter(model, path)
         lora.merge_lora(model)
@@ -695,9 +713,8 @@ def predict_folder(config):
     """Writes OUT/predictions.csv for every image below the folder `config.predict`."""
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
-    model, saved = load_run(config.weights, config.base)
-    config = fill(config, {"out": "runs/predict", "mean": saved["mean"],
-                                  "std": saved["std"]})
+    model, saved = load_run(config.weights, config.script)
+    config = fill(config, {"out": "runs/predict", "mean": saved["mean"], "std": saved["std"]})
     device, _, _ = join(config)
     config = with_dtype(config, device, width=model.cls_token.shape[-1])
     paths = data.list_images(config.predict)
@@ -714,23 +731,25 @@ def predict_folder(config):
 
 
 def list_cells(config):
-    """The cells of a comparison: {(init, method, percent of labels, seed): configuration}. Raises
-    InputError for a name that is not known, before any run."""
-    inits, methods, ratios = (getattr(config, name).split(",")
-                              for name in ("inits", "methods", "ratios"))
-    known = {"--methods": (methods, ["full", "lora", "linear"]),
-             "--ratios": (ratios, ["1", "10", "100"]),
-             "--inits": ([x for x in inits if not Path(x).exists()], DEMO_INITS + SCRATCH)}
-    for flag, (given, allowed) in known.items():
-        if not set(given) <= set(allowed):
-            raise InputError(flag, f"some of {', '.join(allowed)}", ",".join(given))
+    """The cells of a comparison: {name: ((init, method, percent of labels), configuration)}. Raises
+    InputError for a name that is not known or comes twice, before any run."""
+    lists = {name: getattr(config, name).split(",") for name in ("inits", "methods", "ratios")}
+    starts = [*DEMO_INITS, *SCRATCH, *filter(os.path.exists, lists["inits"])]
+    allowed = {"inits": starts, "methods": METHODS, "ratios": ["1", "10", "100"]}
+    for name, given in lists.items():
+        if not set(given) <= set(allowed[name]):
+            raise InputError(f"--{name}", f"some of {', '.join(allowed[name])}", ",".join(given))
+        if len({Path(one).name for one in given}) < len(given):
+            raise InputError(f"--{name}", "names that differ", ",".join(given))
     for typed in ("lora", "method", "ratio", "weights"):
         if getattr(config, typed):
             raise InputError("--compare", "--methods, --ratios and --inits", f"--{typed}")
-    seeds = range(config.seed, config.seed + config.seeds)
-    return {(init, method, ratio, seed): dataclasses.replace(
-                config, weights=init, method=method, ratio=int(ratio), seed=seed, compare=False)
-            for init, method, ratio, seed in itertools.product(inits, methods, ratios, seeds)}
+    cells, seeds = {}, range(config.seed, config.seed + config.seeds)
+    for init, method, ratio, number in itertools.product(*lists.values(), seeds):
+        cell = dataclasses.replace(config, weights=init, method=method, ratio=int(ratio),
+                                   seed=number, compare=False)
+        cells[f"{Path(init).name}-{method}-{ratio}-{number}"] = (init, method, ratio), cell
+    return cells
 
 
 def read_draws(path, classes):
@@ -744,23 +763,23 @@ def compare(config):
     """Runs every init x method x ratio over the seeds; writes OUT/compare.md and compare.csv. A
     finished run is kept in its folder and not repeated. The demo's weights are pretrained once for
     each seed, on first use."""
-    out, rows = Path(config.out or "runs/compare"), {}
-    cells = list_cells(config)
-    names = {"-".join([Path(key[0]).name, *map(str, key[1:])]): key for key in cells}
-    if len(names) < len(cells) or len(set(config.inits.split(","))) < config.inits.count(",") + 1:
-        raise InputError("--inits", "names that differ, since they name the rows", config.inits)
-    runs = run_cells(out, {name: cells[key] for name, key in names.items()}, finetune)
-    for name, result in runs:
+    out, cells, rows = Path(config.out or "runs/compare"), list_cells(config), {}
+    configs = {name: cell for name, (_, cell) in cells.items()}
+    for name, result in run_cells(out, configs, finetune):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
-        rows.setdefault(names[name][:3], []).append((result, draws))
-    table = [[Path(init).name, method, ratio,
-              mean_and_deviation([result["auroc"] for result, _ in row], 3),
-              " ".join(f"{result['auroc']:.3f}" for result, _ in row), f"{row[0][0]['lr']:g}",
-              f"{100 * row[0][0]['trainable_parameters'] / row[0][0]['total_parameters']:.2f}",
-              row[0][0]["images"]["train"]] for (init, method, ratio), row in rows.items()]
+        rows.setdefault(cells[name][0], []).append((result, draws))
+    rows = dict(sorted(rows.items(), key=lambda row: int(row[0][2])))  # a block for each ratio
     header = ["pretraining", "method", "labels %", "test AUROC", "each seed", "lr", "trained %",
               "training images"]
-    pairs = [compare_rows(a, b, rows[a], rows[b]) for a, b in itertools.combinations(rows, 2)
+    table = []
+    for (init, method, ratio), runs in rows.items():
+        results, first = [result for result, _ in runs], runs[0][0]
+        scores = [result["auroc"] for result in results]
+        trained = 100 * first["trainable_parameters"] / first["total_parameters"]
+        table.append([Path(init).name, method, ratio, mean_and_deviation(scores, 3),
+                      " ".join(f"{score:.3f}" for score in scores), f"{first['lr']:g}",
+                      f"{trained:.2f}", first["images"]["train"]])
+    pairs = [compare_rows(a, b, rows[a], rows[b]) for b, a in itertools.combinations(rows, 2)
              if a[2] == b[2] and (a[0] == b[0] or a[1] == b[1])]
     paired = ["labels %", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
     text = markdown_table(header, table) + "\n" + markdown_table(paired, pairs)
@@ -780,8 +799,9 @@ def compare_rows(a, b, first, second):
             f"{sum(np.array(gains) > 0)} of {len(gains)}"]
 
 
-def main():
-    config = parse_config(FinetuneConfig, description=__doc__)
+def main(config_class=FinetuneConfig, description=__doc__):
+    """Does what the command line says. A file of more/ gives its own options and its own text."""
+    config = parse_config(config_class, description=description)
     if config.compare:
         compare(config)
     elif config.predict:

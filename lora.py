@@ -102,8 +102,8 @@ class LoRALinear(nn.Linear):
 # --------------------------------------------------------------------------------------------------
 # Adding it to a model, and merging
 
-# Which layers of a ViT are adapted (finetune.py --targets): the paper's q and v, and beyond it q, k
-# and v, or every linear layer of the blocks. A layer's own name stands before its parts.
+# Which layers of a ViT are adapted: the paper's q and v, and beyond it (finetune.py --method
+# lora-qkv, lora-all) q, k and v, or all linear layers. A layer's own name stands before its parts.
 TARGETS = {"qv": {"qkv": (True, False, True)}, "qkv": {"qkv": (True, True, True)},
            "all": {"qkv": (True, True, True), "proj": (True,), "fc1": (True,), "fc2": (True,)}}
 
@@ -231,8 +231,8 @@ def read_base(path, saved, given=""):
     places = [Path(weights), Path(path).parent / saved.get("weights_from_here", weights)]
     base = next((place for place in places if weights and place.exists()), None)
     if base is None:
-        raise InputError(f"{path}: its base weights {weights} are not there; give them with "
-                         "--weights (finetune.py: --base)")
+        raise InputError(f"{path}: its base weights {weights} are not there; python lora.py merge "
+                         f"--adapter {path} --weights BASE makes one file of both")
     tensors, _ = read_weights(base)  # MED-PEFT's checkpoint is the base of the adapter in it
     tensors = {name: tensors[name] for name in tensors if "lora_" not in name}
     if saved.get("base_fingerprint") not in (None, fingerprint(tensors)):

@@ -5,15 +5,13 @@
     python -m more.segment --predict DIR --weights runs/segment
 
 Papers: Xiao et al., "Unified Perceptual Parsing", ECCV 2018 (UPerNet); Zhou et al., "Masked Record
-Modeling", ICLR 2023. A mask is a PNG of the film's name and size, 0 and one other value.
+Modeling", ICLR 2023. A mask is a PNG of the X-ray's name and size, 0 and one other value.
 
-One batch of the demo: whole films with their masks, squeezed to (16, 2, 96, 96), of which random
+One batch of the demo: whole X-rays with their masks, squeezed to (16, 2, 96, 96), of which random
 crops are taken; the ViT makes tokens after a third, a half, two thirds and all of its blocks, each
-a map (16, 128, 8, 8), and UPerNet a logit of each pixel (16, 1, 96, 96). The training loop, full,
-LoRA and linear methods are finetune.py's.
-
-Where this file departs from the paper: whole films are squeezed into squares, and the threshold and
-the smallest area are chosen on the validation list (SIIM's shares 124 images with its test list).
+a map (16, 128, 8, 8), and UPerNet a logit of each pixel (16, 1, 96, 96). The loop and what
+`--method` trains are finetune.py's: this file brings it the targets, the loss and the score.
+tests/departures.md lists where it differs from the official code.
 
 Shapes: B batch, n samples, D width, H and W pixels.
 """
@@ -23,6 +21,7 @@ import functools
 import math
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,7 +31,8 @@ from PIL import Image
 
 import data
 import finetune
-from finetune import FinetuneConfig
+from finetune import TuneConfig
+from support.recipes import PLAIN
 from support.script import (
     InputError, RunLog, atomic_write, fill, join, last_state, number_of_steps, option, parse_config,
     run_script, save_grid, seed, with_dtype, write_csv,
@@ -207,8 +207,8 @@ def choose_threshold(logits, masks):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentConfig(FinetuneConfig):
-    script = "more.segment"
+class SegmentConfig(TuneConfig):
+    script: ClassVar = "more.segment"
     masks: str = option("", "folder of masks NAME.png (default: ROOT/masks)")
     norm: str = option("batch", "norm of the head: batch, as published, or group where a process "
                        "takes few images", choices=["batch", "group"])
@@ -217,9 +217,9 @@ class SegmentConfig(FinetuneConfig):
 
 # Options that the weights do not decide: ours for small ViTs, MRM's for SIIM (the batch and the
 # steps, which it does not say, are ours)
-SMALL = dict(optimizer="adamw", weight_decay=0.05, layer_decay=0.65, min_crop=0.5, drop_path=0.0,
-             batch_size=16, steps=600, lr=5e-3, channels=32, rank=4, warmup=0.1, alpha=32.0,
-             probe=0.0, clip=1.0, evaluations=10, flip=False)
+SMALL = PLAIN | dict(optimizer="adamw", weight_decay=0.05, layer_decay=0.65, min_crop=0.5, rank=4,
+                     drop_path=0.0, batch_size=16, steps=600, lr=5e-3, channels=32, warmup=0.1,
+                     flip=False)
 PAPER = SMALL | dict(steps=20000, lr=2e-5, channels=768, img_size=512, drop_path=0.1, warmup=0.05,
                      rank=16)
 
@@ -239,7 +239,7 @@ def read_lists(config):
             empty = set((column == 0).nonzero().flatten().tolist())
         part.masks = data.find_masks(config.masks or Path(root, "masks"),
                                      data.image_keys(root, part.names), empty)
-    train = parts["train"]  # most films have no mask, and a net learns nothing new from them
+    train = parts["train"]  # most X-rays have no mask, and a net learns nothing new from them
     shown = [i for i, mask in enumerate(train.masks) if mask is not None]
     empty = [i for i, mask in enumerate(train.masks) if mask is None]
     few = empty[:: max(1, len(empty) // max(1, len(shown)))]  # about as many as there are masks
@@ -247,32 +247,42 @@ def read_lists(config):
     return parts
 
 
+def image_alone(pairs, generator=None):
+    """The images (B, 1, H, W) of pairs (B, 2, H, W) of an image and its mask."""
+    return torch.stack(list(pairs))[:, :1]
+
+
 def load_images(parts, config):
-    """Gives each part its images and masks, decoded into memory where they fit."""
-    side = config.img_size
-    augment = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop,
-                                flip=config.flip, pair=True)
+    """Gives each part its images, decoded into memory where they fit, and returns the masks of val
+    and test as their images have them: {name: bool (n, H, W)}."""
+    side, masks = config.img_size, {}
+    crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop,
+                             flip=config.flip, pair=True)
     for name, part in parts.items():
-        augments = (2 * side, augment, config.seed) if name == "train" else (side,)
-        part.images = data.ImageSet(part.paths, *augments, masks=part.masks,
-                                    white=config.white).preload()
-
-
-def truth_of(part):
-    """The masks of a part as its images have them: bool (n, H, W)."""
-    masks = torch.cat([pairs[:, 1] > 0.5 for pairs, _ in data.eval_batches(part.images, 64)])
-    if not masks.any():
-        raise InputError("a list of images", "a mask that is not empty", "none")
+        how = (2 * side, crop, config.seed) if name == "train" else (side,)
+        part.images = data.ImageSet(part.paths, *how, masks=part.masks, white=config.white)
+        part.images.preload()
+        if name == "train":
+            continue
+        batches = data.eval_batches(part.images, 64)
+        masks[name] = torch.cat([pairs[:, 1] > 0.5 for pairs, _ in batches])
+        if not masks[name].any():
+            raise InputError(f"the {name} list", "a mask that is not empty", "none")
+        part.images.augment = image_alone  # a model that is tested sees no mask
     return masks
 
 
-def score_masks(logits, part):
-    """What a validation list says of a model: first the best `dice_all`, which chooses, with the
-    threshold and the smallest area that give it."""
-    truth = truth_of(part)
-    chosen = choose_threshold(logits[:, 0], truth)
+def split_pairs(pairs, rows):
+    """What the loop asks for: the images (B, 1, H, W) and their masks, of pairs (B, 2, H, W)."""
+    return pairs[:, :1], pairs[:, 1:]
+
+
+def score_masks(masks, logits, part):
+    """What the validation list, with its masks (n, H, W), says of a model: first the best
+    `dice_all`, which chooses, with the threshold and the smallest area that give it."""
+    chosen = choose_threshold(logits[:, 0], masks)
     return {"val_dice": chosen.pop("dice"),
-            "val_loss": segmentation_loss(logits, truth[:, None].float()).item(), **chosen}
+            "val_loss": segmentation_loss(logits, masks[:, None].float()).item(), **chosen}
 
 
 def build_model(config, sizes, tensors=None):
@@ -287,13 +297,13 @@ def segment(config):
     Leaves in `config.out` what `finetune.finetune` does, and overlays.png instead of roc.png."""
     start = time.time()
     device, rank, world = join(config)
-    config = finetune.fill_cell(fill(config, {"ratio": 100}), "runs/segment")
+    config = finetune.fill_cell(fill(config, {"ratio": 100}))
     parts = read_lists(config)
     config = finetune.fill_weights(config)
-    tensors, known = finetune.read_start(config)
-    sizes = encoder_sizes(tensors, known, config.weights, config.num_heads)
+    tensors, held = finetune.starting_weights(config)
+    sizes = encoder_sizes(tensors, held, config.weights, config.num_heads)
     preset = {"img_size": 2 * sizes["img_size"], "num_heads": sizes["num_heads"],
-              "mean": known.get("mean"), "std": known.get("std")}
+              "mean": held.get("mean"), "std": held.get("std")}
     config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
     sizes = sizes | {"img_size": config.img_size}  # an outline needs more pixels than a finding
     steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
@@ -302,25 +312,26 @@ def segment(config):
     facts = finetune.facts_of(parts, ["mask"], model, world)
     saved = last_state(config, steps, **facts)
     config = with_dtype(config, device, world, saved, sizes["embed_dim"])
-    load_images(parts, config)
+    masks = load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     finetune.describe(config, model, len(parts["train"].names), steps, device, rank)
-    finetune.warn_of_trained(config, parts["test"], known)
+    finetune.warn_of_trained(config, parts["test"], held)
     best = finetune.train(config, model, parts, steps, saved, facts, log, device, world,
-                          segmentation_loss, score_masks)
+                          split_pairs, segmentation_loss,
+                          functools.partial(score_masks, masks["val"]))
     about = {"segment": {"channels": config.channels, "norm": config.norm,
                          "threshold": best["threshold"], "smallest": best["smallest"]}}
-    finetune.save_best(config, model, parts, best, sizes, tensors, known, log, about)
+    finetune.save_best(config, model, parts, best, sizes, tensors, held, log, about)
     logits = finetune.predict(model, parts["test"].images, config, device, rank, world)[:, 0]
     facts = finetune.run_facts(config, model, parts, best, log)
-    return write_results(config, parts["test"], logits, facts, log)
+    return write_results(config, parts["test"], masks["test"], logits, facts, log)
 
 
-def write_results(config, part, logits, facts, log):
+def write_results(config, part, truth, logits, facts, log):
     """Writes result.json, predictions.csv (pixels of each image) and overlays.png, and prints the
-    Dices, from the logits (n, H, W) of the test list, at `config.img_size` pixels a side. Returns
-    the content of result.json, whose areas count pixels of all images."""
-    found, truth = find_pixels(logits, facts["threshold"], facts["smallest"]), truth_of(part)
+    Dices, from the masks and logits (n, H, W) of the test list, at `config.img_size` pixels a side.
+    Returns the content of result.json, whose areas count pixels of all images."""
+    found = find_pixels(logits, facts["threshold"], facts["smallest"])
     counts = both, predicted, true = count_pixels(found, truth)
     result, summary = {}, []
     for name, values in dice_scores(counts, config.img_size**2, 1000).items():
@@ -334,25 +345,25 @@ def write_results(config, part, logits, facts, log):
     if log.rank > 0:
         return result
     write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
-                     [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
+              [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
     dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
     order = [i for i in dice.argsort() if true[i] > 0]
     for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
-        film = part.images[i][0][:1].expand(3, -1, -1)
-        rows.append([film, overlay(film, truth[i]), overlay(film, found[i])])
+        image = part.images[[i], 0][0][0].expand(3, -1, -1)
+        rows.append([image, overlay(image, truth[i]), overlay(image, found[i])])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
-    save_grid(log.out / "overlays.png", rows, ("film", "truth", "prediction"), captions,
-                     max(1, 256 // config.img_size))
+    save_grid(log.out / "overlays.png", rows, ("X-ray", "truth", "prediction"), captions,
+              max(1, 256 // config.img_size))
     print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
           f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
     log.json("result.json", result)
     return result
 
 
-def overlay(film, mask):
-    """A film (3, H, W) in [0, 1] with the pixels of a bool mask (H, W) tinted red."""
+def overlay(image, mask):
+    """An image (3, H, W) in [0, 1] with the pixels of a bool mask (H, W) tinted red."""
     red = torch.tensor([1.0, 0.15, 0.1])[:, None, None]
-    return torch.where(mask, 0.55 * film + 0.45 * red, film)
+    return torch.where(mask, 0.55 * image + 0.45 * red, image)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -368,17 +379,17 @@ def make_network(saved):
 
 def predict_folder(config):
     """Writes OUT/NAME.png for every image below the folder `config.predict`: 0 or 255 in an image
-    of the size of its film."""
+    of the size of its X-ray."""
     if config.weights is None:
         raise InputError("--predict needs --weights RUN, the folder of a segmentation run")
-    model, saved = finetune.load_run(config.weights, config.base, make_network, config.script)
+    model, saved = finetune.load_run(config.weights, config.script, make_network)
     config = fill(config, {"out": "runs/segment-predict", "mean": saved["mean"],
-                                  "std": saved["std"]})
+                           "std": saved["std"]})
     threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
     device, _, _ = join(config)
     config = with_dtype(config, device, width=saved["sizes"]["embed_dim"])
     paths = data.list_images(config.predict)
-    images = data.ImageSet(paths, model.img_size, masks=[None] * len(paths),
+    images = data.ImageSet(paths, model.img_size, image_alone, masks=[None] * len(paths),
                            white=saved.get("white"))
     logits = finetune.predict(model.to(device), images, config, device)
     for path, logit in zip(paths, logits):

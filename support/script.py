@@ -53,7 +53,8 @@ def warn(text):
 def option(default, help, **metadata):
     """A dataclass field with its help text. A default of None means the preset's (see `fill`).
     metadata: argparse's `choices`; `within`, the interval that the value lies in, as "[0, 1)";
-    `free=True` for an option that may change between a run and its resumption."""
+    `free=True` for an option that may change between a run and its resumption; `typed=False` for
+    one that a preset alone sets: the command line has no flag for it."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -101,6 +102,8 @@ def parse_config(config_class, argv=None, description=None):
                                      usage="%(prog)s [options]; --help lists them",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
+        if not field.metadata.get("typed", True):
+            continue
         text, choices = field.metadata["help"], field.metadata.get("choices")
         if "default" not in text:
             shown = {None: "the preset's", "": "none"}.get(field.default, field.default)

@@ -95,11 +95,11 @@ def official_layers(module):
 def vit_step(method="lora", images=8, dtype=torch.bfloat16, size=224, depth=12, rank=4):
     """A ViT-B/16 of 14 classes with the optimiser of the paper's recipe for 1 % of NIH, and a
     function that runs one of its training steps on random images."""
-    recipe = finetune.PLAIN | finetune.RECIPES["mrm", method, "nih", 1] | {"rank": rank}
+    recipe = finetune.RECIPES["mrm", method, "nih", 1] | {"rank": rank}
     config = common.fill(finetune.FinetuneConfig(method=method), recipe)
     sizes = {name: value for name, value in mrm.BASE.items() if name in weights_module.ENCODER_SIZES}
     model = finetune.build_model(config, sizes | {"img_size": size, "depth": depth}, 14).train()
-    optimizer = finetune.make_optimizer(model, config)
+    optimizer = finetune.optimizer_by_layer(model, config)
     films, targets = torch.rand(images, 1, size, size), torch.rand(images, 14).round()
 
     def run(first=images):

@@ -87,109 +87,14 @@ def test_roc_curve_against_scikit_learn():
     np.testing.assert_allclose(ours[1], theirs[1])
 
 
-PERCENTS = (1, 10, 100)
-# FACTS of "Less Could Be Better": learning rate and rank; epochs, base rate and rank
-ON_MRM = {
-    "nih": [(0.05, 4), (0.05, 8), (0.2, 32)],
-    "chexpert": [(0.02, 4), (0.05, 16), (0.01, 32)],
-    "rsna": [(0.01, 4), (0.01, 32), (0.01, 32)],
-}
-ON_CXR_MAE = {
-    "nih": [(400, 3e-3, 4), (200, 1e-3, 8), (100, 3e-3, 32)],
-    "chexpert": [(400, 3e-3, 4), (100, 5e-3, 8), (100, 3e-3, 32)],
-    "rsna": [(100, 3e-3, 4), (100, 5e-3, 8), (100, 5e-3, 32)],
-}
-CELLS = [(name, percent) for name in ON_MRM for percent in PERCENTS]
-
-
-def dry_run(family, name, percent, method, **options):
-    return finetune.finetune(
-        FinetuneConfig(
-            data=name, ratio=percent, method=method, recipe=family, dry_run=True, **options
-        )
-    )
-
-
-def has(config, **values):
-    for name, value in values.items():
-        assert getattr(config, name) == pytest.approx(value), name
-
-
-SGD = dict(optimizer="sgd", weight_decay=0, layer_decay=1, mean=0.4978, std=0.2449, test_side=224)
-ADAMW = dict(optimizer="adamw", weight_decay=0.05, layer_decay=0.65, mean=0.4785, std=0.2834)
-COMMON = dict(drop_path=0.1, min_crop=0.08, img_size=224, probe=0, pool=1)
-# FACTS of the departures: ours, those of the LoRA paper's common settings, and of MRM's own recipe
-OURS = dict(
-    flip=False, clip=1, evaluations=10, drop_last=False, interpolation="bicubic", raw_dicom=False
-)
-PAPERS = dict(flip=True, clip=0, drop_last=True, interpolation="bicubic")
-MRMS = dict(flip=True, clip=1, drop_last=False, interpolation="bilinear")
-
-
-MRM_STEPS = {
-    "nih": [(3000, 50, 3e-2), (30000, 500, 3e-3), (200000, 5000, 3e-3)],
-    "rsna": [(2000, 50, 3e-3), (10000, 200, 5e-4), (50000, 2000, 5e-4)],
-    "chexpert": [(2000, 150, 3e-3), (60000, 1500, 5e-4), (200000, 15000, 5e-4)],
-}
-
-
-def test_randaugment_and_erasing(monkeypatch):
-    images = torch.rand(16, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-
-    def same(images, generator):
-        return images.clone()
-
-    def run(randaugment, erasing, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        return recipes.strong_augment(
-            same, randaugment, erasing, 0.5, 0.25, images, generator=generator
-        )
-
-    assert torch.equal(run(False, 0.0), images)
-    erased = run(False, 1.0) != images
-    share = erased.float().mean((1, 2, 3))
-    assert (share > 0.01).all() and (share < 0.5).all()
-    for mask in erased[:, 0]:  # what changed is a box
-        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-        box = (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
-        assert mask.sum() == box
-    some = (run(False, 0.25, seed=3) != images).flatten(1).any(1).sum()
-    assert 0 < some < 12
-    strong = run(True, 0.0)
-    assert strong.shape == images.shape and strong.min() >= 0 and strong.max() <= 1
-    assert torch.equal(strong, run(True, 0.0)) and not torch.equal(strong, run(True, 0.0, seed=1))
-    # Each operation by itself changes a gradient, and gives an image of its size
-    film = Image.linear_gradient("L").resize((32, 32))
-    film.putpixel((3, 5), 255)
-    for operation in range(14):
-
-        class Chosen:
-            def integers(self, n):
-                assert n == 15
-                return operation
-
-            def random(self):
-                return 0.9
-
-            def normal(self, mean, deviation):
-                return 9.0
-
-            def choice(self, signs):
-                return 1
-
-        changed = recipes.rand_augment(film, Chosen())
-        assert changed.size == film.size and changed.mode == "L"
-        assert operation in (0, 2, 14) or list(changed.getdata()) != list(film.getdata()), operation
-
-
 def filled(**options):
     """The configuration that a run of a random start with these options works by."""
     config = finetune.fill_cell(FinetuneConfig(weights="scratch", **options))
-    return finetune.fill_options(config, *finetune.read_start(config), 500)[0]
+    return finetune.take_recipe(config, *finetune.starting_weights(config), 500)[0]
 
 
 def optimizer_of(model, **options):
-    return finetune.make_optimizer(
+    return finetune.optimizer_by_layer(
         model,
         FinetuneConfig(
             **dict(optimizer="adamw", weight_decay=0.1, layer_decay=0.5, lr=1.0) | options
@@ -343,7 +248,8 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     ) == saved["val_auroc"]
     assert saved["images"] == {"train": 64, "val": 24, "test": 24} and saved["method"] == method
     ran = json.loads((tmp_path / "config.json").read_text())
-    recipe = recipes.SMALL[method] | recipes.FEW[method] | dict(steps=4, batch_size=16, probe=0.0)
+    recipe = recipes.SMALL[method] | recipes.FEW[method]
+    recipe |= dict(steps=4, batch_size=16, probe=0.0, evaluations=2)
     assert (
         {name: ran[name] for name in recipe} == recipe
         and ran["method"] == method
@@ -373,9 +279,9 @@ def test_overfits_one_batch():
     sizes = dict(img_size=32, patch_size=8, in_chans=1, embed_dim=32, depth=2, num_heads=4)
     for method, lr in (("full", 3e-3), ("lora", 3e-2)):
         options = FinetuneConfig(method=method, dropout=0.0, lr=lr, layer_decay=1.0, rank=4)
-        options = common.fill(options, recipes.PLAIN | recipes.SMALL[method])
+        options = common.fill(options, recipes.SMALL[method])
         model = finetune.build_model(options, sizes, 2)
-        optimizer = finetune.make_optimizer(model, options)
+        optimizer = finetune.optimizer_by_layer(model, options)
         for _ in range(150):
             loss = torch.nn.functional.binary_cross_entropy_with_logits(model(images), labels)
             optimizer.zero_grad()
@@ -604,14 +510,12 @@ def test_probe_trains_the_head_alone_first(easy, tmp_path, method, monkeypatch):
     )  # updates 1 to 5 were the head's
 
 
-def test_rates_with_and_without_a_probe():
+def test_rates_with_and_without_a_probe(monkeypatch):
     """Two cosines with a warm-up each, by the formula written out."""
-    settings = common.fill(
-        FinetuneConfig(lr=0.2, probe=0.5, probe_lr=0.1, steps=40, warmup=0.1, layer_decay=0.5),
-        {},
-    )
+    monkeypatch.setattr(finetune, "PROBE_LR", 0.1)
+    settings = FinetuneConfig(lr=0.2, probe=0.5, steps=40, warmup=0.1, layer_decay=0.5)
     model = vit.ViT(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2)
-    optimizer = finetune.make_optimizer(
+    optimizer = finetune.optimizer_by_layer(
         model, dataclasses.replace(settings, optimizer="adamw", weight_decay=0.0)
     )
 
@@ -722,7 +626,7 @@ def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeyp
     finetune.compare(table(easy, tmp_path))
     first = (tmp_path / "compare.md").read_text()
     assert first.count("| scratch | full | 10 |") == 1
-    assert "| 10 | scratch full | scratch linear |" in first
+    assert "| 10 | scratch linear | scratch full |" in first  # the later row less the earlier one
     ran = json.loads((tmp_path / "scratch-full-10-1/config.json").read_text())
     assert (ran["steps"], ran["batch_size"], ran["seed"], ran["method"]) == (
         4,
@@ -1011,7 +915,7 @@ def test_the_loss_reaches_what_is_trained_and_nothing_else(method, fresh):
     torch.manual_seed(0)
     sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
     model = finetune.build_model(
-        common.fill(FinetuneConfig(method=method), recipes.PLAIN | recipes.SMALL[method]),
+        common.fill(FinetuneConfig(method=method), recipes.SMALL[method]),
         sizes,
         3,
     )
@@ -1109,8 +1013,8 @@ def test_a_head_is_reused_for_the_same_classes_in_the_same_order_alone(easy, tmp
         (["a", "b"], False),
     ):
         start = dataclasses.replace(options, weights=weights)
-        tensors, known = finetune.read_start(start, classes)
-        filled_, sizes = finetune.fill_options(start, tensors, known, 64)
+        tensors, held = finetune.starting_weights(start, classes)
+        filled_, sizes = finetune.take_recipe(start, tensors, held, 64)
         model = finetune.build_model(filled_, sizes, 2, tensors)
         assert torch.equal(model.head.weight, saved) == kept
 
@@ -1127,23 +1031,13 @@ def test_a_base_is_found_where_it_went(easy, tmp_path, monkeypatch):
     moved = finetune.load_run(tmp_path / "there/runs/adapter")[0].state_dict()
     assert all(torch.equal(tensor, moved[name]) for name, tensor in expected.items())
     (tmp_path / "there/runs/base").rename(tmp_path / "elsewhere")
-    with pytest.raises(common.InputError, match="its base weights .* are not there.*--base"):
+    with pytest.raises(common.InputError, match="base weights .* are not there; python lora.py merge"):
         finetune.load_run(tmp_path / "there/runs/adapter")
-    finetune.predict_folder(
-        FinetuneConfig(
-            predict=str(easy / "images"),
-            weights=str(tmp_path / "there/runs/adapter"),
-            base=str(tmp_path / "elsewhere"),
-            out=str(tmp_path / "p"),
-            device="cpu",
-        )
-    )
-    lora.merge(
-        lora.LoRAConfig(
-            adapter=str(tmp_path / "there/runs/adapter/adapter.pt"),
-            weights=str(tmp_path / "elsewhere"),
-        )
-    )
+    adapter = str(tmp_path / "there/runs/adapter/adapter.pt")
+    lora.merge(lora.LoRAConfig(adapter=adapter, weights=str(tmp_path / "elsewhere")))
+    merged = finetune.load_run(tmp_path / "there/runs/adapter/merged.pt")[0].state_dict()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("command", [lora.merge, lora.export_peft])
@@ -1179,16 +1073,13 @@ def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(
 ):
     finetune.finetune(config(easy, tmp_path, steps=2))
     before = (tmp_path / "last.pt").read_bytes()
-    loss = torch.nn.functional.binary_cross_entropy_with_logits
-    calls = []
+    loss, calls = finetune.label_loss, []
 
     def second_is_nan(logits, labels, **how):
         calls.append(1)
         return loss(logits, labels, **how) * (float("nan") if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(
-        torch.nn.functional, "binary_cross_entropy_with_logits", second_is_nan
-    )
+    monkeypatch.setattr(finetune, "label_loss", second_is_nan)
     with pytest.raises(
         common.InputError, match=r"step 4: the loss is not finite.*images/00\d\d\.png"
     ) as error:
@@ -1238,24 +1129,66 @@ def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
     assert moved["head.weight"] > 1e-3 and moved["blocks.0.mlp.fc1.weight"] < 1e-5
 
 
-# Segmentation
+def test_a_method_is_a_function_and_an_entry(easy, tmp_path, monkeypatch):
+    """BitFit: biases alone learn. Without the entry the run is refused, and trains nothing else."""
+
+    def train_biases(model, config):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+
+    with pytest.raises(common.InputError, match="--method: expected one of full, .* found bitfit"):
+        finetune.finetune(config(easy, tmp_path, method="bitfit"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(finetune.METHODS, "bitfit", train_biases)
+    assert common.parse_config(FinetuneConfig, ["--method", "bitfit"]).method == "bitfit"
+    result = finetune.finetune(config(easy, tmp_path, method="bitfit", lr=0.01))
+    common.seed(0)
+    sizes = weights_module.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, "")
+    fresh = finetune.build_model(filled(), sizes, 2).state_dict()
+    ran = common.load_checkpoint(tmp_path / "best.pt")["model"]
+    moved = {name for name, tensor in fresh.items() if not torch.equal(tensor, ran[name])}
+    assert moved and all(name.endswith("bias") for name in moved)
+    biases = [tensor for name, tensor in fresh.items() if name.endswith("bias")]
+    assert result["trainable_parameters"] == sum(map(torch.numel, biases))
 
 
-def deep_records(root, tops):
-    """Records of 16-bit images; `tops` are the largest values of the three lists."""
-    rng, count = np.random.default_rng(0), 0
-    (root / "images").mkdir(parents=True)
-    for part, top in tops.items():
-        lines = []
-        for i in range(8):
-            film = rng.integers(0, top, (32, 32)).astype(np.uint16)
-            film[0, 0] = top
-            Image.fromarray(film).save(root / "images" / f"{count}.png")
-            lines.append(f"{count}.png {i % 2}")
-            count += 1
-        (root / f"{part}_list.txt").write_text("\n".join(lines) + "\n")
-    (root / "classes.txt").write_text("A\n")
-    return root
+def test_lora_beside_other_layers(easy, tmp_path):
+    finetune.finetune(config(easy, tmp_path, method="lora-all", rank=2))
+    saved = common.load_checkpoint(tmp_path / "adapter.pt")
+    assert {name.split(".")[-2] for name in saved["adapter"] if "lora_A" in name} == {
+        "qkv", "proj", "fc1", "fc2"}
+    assert saved["adapter"]["blocks.0.attn.qkv.lora_A"].shape[0] == 3 * 2
+    finetune.load_run(tmp_path)
+
+
+def test_the_command_line_has_at_most_40_options():
+    fields = dataclasses.fields(FinetuneConfig)
+    assert sum(field.metadata.get("typed", True) for field in fields) <= 40
+    with pytest.raises(SystemExit):  # a recipe alone sets it
+        common.parse_config(FinetuneConfig, ["--layer-decay", "0.5"])
+
+
+def test_unknown_labels_have_no_part_in_loss_and_auroc():
+    scores, labels = scored(k=2)
+    unknown = np.random.default_rng(3).random(labels.shape) < 0.3
+    marked = np.where(unknown, np.nan, labels)
+    known = [~unknown[:, c] for c in (0, 1)]
+    expected = [roc_auc_score(labels[k, c], scores[k, c]) for c, k in enumerate(known)]
+    mean, _, per_class = finetune.auroc(scores, marked)
+    assert [value[0] for value in per_class] == pytest.approx(expected)
+    assert mean == pytest.approx(np.mean(expected)) == finetune.mean_auroc(scores, marked)
+    ours = finetune.roc_curve(scores[:, 0], marked[:, 0])
+    theirs = sklearn_roc_curve(labels[known[0], 0], scores[known[0], 0], drop_intermediate=False)
+    np.testing.assert_allclose(ours, theirs[:2])
+    assert np.isnan(finetune.mean_auroc(scores, np.full_like(labels, np.nan)))
+    logits, targets = torch.tensor(scores, requires_grad=True), torch.tensor(marked).double()
+    loss = finetune.label_loss(logits, targets)
+    p = 1 / (1 + np.exp(-scores))
+    each = -np.log(np.where(labels == 1, p, 1 - p))
+    assert loss.item() == pytest.approx(each[~unknown].mean())
+    loss.backward()
+    assert not logits.grad[torch.tensor(unknown)].any() and logits.grad.isfinite().all()
+    assert finetune.label_loss(logits, torch.full_like(targets, np.nan)).item() == 0
 
 
 def test_paired_differences_against_resampling_by_hand():

@@ -194,7 +194,7 @@ def test_upernet_overfits_one_image(holes, norm):
     )
     sizes = dict(img_size=48, patch_size=4, embed_dim=32, depth=3, num_heads=2)
     model = segment.build_model(settings, sizes).train()
-    optimizer = finetune.make_optimizer(model, settings)
+    optimizer = finetune.optimizer_by_layer(model, settings)
     images = data.normalize(pair[:, :1])
     for _ in range(150):
         optimizer.zero_grad()
