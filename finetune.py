@@ -97,8 +97,8 @@ def build_model(config, sizes, classes, tensors=None):
         model = vit.ViT(**sizes, num_classes=classes, drop_path=config.drop_path, pool=config.pool)
     except ValueError as error:
         raise InputError(f"{config.weights}: {error}") from None
-    # As in both papers. A head near 0 gives every finding a probability of 1/2 and passes hardly any
-    # gradient down: so the head learns first, before its noise reaches the pretrained blocks
+    # As in both papers. A head near 0 gives every finding a probability of 1/2 and passes hardly
+    # any gradient down: it learns first, before its noise could reach the pretrained blocks
     nn.init.normal_(model.head.weight, std=2e-5)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)

@@ -231,8 +231,8 @@ def read_base(path, saved, given=""):
     places = [Path(weights), Path(path).parent / saved.get("weights_from_here", weights)]
     base = next((place for place in places if weights and place.exists()), None)
     if base is None:
-        raise InputError(f"{path}: its base weights {weights} are not there; python lora.py merge "
-                         f"--adapter {path} --weights BASE makes one file of both")
+        raise InputError(f"{path}: its base weights {weights} are not there; give them with "
+                         "--weights to python lora.py merge, which makes one file of both")
     tensors, _ = read_weights(base)  # MED-PEFT's checkpoint is the base of the adapter in it
     tensors = {name: tensors[name] for name in tensors if "lora_" not in name}
     if saved.get("base_fingerprint") not in (None, fingerprint(tensors)):

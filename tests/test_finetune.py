@@ -1031,7 +1031,7 @@ def test_a_base_is_found_where_it_went(easy, tmp_path, monkeypatch):
     moved = finetune.load_run(tmp_path / "there/runs/adapter")[0].state_dict()
     assert all(torch.equal(tensor, moved[name]) for name, tensor in expected.items())
     (tmp_path / "there/runs/base").rename(tmp_path / "elsewhere")
-    with pytest.raises(common.InputError, match="base weights .* are not there; python lora.py merge"):
+    with pytest.raises(common.InputError, match="base weights .* are not there; .* lora.py merge"):
         finetune.load_run(tmp_path / "there/runs/adapter")
     adapter = str(tmp_path / "there/runs/adapter/adapter.pt")
     lora.merge(lora.LoRAConfig(adapter=adapter, weights=str(tmp_path / "elsewhere")))

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1147,
-    "finetune.py": 794,
+    "finetune.py": 814,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 69,
@@ -19,20 +19,21 @@ BUDGET = {
     "lora.py": 340,
     "more/__init__.py": 3,
     "more/convert.py": 219,
+    "more/cxrmae.py": 116,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
-    "more/segment.py": 403,
+    "more/segment.py": 414,
     "mrm.py": 719,
     "reggan.py": 913,
     "support/__init__.py": 8,
     "support/demo.py": 450,
-    "support/recipes.py": 162,
-    "support/script.py": 741,
+    "support/recipes.py": 99,
+    "support/script.py": 744,
     "support/tokenizer.py": 124,
     "support/weights.py": 128,
     "vit.py": 210,
 }
-TOTAL = 7835
+TOTAL = 7922
 
 
 def lines_of(name):
