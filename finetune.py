@@ -46,11 +46,11 @@ import lora
 import mrm
 import vit
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart, check_finite,
     checkpoint_file, command_of, even_batch, fill, from_all, join, last_state, load_checkpoint,
-    markdown_table, mean_and_deviation, number_of_steps, option, parse_config, restore,
-    run_cells, run_script, save_checkpoint, save_plot, save_state, scaler_for, seed, seed_rank,
-    share_of_batch, warn, with_dtype, write_csv, write_text,
+    markdown_table, mean_and_deviation, number_of_steps, option, parse_config, restore, run_cells,
+    run_script, save_checkpoint, save_plot, save_state, scaler_for, seed, seed_rank, share_of_batch,
+    warn, with_dtype, write_csv, write_text,
 )
 from support.recipes import PAPER_SETS, RECIPES, recipe_for
 from support.weights import encoder_sizes, load_encoder, read_weights
@@ -717,6 +717,7 @@ def predict_folder(config):
     config = fill(config, {"out": "runs/predict", "mean": saved["mean"], "std": saved["std"]})
     device, _, _ = join(config)
     config = with_dtype(config, device, width=model.cls_token.shape[-1])
+    check_apart(config.out, config.predict)
     paths = data.list_images(config.predict)
     images = data.ImageSet(paths, saved.get("test_side", model.img_size), crop=model.img_size,
                            white=saved.get("white"))

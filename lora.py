@@ -52,7 +52,7 @@ import torch.nn as nn
 import kernels
 from kernels.lora_linear import adapted_parts
 from support.script import (
-    InputError, checkpoint_file, load_checkpoint, option, parse_config, run_script,
+    InputError, check_apart, checkpoint_file, load_checkpoint, option, parse_config, run_script,
     save_checkpoint, write_json)
 from support.weights import ENCODER_PARTS, read_weights
 
@@ -278,6 +278,7 @@ def merge(config):
     for name, layer in layers.items():
         merged[name + ".weight"] = merge_lora(layer).weight.detach()
     out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
+    check_apart(out, config.adapter)
     kept = "script sizes classes mean std pool test_side segment trained_on".split()
     save_checkpoint(out, {"model": merged} | {name: saved[name] for name in kept if name in saved})
     print(f"{out}: {len(merged)} tensors, a plain ViT")
@@ -290,6 +291,7 @@ def export_peft(config):
     scale * G*r, because peft divides by G*r. fc_norm and head stay in the adapter file."""
     _, saved, layers = read_adapter(config)
     out = Path(config.out or Path(config.adapter).with_name("peft"))
+    check_apart(out)
     tensors, ranks, alphas = {}, {}, {}
     for name, layer in layers.items():
         ranks[name] = len(layer.lora_A)
@@ -318,6 +320,7 @@ def import_medpeft(config):
         raise InputError(config.weights, "a checkpoint of MED-PEFT, LoRA of one rank beside qkv",
                          f"ranks {sorted(ranks)}")
     out = Path(config.out or Path(config.weights).absolute().with_name("imported.pt"))
+    check_apart(out, config.weights)
     settings = {"rank": ranks.pop(), "alpha": 32.0, "dropout": 0.1, "targets": TARGETS["qv"]}
     save_checkpoint(out, {
         "adapter": adapter, "lora": settings, "weights": os.path.abspath(config.weights),

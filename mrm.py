@@ -581,8 +581,8 @@ def train(config, model, records, steps, saved, facts, log, world):
                 speed, heldout = batches.speed(), evaluate(model, records, config, autocast)
                 log.line(**line, lr_of_step=lr, **speed, **heldout)
                 log.curves("MRM pretraining", {
-                    "image loss": ["image_loss", "heldout_image_loss"],
-                    "report loss": ["report_loss", "heldout_report_loss"]})
+                    f"{loss} loss": [f"{loss}_loss", f"heldout_{loss}_loss"]
+                    for loss in ("image", "report")})
                 save(step + 1)
             saving.after(step + 1)
     return log.history[-1]

@@ -77,8 +77,8 @@ from data import (
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_weights, checkpoint_file,
-    command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_weights,
+    checkpoint_file, command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
     mean_and_deviation, number_of_steps, option, options_of, parse_config, restore, run_cells,
     run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank, warn,
     with_dtype, write_csv, write_text,
@@ -596,7 +596,7 @@ class Job:
         self.step, self.best = 0, math.inf
 
     def settle(self, saved):
-        """Chooses the type of the products, and goes on from what `save` has written (`saved`)."""
+        """Chooses the type of the products, and goes on from what `save` wrote, if `saved`."""
         self.config = with_dtype(self.config, self.device, self.world, saved)
         self.autocast = autocast_for(self.config, self.device)
         self.scaler = scaler_for(self.config, self.device)
@@ -814,8 +814,7 @@ def translate_folder(config):
     model.to(device).eval()
     span_a, span_b = parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
-    if out.resolve() == folder.resolve():
-        raise InputError("--out", "another folder than --translate, whose images stay", out)
+    check_apart(out, folder)
     images = {}  # all of them are read first, so that a bad one is found before any is written
     for name in list_slices(folder):
         images[name] = read_slice(folder / name, span_a, blank=True)

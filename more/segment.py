@@ -34,8 +34,8 @@ import finetune
 from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
-    InputError, RunLog, atomic_write, fill, join, last_state, number_of_steps, option, parse_config,
-    run_script, save_grid, seed, with_dtype, write_csv,
+    InputError, RunLog, atomic_write, check_apart, fill, join, last_state, number_of_steps, option,
+    parse_config, run_script, save_grid, seed, with_dtype, write_csv,
 )
 from support.weights import ENCODER_SIZES, encoder_sizes, load_encoder
 from vit import ViT
@@ -388,6 +388,7 @@ def predict_folder(config):
     threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
     device, _, _ = join(config)
     config = with_dtype(config, device, width=saved["sizes"]["embed_dim"])
+    check_apart(config.out, config.predict)
     paths = data.list_images(config.predict)
     images = data.ImageSet(paths, model.img_size, image_alone, masks=[None] * len(paths),
                            white=saved.get("white"))

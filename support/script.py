@@ -17,12 +17,14 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,6 +32,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one folder are not noticed
+    fcntl = None
 
 # --------------------------------------------------------------------------------------------------
 # Errors and options
@@ -48,6 +55,9 @@ class InputError(Exception):
 
 def warn(text):
     print(f"WARNING: {text}", file=sys.stderr)
+
+
+warn_once = functools.cache(warn)
 
 
 def option(default, help, **metadata):
@@ -172,15 +182,20 @@ def even_batch(config, world):
 def check_same(saved, config, path):
     """Refuses a `config` that asks for another value of an option that shapes a result than
     `saved`, the options of an earlier run in the file `path`. None asks for nothing."""
+    check_maker(saved, config, path)
+    for field in dataclasses.fields(config):
+        old, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
+        if not field.metadata.get("free") and now not in (None, "auto") and old != now:
+            found = f"a run with {flag} {old}; give the same options, or another --out"
+            raise InputError(path, f"{flag} {now}, as asked for now", found)
+
+
+def check_maker(saved, config, path):
+    """Refuses what another script made: `saved` are the options of a run, in the file `path`."""
     maker = saved.get("script", config.script)
     if maker != config.script:
         expected = f"a run of {command_of(config.script)}"
         raise InputError(path, expected, f"one of {command_of(maker)}")
-    for field in dataclasses.fields(config):
-        before, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
-        if not field.metadata.get("free") and now not in (None, "auto") and before != now:
-            found = f"a run with {flag} {before}; give the same options, or another --out"
-            raise InputError(path, f"{flag} {now}, as asked for now", found)
 
 
 def run_script(main):
@@ -189,7 +204,12 @@ def run_script(main):
         main()
         if torch.distributed.is_initialized():  # else its threads may end after what they use
             torch.distributed.destroy_process_group()
-    except InputError as error:
+    except (InputError, RuntimeError) as error:
+        if isinstance(error, BrokenProcessPool) or "DataLoader worker" in str(error):
+            error = ("a process that reads images was killed, as the system does when memory runs "
+                     "out; use fewer --workers")
+        elif not isinstance(error, InputError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -210,8 +230,15 @@ def join(config):
     if name not in there:
         raise InputError("--device", "auto, cuda, mps or cpu with that hardware present", name)
     device = torch.device(name)
+    driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")
+    if driver and not torch.cuda.is_available() and config.device == "auto":
+        warn_once(f"an NVIDIA driver is here, but torch {torch.__version__} cannot use the GPU: it "
+                  "is built without CUDA or for a newer driver")
     if name == "cuda":
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError("--nproc_per_node", f"at most {torch.cuda.device_count()}, one a GPU",
+                             os.environ.get("LOCAL_WORLD_SIZE"))
         torch.cuda.set_device(device)
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
@@ -246,7 +273,7 @@ def fastest_type(device):
     times = {name: math.inf for name in names}
     for i in range(6 if len(names) > 1 else 0):  # in turn, so that other programs disturb all alike
         for name in names:
-            if i == 0 or times[name] < 10 * times["fp32"]:  # without bfloat16 it is 100 times
+            if i == 0 or times[name] < 10 * times["fp32"]:  # 100 where bfloat16 is emulated
                 matrix = torch.ones(side, side, dtype=TYPES[name], device=device)
                 began = time.perf_counter()
                 (matrix @ matrix)[0, 0].item()  # .item() waits for the GPU
@@ -426,21 +453,63 @@ def checkpoint_file(path, *names):
 # A run: its folder, its speed, its resumption
 
 
+def lock(folder):
+    """Takes a folder for this process, until the returned file is closed or the process dies, in
+    whatever way. Refuses a folder that another process has taken."""
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        found = "one into which another run is writing; wait for its end, or give another --out"
+        raise InputError(folder, "a folder that no other run is using", found) from None
+    except OSError:  # a file system of a cluster that knows no locks
+        pass
+    return file
+
+
+RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl")
+
+
+def check_apart(out, *sources):
+    """Refuses to write into the folder of a run or over its files, into one of the `sources` (files
+    or folders that are read) or below it, where a next call would take the output for input."""
+    out = Path(out).resolve()
+    folder = out.parent if out.name in RUN_FILES else out
+    if (folder / "config.json").exists():
+        raise InputError("--out", "a place of its own", f"{out}, which belongs to a run")
+    for source in sources:
+        if Path(source).resolve() in (out, *out.parents):
+            raise InputError("--out", f"another place than {source}, which is read", out)
+
+
 class RunLog:
     """The folder `out` of a run: config.json at the start, log.jsonl, result.json, by rank 0 alone.
     Made once nothing can be refused any more, since a new run removes the checkpoints and the
     result of an earlier one there; `history` are the lines of the run that is resumed. `start` is
-    the time that seconds count from (default: now)."""
+    the time that seconds count from (default: now). One run at a time owns the folder."""
 
     def __init__(self, out, config, rank=0, history=None, start=None):
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
         self.history = list(history or ())
+        if rank > 0:
+            return
+        self.lock, earlier = lock(out), self.out / "config.json"
+        if history is None and earlier.exists():
+            check_maker(read_json(earlier), config, earlier)
+            weights = Path(getattr(config, "weights", None) or "").resolve()
+            if self.out.resolve() in (weights, weights.parent) and weights.exists():
+                raise InputError("--out", "another folder than that of --weights", out)
         self.json("config.json", options_of(config))
-        if rank == 0:
-            for path in self.out.glob(".*.tmp"):  # left by a run that was killed while it wrote
-                path.unlink()
-        if rank == 0 and history is None:
-            for name in ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl"):
+        for path in self.out.glob(".*.tmp"):  # left by a run that was killed while it wrote
+            path.unlink()
+        if history is None:
+            for name in RUN_FILES:
                 (self.out / name).unlink(missing_ok=True)
 
     def json(self, name, value):
@@ -697,6 +766,11 @@ def ticks(values):
     return step * np.arange(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)
 
 
+def finite(points):
+    points = np.array([*points], float)  # (2, n)
+    return points[:, np.isfinite(points).all(0)]
+
+
 def save_plot(path, panels, title, xlabel, mark=None, diagonal=False):
     """Writes a PNG of the panels {ylabel: {name: (xs, ys)}} below each other, over the same xs.
     Points that are None or not finite are left out. mark: (x, what happens there).
@@ -706,9 +780,7 @@ def save_plot(path, panels, title, xlabel, mark=None, diagonal=False):
     canvas = Image.new("RGB", (left + width + 210, 55 + len(panels) * (height + 50)), "white")
     draw, top = ImageDraw.Draw(canvas), 45
     draw.text((left + width / 2, 8), title, "black", font, "ma")
-    panels = {label: {name: np.array([*points], float) for name, points in curves.items()}
-              for label, curves in panels.items()}  # (2, n) each
-    panels = {label: {name: xy[:, np.isfinite(xy).all(0)] for name, xy in curves.items()}
+    panels = {label: {name: finite(points) for name, points in curves.items()}
               for label, curves in panels.items()}
     x_ticks = ticks([x for curves in panels.values() for xs, _ in curves.values() for x in xs])
     for label, curves in panels.items():

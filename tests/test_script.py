@@ -67,6 +67,86 @@ def test_parse_config(capsys):
         assert stop.value.code == 2
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    fails(lambda: common.join(Config(device="cuda")), "at most 1, one a GPU, found 2")
+
+
+@pytest.mark.parametrize("driver, torch_sees_it, lines", [
+    (None, False, 0), ("/usr/bin/nvidia-smi", False, 1), ("/usr/bin/nvidia-smi", True, 0)])
+def test_a_driver_without_cuda_is_said_once(monkeypatch, capsys, driver, torch_sees_it, lines):
+    monkeypatch.setattr(common.shutil, "which", {"nvidia-smi": driver}.get)
+    monkeypatch.setattr(common.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_sees_it)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    common.warn_once.cache_clear()
+    for _ in range(2):
+        common.join(Config())
+    common.join(Config(device="cpu"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == said.count("an NVIDIA driver is here, but torch") == lines
+
+
+def run_python(code, *arguments, check=True, **options):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True,
+                          text=True, cwd=Path(common.__file__).parents[1], **options)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("script", ["mrm", "finetune", "reggan", "more.segment", "more.improved"])
+def test_waiting_threads_give_way_before_torch_is_imported(script):
+    """torch's OpenMP reads the number once, when it is loaded."""
+    code = """if True:
+        import importlib, os, sys
+        class Finder:
+            def find_spec(self, name, *rest):
+                if name == "torch":
+                    print(os.environ.get("GOMP_SPINCOUNT"))
+        sys.meta_path.insert(0, Finder())
+        importlib.import_module(sys.argv[1])"""
+    free = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    assert run_python(code, script, env=free).stdout == "3000\n"
+    assert run_python(code, script, env=free | {"GOMP_SPINCOUNT": "7"}).stdout == "7\n"
+
+
+KILLED = """
+import os, signal, sys, torch
+from support.script import over_images, run_script
+from data import load_batches
+def die(path):
+    if path == 150:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path
+class Images:
+    __getitem__ = staticmethod(die)
+if sys.argv[1] == "over_images":
+    run_script(lambda: over_images(die, range(300)))
+else:
+    run_script(lambda: list(load_batches(Images(), list(range(300)), workers=2)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are forks")
+@pytest.mark.parametrize("way", ["over_images", "load_batches"])
+def test_a_killed_worker_ends_the_run_in_one_line(way):
+    done = run_python(KILLED, way, check=False)
+    assert done.returncode == 2 and done.stdout == "", done
+    line = "error: a process that reads images was killed, as the system does when memory runs out"
+    assert done.stderr.strip().split("\r")[-1].split("\n")[-1] == line + "; use fewer --workers"
+    assert "Traceback" not in done.stderr
+
+
+def test_run_script_lets_other_errors_through():
+    for error in (RuntimeError("shapes"), ValueError()):
+        with pytest.raises(type(error)):
+            common.run_script(lambda: (_ for _ in ()).throw(error))
+
+
 def test_run_script_prints_one_line_and_exits_with_2(capsys):
     def main():
         raise InputError("a.txt: line 3: wrong")
@@ -406,7 +486,135 @@ def test_a_new_run_leaves_no_file_of_the_one_before_it(tmp_path):
     common.RunLog(tmp_path, common.RunConfig(), history=[])
     assert (tmp_path / "adapter.pt").exists()
     common.RunLog(tmp_path, common.RunConfig())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "config.json", "notes.txt"]
+
+
+OWNED = """
+import sys, time
+from support.script import RunConfig, RunLog, run_script
+def main():
+    log = RunLog(sys.argv[1], RunConfig(seed=int(sys.argv[2])))
+    log.line(step=1)
+    print("writing", flush=True)
+    time.sleep(60 if sys.argv[2] == "1" else 0)
+run_script(main)
+"""
+
+
+@pytest.mark.skipif(common.fcntl is None, reason="needs fcntl")
+def test_one_run_at_a_time_owns_a_folder(tmp_path):
+    """The second is refused in one line and touches nothing; once the first was killed, however
+    hard, nothing of it is in the way."""
+    out = tmp_path / "run"
+    first = subprocess.Popen([sys.executable, "-c", OWNED, str(out), "1"], text=True,
+                             stdout=subprocess.PIPE, cwd=Path(common.__file__).parents[1])
+    assert first.stdout.readline() == "writing\n"
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    second = run_python(OWNED, out, 2, check=False)
+    assert second.returncode == 2 and second.stdout == "" and second.stderr.count("\n") == 1
+    assert f"error: {out}: expected a folder that no other run is using" in second.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+    first.kill()
+    first.wait()
+    assert run_python(OWNED, out, 3).stdout == "writing\n"
+    assert common.read_json(out / "config.json")["seed"] == 3
+    for _ in range(2):  # one process takes its own folder as often as it likes
+        common.RunLog(out, Config(), history=[])
+
+
+def test_a_run_is_not_written_over_what_it_needs_or_another_script_made(tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Tuning(Config):
+        script = "finetune"
+        weights: str = common.option("", "start")
+
+    ran = tmp_path / "run"
+    common.RunLog(ran, Tuning())
+    (ran / "last.pt").write_bytes(b"weights")
+    for weights in (ran, ran / "last.pt", tmp_path / "x" / ".." / "run"):
+        fails(lambda: common.RunLog(ran, Tuning(weights=str(weights))), "another folder than that")
+    other = dataclasses.make_dataclass("Other", [], bases=(Config,), frozen=True,
+                                       namespace={"script": "more.segment"})
+    fails(lambda: common.RunLog(ran, other()), ran / "config.json",
+          "expected a run of python -m more.segment, found one of python finetune.py")
+    assert (ran / "last.pt").exists()
+    common.RunLog(ran, Tuning(weights="scratch"))
+    assert not (ran / "last.pt").exists()
+
+
+def test_results_are_not_written_into_a_run_or_what_is_read(tmp_path):
+    common.RunLog(tmp_path / "run", Config())
+    (tmp_path / "images/new").mkdir(parents=True)
+    common.check_apart(tmp_path / "out", tmp_path / "images", tmp_path / "run")
+    common.check_apart(tmp_path / "run/merged.pt", tmp_path / "run/adapter.pt")
+    common.check_apart(tmp_path, tmp_path / "images")
+    for out in ("run", "run/best.pt"):
+        fails(lambda: common.check_apart(tmp_path / out), "which belongs to a run")
+    for out in ("images", "images/new", "out/../images"):
+        fails(lambda: common.check_apart(tmp_path / out, tmp_path / "images"), "--out: expected")
+
+
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    config = Config(out=str(tmp_path), resume=True)
+    log, path = common.RunLog(tmp_path, config), tmp_path / "last.pt"
+    state = {"model": model.state_dict(), "step": 3, "lists": "abc"}
+    common.save_state(log, config, 1, state, own={"pool": 4})
+    whole = common.load_checkpoint(path)
+    saved = common.last_state(config, 5, lists="abc")
+    assert common.restore(saved, 0, model=model) == {"pool": 4} and saved["step"] == 3
+    fails(lambda: common.restore(saved, 0, optimizer=model), path, "without 'optimizer'")
+    fails(lambda: common.restore(saved, 0, model=torch.nn.Linear(3, 2)), path, "size mismatch")
+    fails(lambda: common.restore(saved, 1, model=model), path, "this version")
+    fails(lambda: saved["best"], path, "without 'best'")
+    fails(lambda: common.last_state(config, 5, lists="abd"), "same lists")
+    fails(lambda: common.last_state(config, 2, lists="abc"), "at least the 3 steps")
+    for name in ("config", "step", "lists", "ranks", "model"):
+        common.save_checkpoint(path, {key: whole[key] for key in whole if key != name})
+        fails(lambda: common.restore(common.last_state(config, 5, lists="abc"), 0, model=model),
+              path, f"without '{name}'")
+
+
+def test_mean_and_deviation_of_one_seed_is_its_value():
+    assert common.mean_and_deviation([0.5], 3) == "0.500" and common.mean_and_deviation([], 3) == ""
+    assert common.mean_and_deviation([0.5, 0.7], 3) == "0.600 ± 0.141"
+
+
+def scaled_steps(optimizer_class, overflow_at, steps=6, dtype="fp16", **options):
+    """Weights after each of `steps` steps of a scaled loop, and the scales."""
+    torch.manual_seed(0)
+    model, taken, scales = torch.nn.Linear(4, 1), [], []
+    optimizer = optimizer_class(model.parameters(), lr=0.1, **options)
+    scaler = common.scaler_for(Config(dtype=dtype), CPU)
+    for step in range(steps):
+        loss = (model(torch.ones(2, 4)) - 1).square().mean()
+        scaler.scale(loss * (3e38 if step in overflow_at else 1)).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+        common.check_finite(step, ["a.png"], [0], scaler, loss, norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        taken.append(model.weight.detach().clone())
+        scales.append(scaler.get_scale())
+    return taken, scales
+
+
+@pytest.mark.parametrize("optimizer, options", [
+    (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"fused": True})])
+def test_an_overflow_of_float16_skips_the_step_and_halves_the_scale(optimizer, options):
+    plain, ones = scaled_steps(optimizer, (), dtype="fp32", **options)
+    scaled, scales = scaled_steps(optimizer, (), **options)
+    assert set(ones) == {1.0} and set(scales) == {65536.0}
+    for ours, theirs in zip(scaled, plain):  # a power of two scales float32 without rounding
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=1e-6)
+    skipped, scales = scaled_steps(optimizer, (2,), **options)
+    assert torch.equal(skipped[2], skipped[1]) and scales[1:4] == [65536.0, 32768.0, 32768.0]
+    torch.testing.assert_close(skipped[3:], plain[2:5], atol=0, rtol=1e-6)
+    with pytest.raises(InputError, match="step 16: the gradient is not finite.*a.png"):
+        scaled_steps(optimizer, range(40), 40, **options)  # 2^16 was halved 16 times, in vain
+    with pytest.raises(InputError, match="step 2: the gradient is not finite"):
+        scaled_steps(optimizer, (2,), dtype="fp32", **options)
 
 
 def test_names_that_are_no_text_can_be_written(tmp_path):

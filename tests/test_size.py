@@ -9,31 +9,31 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1147,
-    "finetune.py": 814,
+    "finetune.py": 815,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 69,
     "kernels/dropout.py": 41,
     "kernels/lora_linear.py": 426,
     "kernels/warp.py": 346,
-    "lora.py": 340,
+    "lora.py": 343,
     "more/__init__.py": 3,
     "more/convert.py": 219,
     "more/cxrmae.py": 116,
     "more/improved.py": 153,
     "more/nicegan.py": 187,
-    "more/segment.py": 414,
+    "more/segment.py": 415,
     "mrm.py": 719,
-    "reggan.py": 913,
+    "reggan.py": 912,
     "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 99,
-    "support/script.py": 744,
+    "support/script.py": 816,
     "support/tokenizer.py": 124,
     "support/weights.py": 128,
     "vit.py": 210,
 }
-TOTAL = 7922
+TOTAL = 7998
 
 
 def lines_of(name):
