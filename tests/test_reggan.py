@@ -1710,5 +1710,5 @@ def test_blank_slices_and_upper_case_endings_are_translated(root):
         "up.NPY",
     ]
     assert np.load(root / "out/blank.npy").shape == (40, 36)
-    with pytest.raises(common.InputError, match="--out: expected another folder than --translate"):
+    with pytest.raises(common.InputError, match="--out: expected another place than"):
         reggan.translate_folder(dataclasses.replace(c, out=str(root / "val/A")))
