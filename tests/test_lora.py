@@ -418,7 +418,7 @@ def test_commands_refuse_other_weights_and_places_they_cannot_write(tmp_path, co
         common.InputError, match="adapter.pt: blocks.0.attn.qkv does not fit .*wide.pt"
     ):
         command(lora.LoRAConfig(adapter=path, weights=str(tmp_path / "wide.pt")))
-    with pytest.raises(common.InputError, match="adapter.pt.* cannot be written"):
+    with pytest.raises(common.InputError, match="adapter.pt.* cannot be written|another place than"):
         command(lora.LoRAConfig(adapter=path, out=path + "/out"))
     assert len(list(tmp_path.iterdir())) == 3
 
