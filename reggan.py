@@ -12,12 +12,12 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
                  |                    |
                  +-----------------> warp --> G(a) moved onto b, compared with b
 
-    loss           where its gradient runs, against the arrows above
-    adversarial    G <== G(a) <== D, frozen <== verdict     G learns to fool D
-    correction     G <== G(a) <== warp <== moved G(a)       G learns to meet b where R moves it
-                   R <== flow <== warp <== moved G(a)       R learns to move G(a) onto b
-    smoothness     R <== flow                               R learns to bend little
-    D's own        D <== verdict; G(a) is detached          D learns to tell b from G(a)
+    loss           the way of its gradient, from the loss to what learns
+    adversarial    verdict ==> D, frozen ==> G(a) ==> G     G learns to fool D
+    correction     moved G(a) ==> warp ==> G(a) ==> G       G learns to meet b where R moves it
+                   moved G(a) ==> warp ==> flow ==> R       R learns to move G(a) onto b
+    smoothness     flow ==> R                               R learns to bend little
+    D's own        verdict ==> D; G(a) is detached          D learns to tell b from G(a)
     What reaches R runs on through G(a) to G: R may ask G for an image that is easier to move.
 
 Level n. To know what is true, one takes aligned pairs and moves a and b apart. Each is read at
@@ -55,7 +55,7 @@ warp(image, flow)[p] = image[p + flow(p)]. One batch of the demo:
 """
 
 import dataclasses
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -71,17 +71,19 @@ import support  # before torch: it sets how threads wait
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 from data import (
-    Pairs, check_range, demo_root, list_slices, parse_rescale, read_slice, write_slice)
+    Pairs, check_range, demo_root, list_slices, parse_rescale, read_slice, write_slice,
+)
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_weights,
-    checkpoint_file, command_of, fill, from_all, join, last_state, load_checkpoint, markdown_table,
-    mean_and_deviation, number_of_steps, option, options_of, parse_config, restore, run_cells,
-    run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank, warn,
-    with_dtype, write_csv, write_text,
+    InputError, RunConfig, RunLog, Saving, Timed, atomic_write, autocast_for, check_apart,
+    check_weights, checkpoint_file, command_of, fill, from_all, join, last_state, load_checkpoint,
+    markdown_table, mean_and_deviation, number_of_steps, option, options_of, parse_config, restore,
+    run_cells, run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank,
+    warn, with_dtype, write_csv, write_text,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -371,9 +373,8 @@ class Cycle(NC):
     adversarial + 10 (mean |F(G(a)) - a| + mean |G(F(b)) - b|)
                 + identity (mean |G(b) - b| + mean |F(a) - a|)
 
-    Without the last term, which is off as in the official code and where A and B differ in
-    channels, some seeds learn to invert the image, and F inverts it back. With Zhu's weight, 5,
-    none does, but seeds that are right become worse."""
+    The last term is off, as in the official code, and where A and B differ in channels. Without it
+    some seeds learn to invert the image, and F inverts it back; with it the others become worse."""
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
@@ -407,15 +408,14 @@ HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle}  # a file of more/ adds i
 def metrics(fake, real):
     """MAE, PSNR and SSIM of fake and real (B, C, H, W) in [-1, 1]: a dict of (B,) tensors.
     With f and r scaled to [0, 1], mae = mean |f - r| and psnr = -10 log10 mean (f - r)^2, at most
-    100, both over the foreground real != -1, as the paper defines them. ssim is that of
-    scikit-image: a 7 x 7 uniform window, sample covariance, K 0.01 and 0.03, mean over all windows.
-    mae_whole and psnr_whole take every pixel, ssim_foreground the windows whose middle is
-    foreground, foreground is its share. Foreground metrics are NaN where there is none."""
+    100, both over the foreground real != -1, as the paper defines them; `foreground` is its share,
+    and without any they are NaN. ssim is that of scikit-image: a 7 x 7 uniform window, sample
+    covariance, K 0.01 and 0.03, mean over all windows."""
     f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
     inside = (real != -1).double()
 
-    def mean(x, mask):
-        return (x * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+    def mean(x):
+        return (x * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))
 
     def window(x):
         return F.avg_pool2d(x, 7, stride=1)  # (B, C, H - 6, W - 6)
@@ -426,12 +426,9 @@ def metrics(fake, real):
     vr = unbiased * (window(r * r) - mr * mr)
     vfr = unbiased * (window(f * r) - mf * mr)
     ssim = (2 * mf * mr + 1e-4) * (2 * vfr + 9e-4) / ((mf**2 + mr**2 + 1e-4) * (vf + vr + 9e-4))
-    scores = {"ssim": ssim.mean((1, 2, 3)), "ssim_foreground": mean(ssim, inside[..., 3:-3, 3:-3]),
-              "foreground": inside.mean((1, 2, 3))}
-    for suffix, mask in (("", inside), ("_whole", torch.ones_like(inside))):
-        scores["mae" + suffix] = mean((f - r).abs(), mask)
-        scores["psnr" + suffix] = -10 * mean((f - r).square(), mask).clamp(min=1e-10).log10()
-    return scores
+    psnr = -10 * mean((f - r).square()).clamp(min=1e-10).log10()
+    return {"ssim": ssim.mean((1, 2, 3)), "mae": mean((f - r).abs()), "psnr": psnr,
+            "foreground": inside.mean((1, 2, 3))}
 
 
 def registration_metrics(flow, true_flow, real):
@@ -468,8 +465,8 @@ class Config(RunConfig):
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=HOSTS)
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
-    noise: float = option(None, "added misalignment: rotation to n degrees, shift and zoom to 2n % "
-                          "(default: 3 on the demo pairs, none on your own)", within="[0, 25]")
+    noise: float = option(None, "level of the motion that is added (default: 3 on the demo pairs, "
+                          "none on your own)", within="[0, 25]")
     elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 25]")
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
@@ -488,8 +485,7 @@ class Config(RunConfig):
     compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
     hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r",
                         "rows of the comparison, +r: with R", free=True)
-    levels: str = option("0,3,5,elastic",
-                         "columns: --noise, elastic (3 % bending) or none (own pairs)", free=True)
+    levels: str = option("0,3,5,elastic", "columns: --noise, elastic (3 %), none (own)", free=True)
     seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
     translate: str = option("", "translate this folder with --weights into --out", free=True)
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
@@ -519,16 +515,13 @@ def complete(config):
     noise = 3.0
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
         noise = 0.0 if config.elastic else None
-    config = fill(config, preset | {"noise": noise, "elastic": 0.0, "out": default_out(config)})
+    out = "runs/" + config.script.rpartition(".")[2]
+    config = fill(config, preset | {"noise": noise, "elastic": 0.0, "out": out})
     if 0 < config.size < 32:
         raise InputError("--size", "0, or 32 pixels or more", config.size)
     if config.kernel % 2 == 0:
         raise InputError("--kernel", "an odd number", config.kernel)
     return config
-
-
-def default_out(config, suffix=""):
-    return "runs/" + config.script.rpartition(".")[2] + suffix
 
 
 def build(config, in_chans, out_chans, size):
@@ -545,25 +538,23 @@ def trainable(module, *prefixes):
     return [p for name, p in named if p.requires_grad and name.startswith(prefixes)]
 
 
-def make_pairs(config, part, misaligned=False, with_flow=True):
-    """The pairs of train, val or test, with the motion of --noise where `misaligned`."""
-    folder = Path(config.root or demo_root(pairs=True)) / part
-    noise = config.noise if misaligned else None
-    return Pairs(folder, noise, config.elastic, config.seed, config.size, config.rescale, with_flow)
-
-
 def all_pairs(config):
     """(training pairs, val, test). val and test are (aligned, moved): the pairs as they are judge
     G, and those moved as in training judge R. Without test/, test is val."""
-    pairs = make_pairs(config, "train", misaligned=True, with_flow=False)
-    last = "test" if (pairs.folder.parent / "test").is_dir() else "val"
-    val = make_pairs(config, "val"), make_pairs(config, "val", misaligned=True)
-    test = make_pairs(config, last), make_pairs(config, last, misaligned=True)
+    root = Path(config.root or demo_root(pairs=True))
+
+    def pairs(part, noise, with_flow=True):
+        return Pairs(root / part, noise, config.elastic, config.seed, config.size, config.rescale,
+                     with_flow)
+
+    train = pairs("train", config.noise, with_flow=False)
+    last = "test" if (root / "test").is_dir() else "val"
+    val, test = ((pairs(part, None), pairs(part, config.noise)) for part in ("val", last))
     for other in (val[0], test[0]):
-        if (other.in_chans, other.out_chans) != (pairs.in_chans, pairs.out_chans):
-            wanted = f"{pairs.in_chans} channels in A and {pairs.out_chans} in B, as in train"
+        if (other.in_chans, other.out_chans) != (train.in_chans, train.out_chans):
+            wanted = f"{train.in_chans} channels in A and {train.out_chans} in B, as in train"
             raise InputError(other.folder, wanted, f"{other.in_chans} and {other.out_chans}")
-    return pairs, val, test
+    return train, val, test
 
 
 # --------------------------------------------------------------------------------------------------
@@ -576,8 +567,7 @@ class Job:
     def __init__(self, config, device, rank=0, world=1):
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.pairs, self.val, self.test = all_pairs(config)
-        names = repr([part.names for part in (self.pairs, self.val[0], self.test[0])])
-        names = hashlib.sha256(names.encode()).hexdigest()
+        names = [part.names for part in (self.pairs, self.val[0], self.test[0])]
         self.facts = {"names_of_the_pairs": names, "number_of_processes": world,
                       "added_motion": [config.noise, config.elastic]}  # see `last_state`
         seed(config.seed)
@@ -593,7 +583,7 @@ class Job:
         self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
         self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
         self.steps = number_of_steps(config, self.per_epoch, 1)
-        self.step, self.best = 0, math.inf
+        self.step, self.best, self.frames = 0, math.inf, []
 
     def settle(self, saved):
         """Chooses the type of the products, and goes on from what `save` wrote, if `saved`."""
@@ -647,6 +637,13 @@ def score(job, aligned, moved):
     parts, means = from_all(scores, job.world), {}
     for name in parts[0]:  # where images are few, another process may have got none
         means[name] = statistics.fmean(x for part in parts for x in part.get(name, ()))
+    advice = "--rescale LO,HI says which values become -1 and 1"
+    if math.isnan(means["mae"]):
+        raise InputError(aligned.folder / "B", "values above -1, the background",
+                         f"an image without any; {advice}")
+    if job.best == math.inf and means["foreground"] == 1 and job.rank == 0:  # once a run
+        warn(f"{aligned.folder / 'B'}: no pixel is background, which is exactly -1, so that MAE "
+             f"and PSNR are over whole images; {advice}")
     return means
 
 
@@ -683,6 +680,7 @@ def loop(job, log):
                          **batches.speed())
                 log.curves(config.host, {"losses": list(losses), "MAE on val": ["val_mae"]})
                 if job.rank == 0:
+                    draw_progress(job, log.out, f"epoch {epoch:g}: ")
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
                     shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
                     print(f"epoch {epoch:g}: val", ", ".join([*shown, str(batches)]), flush=True)
@@ -707,8 +705,8 @@ def train(config):
     if rank == 0:
         motion = "none, the pairs are used as they are, those of val and test as aligned"
         if config.noise is not None:
-            motion = f"level {config.noise:g} and bending of {config.elastic:g} %, anew in every "
-            motion += "epoch; misalignment and registration_error are of this added motion"
+            motion = f"level {config.noise:g} and bending of {config.elastic:g} %, new in every "
+            motion += "epoch; registration_error is of this motion alone"
         print(f"misalignment that is added to the training pairs: {motion}")
     loop(job, log)
     if world > 1:
@@ -718,18 +716,14 @@ def train(config):
         job.model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
     result = score(job, *job.test)
-    if rank == 0 and result["foreground"] in (0, 1):
-        warn(f"{job.test[0].folder / 'B'}: the foreground is {result['foreground']:.0%} of all "
-             "pixels; is the background -1? See --rescale")
     result |= {"host": config.host, "registration": config.reg, "noise": config.noise}
     result |= {"elastic": config.elastic, "part": part, "weights": chosen}
     trained = sum(weight.numel() for weight in trainable(job.model, ""))
-    result |= {"images": len(job.test[0]), "parameters": trained}
+    result |= {"images": len(job.test[0]), "parameters": trained, "seconds": time.time() - start}
     for name in ("images_per_second", "share_waiting_for_data"):
         result[name] = log.history[-1][name]
-    result["seconds"] = time.time() - start
     if rank == 0:
-        draw_run(job, log.out / "translation.png", *job.test)
+        draw(job, log.out / "translation.png", job.test[-1], rows=4)
     log.json("result.json", result)
     if world > 1:
         torch.distributed.barrier()  # no process leaves, or starts a next run, before the last
@@ -740,29 +734,50 @@ def train(config):
 # Pictures, translating, comparing
 
 
+def moved_with_grid(image, flow):
+    """`image` (1, C, H, W) in [0, 1] below an orange grid, both moved by `flow`: (1, 3, H, W)."""
+    step = flow.shape[3] // 8
+    lines = torch.zeros_like(flow[:, :1])
+    lines[:, :, step // 2 :: step] = lines[..., step // 2 :: step] = 1
+    orange = flow.new_tensor((1.0, 0.65, 0.0)).view(1, 3, 1, 1)
+    return torch.lerp(warp(image.mean(1, keepdim=True), flow), orange, warp(lines, flow))
+
+
 @torch.no_grad()
-def draw_run(job, path, aligned, moved, rows=4):
-    """A picture of pairs of the test part, their translations, and what R made of a misaligned
-    one."""
-    job.model.eval()
-    titles, pictures = ["A", "B", "G(A)", "|G(A) - B|"], []
+def draw(job, path, pairs, rows=1, note=""):
+    """Writes a picture with a row for each of some `pairs`: A, B, G(A), the difference of the last
+    two and, with R, G(A) as R moves it and the difference that is left. Differences are drawn twice
+    as bright as they are; below each row stand their means, in units of the range of B."""
+    target = "B: target" if job.config.noise is None else "B: target, misaligned"
+    titles, pictures = ["A: input", target, "G(A): translation", "|G(A) - B|"], []
+    captions, scale = [], max(1, 128 // pairs.shape[1])
     if job.config.reg:
-        titles += ["A moved", "B moved", "G(moved A), warped", "|it - moved B|", "flow"]
-    for i in range(0, len(aligned), max(1, len(aligned) // rows))[:rows]:
-        a, b = (x.to(job.device)[None] for x in aligned.item(0, i))
+        titles += ["G(A) moved by R", "|moved G(A) - B|"]
+    job.model.eval()
+    for i in range(0, len(pairs), max(1, len(pairs) // rows))[:rows]:
+        a, b = (x[None].to(job.device) for x in pairs.item(0, i)[:2])
         fake = job.model.translate(a)
-        row = [a, b, fake, (fake - b).abs() - 1]
+        errors = [(fake - b).abs()]
+        row = [F.interpolate((x + 1) / 2, scale_factor=scale) for x in (a, b, fake)]
+        row.append(F.interpolate(errors[0], scale_factor=scale))
         if job.config.reg:
-            a, b, *_ = (x.to(job.device)[None] for x in moved.item(0, i))
-            fake = job.model.translate(a)
             flow = job.model.registration(fake, b)
-            warped = warp(fake, flow)
-            grid = torch.full_like(b[:, :1], -0.8)
-            grid[:, :, ::6] = grid[:, :, :, ::6] = 1.0
-            row += [a, b, warped, (warped - b).abs() - 1, warp(grid, flow)]
-        pictures.append([(x[0].cpu() + 1) / 2 for x in row])
-    scale = max(1, 128 // aligned.shape[1])
-    save_grid(path, pictures, titles=titles, scale=scale)
+            errors.append((warp(fake, flow) - b).abs())
+            flow = scale * F.interpolate(flow, scale_factor=scale, mode="bilinear")
+            row += [moved_with_grid(row[2], flow), F.interpolate(errors[1], scale_factor=scale)]
+        pictures.append([x[0].cpu() for x in row])
+        shown = [f"{error.mean() / 2:.3f}" for error in errors]
+        captions.append(f"{note}mean difference to B {', after the motion '.join(shown)}")
+    job.model.train()
+    save_grid(path, pictures, titles, captions)
+
+
+def draw_progress(job, out, note):
+    """Redraws OUT/progress.png, a pair of val, and adds it to the animation OUT/progress.webp."""
+    draw(job, out / "progress.png", job.val[-1], note=note)
+    job.frames.append(Image.open(out / "progress.png").copy())
+    options = {"save_all": True, "append_images": job.frames[1:], "duration": 500, "lossless": True}
+    atomic_write(out / "progress.webp", lambda file: job.frames[0].save(file, "WEBP", **options))
 
 
 def load_generator(path, config_class=Config):
@@ -775,24 +790,23 @@ def load_generator(path, config_class=Config):
             width, in_chans = state["model_head.1.weight"].shape[:2]
             blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
             config = complete(Config(paper=True, width=width, blocks=blocks))
-            model = Generator(in_chans, state["model_tail.7.weight"].shape[0], width, blocks)
+            model = Generator(in_chans, len(state["model_tail.7.bias"]), width, blocks)
             translate = model
         else:
             if "in_chans" not in state:
                 raise InputError(path, wanted, f"one with {', '.join(sorted(state)[:5])}")
-            host, names = state["config"]["host"], {f.name for f in fields(config_class)}
-            maker = state["config"].get("script", "more.?")
+            options, in_chans = dict(state["config"]), state["in_chans"]
+            maker, host = options.pop("script", "more.?"), options["host"]
             if host not in HOSTS:
                 raise InputError(path, f"a host of this script ({', '.join(HOSTS)})",
                                  f"{host}; {command_of(maker)} knows it")
-            options = {name: value for name, value in state["config"].items() if name != "script"}
             if maker != config_class.script:  # R, which is not needed, may have options of its own
+                names = {field.name for field in fields(config_class)}
                 options = {name: options[name] for name in options.keys() & names}
             config = complete(config_class(**options | {"reg": False}))
-            in_chans, shape = state["in_chans"], state["shape"]
-            model = build(config, in_chans, state["out_chans"], shape)
-            translate, state = model.translate, state["model"]
-            state = {name: state[name] for name in state if not name.startswith("registration.")}
+            model = build(config, in_chans, state["out_chans"], state["shape"])
+            translate, weights = model.translate, state["model"].items()
+            state = {name: x for name, x in weights if not name.startswith("registration.")}
         model.load_state_dict(state)
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(path, wanted, " ".join(repr(error).split())[:200]) from None
@@ -836,14 +850,14 @@ def translate_folder(config):
 def compare(config):
     """The paper's table: every row of --hosts at every level with every seed, each a run of its own
     in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
-    out, table = Path(config.out or default_out(config, "-compare")), []
+    out, table = Path(config.out or complete(config).out + "-compare"), []
     rows, levels = config.hosts.split(","), config.levels.split(",")
     seeds = range(config.seed, config.seed + config.seeds)
-    keys = [(row, level, number) for number in seeds for level in levels for row in rows]
-    cells = {"_".join(map(str, key)): cell_config(config, *key) for key in keys}
+    keys = list(itertools.product(seeds, levels, rows))
+    cells = {f"{row}_{level}_{n}": cell_config(config, row, level, n) for n, level, row in keys}
     _, rank, _ = join(config)
-    for (row, level, seed), (_, result) in zip(keys, run_cells(out / "cells", cells, train)):
-        table.append({"row": row, "level": level, "seed": seed} | result)
+    for (number, level, row), (_, result) in zip(keys, run_cells(out / "cells", cells, train)):
+        table.append({"row": row, "level": level, "seed": number} | result)
         if rank == 0:
             write_tables(out, table, rows, levels)
     if rank == 0:
@@ -851,9 +865,9 @@ def compare(config):
     return table
 
 
-def cell_config(config, row, level, seed):
-    """The configuration of one run of the comparison. Raises InputError for an unknown row or
-    level."""
+def cell_config(config, row, level, number):
+    """The configuration of the run of a row and a level with seed `number`. Raises InputError for
+    an unknown row or level."""
     host, reg = row.removesuffix("+r"), row.endswith("+r")
     if host not in HOSTS:
         raise InputError("--hosts", f"{', '.join(HOSTS)}, with +r for registration", row)
@@ -865,13 +879,13 @@ def cell_config(config, row, level, seed):
             noise, elastic = float(level), config.elastic
         except ValueError:
             raise InputError("--levels", "numbers, elastic, or with --root none", level) from None
-    cell = {"host": host, "reg": reg, "noise": noise, "elastic": elastic, "seed": seed}
+    cell = {"host": host, "reg": reg, "noise": noise, "elastic": elastic, "seed": number}
     return complete(dataclasses.replace(config, **cell))
 
 
-TABLES = {"psnr": "PSNR over the foreground, dB", "mae": "MAE over the foreground", "ssim": "SSIM"}
-TABLES |= {"registration_error": "registration error, pixels"}
-TABLES |= {"folding": "share of pixels where the flow folds"}
+TABLES = {"psnr": ("PSNR over the foreground, dB", 2), "mae": ("MAE over the foreground", 4),
+          "ssim": ("SSIM", 4), "registration_error": ("registration error, pixels", 2),
+          "folding": ("share of pixels where the flow folds", 4)}  # titles and digits
 
 
 def write_tables(out, table, rows, levels):
@@ -881,12 +895,11 @@ def write_tables(out, table, rows, levels):
 
     def cell(row, level, measure):
         runs = [line for line in table if (line["row"], line["level"]) == (row, level)]
-        digits = 2 if measure in ("psnr", "registration_error") else 4
         values = [line[measure] for line in runs if measure in line]
-        return mean_and_deviation(values, digits)
+        return mean_and_deviation(values, TABLES[measure][1])
 
     parts, header = [], ["method"] + [f"level {level}" for level in levels]
-    for measure, title in TABLES.items():
+    for measure, (title, _) in TABLES.items():
         lines = [[row] + [cell(row, level, measure) for level in levels] for row in rows]
         lines = [line for line in lines if any(line[1:])]
         parts.append(f"{title}\n\n{markdown_table(header, lines)}")

@@ -6,6 +6,11 @@
 The paper's losses leave G free to move an image as long as R moves it back, and G is used without
 R. Three more losses take that freedom away, and another R finds larger motion in fewer steps.
 
+A loss of your own is a file like this one: a Config derived from reggan.Config, with an option for
+its weight and a method `added_losses`, which returns weighted losses by name. They are added to
+what G and R minimise in runs that have R. The method `registration` makes R, and `changes` are new
+defaults of the options.
+
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W) in pixels, dy then dx.
 """
 
@@ -106,21 +111,6 @@ def equivariance_loss(model, a, fake):
     return F.l1_loss(model.translate(warp(a, motion)), warp(fake, motion))
 
 
-def added_losses(model, config, a, b, fake, flow):
-    """The weighted losses that go beyond the paper: a dict of those whose weight is not 0."""
-    losses, registration = {}, model.registration
-    if config.drift:
-        mean = running_mean(registration.mean, flow)
-        losses["drift"] = config.drift * mean.square().mean()
-        registration.mean.copy_(mean.detach())
-        mean_over_processes([registration.mean])
-    if config.synthetic:  # every other image of the batch teaches as much
-        losses["synthetic"] = config.synthetic * synthetic_loss(registration, b[::2])
-    if config.equivariance:
-        losses["equivariance"] = config.equivariance * equivariance_loss(model, a, fake)
-    return losses
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(nicegan.Config):
     script = "more.improved"
@@ -133,14 +123,27 @@ class Config(nicegan.Config):
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
 
     def registration(self, out_chans, size):
-        R = super().registration(out_chans, size) if self.reg_net == "unet" else CoarseToFine(
-            size, max(16, self.width // 2))
+        if self.reg_net == "unet":
+            R = super().registration(out_chans, size)
+        else:
+            R = CoarseToFine(size, max(16, self.width // 2))
         if self.drift:
             R.register_buffer("mean", torch.zeros(2, *size))  # see running_mean
         return R
 
     def added_losses(self, model, a, b, fake, flow):
-        return added_losses(model, self, a, b, fake, flow)
+        """The weighted losses whose weight is not 0, by name."""
+        losses, R = {}, model.registration
+        if self.drift:
+            mean = running_mean(R.mean, flow)
+            losses["drift"] = self.drift * mean.square().mean()
+            R.mean.copy_(mean.detach())
+            mean_over_processes([R.mean])
+        if self.synthetic:  # every other image of the batch teaches as much
+            losses["synthetic"] = self.synthetic * synthetic_loss(R, b[::2])
+        if self.equivariance:
+            losses["equivariance"] = self.equivariance * equivariance_loss(model, a, fake)
+        return losses
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,11 +1,18 @@
-"""NICE-GAN as a host of reggan.py: the discriminators' encoders serve the generators.
+"""NICE-GAN as a host of RegGAN: the discriminators' encoders serve the generators.
 
     python -m more.nicegan             # and all other options of reggan.py
     python -m more.nicegan --compare
 
-Chen et al., "Reusing Discriminators for Encoding", CVPR 2020. Unlike the official code, G's step
-comes first, as in the other hosts, the adaptive norm takes pooled features, the discriminators are
-shallower, and --downs says how fine the encoding is.
+Chen et al., "Reusing Discriminators for Encoding", CVPR 2020: G needs an encoder and D has one, so
+G decodes what D's encoder makes of an image. tests/departures.md says what is simpler here.
+
+A host of your own is a file like this one. It has
+ 1. a class with networks netG... and netD... and the three methods that `reggan.NC` describes; a
+    subclass of NC, Pix2Pix or Cycle has most of them already,
+ 2. a line that registers it: reggan.HOSTS["name"] = Class,
+ 3. a Config derived from reggan.Config, whose `script` names the file and whose `host` is the new
+    default, and `reggan.main(Config, __doc__)`.
+R, its losses, training, metrics and comparison come with it; reggan.py does not know the file.
 
 Shapes: B batch, C channels, H x W pixels, w width of the first layer.
 """

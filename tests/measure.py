@@ -450,7 +450,7 @@ def motions(*runs, rounds=20):
     for run in runs:
         model, translate, config, _ = reggan.load_generator(run)
         model.eval()
-        pairs = reggan.make_pairs(config, "val", misaligned=True)
+        pairs = reggan.all_pairs(config)[1][1]
         y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in pairs.shape), indexing="ij")
         plane, fits = torch.stack((torch.ones_like(y), y, x), -1).flatten(0, 1), []  # (H W, 3)
         for epoch in range(rounds):
@@ -490,21 +490,20 @@ class TrueFlow(improved.CoarseToFine):
 def bound(seed):
     """The result of NC whose correction uses the true flow of each misaligned pair: what a perfect
     R would reach."""
-    make_pairs = reggan.make_pairs
+    all_pairs = reggan.all_pairs
 
-    def with_true_flow(config, part, misaligned=False, with_flow=True):
-        pairs = make_pairs(config, part, misaligned)
-        batches = pairs.batches
+    def with_true_flow(config):
+        pairs, val, test = all_pairs(config)
+        pairs.with_flow, batches = True, pairs.batches
 
         def pairs_alone(*args):
             for a, b, TrueFlow.flow in batches(*args):
                 yield a, b
 
-        if not with_flow:  # the training pairs
-            pairs.batches = pairs_alone
-        return pairs
+        pairs.batches = pairs_alone
+        return pairs, val, test
 
-    reggan.make_pairs, improved.CoarseToFine = with_true_flow, TrueFlow
+    reggan.all_pairs, improved.CoarseToFine = with_true_flow, TrueFlow
     config = improved.Config(
         size=32,
         epochs=60.0,
