@@ -20,11 +20,11 @@ BUDGET = {
     "more/__init__.py": 3,
     "more/convert.py": 219,
     "more/cxrmae.py": 116,
-    "more/improved.py": 153,
-    "more/nicegan.py": 187,
+    "more/improved.py": 156,
+    "more/nicegan.py": 194,
     "more/segment.py": 415,
     "mrm.py": 719,
-    "reggan.py": 912,
+    "reggan.py": 925,
     "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 99,
@@ -33,7 +33,7 @@ BUDGET = {
     "support/weights.py": 128,
     "vit.py": 210,
 }
-TOTAL = 7998
+TOTAL = 8021
 
 
 def lines_of(name):
