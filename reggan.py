@@ -63,7 +63,6 @@ import statistics
 import textwrap
 import time
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,8 +73,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from data import (
-    Pairs, check_range, demo_root, list_slices, parse_rescale, read_slice, write_slice,
-)
+    Pairs, check_range, demo_root, list_slices, parse_rescale, read_slice, write_slice)
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.script import (
@@ -443,7 +441,7 @@ def registration_metrics(flow, true_flow, real):
         return (x.norm(dim=1) * inside).sum((1, 2)) / inside.sum((1, 2))
 
     scores = {}
-    if true_flow is not None:
+    if true_flow is not None:  # that of the motion that was added; what else there is adds to it
         scores["registration_error"] = mean_length(flow - true_flow)
         scores["misalignment"] = mean_length(true_flow)
     dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]  # (B, 2, H - 1, W - 1)
@@ -705,8 +703,7 @@ def train(config):
     if rank == 0:
         motion = "none, the pairs are used as they are, those of val and test as aligned"
         if config.noise is not None:
-            motion = f"level {config.noise:g} and bending of {config.elastic:g} %, new in every "
-            motion += "epoch; registration_error is of this motion alone"
+            motion = f"level {config.noise:g} and bending of {config.elastic:g} %, anew every epoch"
         print(f"misalignment that is added to the training pairs: {motion}")
     loop(job, log)
     if world > 1:
@@ -715,11 +712,11 @@ def train(config):
     if part == "test":  # weights that val chose would score too well on val itself
         job.model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
         chosen = "best.pt (chosen on val)"
-    result = score(job, *job.test)
-    result |= {"host": config.host, "registration": config.reg, "noise": config.noise}
-    result |= {"elastic": config.elastic, "part": part, "weights": chosen}
-    trained = sum(weight.numel() for weight in trainable(job.model, ""))
-    result |= {"images": len(job.test[0]), "parameters": trained, "seconds": time.time() - start}
+    result = score(job, *job.test) | {
+        "host": config.host, "registration": config.reg, "noise": config.noise,
+        "elastic": config.elastic, "part": part, "weights": chosen, "images": len(job.test[0]),
+        "parameters": sum(weight.numel() for weight in trainable(job.model, "")),
+        "seconds": time.time() - start}
     for name in ("images_per_second", "share_waiting_for_data"):
         result[name] = log.history[-1][name]
     if rank == 0:
@@ -758,16 +755,17 @@ def draw(job, path, pairs, rows=1, note=""):
         a, b = (x[None].to(job.device) for x in pairs.item(0, i)[:2])
         fake = job.model.translate(a)
         errors = [(fake - b).abs()]
-        row = [F.interpolate((x + 1) / 2, scale_factor=scale) for x in (a, b, fake)]
-        row.append(F.interpolate(errors[0], scale_factor=scale))
         if job.config.reg:
             flow = job.model.registration(fake, b)
             errors.append((warp(fake, flow) - b).abs())
+        row = [(a + 1) / 2, (b + 1) / 2, (fake + 1) / 2, *errors]
+        row = [F.interpolate(x, scale_factor=scale) for x in row]
+        if job.config.reg:
             flow = scale * F.interpolate(flow, scale_factor=scale, mode="bilinear")
-            row += [moved_with_grid(row[2], flow), F.interpolate(errors[1], scale_factor=scale)]
+            row.insert(4, moved_with_grid(row[2], flow))
         pictures.append([x[0].cpu() for x in row])
-        shown = [f"{error.mean() / 2:.3f}" for error in errors]
-        captions.append(f"{note}mean difference to B {', after the motion '.join(shown)}")
+        shown = ", after the motion ".join(f"{error.mean() / 2:.3f}" for error in errors)
+        captions.append(f"{note}mean difference to B {shown}")
     job.model.train()
     save_grid(path, pictures, titles, captions)
 
@@ -801,7 +799,7 @@ def load_generator(path, config_class=Config):
                 raise InputError(path, f"a host of this script ({', '.join(HOSTS)})",
                                  f"{host}; {command_of(maker)} knows it")
             if maker != config_class.script:  # R, which is not needed, may have options of its own
-                names = {field.name for field in fields(config_class)}
+                names = {field.name for field in dataclasses.fields(config_class)}
                 options = {name: options[name] for name in options.keys() & names}
             config = complete(config_class(**options | {"reg": False}))
             model = build(config, in_chans, state["out_chans"], state["shape"])
@@ -859,7 +857,7 @@ def compare(config):
     for (number, level, row), (_, result) in zip(keys, run_cells(out / "cells", cells, train)):
         table.append({"row": row, "level": level, "seed": number} | result)
         if rank == 0:
-            write_tables(out, table, rows, levels)
+            write_tables(out, table)
     if rank == 0:
         print((out / "table.md").read_text())
     return table
@@ -883,27 +881,21 @@ def cell_config(config, row, level, number):
     return complete(dataclasses.replace(config, **cell))
 
 
-TABLES = {"psnr": ("PSNR over the foreground, dB", 2), "mae": ("MAE over the foreground", 4),
-          "ssim": ("SSIM", 4), "registration_error": ("registration error, pixels", 2),
-          "folding": ("share of pixels where the flow folds", 4)}  # titles and digits
+MEASURES = {"psnr": 2, "mae": 4, "ssim": 4, "registration_error": 2, "folding": 4}  # digits
 
 
-def write_tables(out, table, rows, levels):
-    """table.csv: a line a run. table.md: mean and standard deviation over the seeds."""
-    names = list(dict.fromkeys(name for line in table for name in line))
+def write_tables(out, table):
+    """table.csv: a line a run. table.md: a line a method at a level, with means and standard
+    deviations over the seeds."""
+    names, runs, lines = list(dict.fromkeys(name for line in table for name in line)), {}, []
     write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
-
-    def cell(row, level, measure):
-        runs = [line for line in table if (line["row"], line["level"]) == (row, level)]
-        values = [line[measure] for line in runs if measure in line]
-        return mean_and_deviation(values, TABLES[measure][1])
-
-    parts, header = [], ["method"] + [f"level {level}" for level in levels]
-    for measure, (title, _) in TABLES.items():
-        lines = [[row] + [cell(row, level, measure) for level in levels] for row in rows]
-        lines = [line for line in lines if any(line[1:])]
-        parts.append(f"{title}\n\n{markdown_table(header, lines)}")
-    write_text(out / "table.md", "\n".join(parts))
+    for line in table:
+        runs.setdefault((line["level"], line["row"]), []).append(line)
+    for key, results in runs.items():
+        values = [[line[name] for line in results if name in line] for name in MEASURES]
+        lines.append([*key, *map(mean_and_deviation, values, MEASURES.values())])
+    header = ["level", "method", "PSNR, dB", "MAE", "SSIM", "registration error, px", "folding"]
+    write_text(out / "table.md", markdown_table(header, lines))
 
 
 def main(config_class=Config, description=__doc__):

@@ -148,8 +148,8 @@ class Config(nicegan.Config):
     def __post_init__(self):
         super().__post_init__()
         if self.paper:
-            raise InputError("--paper", "python reggan.py --paper; here --width 64 --kernel 7 "
-                             "--downs 2 --blocks 9 are the paper's networks", "it")
+            raise InputError("--paper is an option of reggan.py; here --width 64 --kernel 7 "
+                             "--downs 2 --blocks 9 are the paper's networks")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ BUDGET = {
     "more/nicegan.py": 194,
     "more/segment.py": 415,
     "mrm.py": 719,
-    "reggan.py": 925,
+    "reggan.py": 917,
     "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 99,
@@ -33,7 +33,7 @@ BUDGET = {
     "support/weights.py": 128,
     "vit.py": 210,
 }
-TOTAL = 8021
+TOTAL = 8013
 
 
 def lines_of(name):
