@@ -28,19 +28,11 @@ from support.script import (
 # is |x|; y runs down from 0 to 1. A side is -1 (right), 1 (left) or 0 (both).
 
 SIDES = {-1: "right", 0: "bilateral", 1: "left"}
-ZONES = (("upper lobe", "upper zone"), ("mid zone", "mid lung"), ("lower lobe", "base"))
-STATED = ("{}.", "There is {}.")
-DENIED = ("No {}.", "There is no {}.", "No evidence of {}.")
-DEGREE = (("mild", "slight"), ("moderate",), ("severe", "marked"))
-SIZE = (("small", "minor"), ("moderate",), ("large", "sizeable"))
-FINDINGS = {  # class: chance, sides, words for the grade, words for the rest
-    "Atelectasis": (0.17, (-1, 1), DEGREE, "plate-like atelectasis in the {side} {zone}"),
-    "Cardiomegaly": (0.18, (0,), DEGREE, "cardiomegaly"),
-    "Effusion": (0.18, (-1, 1, 0), SIZE, "{side} pleural effusion"),
-    "Mass": (0.19, (-1, 1), SIZE, "rounded mass in the {side} {zone}"),
-    "Pneumothorax": (0.17, (-1, 1), SIZE, "{side} pneumothorax"),
-    "Consolidation": (0.17, (-1, 1), DEGREE, "patchy consolidation in the {side} {zone}"),
-    "Edema": (0.16, (0,), DEGREE, "pulmonary edema")}
+GRADES = ("slight", "moderate", "marked")
+FINDINGS = {  # class: chance, sides
+    "Atelectasis": (0.17, (-1, 1)), "Cardiomegaly": (0.18, (0,)), "Effusion": (0.18, (-1, 1, 0)),
+    "Mass": (0.19, (-1, 1)), "Pneumothorax": (0.17, (-1, 1)), "Consolidation": (0.17, (-1, 1)),
+    "Edema": (0.16, (0,))}
 DEMO_CLASSES = tuple(FINDINGS)
 ANATOMY = {  # what all films of a patient share, drawn uniformly between two numbers
     "chest": (0.33, 0.42), "apex": (0.07, 0.15), "height": (0.54, 0.67), "dome": (0.07, 0.12),
@@ -67,7 +59,7 @@ class Finding:
 def draw_findings(rng):
     """The findings of one film, {class: Finding}."""
     found = {}
-    for name, (chance, sides, _, _) in FINDINGS.items():
+    for name, (chance, sides) in FINDINGS.items():
         if rng.random() < chance:
             zone = int(rng.integers(1 if name == "Atelectasis" else 0, 3))
             found[name] = Finding(int(rng.choice(sides)), zone, rng.random(), rng.random())
@@ -231,21 +223,28 @@ def chest_film(rng, anatomy, findings, size):
     return (255 * film).astype(np.uint8), c.mask.astype(np.uint8) * 255
 
 
-def write_report(rng, findings):
-    """The report of a film states its findings and denies about three of four of the others."""
-    absent, sentences = [name for name in FINDINGS if name not in findings], []
+def write_report(findings):
+    """The report of a film states its findings, each by three words: how much, where, what. Words
+    of one kind are shared by the classes, so that hardly a word follows from those beside it: a
+    model that guesses hidden words has to look at the film."""
+    sentences = []
+    for name, f in findings.items():
+        side = "generalized" if FINDINGS[name][1] == (0,) else SIDES[f.side]
+        sentences.append(f"{GRADES[f.grade]} {side} {name.lower()}")
+    return ", ".join(sentences) or "no focal abnormality"
+
+
+def skip_wording(rng, findings):
+    """Draws the numbers that chose the words of longer reports once, so that films stay the same
+    to the byte."""
+    absent = [name for name in FINDINGS if name not in findings]
     unsaid = rng.permutation(absent)[: (len(absent) + 1) // 4]
-    for name, (_, _, grades, words) in FINDINGS.items():
+    for name in FINDINGS:
         if name in findings:
-            f = findings[name]
-            words = words.format(side=SIDES[f.side], zone=rng.choice(ZONES[f.zone]))
-            text = f"{rng.choice(grades[f.grade])} {words}"
-            sentences.append(rng.choice(STATED).format(text).capitalize())
+            for options in (2, (2, 1, 2)[findings[name].grade], 2):
+                rng.integers(options)
         elif name not in unsaid:
-            sentences.append(rng.choice(DENIED).format(name.lower()))
-    if not findings:
-        sentences.append("Normal chest radiograph.")
-    return "FINDINGS: " + " ".join(sentences)
+            rng.integers(3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,7 +262,8 @@ def draw_patient(folder, seed, size, patient):
         Image.fromarray(film).save(folder / "images" / name, compress_level=1)
         if "Pneumothorax" in findings:
             Image.fromarray(mask).save(folder / "masks" / name, compress_level=1)
-        rows.append((name, list(findings), write_report(rng, findings)))
+        rows.append((name, list(findings), write_report(findings)))
+        skip_wording(rng, findings)
     return rows
 
 
