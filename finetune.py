@@ -11,7 +11,7 @@ Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Le
 2024 (LoRA).
 
 One batch of the demo: random crops of X-rays (32, 1, 96, 96) are resized to (32, 1, 48, 48), the
-ViT makes 16 patches and a class token of each, (32, 17, 128), and fc_norm and the head turn the
+ViT makes 36 patches and a class token of each, (32, 37, 128), and fc_norm and the head turn the
 mean over the patches, (32, 128), into logits (32, 7). The loss is the binary cross-entropy of each
 finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since an X-ray may show several.
 
@@ -472,7 +472,6 @@ def pretrain_demo(config, init="mrm", seed=0):
     mrm.pretrain(mrm.MRMConfig(
         out=str(folder), root=config.root if config.data == "demo" else "", seed=seed,
         image_only=init == "image-only", report_only=init == "report-only",
-        mask_ratio=0.75 if init == "image-only" else None,  # the best of 0.25, 0.5 and 0.75
         resume=(folder / "last.pt").exists(), device=config.device, dtype=config.dtype,
         workers=config.workers))
     return str(folder)

@@ -25,8 +25,8 @@ of them, and of a ViT-B 0.19 % is trained. Most activations stay, because the gr
 through every block. The peak falls by 27 % with 8 images a step and by 15 % with 64, as measured in
 tests/readme/results.md. An adapter's file is below 2 % of the model's.
 
-One batch of the demo, rank 4: x (32, 17, 128) -> t = x A^T (32, 17, 8), four numbers for q and four
-for v -> t B^T (32, 17, 256), added to the q and v columns of x W^T + b (32, 17, 384). A (8, 128)
+One batch of the demo, rank 4: x (32, 37, 128) -> t = x A^T (32, 37, 8), four numbers for q and four
+for v -> t B^T (32, 37, 256), added to the q and v columns of x W^T + b (32, 37, 384). A (8, 128)
 and B (256, 4) are 2,048 numbers; W has 49,152.
 
     python lora.py merge --adapter runs/finetune/adapter.pt      # base + adapter -> one plain ViT

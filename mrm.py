@@ -42,28 +42,13 @@ mask_n is 1 for a hidden patch n, whose target_n is its pixels with mean 0 and v
 A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visible, width 768):
 
     encoder         films (32, 1, 96, 96) -> half the size (32, 1, 48, 48)
-                    -> 16 patches (32, 16, 128) -> 14 visible (32, 14, 128)
-                    -> class token first (32, 15, 128) -> 1 block -> latent (32, 15, 128)
-    image decoder   latent -> (32, 15, 32) -> with 2 mask tokens (32, 17, 32) -> 1 block
-                    -> (32, 16, 576), 16 patches of 24 x 24 pixels
-    report decoder  mean of 14 tokens (32, 1, 128) -> (32, 1, 64), added to the L <= 40 tokens of
-                    each report (32, L, 64) -> 1 block -> (hidden tokens, 438): the demo's reports
-                    make 438 tokens of the 800 that are allowed
-
-Where this file departs from the paper or its official code, and why:
- 1. The report loss counts hidden tokens alone, as equation 2 has it. The official code counts
-    visible words and padding too. So the vocabulary head runs on hidden tokens only, which saves
-    half of the largest product.
- 2. Images are never flipped, because their reports say left and right.
- 3. Tokens are byte pairs trained on the reports at hand instead of BERT's word pieces. A word is
-    still hidden whole.
- 4. The last few records (`holdout`) are never trained on; losses and pictures show them.
- 5. The report decoder is pre-norm and normalises the image's vector before it adds it to the
-    words. The official post-norm BERT needs many more steps before its guesses depend on the
-    image. Dropout acts on what a branch adds, not on attention weights too.
- 6. In the presets tiny and mini each image is standardised by itself. In tiny alone, 1/8 of the
-    patches and 90 % of the words are hidden: its ViT has 16 patches, and the visible words of a
-    demo report would give many hidden ones away without a look at the image.
+                    -> 36 patches (32, 36, 128) -> 9 visible (32, 9, 128)
+                    -> class token first (32, 10, 128) -> 2 blocks -> latent (32, 10, 128)
+    image decoder   latent -> (32, 10, 64) -> with 27 mask tokens (32, 37, 64) -> 1 block
+                    -> (32, 36, 256), 36 patches of 16 x 16 pixels
+    report decoder  mean of 9 tokens (32, 1, 128) -> (32, 1, 64), added to the L <= 40 tokens of
+                    each report (32, L, 64) -> 1 block -> (hidden tokens, 364): the demo's reports
+                    make 364 tokens of the 800 that are allowed
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
 tokens of a report. Before this file comes vit.py, after it finetune.py. data.py and support/ need
@@ -228,14 +213,14 @@ class MRM(ViT):
             return logits.float().sum()
         return F.cross_entropy(logits.float(), tokens[hidden])
 
-    def forward(self, images, report=None, image=True, mask_ratio=0.75, noise=None):
+    def forward(self, images, report=None, restoring=True, mask_ratio=0.75, noise=None):
         """The two losses of a batch of records, of images (B, C, 2H, 2W) and reports.
         report is (tokens, inputs, hidden, padding), each (B, L): the true ids, the ids with the
         mask token at hidden words, and as bools the hidden tokens and those beyond the end. Without
-        `image` or `report` that part is left out, and its loss is 0."""
+        `restoring` there is no image loss, without `report` no report loss: it is 0."""
         latent, mask, ids_restore = self.encode(half_size(images), mask_ratio, noise)
         image_loss = report_loss = latent.new_zeros(())
-        if image:
+        if restoring:
             image_loss = self.image_loss(images, self.decode_image(latent, ids_restore), mask)
         if report is not None:
             report_loss = self.report_loss(latent, *report)
@@ -251,7 +236,7 @@ BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, 
             decoder_depth=4, decoder_heads=6, report_dim=384, report_depth=6, report_heads=6,
             report_length=100)
 MODELS = {
-    "tiny": dict(img_size=48, patch_size=12, embed_dim=128, depth=1, num_heads=4, decoder_dim=32,
+    "tiny": dict(img_size=48, patch_size=8, embed_dim=128, depth=2, num_heads=4, decoder_dim=64,
                  decoder_depth=1, decoder_heads=2, report_dim=64, report_depth=1, report_heads=2,
                  report_length=40, report_dropout=0.0),
     "mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=4, num_heads=3, decoder_dim=96,
@@ -263,8 +248,8 @@ MODELS = {
 PAPER = dict(epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75,
              word_ratio=0.5, mean=MEAN, std=STD)
 PRESETS = {  # the values of the options that the user does not type
-    "tiny": dict(steps=4800, warmup=0.02, batch_size=32, base_lr=1.6e-2, min_crop=0.85,
-                 mask_ratio=0.125, word_ratio=0.9, mean=None, std=None, vocab_size=800),
+    "tiny": dict(steps=4800, warmup=0.2, batch_size=32, base_lr=8e-3, min_crop=0.85,
+                 mask_ratio=0.75, word_ratio=0.5, mean=None, std=None, vocab_size=800),
     "mini": dict(steps=6000, warmup=0.05, batch_size=64, base_lr=4e-3, min_crop=0.4,
                  mask_ratio=0.75, word_ratio=0.5, mean=None, std=None, vocab_size=1500),
     "small": PAPER | dict(vocab_size=8000),
@@ -360,7 +345,7 @@ class Records:
     heldout: torch.Tensor  # images of the held-out records, normalised, on the device
     tokenizer: object
     tokens: torch.Tensor  # (n, L) of all reports, those of the held-out records last
-    words: torch.Tensor  # (n, L): which word of its report a token belongs to
+    word_of: torch.Tensor  # (n, L): the number of the word that a token belongs to
 
     def batches(self, config, step, steps, rank, world):
         """The batches (images, rows) of this process from step `step` on, timed."""
@@ -374,45 +359,46 @@ class Records:
         """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
         if config.image_only:
             return None
-        tokens, words = self.tokens[rows], self.words[rows]
-        report = mask_report(self.tokenizer, tokens, words, config.word_ratio, generator)
+        report = mask_report(self.tokenizer, self.tokens[rows], self.word_of[rows],
+                             config.word_ratio, generator)
         return [part.to(self.heldout.device) for part in report]
 
 
-def hide_words(enc, tokens, words, ratio, generator=None):
+def hide_words(tokenizer, tokens, word_of, ratio, generator=None):
     """Hides round(ratio * words) of each report's words, at least one, with all their tokens.
-    tokens, words: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask> where
-    hidden (B, L) is True."""
-    count = words.max(1).values + 1  # (B,)
-    share = (ratio * count.double()).round().long().clamp(min=1).minimum(count)
-    order = torch.rand(len(words), max(1, int(count.max())), generator=generator).to(words.device)
-    beyond = torch.arange(order.shape[1], device=words.device) >= count[:, None]
-    order[beyond] = 2.0  # ranks them behind all words that the report has
-    chosen = order.argsort(1).argsort(1) < share[:, None]  # (B, words): by each word's rank
-    hidden = chosen.gather(1, words.clamp(min=0)) & (words >= 0)
-    return tokens.masked_fill(hidden, enc.encode_single_token("<mask>")), hidden
+    tokens, word_of: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask>
+    where hidden (B, L) is True."""
+    # Whole words are hidden: a part of one that stays visible would give the rest away
+    words = word_of.max(1).values + 1  # (B,), of each report
+    hide = (ratio * words.double()).round().long().clamp(min=1).minimum(words)
+    # As with the patches, every word draws a number. The words with the lowest are hidden
+    draws = torch.rand(len(words), max(1, int(words.max())), generator=generator).to(words.device)
+    draws[torch.arange(draws.shape[1], device=words.device) >= words[:, None]] = 2.0  # no word
+    is_hidden = draws.argsort(1).argsort(1) < hide[:, None]  # (B, words)
+    hidden = is_hidden.gather(1, word_of.clamp(min=0)) & (word_of >= 0)  # (B, L), by tokens
+    return tokens.masked_fill(hidden, tokenizer.encode_single_token("<mask>")), hidden
 
 
-def mask_report(tokenizer, tokens, words, ratio, generator=None):
+def mask_report(tokenizer, tokens, word_of, ratio, generator=None):
     """Draws the hidden words of a batch and cuts it to its longest report.
     Returns [tokens, inputs, hidden, padding], as `MRM.forward` takes them."""
-    length = max(1, int((words >= 0).sum(1).max()))
-    tokens, words = tokens[:, :length], words[:, :length]
-    inputs, hidden = hide_words(tokenizer, tokens, words, ratio, generator)
-    return [tokens, inputs, hidden, words < 0]
+    length = max(1, int((word_of >= 0).sum(1).max()))
+    tokens, word_of = tokens[:, :length], word_of[:, :length]
+    inputs, hidden = hide_words(tokenizer, tokens, word_of, ratio, generator)
+    return [tokens, inputs, hidden, word_of < 0]
 
 
 def load_records(config, paths, reports, device, tokenizer=None):
     """`Records` of these paths and reports. Learns the tokenizer where none is given; a resumed
     run reads its own."""
     sizes, count = MODELS[config.preset], len(paths) - config.holdout
-    tokens = words = None
+    tokens = word_of = None
     if not config.image_only:
         if config.resume:
             tokenizer = load_tokenizer(Path(config.out) / "tokenizer.tiktoken")
         elif tokenizer is None:
             tokenizer = train_tokenizer(reports[:count], config.vocab_size)
-        tokens, words = encode_reports(tokenizer, reports, sizes["report_length"])
+        tokens, word_of = encode_reports(tokenizer, reports, sizes["report_length"])
     side = kept = 2 * sizes["img_size"]
     if config.preset not in ("tiny", "mini"):  # these two are meant for small films, short runs
         # The paper crops the full film. Here a film keeps as many pixels as its smallest crop, of
@@ -424,7 +410,7 @@ def load_records(config, paths, reports, device, tokenizer=None):
     heldout = data.ImageSet(paths[count:], side, white=config.white)
     heldout = torch.stack([image for image, _ in heldout]).to(device)
     heldout = data.normalize(heldout, config.mean, config.std)
-    return Records(images, heldout, tokenizer, tokens, words)
+    return Records(images, heldout, tokenizer, tokens, word_of)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,7 +423,7 @@ def decays(name, parameter):
     return parameter.ndim > 1 and name not in ("cls_token", "mask_token", "pos_embed")
 
 
-def make_optimizer(model, config, device):
+def make_adamw(model, config, device):
     """AdamW over what is trained, with weight decay where `decays` says so."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for n, p in trained if decays(n, p)],
@@ -460,38 +446,40 @@ def cosine_lr(step, steps, warmup, peak, floor=0.0):
 
 
 @torch.no_grad()
-def evaluate(model, records, config, autocast):
+def heldout_losses(model, records, config, autocast):
     """The losses on the held-out records, with the same hidden patches and words every time."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(records.heldout), model.pos_embed.shape[1] - 1, generator=generator)
     noise = noise.to(records.heldout.device)  # (B, N)
     report = records.report_batch(slice(len(records.images), None), config, generator)
-    image = not config.report_only
     with autocast():
-        losses = model(records.heldout, report, image, config.mask_ratio, noise)
+        losses = model(records.heldout, report, not config.report_only, config.mask_ratio, noise)
     model.train()
     return {"heldout_image_loss": losses[0].item(), "heldout_report_loss": losses[1].item()}
 
 
 def pretrain(config):
     """Trains an MRM as `config` says and returns the content of result.json. Leaves config.json,
-    last.pt, tokenizer.tiktoken, log.jsonl, result.json and curves.png in `config.out`."""
+    last.pt, tokenizer.tiktoken, log.jsonl, result.json, curves.png and reconstruction.png in
+    `config.out`."""
     start = time.time()
     device, rank, world = join(config)
-    asked, config = config, fill_options(config, world)
+    typed_vocab_size, config = config.vocab_size, fill_options(config, world)
     paths, reports = read_records(config)
-    steps = number_of_steps(config, len(paths) - config.holdout, config.batch_size)
+    count = len(paths) - config.holdout  # of training records; the others are held out
+    steps = number_of_steps(config, count, config.batch_size)
     facts = {  # a resumed run must have the same
         "records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
         "number_of_processes": world,
         "images_of_a_step": config.batch_size,
     }
-    saved = last_state(config, steps, **facts)
-    config = with_dtype(config, device, world, saved, MODELS[config.preset]["embed_dim"])
-    tensors, tokenizer, before = None, None, saved
-    if not saved:
-        tensors, tokenizer, before = read_start(config, asked.vocab_size)
+    resumed = last_state(config, steps, **facts)
+    config = with_dtype(config, device, world, resumed, MODELS[config.preset]["embed_dim"])
+    tensors = tokenizer = None
+    trained_on = resumed["trained_on"] if resumed else []
+    if not resumed and config.weights:
+        tensors, tokenizer, trained_on = read_start(config, typed_vocab_size)
     records = load_records(config, paths, reports, device, tokenizer)
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
     arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
@@ -501,23 +489,24 @@ def pretrain(config):
         load_encoder(model, tensors, config.weights)
     facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
               "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}
-    # By these names fine-tuning knows whether it tests on films that were trained on here
+    # By these names fine-tuning knows whether it tests on images that were trained on here
     root = (config.root or "demo") if config.data == "demo" else config.root
     own = data.marks(data.identify(root, records.images.paths))
-    facts["trained_on"] = sorted({*own, *before.get("trained_on", ())})
-    log = RunLog(config.out, config, rank, saved and saved["history"], start)
+    facts["trained_on"] = sorted({*own, *trained_on})
+    log = RunLog(config.out, config, rank, resumed and resumed["history"], start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
-        sizes = f"{parameters / 1e6:.1f} M parameters, {len(records.images)} records"
+        sizes = f"{parameters / 1e6:.1f} M parameters, {count} records"
         print(f"MRM {config.preset}: {sizes}, {steps} steps of {config.batch_size}, {device}")
         if records.tokenizer:
             save_tokenizer(records.tokenizer, log.out / "tokenizer.tiktoken")
-    last = train(config, model, records, steps, saved, facts, log, world)
-    result = {"preset": config.preset, "records": len(records.images), "parameters": parameters,
-              "steps": steps, "batch_size": config.batch_size, **last, "lr": config.lr,
+    run_steps(config, model, records, steps, resumed, facts, log, world)
+    result = {"preset": config.preset, "records": count, "parameters": parameters, "steps": steps,
+              "batch_size": config.batch_size, **log.history[-1], "lr": config.lr,
               "seconds": time.time() - start}
     log.json("result.json", result)
     if rank == 0:
+        draw_restored(model, paths[count:], reports[count:], records.tokenizer, config, log.out)
         image, report = result["heldout_image_loss"], result["heldout_report_loss"]
         speed, waiting = result["images_per_second"], 100 * result["share_waiting_for_data"]
         print(f"held-out losses: image {image:.3f}, report {report:.3f}; {speed:.0f} images/s, "
@@ -525,19 +514,19 @@ def pretrain(config):
     return result
 
 
-def train(config, model, records, steps, saved, facts, log, world):
-    """The training loop. Returns what the last evaluation measured."""
+def run_steps(config, model, records, steps, resumed, facts, log, world):
+    """The training loop. `resumed` is the state that it goes on from, or None."""
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
     paths = records.images.paths  # a list that takes milliseconds to make
-    optimizer = make_optimizer(model, config, device)
+    optimizer = make_adamw(model, config, device)
     autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     seed_rank(config.seed, log.rank)
-    step, parallel, image = 0, model, not config.report_only
-    if saved:
-        step = saved["step"]
-        restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
+    step, parallel, restoring = 0, model, not config.report_only
+    if resumed:
+        step = resumed["step"]
+        restore(resumed, log.rank, model=model, optimizer=optimizer, scaler=scaler)
     if world > 1:  # without the image loss the image decoder gets no gradients
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not image)
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not restoring)
     batches = records.batches(config, step, steps, log.rank, world)
 
     def save(step):
@@ -562,7 +551,8 @@ def train(config, model, records, steps, saved, facts, log, world):
                 # Only the multiplications run in bfloat16. The losses are float32, because
                 # bfloat16's two or three digits would round away what one step gains
                 with autocast():
-                    image_loss, report_loss = parallel(images, report, image, config.mask_ratio)
+                    image_loss, report_loss = parallel(images, report, restoring,
+                                                       config.mask_ratio)
                 scaler.scale((image_loss + report_loss) / passes).backward()  # equation 3
                 losses += torch.stack([image_loss, report_loss]).detach() / passes
                 seen += rows.tolist()
@@ -574,18 +564,17 @@ def train(config, model, records, steps, saved, facts, log, world):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            # Films that are never trained on tell learning from knowing by heart
+            # Records that are never trained on tell learning from knowing by heart
             if (step + 1) % every == 0 or step + 1 == steps:
                 image_loss, report_loss = average(losses, world).tolist()
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}
-                speed, heldout = batches.speed(), evaluate(model, records, config, autocast)
+                speed, heldout = batches.speed(), heldout_losses(model, records, config, autocast)
                 log.line(**line, lr_of_step=lr, **speed, **heldout)
                 log.curves("MRM pretraining", {
                     f"{loss} loss": [f"{loss}_loss", f"heldout_{loss}_loss"]
                     for loss in ("image", "report")})
                 save(step + 1)
             saving.after(step + 1)
-    return log.history[-1]
 
 
 def tokenizer_path(weights):
@@ -594,33 +583,98 @@ def tokenizer_path(weights):
     return (weights if weights.is_dir() else weights.parent) / "tokenizer.tiktoken"
 
 
-def read_start(config, vocab_size):
-    """What --weights starts a run from: (tensors, tokenizer or None to learn a new one, all that
-    the file holds). A report decoder knows words by the numbers that its run's tokenizer gives
-    them. So it comes with the tokenizer.tiktoken beside it, and a typed `vocab_size` is refused."""
-    if not config.weights:
-        return None, None, {}
+def read_start(config, typed_vocab_size):
+    """What --weights starts a run from: (tensors, tokenizer or None to learn a new one, the images
+    that the weights were trained on). A report decoder knows words by the numbers that its run's
+    tokenizer gives them. So it comes with the tokenizer.tiktoken beside it, and a typed
+    --vocab-size is refused."""
     tensors, saved = read_weights(config.weights)
+    trained_on = saved.get("trained_on", [])
     if "report_decoder.bias" not in tensors or config.image_only:
-        return tensors, None, saved
+        return tensors, None, trained_on
     path = tokenizer_path(config.weights)
     if not path.exists():
         raise InputError(path, "the tokenizer of the report decoder in --weights", "none")
-    if vocab_size is not None:
+    if typed_vocab_size is not None:
         none = f"none, because the vocabulary of {path} is taken over"
-        raise InputError(f"--vocab-size with --weights {config.weights}", none, vocab_size)
+        raise InputError(f"--vocab-size with --weights {config.weights}", none, typed_vocab_size)
     tokenizer = load_tokenizer(path)
     print(f"{path}: the vocabulary of {tokenizer.n_vocab} tokens is taken over")
-    return tensors, tokenizer, saved
+    return tensors, tokenizer, trained_on
 
 
 # --------------------------------------------------------------------------------------------------
 # A picture of what a model restores
 
+VISIBLE, RIGHT, WRONG = "#888888", "#118833", "#cc2222"  # words that were shown, guessed, missed
 
-def open_run(config, count):
-    """The run `config.weights` and its first `count` held-out records: (config with that run's
-    options, MRM, its checkpoint, images (B, C, 2H, 2W) in [0, 1], reports)."""
+
+@torch.no_grad()
+def draw_restored(model, paths, reports, tokenizer, config, out, count=6):
+    """Draws OUT/reconstruction.png of the first `count` of these records: the image, what the
+    encoder sees of it, what the decoder restores; below it the report, where hidden words are green
+    if the model guesses them and red if not."""
+    device = model.cls_token.device
+    images = data.ImageSet(paths[:count], 2 * model.img_size, white=config.white)
+    images = torch.stack([image for image, _ in images]).to(device)
+    generator, model = torch.Generator().manual_seed(0), model.eval()
+    pictures, latent = restored_pictures(model, images, config, generator)
+    for _, masked, _ in pictures:  # white lines between the patches
+        masked[:, :: 2 * model.patch_size] = masked[:, :, :: 2 * model.patch_size] = 1.0
+    captions = None
+    if tokenizer:
+        length = model.report_decoder.position_embed.num_embeddings
+        tokens, word_of = encode_reports(tokenizer, reports[:count], length)
+        report = mask_report(tokenizer, tokens, word_of, config.word_ratio, generator)
+        tokens, hidden = report[0], report[2]
+        logits = model.report_decoder(latent[:, 1:], *(part.to(device) for part in report[1:]))
+        guesses = tokens.masked_scatter(hidden, logits.argmax(-1).cpu())
+        if hidden.any():
+            right = (guesses == tokens)[hidden].float().mean()
+            print(f"{100 * right:.1f} % of the hidden tokens of {len(images)} reports are guessed")
+        captions = [coloured_words(tokenizer, *row)
+                    for row in zip(tokens, guesses, hidden, word_of)]
+    path = Path(out) / "reconstruction.png"
+    save_grid(path, pictures, ["image", "visible patches", "restored"], captions, scale=2)
+    print(path)
+
+
+def restored_pictures(model, images, config, generator=None):
+    """Rows (image, its visible patches, restored) of images (B, C, H, W) in [0, 1], and the latent.
+    The model predicts standardised patches, so that each prediction takes the mean and deviation of
+    its true patch here, which flatters it."""
+    grey_mean, grey_std = data.statistics(images, config.mean, config.std)
+    images = data.normalize(images, config.mean, config.std)
+    noise = torch.rand(len(images), model.pos_embed.shape[1] - 1, generator=generator)
+    latent, mask, ids_restore = model.encode(half_size(images), config.mask_ratio,
+                                             noise.to(images.device))
+    side, hidden = 2 * model.patch_size, mask[..., None].bool()  # (B, N, 1)
+    patches = patchify(images, side)
+    _, mean, std = standardize_patches(patches)
+    prediction = model.decode_image(latent, ids_restore).float() * std + mean
+    masked = torch.where(hidden, patches.mean(), patches)
+    restored = torch.where(hidden, prediction, patches)
+    columns = [images, unpatchify(masked, side), unpatchify(restored, side)]
+    columns = [(column * grey_std + grey_mean).clamp(0, 1).cpu() for column in columns]
+    return list(zip(*columns)), latent
+
+
+def coloured_words(tokenizer, tokens, guesses, hidden, word_of):
+    """The words of a report (L,) as (text, colour). Each hidden word is guessed by itself, so that
+    the guesses beside each other need make no sentence."""
+    words, length = [], len(tokens)
+    for word, places in itertools.groupby(range(length), word_of[:length].tolist().__getitem__):
+        places = list(places)
+        guessed = torch.equal(tokens[places], guesses[places])
+        colour = VISIBLE if not hidden[places[0]] else RIGHT if guessed else WRONG
+        if word >= 0:
+            words.append((tokenizer.decode(tokens[places].tolist()).strip(), colour))
+    return words
+
+
+def reconstruct(config):
+    """Draws reconstruction.png anew for the run `config.weights`, on the records that it held out
+    or on those of --root."""
     if not config.weights:
         raise InputError("--reconstruct needs --weights RUN, the folder of a run of this script, "
                          "such as the main job's runs/mrm-demo")
@@ -638,73 +692,13 @@ def open_run(config, count):
     config = dataclasses.replace(config, image_only=ran.get("image_only", False))
     print(f"{path}: records of {config.root or config.data}")
     device, _, _ = join(config)
-    seed(config.seed)
-    model = MRM(**saved["arguments"]).to(device).eval()
+    model = MRM(**saved["arguments"]).to(device)
     model.load_state_dict(tensors)
-    paths, reports = read_records(config)
-    paths, reports = paths[-config.holdout :][:count], reports[-config.holdout :][:count]
-    images = data.ImageSet(paths, 2 * model.img_size, white=config.white)
-    images = torch.stack([image for image, _ in images]).to(device)
-    return config, model, saved, images, reports
-
-
-@torch.no_grad()
-def reconstruct(config, count=6):
-    """Draws OUT/reconstruction.png for held-out records: original, masked input, restored image,
-    and the report with its hidden words and the model's guesses."""
-    config, model, saved, images, reports = open_run(config, count)
-    pictures, latent = restored_pictures(model, images, config)
-    captions = [""] * len(images)
+    paths, reports = (part[-config.holdout :] for part in read_records(config))
+    tokenizer = None
     if hasattr(model, "report_decoder"):
         tokenizer = load_tokenizer(tokenizer_path(config.weights))
-        tokens, words = encode_reports(tokenizer, reports, saved["arguments"]["report_length"])
-        tokens, *masked = mask_report(tokenizer, tokens, words, config.word_ratio)
-        hidden = masked[1]
-        logits = model.report_decoder(latent[:, 1:], *(part.to(images.device) for part in masked))
-        guesses = tokens.clone()
-        guesses[hidden] = logits.argmax(-1).cpu()
-        right = (guesses == tokens)[hidden].float()
-        if len(right):
-            print(f"{100 * right.mean():.1f} % of the hidden tokens are guessed right")
-        captions = [caption(tokenizer, *row) for row in zip(tokens, guesses, hidden, words)]
-    out = Path(config.out) / "reconstruction.png"
-    save_grid(out, pictures, ["original", "masked input", "restored"], captions, scale=2)
-    print(out)
-
-
-def restored_pictures(model, images, config):
-    """Rows (original, masked input, restored) of images (B, C, H, W) in [0, 1], and the latent.
-    The model predicts standardised patches, so that each prediction takes the mean and deviation of
-    its true patch here, which flatters it."""
-    grey_mean, grey_std = data.statistics(images, config.mean, config.std)
-    images = data.normalize(images, config.mean, config.std)
-    latent, mask, ids_restore = model.encode(half_size(images), config.mask_ratio)
-    side, hidden = 2 * model.patch_size, mask[..., None].bool()  # (B, N, 1)
-    patches = patchify(images, side)
-    _, mean, std = standardize_patches(patches)
-    prediction = model.decode_image(latent, ids_restore).float() * std + mean
-    masked = torch.where(hidden, patches.mean(), patches)
-    restored = torch.where(hidden, prediction, patches)
-    columns = [images, unpatchify(masked, side), unpatchify(restored, side)]
-    columns = [(column * grey_std + grey_mean).clamp(0, 1).cpu() for column in columns]
-    return list(zip(*columns)), latent
-
-
-def caption(tokenizer, tokens, guesses, hidden, words):
-    """A report in one line, its hidden words as [truth > guess], or [truth] if guessed right. Each
-    is guessed by itself, so that the guesses beside each other need make no sentence."""
-    text, length = "", int((words >= 0).sum())
-    for word, places in itertools.groupby(range(length), words.tolist().__getitem__):
-        places = list(places)
-        is_hidden = hidden[places[0]]
-        truth, guess = (tokenizer.decode(ids[places].tolist()) for ids in (tokens, guesses))
-        if not is_hidden:
-            text += truth
-        elif truth == guess:
-            text += f" [{truth.strip()}]"
-        else:
-            text += f" [{truth.strip()} > {guess.strip()}]"
-    return text.strip()
+    draw_restored(model, paths, reports, tokenizer, config, config.out)
 
 
 def main():

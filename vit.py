@@ -8,9 +8,9 @@
 mrm.py pretrains it and finetune.py adapts it. Its tensors have timm's names, so that weights of
 MRM, MAE, MED-PEFT and timm load as they are (support/weights.py).
 
-One batch of the demo: X-rays (32, 1, 48, 48) -> 16 patches of 12 x 12 pixels (32, 16, 144) ->
-(32, 16, 128) -> class token first (32, 17, 128) -> one block, in which q, k and v are
-(32, 4, 17, 32) each -> (32, 17, 128) -> mean of the patch tokens (32, 128) -> 7 logits (32, 7)
+One batch of the demo: X-rays (32, 1, 48, 48) -> 36 patches of 8 x 8 pixels (32, 36, 64) ->
+(32, 36, 128) -> class token first (32, 37, 128) -> two blocks, in which q, k and v are
+(32, 4, 37, 32) each -> (32, 37, 128) -> mean of the patch tokens (32, 128) -> 7 logits (32, 7)
 
 Paper: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; sin-cos positions as in MAE.
 Next: mrm.py. Shapes: B batch, N patches, D width, p pixels a side of a patch, C channels."""

@@ -20,7 +20,6 @@ import re
 import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -723,10 +722,24 @@ def save_png(path, picture):
     atomic_write(path, lambda file: picture.save(file, "PNG"))
 
 
+def place_words(caption, font, width, line):
+    """[((x, y), word, colour)] of a caption, wrapped at `width` pixels, `line` pixels a line."""
+    if isinstance(caption, str):
+        caption = [(word, "black") for word in caption.split()]
+    placed, x, y = [], 0, 0
+    for word, colour in caption:
+        end = x + font.getlength(word)
+        if end > width and x:
+            x, y = 0, y + line
+        placed.append(((x, y), word, colour))
+        x += font.getlength(word + " ")
+    return placed
+
+
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
-    titles: one a column; captions: one a row, wrapped below it."""
+    titles: one a column; captions: one a row, wrapped below it: a text, or words (text, colour)."""
 
     def picture(image):
         pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
@@ -739,8 +752,8 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     widths = [math.ceil(font.getlength(title)) for title in titles]
     column = max(widths + [drawn.width for row in rows for drawn in row]) + gap
     width = column * len(titles)
-    texts = [textwrap.wrap(text, width // 6) for text in captions or [""] * len(rows)]
-    heights = [max(drawn.height for drawn in row) + line * len(text) + gap
+    texts = [place_words(text, font, width - gap, line) for text in captions or [""] * len(rows)]
+    heights = [max(drawn.height for drawn in row) + (text[-1][0][1] + line if text else 0) + gap
                for row, text in zip(rows, texts)]
     canvas = Image.new("RGB", (gap + width, gap + line + sum(heights)), "white")
     draw, top = ImageDraw.Draw(canvas), gap + line
@@ -749,8 +762,10 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
     for row, text, height in zip(rows, texts, heights):
         for i, drawn in enumerate(row):
             canvas.paste(drawn, (gap + i * column, top))
+        below = top + max(drawn.height for drawn in row)
+        for (x, y), word, colour in text:
+            draw.text((gap + x, below + y), word, colour, font)
         top += height
-        draw.text((gap, top - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
     save_png(path, canvas)
 
 

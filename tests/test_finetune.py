@@ -862,7 +862,7 @@ def test_pretraining_refuses_a_csv_without_the_columns(easy, tmp_path):
         (dict(word_ratio=0.0), r"--word-ratio: expected a number in \(0, 1\], found 0"),
         (
             dict(mask_ratio=0.99),
-            "--mask-ratio: expected .* leaves 1 to 15 of 16 patches visible, found 0.99",
+            "--mask-ratio: expected .* leaves 1 to 35 of 36 patches visible, found 0.99",
         ),
         (dict(mask_ratio=0.0), r"--mask-ratio: expected a number in \(0, 1\), found 0"),
         (dict(mask_ratio=-0.5), r"--mask-ratio: expected a number in \(0, 1\), found -0.5"),

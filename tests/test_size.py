@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1147,
-    "finetune.py": 815,
+    "finetune.py": 814,
     "kernels/__init__.py": 74,
     "kernels/bench.py": 178,
     "kernels/cpu.py": 69,
@@ -23,17 +23,17 @@ BUDGET = {
     "more/improved.py": 156,
     "more/nicegan.py": 194,
     "more/segment.py": 415,
-    "mrm.py": 719,
+    "mrm.py": 713,
     "reggan.py": 917,
     "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 99,
-    "support/script.py": 816,
+    "support/script.py": 831,
     "support/tokenizer.py": 124,
     "support/weights.py": 128,
     "vit.py": 210,
 }
-TOTAL = 8013
+TOTAL = 8021
 
 
 def lines_of(name):
