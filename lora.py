@@ -37,9 +37,7 @@ Papers: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography "Less Could Be Bett
 (MED-PEFT): q and v of every block, alpha 32, dropout 0.1 (its code: tests/departures.md).
 Next: the reference half of kernels/lora_linear.py, which is this layer forward and backward by
 hand; then mrm.py. Exercises 1, 8 and 9 of tests/exercises.md change this file.
-
-Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank.
-"""
+Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank."""
 import dataclasses
 import hashlib
 import os
@@ -54,7 +52,7 @@ from kernels.lora_linear import adapted_parts
 from support.script import (
     InputError, check_apart, checkpoint_file, load_checkpoint, option, parse_config, run_script,
     save_checkpoint, write_json)
-from support.weights import ENCODER_PARTS, read_weights
+from support.weights import ENCODER_PARTS, is_plain, read_weights
 
 # --------------------------------------------------------------------------------------------------
 # The layer
@@ -62,17 +60,16 @@ from support.weights import ENCODER_PARTS, read_weights
 
 class LoRALinear(nn.Linear):
     """`nn.Linear` with a low-rank addition on some of its output parts.
-
     parts: one bool per equal output part, True where LoRA adds to it: (True, False, True) is q and
     v of a fused qkv. Parameters: `weight` (out, in) and `bias`, which `add_lora` freezes; `lora_A`
     (G*r, in), uniform within 1 / sqrt(in), as nn.Linear draws its weight; `lora_B` (G*out/P, r),
-    zero, so that the layer starts as the plain one. Raises ValueError for sizes that do not fit."""
+    zero. Raises ValueError for sizes that do not fit."""
 
     def __init__(self, in_features, out_features, rank, alpha=32, dropout=0.1, parts=(True,),
                  bias=True, **kwargs):
         if rank < 1 or not any(parts) or out_features % len(parts):
-            raise ValueError(f"LoRA needs rank >= 1, an adapted part and a number of parts that "
-                             f"divides {out_features}, found rank {rank}, parts {tuple(parts)}")
+            raise ValueError("LoRA needs rank >= 1, an adapted part and parts that divide "
+                             f"{out_features}, found rank {rank}, parts {tuple(parts)}")
         super().__init__(in_features, out_features, bias, **kwargs)
         self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
         self.parts, self.merged = tuple(map(bool, parts)), False
@@ -106,6 +103,7 @@ class LoRALinear(nn.Linear):
 # lora-qkv, lora-all) q, k and v, or all linear layers. A layer's own name stands before its parts.
 TARGETS = {"qv": {"qkv": (True, False, True)}, "qkv": {"qkv": (True, True, True)},
            "all": {"qkv": (True, True, True), "proj": (True,), "fc1": (True,), "fc2": (True,)}}
+SETTINGS = ("rank", "alpha", "dropout", "targets")  # add_lora's, which an adapter file holds
 
 
 def part_of(name):
@@ -167,8 +165,6 @@ def count_parameters(model):
 # --------------------------------------------------------------------------------------------------
 # Adapter files
 
-SETTINGS = ("rank", "alpha", "dropout", "targets")  # what rebuilds the layers, of add_lora
-
 
 def lora_state_dict(model):
     """What an adapter file must hold: every tensor of LoRA, fc_norm and head."""
@@ -189,9 +185,10 @@ def read_adapter_file(path):
     """All that an adapter file holds, as a dict. Raises InputError where it is no adapter."""
     saved = load_checkpoint(checkpoint_file(path, "adapter.pt"))
     tensors, settings = saved.get("adapter"), saved.get("lora")
-    whole = isinstance(tensors, dict) and any(name.endswith(".lora_A") for name in tensors)
-    if not whole or not isinstance(settings, dict) or not set(SETTINGS) <= settings.keys():
-        raise InputError(path, "an adapter (entries 'adapter' and 'lora')", sorted(saved)[:5])
+    if not (isinstance(tensors, dict) and any(str(name).endswith(".lora_A") for name in tensors)
+            and all(isinstance(name, str) and is_plain(tensors[name]) for name in tensors)
+            and isinstance(settings, dict) and set(SETTINGS) <= settings.keys()):
+        raise InputError(path, "an adapter (entries 'adapter' and 'lora')", [*map(str, saved)][:5])
     return saved | {"lora": {name: settings[name] for name in SETTINGS}}
 
 
@@ -218,7 +215,7 @@ def fingerprint(tensors):
     """A hash of the encoder's tensors in a dict: an adapter names its base weights by it."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        if name.split(".")[0] in ENCODER_PARTS and "lora_" not in name:
+        if name.split(".")[0] in ENCODER_PARTS and "lora_" not in name and is_plain(tensor):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -314,8 +311,8 @@ def import_medpeft(config):
     base too, because its frozen weights have drifted a little from MRM's. Its code fixes alpha 32,
     dropout 0.1 and q and v. Raises InputError for other checkpoints."""
     tensors, _ = read_weights(config.weights)
-    adapter = {name: tensors[name].float() for name in tensors if part_of(name) != "backbone"}
-    ranks = {tensor.shape[-1] for name, tensor in adapter.items() if name.endswith("lora_B")}
+    adapter = {n: t.float() for n, t in tensors.items() if part_of(n) != "backbone" and is_plain(t)}
+    ranks = {n for name in adapter if name.endswith("lora_B") for n in adapter[name].shape[-1:]}
     if len(ranks) != 1:
         raise InputError(config.weights, "a checkpoint of MED-PEFT, LoRA of one rank beside qkv",
                          f"ranks {sorted(ranks)}")

@@ -36,6 +36,11 @@ def unwrap(saved):
     return {str(name): tensor for name, tensor in saved.items() if torch.is_tensor(tensor)}
 
 
+def is_plain(value):
+    """Whether this is a tensor of floating-point numbers that are stored one by one."""
+    return torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point()
+
+
 def encoder_alone(tensors, source):
     """Takes a prefix such as `module.` off the names of the encoder's tensors, and leaves out those
     without it. Raises InputError where a file holds two encoders."""
@@ -100,10 +105,10 @@ def load_encoder(model, tensors, source):
     of other sizes, is refused by name, and so are numbers that are not finite."""
     own, tensors = model.state_dict(), dict(tensors)
     for name in sorted(own.keys() & tensors.keys()):
-        tensor = tensors[name]
-        numbers = tensor.layout == torch.strided and tensor.is_floating_point()
-        if own[name].is_floating_point() and not (numbers and tensor.float().isfinite().all()):
-            found = "NaN or infinity" if numbers else f"{tensor.dtype}, {tensor.layout}"
+        plain = is_plain(tensors[name])
+        wrong = not plain or not tensors[name].float().isfinite().all()
+        if own[name].is_floating_point() and wrong:
+            found = "NaN or infinity" if plain else f"{tensors[name].dtype}"
             raise InputError(f"{source}: {name}", "finite floating-point numbers", found)
     kernel = tensors.get("patch_embed.proj.weight")
     if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 3 and model.in_chans == 1:
