@@ -16,7 +16,7 @@ BUDGET = {
     "kernels/dropout.py": 41,
     "kernels/lora_linear.py": 426,
     "kernels/warp.py": 346,
-    "lora.py": 343,
+    "lora.py": 340,
     "more/__init__.py": 3,
     "more/convert.py": 219,
     "more/cxrmae.py": 116,
@@ -30,10 +30,10 @@ BUDGET = {
     "support/recipes.py": 99,
     "support/script.py": 831,
     "support/tokenizer.py": 124,
-    "support/weights.py": 128,
+    "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 8021
+TOTAL = 8023
 
 
 def lines_of(name):
