@@ -6,9 +6,6 @@
 Nothing here knows a model or a loss. What cannot be used is refused by an InputError, in one line
 that says what was expected and found, in which file and line.
 
-The sections: reading images; text files; labelled data sets; their images, reports and masks;
-patients and leaks; crops and batches; A/B pairs; the audit.
-
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W).
 """
 
@@ -16,7 +13,6 @@ import copy
 import csv
 import dataclasses
 import functools
-import glob
 import hashlib
 import io
 import itertools
@@ -132,16 +128,15 @@ def read_dicom(path):
     kind, frames = record.get("PhotometricInterpretation"), int(record.get("NumberOfFrames") or 1)
     if frames > 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise InputError(path, "one grey frame", f"{frames} of {kind or 'no image'}")
-    raw = record.pixel_array
+    raw, padding = record.pixel_array, record.get("PixelPaddingValue")
     pixels = apply_voi_lut(apply_modality_lut(raw, record), record).astype(np.float64)
     inside = np.ones(raw.shape, bool)
-    if record.get("PixelPaddingValue") is not None:
-        value, limit = record.PixelPaddingValue, record.get("PixelPaddingRangeLimit")
-        low, high = sorted([value, value if limit is None else limit])
+    if padding is not None:
+        low, high = sorted([padding, record.get("PixelPaddingRangeLimit", padding)])
         inside = (raw < low) | (raw > high)
     window = record.get("WindowWidth"), record.get("WindowCenter")
     if None not in window and not record.get("VOILUTSequence"):
-        with np.errstate(over="ignore"):  # what the window makes of numbers far outside it
+        with np.errstate(over="ignore"):  # the ends: what it makes of numbers far outside
             pixels = stretch(pixels, *apply_voi_lut(np.array([-1e9, 1e9]), record))
     elif inside.any():
         pixels = stretch(pixels, *limits(pixels[inside]))
@@ -223,16 +218,14 @@ def list_images(folder):
     def stop(error):
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
 
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such folder")
-    files, seen = [], set()
+    files, met = [], set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links come last
-        if os.path.realpath(place) in seen:
+        if os.path.realpath(place) in met:
             folders.clear()
         else:
             files += [os.path.join(place, name) for name in names if name[0] != "."]
-        seen.add(os.path.realpath(place))
+        met.add(os.path.realpath(place))
     paths = sorted(path for path in files if split_ending(path)[1])
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
@@ -289,18 +282,16 @@ def plain_name(name):
 
 def image_keys(root, names):
     """What identifies the image of each name or path: its path below the root, without a leading
-    images/ and without the ending. Links to the root, or to its images, may be in an absolute
-    path."""
-    places = [os.path.join(os.path.abspath(root or "."), folder) for folder in ("images", "")]
-    places = [f"{real(x)}/" for x in places for real in (os.path.normpath, os.path.realpath)]
+    images/ and without the ending. An absolute name may lead there through a link."""
+    folder, direct, linked = os.path.abspath(root or "."), os.path.normpath, os.path.realpath
+    places = [real(os.path.join(folder, below)) + os.sep for below in ("images", "")
+              for real in (direct, linked)]
 
     def key(name):
-        path = os.path.normpath(os.path.join(places[-2], plain_name(str(name))))
-        for whole in (path, os.path.realpath(path)):
-            for place in places:
-                if whole.startswith(place):
-                    return split_ending(whole[len(place) :])[0]
-        return split_ending(path)[0]
+        path = os.path.join(folder, plain_name(str(name)))
+        tails = (real(path)[len(place) :] for real in (direct, linked) for place in places
+                 if real(path).startswith(place))
+        return split_ending(next(tails, path))[0]
 
     return list(map(key, names))
 
@@ -328,16 +319,14 @@ UNCERTAIN = {"ones": 1.0, "zeros": 0.0, "ignore": math.nan}  # what a label of -
 
 @dataclasses.dataclass
 class Part:
-    """The training, validation or test part of a labelled data set: names of its images, their
-    paths, labels float32 (n, k; NaN where unknown), and whose they are (`identify`). A run adds the
-    ImageSet, and a segmentation the files of the masks."""
+    """The training, validation or test part of a data set. A run adds images and masks."""
 
-    names: list
+    names: list  # of its images
     paths: list
-    labels: torch.Tensor
-    owners: list
-    images: object = None
-    masks: list = None
+    labels: torch.Tensor  # float32 (n, k), NaN where unknown
+    owners: list  # whose the images are, by `identify`
+    images: object = None  # an ImageSet
+    masks: list = None  # of a segmentation, by `find_masks`
 
     def keep(self, rows):
         """Leaves the images `rows` alone."""
@@ -368,14 +357,15 @@ def read_parts(data, root, split="", ratio=100, uncertain=None, skip_bad=False):
     training labels. Lists go before a table. uncertain: what a label of -1 means (UNCERTAIN); None
     refuses it, but for CheXpert's, which are ones as in the papers. skip_bad: images that are
     missing or cannot be read are left out, and counted."""
-    root, parts = Path(root or "."), {}
-    table = find_table(data, root)
+    root, parts, values = Path(root or "."), {}, LABELS
+    if uncertain or data == "chexpert":
+        values = LABELS | dict.fromkeys(("-1", "-1.0"), UNCERTAIN[uncertain or "ones"])
+    table = max(root.glob(TABLES.get(data, "no table")), default=None)
     if table and not (root / "val_list.txt").exists():
-        listed, classes = read_table(data, root, ratio, uncertain), table_classes(data, table)
+        listed, classes = read_table(data, table, ratio, values), table_classes(data, table)
     else:
-        listed, classes = read_lists(data, root, split, ratio, uncertain)
-    for part, (names, labels, *source) in listed.items():
-        source = source[0] if source else table
+        listed, classes = read_lists(data, root, split, ratio, values)
+    for part, (names, labels, source) in listed.items():
         paths = find_images(data, root, names, source, not skip_bad)
         parts[part] = Part(names, paths, labels, identify(root, names))
         wrong = [reason for _, reason in over_images(pixel_hash, paths)] if skip_bad else []
@@ -388,14 +378,7 @@ def read_parts(data, root, split="", ratio=100, uncertain=None, skip_bad=False):
     return parts, classes
 
 
-def label_values(data, uncertain):
-    """{label as a list or a table writes it: its number}"""
-    if uncertain or data == "chexpert":
-        return LABELS | dict.fromkeys(("-1", "-1.0"), UNCERTAIN[uncertain or "ones"])
-    return LABELS
-
-
-def read_lists(data, root, split, ratio, uncertain):
+def read_lists(data, root, split, ratio, values):
     """The lists of a data set: ({part: (names, labels float32 (n, k), file)}, classes)."""
     names = {"train": "train_list.txt" if ratio == 100 else f"train_{ratio}.txt",
              "val": "val_list.txt", "test": "test_list.txt"}
@@ -412,7 +395,7 @@ def read_lists(data, root, split, ratio, uncertain):
             there = ", ".join(sorted(os.listdir(folder))[:12]) if folder.is_dir() else "nothing"
             needs = f"which --data {data} --split {split or 'none'} --ratio {ratio} needs"
             raise InputError(f"{path}: no such list, {needs}; {folder} holds {there}")
-        listed[part] = *read_list(path, label_values(data, uncertain)), path
+        listed[part] = *read_list(path, values), path
     classes, count = DATASETS[data][1], listed["train"][1].shape[1]
     if data == "covid":
         classes = [split.rstrip("0123456789")]
@@ -455,11 +438,6 @@ def read_list(path, values=LABELS):
     return list(rows), torch.tensor(list(rows.values()))
 
 
-def find_table(data, root):
-    """The published table of a data set at its root, or one of your own; None without."""
-    return min(Path(root).glob(TABLES.get(data, "no table")), default=None)
-
-
 def table_classes(data, path):
     """The classes of a table: the set's, or in one of your own the columns that name findings."""
     if data != "csv":
@@ -491,21 +469,21 @@ def table_rows(data, path):
                 name = re.sub(r"^CheXpert-v1\.0[^/]*/", "", name)  # the small set or the large one
                 yield f"{file}: line {line}", name, cells, part
     else:
-        more = [name for name in read_header(path) if name == "split"]
-        for line, name, *cells in read_csv(path, ("image", *classes, *more)):
-            yield f"{path}: line {line}", name, cells[: len(classes)], "".join(
-                cells[len(classes) :]).lower()
+        last = [name for name in read_header(path) if name == "split"]
+        for line, name, *cells in read_csv(path, ("image", *classes, *last)):
+            part = cells.pop() if last else ""
+            yield f"{path}: line {line}", name, cells, part.lower()
 
 
-def read_table(data, root, ratio=100, uncertain=None):
-    """The table of a data set as {part: (names, labels float32 (n, k))}. An image that has no part
-    yet follows the others of its patient, so that no patient is trained and tested on, or is given
-    one by a hash of the patient alone: 70 % train, 10 % val and 20 % test, the same in every run.
-    `ratio`: the percent of the training patients that are taken, by another hash."""
-    path, values, rows = find_table(data, root), label_values(data, uncertain), {}
+def read_table(data, path, ratio=100, values=LABELS):
+    """The table `path` at the root of a data set: {part: (names, labels float32 (n, k), path)}.
+    An image that has no part yet follows the others of its patient, so that no patient is trained
+    and tested on, or is given one by a hash of the patient alone: 70 % train, 10 % val and 20 %
+    test, the same in every run. `ratio`: the percent of the training patients that are taken, by
+    another hash."""
+    rows, listed = {}, {"train": ([], []), "val": ([], []), "test": ([], [])}
     for where, name, cells, part in table_rows(data, path):
-        name = plain_name(name)
-        wrong = [cell for cell in cells if cell not in values]
+        name, wrong = plain_name(name), [cell for cell in cells if cell not in values]
         if wrong or part not in ("", *PARTS):
             expected = "labels 0, 1 or blank (-1: see --uncertain), a split train, val or test"
             raise InputError(where, expected, repr(wrong[0] if wrong else part))
@@ -515,15 +493,14 @@ def read_table(data, root, ratio=100, uncertain=None):
         if name in rows:
             labels = list(map(max, labels, rows[name][0]))
         rows[name] = labels, PARTS.get(part, "")
-    listed, owners = {part: ([], []) for part in ("train", "val", "test")}, identify(root, rows)
-    groups = units(owners)
-    part_of = {group: part for group, (_, part) in zip(groups, rows.values()) if part}
-    unknown = [image for image, patient in owners if not patient]
-    if unknown and data != "rsna" and not all(part for _, part in rows.values()):
+    owners = identify(path.parent, rows)
+    unknown = [image for image, patient in owners if not patient and data != "rsna"]
+    if unknown and not all(part for _, part in rows.values()):
         warn(f"{path}: no patient is known of {len(unknown)} of {len(rows)} images, such as "
              f"{unknown[0]}: one who has several may be in train and in test. A column `patient`, "
              "or ROOT/patients.csv (image_path,patient_id), names them")
-    for group, (name, (labels, part)) in zip(groups, rows.items()):
+    part_of = {group: part for group, (_, part) in zip(units(owners), rows.values()) if part}
+    for group, (name, (labels, part)) in zip(units(owners), rows.items()):
         digest = hashlib.sha256(group.encode()).digest()
         chance, other = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))
         if "test" in part_of.values():  # the others are divided into train and val
@@ -533,10 +510,7 @@ def read_table(data, root, ratio=100, uncertain=None):
         if part != "train" or other < ratio / 100:
             listed[part][0].append(name)
             listed[part][1].append(labels)
-    for part, (names, _) in listed.items():
-        if not names:
-            raise InputError(path, f"images of the part {part}", f"none among {len(rows)}")
-    return {part: (names, torch.tensor(labels)) for part, (names, labels) in listed.items()}
+    return {part: (names, torch.tensor(labels), path) for part, (names, labels) in listed.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -545,20 +519,18 @@ def read_table(data, root, ratio=100, uncertain=None):
 
 def find_images(data, root, names, source, check=True):
     """The path of every name in the list or CSV `source`, below the folders of the data set. A name
-    that is missing is refused with its line, or is below the first folder where not `check`."""
-    root, patterns = root or ".", DATASETS[data][0]
-    folders = [folder for pattern in patterns for folder in
-               (sorted(glob.glob(os.path.join(glob.escape(root), pattern))) if "*" in pattern
-                else [os.path.join(root, pattern)])]
-    places = [[os.path.join(folder, name) for folder in folders] for name in names]
+    that is missing is refused with its line, or has the first folder where not `check`."""
+    patterns = DATASETS[data][0]
+    folders = [str(folder) for pattern in patterns for folder in
+               (sorted(Path(root or ".").glob(pattern)) if pattern else [root or "."])]
+    places = [[os.path.join(folder, name) for folder in folders or patterns] for name in names]
     paths = [next(filter(os.path.isfile, each), None) for each in places]
     if check and None in paths:
         name = names[paths.index(None)]
         alone = re.compile(rf"(?<![\w./-]){re.escape(name)}(?![\w.-])")  # and no part of a name
         line = next((number for number, text in read_lines(source) if alone.search(text)), "?")
-        count = f"{paths.count(None)} of {len(names)} are missing"
-        raise InputError(f"{source}: line {line}: no image {name!r} in {' or '.join(folders)} "
-                         f"({count})")
+        where = f"{' or '.join(folders or patterns)} ({paths.count(None)} of {len(names)} missing)"
+        raise InputError(f"{source}: line {line}: no image {name!r} in {where}")
     return [path or each[0] for path, each in zip(paths, places)]
 
 
@@ -600,30 +572,30 @@ def read_mask(source, shape, path):
 
 # The patient in a name of NIH's, MIMIC-CXR's or CheXpert's
 WRITTEN_PATIENT = re.compile(r"patient\d+|(?<![^/])(?:\d{8}(?=_\d{3}$)|p\d{8}(?=/s\d{8}/))")
-PATIENT_TABLES = {"patients.csv": ("image_path", "patient_id"), "labels.csv": ("image", "patient"),
-                  "records.csv": ("image_path", "patient_id")}
+PATIENT_TABLES = {  # the later ones decide
+    "records.csv": ("image_path", "patient_id"), "labels.csv": ("image", "patient"),
+    "patients.csv": ("image_path", "patient_id")}
 
 
 def identify(root, names):
-    """(the image, its patient or "") of each name. The patient is named by a table at the root
-    (PATIENT_TABLES) or by the name. The image is its `image_keys`, from the patient's part on: so
+    """Whose each image is: (the image, its patient or ""). The patient is named by a table at the
+    root (PATIENT_TABLES) or by the name. The image is its `image_keys`, from the patient's part on:
     copies of a data set that lie otherwise on disk agree. Drawn images are called like NIH's, and
     are told apart by "demo "."""
-    root, listed = Path(root or "."), {}
-    drawn = "demo " * (root / "demo.json").is_file()
+    listed, owners = {}, []
+    drawn = "demo " * Path(root or ".", "demo.json").is_file()
     for file, columns in PATIENT_TABLES.items():
-        path = root / file
+        path = Path(root or ".", file)
         if path.is_file() and (file == "patients.csv" or set(columns) <= set(read_header(path))):
             rows = list(read_csv(path, columns))
-            listed = dict(zip(image_keys(root, [row[1] for row in rows]),
-                              [row[2] for row in rows])) | listed
-    identities = []
+            listed |= {key: row[2] for key, row in
+                       zip(image_keys(root, [row[1] for row in rows]), rows) if row[2]}
     for key in image_keys(root, names):
         found = WRITTEN_PATIENT.search(key)
-        image, patient = (key[found.start() :], found[0]) if found else (key, "")
-        patient = listed.get(key) or patient
-        identities.append((drawn + image, drawn + patient if patient else ""))
-    return identities
+        patient = listed.get(key) or (found[0] if found else "")
+        image = key[found.start() :] if found else key
+        owners.append((drawn + image, drawn + patient if patient else ""))
+    return owners
 
 
 def units(owners):
@@ -683,29 +655,23 @@ def normalize(images, mean=None, std=None):
 
 def resize(images, size):
     """Resizes images (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or to an int for
-    the shorter side: antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's."""
+    the shorter side: antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's. The
+    second of two channels is a mask, which takes the nearest pixel and so keeps its two values."""
     if isinstance(size, int):
         size = [round(side * size / min(images.shape[-2:])) for side in images.shape[-2:]]
     batch = images if images.ndim == 4 else images[None]
-    batch = F.interpolate(batch, size, mode="bicubic", antialias=True)
-    batch = batch if batch.dtype == torch.uint8 else batch.clamp_(0, 1)
-    return batch if images.ndim == 4 else batch[0]
+    scaled = F.interpolate(batch, size, mode="bicubic", antialias=True)
+    scaled = scaled if scaled.dtype == torch.uint8 else scaled.clamp_(0, 1)
+    if batch.shape[1] == 2:
+        scaled[:, 1:] = F.interpolate(batch[:, 1:].float(), size, mode="nearest-exact")
+    return scaled if images.ndim == 4 else scaled[0]
 
 
-def resize_pair(pair, size):
-    """`resize` of an image and its mask (2, H, W) to `size` (h, w): the mask takes the value of the
-    nearest pixel, so that it keeps two values."""
-    mask = F.interpolate(pair[None, 1:].float(), size, mode="nearest-exact")[0]
-    return torch.cat([resize(pair[:1], size), mask.to(pair.dtype)])
-
-
-def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None,
-                        pair=False):
+def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
     """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
     images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
-    crop of its own for each image. `pair`: the channels are an image and its mask. Sampled as
-    torchvision's RandomResizedCrop does: of ten tries the first that fits, else the central crop of
-    the nearest aspect."""
+    crop of its own for each image. Sampled as torchvision's RandomResizedCrop does: of ten tries
+    the first that fits, else the central crop of the nearest aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -718,37 +684,30 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
     top = torch.where(fits, draw[2, :, 0] * (h - height + 1), (h - height) / 2)
     left = torch.where(fits, draw[3, :, 0] * (w - width + 1), (w - width) / 2)
     boxes = torch.stack([top, left, height, width]).T.int().tolist()
-    scaled = resize_pair if pair else resize
-    crops = []
-    for image, (y, x, height, width) in zip(images, boxes):
-        crops.append(scaled(image[:, y : y + height, x : x + width], (size, size)))
-    return torch.stack(crops)
+    return torch.stack([resize(image[:, y : y + height, x : x + width], (size, size))
+                        for image, (y, x, height, width) in zip(images, boxes)])
 
 
-def random_flip(images, generator=None):
-    """Mirrors each of (B, C, H, W) left-right with probability 1/2. Not for images whose labels or
-    reports tell left from right."""
-    chosen = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
+def crop_and_flip(images, generator, side, min_crop, flip=False):
+    """Random crops (B, C, side, side) of at least the share `min_crop` of each image. `flip`
+    mirrors half of them left-right: not where labels or reports tell left from right. It is no
+    local function: worker processes find it by its name."""
+    images = random_resized_crop(images, side, (min_crop, 1.0), generator=generator)
+    if flip:
+        chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(chosen, images.flip(-1), images)
+    return images
 
 
-def crop_and_flip(images, generator, side, min_crop, flip=False, pair=False):
-    """Random crops (B, C, side, side) of at least the share `min_crop` of each image; `flip`
-    mirrors half of them. It is no local function: worker processes find it by its name."""
-    images = random_resized_crop(images, side, (min_crop, 1.0), generator=generator, pair=pair)
-    return random_flip(images, generator) if flip else images
-
-
-def read_bytes(item, side, enlarge=True, pair=False, white=None):
-    """An image whose shorter side becomes `side`, rounded to 8 bits: uint8 (1, H, W). With `pair`
-    the item is (path, mask), and both are squeezed into a square: uint8 (2, side, side)."""
-    if not pair:
+def read_bytes(item, side, enlarge=True, white=None):
+    """An image whose shorter side becomes `side`, rounded to 8 bits: uint8 (1, H, W). Of an item
+    (path, mask) both are squeezed into a square: uint8 (2, side, side)."""
+    if not isinstance(item, tuple):
         image = read_image(item, side, enlarge, white)
     else:
         image = read_image(item[0], white=white)
-        mask = read_mask(item[1], image.shape[1:], item[0])
-        image = torch.cat([image, torch.from_numpy(mask)[None].float()])
-        image = resize_pair(image, (side, side))
+        mask = torch.from_numpy(read_mask(item[1], image.shape[1:], item[0]))
+        image = resize(torch.cat([image, mask[None].float()]), (side, side))
     return (image * 255).round_().byte()
 
 
@@ -767,8 +726,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.paths, self.size, self.augment, self.seed = list(paths), size, augment, seed
         self.masks, self.crop, self.cache = masks, crop or size, None
         self.items = self.paths if masks is None else list(zip(paths, masks))
-        self.reader = functools.partial(read_bytes, side=size, enlarge=enlarge,
-                                        pair=masks is not None, white=white)
+        self.reader = functools.partial(read_bytes, side=size, enlarge=enlarge, white=white)
 
     def __len__(self):
         return len(self.paths)
@@ -879,15 +837,14 @@ def write_slice(path, image, source, rescale=None):
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     kind, (low, high) = kind_of(source), rescale or (-1, 1)
+    values = ((array + 1) * ((high - low) / 2) + low).astype(np.float32)
     if kind == "picture":
         with Image.open(source) as picture:
             form, dtype = picture.format, np.uint16 if picture.mode[0] == "I" else np.uint8
         values = ((array + 1) / 2 * np.iinfo(dtype).max).round().astype(dtype)
         options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
         atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **options))
-        return
-    values = ((array + 1) * ((high - low) / 2) + low).astype(np.float32)
-    if kind == "npy":
+    elif kind == "npy":
         atomic_write(path, lambda file: np.save(file, values))
     else:
         like = read_nifti(source)
@@ -902,15 +859,6 @@ def check_range(where, images, span):
     if span is None and (low >= 0 or high < -0.87):
         found = f"{low:g} to {high:g}; --rescale LO,HI maps LO..HI, such as 0,1, to -1..1"
         raise InputError(where, "values from -1, the background, to 1", found)
-
-
-def axes_of(path):
-    """Where the rows and columns of a NIfTI lead, such as ("R", "A"); () of another file."""
-    if kind_of(path) != "nifti":
-        return ()
-    from nibabel import aff2axcodes
-
-    return aff2axcodes(read_nifti(path).affine)[:2]
 
 
 def list_slices(folder):
@@ -1025,9 +973,13 @@ class Pairs(torch.utils.data.Dataset):
             if a.shape[1:] != b.shape[1:] or (a.shape, b.shape) != first:
                 expected = f"{first[0]} and {first[1]} in A and B (--size N makes all N x N)"
                 raise InputError(self.folder / "A" / name, expected, f"{a.shape} and {b.shape}")
-            axes, other = (axes_of(self.folder / side / name) for side in "AB")
-            if axes != other:
-                raise InputError(self.folder / "B" / name, f"the axes {axes}, as its A", other)
+            if kind_of(name) == "nifti":
+                from nibabel import aff2axcodes
+
+                affines = (read_nifti(self.folder / side / name).affine for side in "AB")
+                axes, other = (aff2axcodes(affine)[:2] for affine in affines)
+                if axes != other:  # one would be learnt as the mirror image of the other
+                    raise InputError(self.folder / "B" / name, f"the axes {axes}, as its A", other)
         for side, span, images in zip("AB", self.rescale, ends):
             check_range(self.folder / side, images, span)
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
@@ -1068,16 +1020,14 @@ class Pairs(torch.utils.data.Dataset):
 
 def parse_rescale(text):
     """The (lo, hi) of A and of B, or None each, from "LO,HI" for both, "LO,HI,LO,HI" or ""."""
-    if not text:
-        return None, None
     try:
-        numbers = [float(number) for number in text.split(",")]
+        numbers = [float(number) for number in text.split(",") if text]
     except ValueError:
-        numbers = []
+        numbers = [0.0]
     a, b = tuple(numbers[:2]), tuple(numbers[-2:])
-    if len(numbers) not in (2, 4) or not (a[0] < a[1] and b[0] < b[1]):
+    if len(numbers) not in (0, 2, 4) or not all(span[0] < span[1] for span in (a, b) if span):
         raise InputError("--rescale", "LO,HI or LO,HI,LO,HI (A, then B) with LO < HI", text)
-    return a, b
+    return a or None, b or None
 
 
 def fit_square(image, size):

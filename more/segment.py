@@ -257,7 +257,7 @@ def load_images(parts, config):
     and test as their images have them: {name: bool (n, H, W)}."""
     side, masks = config.img_size, {}
     crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop,
-                             flip=config.flip, pair=True)
+                             flip=config.flip)
     for name, part in parts.items():
         how = (2 * side, crop, config.seed) if name == "train" else (side,)
         part.images = data.ImageSet(part.paths, *how, masks=part.masks, white=config.white)

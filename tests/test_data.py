@@ -13,6 +13,7 @@ import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -246,7 +247,7 @@ def test_list_images(tmp_path, photo):
     for name in ("b.png", "sub/a.JPG", ".hidden.png", "notes.txt"):
         (tmp_path / name).touch()
     assert data.list_images(tmp_path) == [str(tmp_path / "b.png"), str(tmp_path / "sub/a.JPG")]
-    fails(lambda: data.list_images(tmp_path / "none"), "none", "no such folder")
+    fails(lambda: data.list_images(tmp_path / "none"), "none", "No such file")
     (tmp_path / "empty").mkdir()
     fails(lambda: data.list_images(tmp_path / "empty"), "empty", "found none")
 
@@ -544,11 +545,13 @@ def test_crops_repeat_differ_and_take_any_shape(photo):
     assert torch.equal(whole, data.resize(image, 128))
 
 
-def test_random_flip():
-    images = torch.arange(12.0).reshape(1, 1, 3, 4).expand(400, -1, -1, -1)
-    flipped = data.random_flip(images, torch.Generator().manual_seed(0))
-    mirrored = (flipped == images.flip(-1)).all((1, 2, 3))
-    assert ((flipped == images).all((1, 2, 3)) ^ mirrored).all() and 150 < mirrored.sum() < 250
+def test_half_of_the_crops_are_flipped():
+    images = torch.arange(12.0).reshape(1, 1, 3, 4).expand(400, -1, -1, -1) / 12
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    plain, flipped = (data.crop_and_flip(images, draw, 3, 0.9, flip) for draw, flip in
+                      zip(draws, (False, True)))
+    mirrored = (flipped == plain.flip(-1)).all((1, 2, 3))
+    assert ((flipped == plain).all((1, 2, 3)) ^ mirrored).all() and 150 < mirrored.sum() < 250
 
 
 def test_normalize():
@@ -1138,7 +1141,7 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path, workers):
         masks.append(str(tmp_path / f"mask{i}.png"))
         Image.fromarray((50 + 150 * film).astype(np.uint8)).save(paths[-1])
         Image.fromarray(film).save(masks[-1])
-    augment = functools.partial(data.crop_and_flip, side=32, min_crop=0.3, flip=True, pair=True)
+    augment = functools.partial(data.crop_and_flip, side=32, min_crop=0.3, flip=True)
     whole = data.ImageSet(paths, 64, masks=masks)
     crops = data.ImageSet(paths, 64, augment, masks=masks)
     loaded = data.ImageSet(paths, 64, augment, masks=masks).preload()
@@ -1151,13 +1154,13 @@ def test_crops_and_flips_move_image_and_mask_together(tmp_path, workers):
         image, mask = pairs.unbind(1)
         assert set(mask.unique().tolist()) == {0.0, 1.0}
         assert ((image > 0.49) == (mask > 0.5)).float().mean() > 0.97
-        assert not torch.equal(pairs[0], data.resize_pair(whole[rows[0].item()][0], (32, 32)))
+        assert not torch.equal(pairs[0], data.resize(whole[rows[0].item()][0], (32, 32)))
     assert whole[0][0].shape == (2, 64, 64)  # all of the film, and not its centre
 
 
 def test_a_resized_mask_takes_the_nearest_pixel():
     pair = torch.rand(2, 12, 20).round()
-    found = data.resize_pair(pair, (7, 9))[1]
+    found = data.resize(pair, (7, 9))[1]
     rows, columns = ((torch.arange(n) + 0.5) * side // n for n, side in ((7, 12), (9, 20)))
     assert torch.equal(found, pair[1][rows.long()][:, columns.long()])
 
@@ -1168,11 +1171,18 @@ def write_table(root, name, lines):
     return root
 
 
+def read_table(layout, root, *arguments, **options):
+    """{part: (names, labels)} of a table whose images are not there."""
+    with mock.patch.object(data, "find_images", lambda data, root, names, *_: names):
+        parts, _ = data.read_parts(layout, root, "", *arguments, **options)
+    return {name: (part.names, part.labels) for name, part in parts.items()}
+
+
 def test_a_table_of_ones_own_splits_by_patient(tmp_path):
     lines = ["image,Edema,Mass,patient"]
     lines += [f"{i}.png,{i % 2},{['', '1.0', '0.0'][i % 3]},p{i // 4}" for i in range(400)]
     root = write_table(tmp_path, "labels.csv", lines)
-    parts = data.read_table("csv", root)
+    parts = read_table("csv", root)
     sizes = {part: len(names) for part, (names, _) in parts.items()}
     assert sum(sizes.values()) == 400
     assert sizes["train"] > 220 and sizes["val"] > 16 and sizes["test"] > 40
@@ -1181,18 +1191,18 @@ def test_a_table_of_ones_own_splits_by_patient(tmp_path):
     names, labels = parts["train"]
     expected = [[int(n[:-4]) % 2, int(n[:-4]) % 3 == 1] for n in names]
     assert torch.equal(labels, torch.tensor(expected).float())
-    few = data.read_table("csv", root, ratio=10)
+    few = read_table("csv", root, ratio=10)
     assert few["test"][0] == parts["test"][0] and set(few["train"][0]) < set(names)
     assert 4 <= len(few["train"][0]) < 80
     # More records do not move a patient to another part
     more = write_table(tmp_path, "labels.csv", [*lines, "new.png,1,0,p999"])
-    again = data.read_table("csv", more)
+    again = read_table("csv", more)
     assert [n for n in again["test"][0] if n != "new.png"] == parts["test"][0]
 
 
 def test_the_column_split_decides(tmp_path):
     rows = ["image,Edema,split", "a.png,1,train", "b.png,0,valid", "c.png,1,test"]
-    parts = data.read_table("csv", write_table(tmp_path, "labels.csv", rows))
+    parts = read_table("csv", write_table(tmp_path, "labels.csv", rows))
     assert {part: names for part, (names, _) in parts.items()} == {
         "train": ["a.png"],
         "val": ["b.png"],
@@ -1211,7 +1221,7 @@ def test_no_patient_falls_into_two_parts_beside_a_given_split(tmp_path, capsys):
     assert data.table_classes("csv", root / "labels.csv") == ["patient_age"]
     parts = {
         part: {int(name[:-4]) for name in names}
-        for part, (names, _) in data.read_table("csv", root).items()
+        for part, (names, _) in read_table("csv", root).items()
     }
     assert set(range(20)) <= parts["test"] and all(parts.values())
     people = [{i // 2 for i in part} for part in parts.values()]
@@ -1228,7 +1238,7 @@ def test_nihs_two_lists_decide(tmp_path, capsys):
     )
     write_table(tmp_path, "train_val_list.txt", names[:60])
     write_table(tmp_path, "test_list.txt", names[60:80])
-    parts = {part: listed for part, (listed, _) in data.read_table("nih", tmp_path).items()}
+    parts = {part: listed for part, (listed, _) in read_table("nih", tmp_path).items()}
     assert parts["test"] == names[60:80] and len(parts["train"] + parts["val"]) == 70
 
 
@@ -1240,7 +1250,7 @@ def test_nihs_own_table(tmp_path):
     write_table(
         tmp_path, "test_list.txt", [f"{i:08d}_{k:03d}.png" for i in (7, 9) for k in range(3)]
     )
-    parts = data.read_table("nih", tmp_path)
+    parts = read_table("nih", tmp_path)
     assert len(parts["test"][0]) == 6 and {n[:8] for n in parts["test"][0]} == {
         "00000007",
         "00000009",
@@ -1260,7 +1270,7 @@ def test_chexperts_table(tmp_path):
     write_table(tmp_path, "train.csv", rows)
     test = name.replace("train", "valid").format(64) + ",Male,1.0,0.0,0.0,0.0,1.0,"
     write_table(tmp_path, "valid.csv", [header, test])
-    parts = data.read_table("chexpert", tmp_path)
+    parts = read_table("chexpert", tmp_path)
     names, labels = parts["train"]
     assert names[0].startswith("train/patient000") and len(parts["test"][0]) == 1
     found = dict(zip(data.CHEXPERT_CLASSES, labels[0].tolist()))
@@ -1277,7 +1287,7 @@ def test_chexperts_table(tmp_path):
 def test_rsnas_boxes_are_one_label_a_patient(tmp_path):
     rows = ["patientId,x,y,width,height,Target"]
     rows += [f"p{i},,,,,0" for i in range(40)] + ["q,1,2,3,4,1", "q,5,6,7,8,1"]
-    parts = data.read_table("rsna", write_table(tmp_path, "stage_2_train_labels.csv", rows))
+    parts = read_table("rsna", write_table(tmp_path, "stage_2_train_labels.csv", rows))
     every = {n: float(y) for names, labels in parts.values() for n, y in zip(names, labels)}
     assert len(every) == 41 and every.pop("stage_2_train_images/q.dcm") == 1
     assert set(every.values()) == {0.0}
@@ -1308,7 +1318,7 @@ def test_rsnas_boxes_are_one_label_a_patient(tmp_path):
 def test_bad_tables_are_one_line(tmp_path, layout, name, lines, message):
     root = write_table(tmp_path, name, lines)
     with pytest.raises(common.InputError, match=message) as error:
-        data.read_table(layout, root)
+        read_table(layout, root)
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
