@@ -4,8 +4,6 @@ its one line."""
 
 import functools
 import os
-import pickle
-import re
 import subprocess
 import sys
 import time
@@ -610,64 +608,6 @@ def test_image_set(paths):
     )
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """The paths of the images that are decoded, as they are."""
-    seen, read = [], data.read_pixels
-    monkeypatch.setattr(
-        data, "read_pixels", lambda path, *a, **k: seen.append(path) or read(path, *a, **k)
-    )
-    return seen
-
-
-def batches_of(image_set, workers=0):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a machine of one core warns of two workers
-        return [images for images, _ in data.train_batches(image_set, 4, 0, 7, 5, workers=workers)]
-
-
-FILL = """
-import os, sys
-sys.path.insert(0, {folder!r})
-import data
-data.cores = lambda: {cores}
-paths = data.list_images({images!r})
-data.run_script(lambda: data.ImageSet(paths, 64, deep=65535, folder={cache!r}).preload(0))
-"""
-
-
-def fill(images, cache, cores=1, before="", **variables):
-    code = FILL.format(
-        folder=str(Path(data.__file__).parent), images=str(images), cache=str(cache), cores=cores
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", before + code],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | variables,
-    )
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory, photo):
-    """A folder of 300 films."""
-    folder = tmp_path_factory.mktemp("films")
-    for i in range(300):
-        Image.fromarray(photo[i : i + 100, : 100 + i % 7]).save(folder / f"{i:03d}.png")
-    return folder
-
-
-def is_whole(folder, films):
-    """Whether a cache holds every film as it is, and nothing beside them."""
-    paths = data.list_images(films)
-    files = [file for file in Path(folder).rglob("*") if file.is_file()]
-    images = data.ImageSet(paths, 64, deep=65535, folder=str(folder))
-    same = all(
-        np.array_equal(images.reader()(path), data.read_bytes(path, 64, 65535)) for path in paths
-    )
-    return same and len(files) == len(paths) and not list(Path(folder).rglob("*.tmp"))
-
-
 @pytest.mark.parametrize("preload", [False, True])
 def test_train_batches_depend_on_the_step_alone(paths, preload):
     def steps(start, stop, workers=0, rank=0, world=1):
@@ -693,9 +633,6 @@ def test_train_batches_depend_on_the_step_alone(paths, preload):
         torch.cat(shares, 1).flatten()[:28].tolist() == order[:28]
     )  # two processes take turns in the same row
     assert not torch.equal(first[0][0][0], steps(0, 9)[3][0][0])
-
-
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def test_eval_batches_cover_everything_once(paths):
@@ -729,27 +666,9 @@ def test_a_truncated_image_ends_a_run_with_its_line(paths, tmp_path):
 # ---- Audit
 
 
-def run_audit(*arguments):
-    run = subprocess.run(
-        [sys.executable, "data.py", "audit", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=Path(data.__file__).parent,
-    )
-    return run.returncode, run.stdout, run.stderr
-
-
 def audit(root, capsys, **options):
     status = data.audit(data.AuditConfig(root=str(root), **options))
     return status, capsys.readouterr().out
-
-
-def hashed(text):
-    """The first 8 bytes of the sha256 of a text, as a signed integer."""
-    import hashlib
-
-    value = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16)
-    return value - 2**64 if value >= 2**63 else value
 
 
 # ---- Silent faults: each kind with further members of it
@@ -1088,20 +1007,6 @@ class TestShared:
         assert status == 0 and "every file readable" in text
 
 
-def runs_of(mask, absolute=False):
-    """A mask as SIIM writes it, by its own loop over pixels, down the columns."""
-    words, last, position, length = [], 0, 0, 0
-    for place, value in enumerate(mask.T.ravel()):
-        if value and not length:
-            words.append(place + 1 if absolute else place - last)
-        length = length + 1 if value else 0
-        if value:
-            last, position = place + 1, position + 1
-            if place + 1 == mask.size or not mask.T.ravel()[place + 1]:
-                words.append(length)
-    return " ".join(map(str, words))
-
-
 def test_masks_of_a_folder_and_what_is_wrong_with_them(tmp_path):
     film, mask = np.zeros((20, 30), np.uint8), np.zeros((20, 30), np.uint8)
     mask[4:9, 20:28] = 255
@@ -1413,3 +1318,314 @@ def test_the_audit_finds_what_two_parts_share(folder, tmp_path, photo, capsys):
     write_table(root, "labels.csv", rows)
     status, text = audit(root, capsys)
     assert status == 1 and "train and test: 1 patients in both: p0" in text
+
+
+# ---- Patients, scales, pairs and masks that are not what they seem
+
+
+@pytest.fixture
+def studies(tmp_path, photo):
+    """A training.csv of 4 patients with 3 images each, named as MIMIC-CXR names them."""
+    names = [f"p10/p1000000{p}/s5000000{k}/{p}{k}a-b.png" for p in range(4) for k in range(3)]
+    for i, name in enumerate(names):
+        (tmp_path / "set/images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.roll(photo[:40, :40], i)).save(tmp_path / "set/images" / name)
+    write(tmp_path / "set/training.csv", "image_path,report_content\n" +
+          "".join(f"{name},Clear.\n" for name in names))
+    return tmp_path / "set", names
+
+
+def test_an_image_and_its_patient_are_excluded_however_they_are_written(studies, tmp_path, capsys):
+    root, names = studies
+    (tmp_path / "link").symlink_to(root)
+    real = tmp_path / "store"
+    (root / "images").rename(real)
+    (root / "images").symlink_to(real)
+    paths = data.read_reports(root / "training.csv", root)[0]
+    written = [names[4], f"images/{names[4]}", f"{root}/images/{names[4]}", f"{real}/{names[4]}",
+               f"{tmp_path}/link/images/{names[4]}", f"files/{names[4]}", f"./{names[4]}"]
+    for name in written:  # one image of the second of four patients
+        path = write(tmp_path / "x.txt", f"{name} 0 1\n")
+        assert data.not_excluded(root, paths, path) == [0, 1, 2, 6, 7, 8, 9, 10, 11], name
+    assert not capsys.readouterr().err
+    listed = write(tmp_path / "x.csv", f"study,image_path\n1,files/{names[0]}\n2,{names[11]}\n")
+    assert data.not_excluded(root, paths, listed) == [3, 4, 5, 6, 7, 8]
+    path = write(tmp_path / "x.txt", f"{names[4]}\n/elsewhere/a.png\nb.png\n")
+    assert len(data.not_excluded(root, paths, path)) == 9
+    assert "2 of 3 names are of no image and no patient here, the first: '/elsewhere/a.png'" in (
+        capsys.readouterr().err)
+
+
+def test_names_of_ones_own_are_excluded_however_they_are_written(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "patients.csv").unlink()
+    paths = data.find_images("csv", folder, ["a0.png", "a1.png", "b0.png"], None)
+    for name in ("a1.png", "images/a1.png", f"{folder}/images/a1.png", "images//a1.png",
+                 f"{tmp_path}/link/images/a1.png", r"images\a1.png", "a1"):
+        path = write(tmp_path / "x.txt", f"{name}\n")
+        assert data.not_excluded(folder, paths, path) == [0, 2], name
+    before = data.marks(data.identify(folder, ["images/a1.png"]))
+    linked = data.identify(tmp_path / "link", ["a0.png", "a1.png"])
+    assert data.seen(linked, before) == [False, True]
+
+
+def test_a_split_depends_on_the_image_and_says_that_patients_are_unknown(tmp_path, capsys):
+    names, expected = [f"f{i:03d}.png" for i in range(200)], None
+    for form in ("{}", "images/{}", f"{tmp_path}/images/{{}}", "./{}"):
+        rows = [f"{form.format(name)},{i % 2}" for i, name in enumerate(names)]
+        parts = read_table("csv", write_table(tmp_path, "labels.csv", ["image,Edema", *rows]))
+        found = [[os.path.basename(name) for name in listed] for listed, _ in parts.values()]
+        assert found == (expected := expected or found) and "of 200 of 200" in (
+            capsys.readouterr().err), form
+    rows = [f"{name},{i % 2},p{i}" for i, name in enumerate(names)]
+    read_table("csv", write_table(tmp_path, "labels.csv", ["image,Edema,patient", *rows]))
+    assert not capsys.readouterr().err
+    rows[7] = "f007.png,1,"
+    read_table("csv", write_table(tmp_path, "labels.csv", ["image,Edema,patient", *rows]))
+    assert "of 1 of 200 images, such as f007:" in capsys.readouterr().err
+    rows = [f"{name},{i % 2},{('train', 'val', 'test')[i % 3]}" for i, name in enumerate(names)]
+    read_table("csv", write_table(tmp_path, "labels.csv", ["image,Edema,split", *rows]))
+    assert not capsys.readouterr().err  # nothing is divided here
+
+
+@pytest.mark.parametrize("where", [(3, 3), (0, 17)])
+@pytest.mark.parametrize("value", [-1e-6, -0.5, 1.5, 65535.0])
+def test_a_pixel_outside_0_to_1_changes_no_other(tmp_path, photo, value, where):
+    dim = photo[:200, :200].astype(np.float32) / 512
+    np.save(tmp_path / "a.npy", dim)
+    dim[where] = value
+    np.save(tmp_path / "b.npy", dim)
+    one, two = (data.read_image(tmp_path / name)[0] for name in ("a.npy", "b.npy"))
+    assert np.allclose(one, photo[:200, :200] / 512, atol=1e-6)
+    assert ((one != two).nonzero() == torch.tensor([where])).all() and two[where] in (0, 1)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npy", "a.dcm", "b.dcm", "n.npy"])
+@pytest.mark.parametrize("size", [1, 30])
+def test_a_dead_pixel_or_a_marker_leaves_the_grey_levels(tmp_path, photo, name, size):
+    """A square of 65535 in an image of 12 bits, 0.4 % of it at most: the rest is read as before."""
+    film = np.asarray(Image.fromarray(photo).resize((480, 480))).astype(np.uint16) * 8  # to 2040
+    film[:5] = 4095  # an edge of the film, over 1 %
+    marked = film.copy()
+    marked[100 : 100 + size, 50 : 50 + size] = 65535 if name != "n.npy" else 32767
+    wide = {"BitsStored": 16, "HighBit": 15}
+    for pixels in (film, marked):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}{name}"
+        if name == "a.png":
+            Image.fromarray(pixels).save(out)
+        elif name.endswith(".npy"):
+            np.save(out, pixels.astype(np.int16 if name == "n.npy" else np.uint16))
+        else:
+            pytest.importorskip("pydicom")
+            window = {"WindowCenter": 2048, "WindowWidth": 4096} if name == "b.dcm" else {}
+            write_dicom(out, pixels, **wide, **window)
+    one, two = (data.read_image(path)[0] for path in sorted(tmp_path.iterdir()))
+    rest = torch.ones_like(one, dtype=torch.bool)
+    rest[100 : 100 + size, 50 : 50 + size] = False
+    assert (two[~rest] == 1).all() and (one[rest] - two[rest]).abs().max() < 0.02
+    assert len((two[rest] * 255).round().unique()) > 110 and two[rest].std() > 0.15
+
+
+def test_an_object_on_a_plain_ground_is_not_lost(tmp_path):
+    plain = np.full((100, 100), -1000, np.int16)
+    plain[40:44, 40:44] = 500  # 0.16 %
+    np.save(tmp_path / "a.npy", plain)
+    assert np.array_equal(data.read_image(tmp_path / "a.npy")[0], plain == 500)
+
+
+def test_one_white_for_a_set_of_16_bits(tmp_path, photo):
+    for name, film in (("dark", photo), ("light", photo.astype(np.uint16) * 16)):
+        Image.fromarray(film.astype(np.uint16)).save(tmp_path / f"{name}.png")
+        np.save(tmp_path / f"{name}.npy", film.astype(np.uint16))
+    for end in (".png", ".npy"):
+        paths = [str(tmp_path / f"{name}{end}") for name in ("dark", "light")]
+        alone = data.ImageSet(paths, 512)[[0, 1], 0][0]
+        dark, light = data.ImageSet(paths, 512, white=4095)[[0, 1], 0][0]
+        assert (alone[0] - alone[1]).abs().max() < 0.01  # by their bits they look alike
+        assert abs(dark.max() - photo.max() / 4095) < 0.003 and light.max() > 0.9
+    assert data.read_image(paths[1], white=255).max() == 1  # beyond white is white
+
+
+def pairs_of(folder, write_one, a, b):
+    for side, image in (("A", a), ("B", b)):
+        (folder / side).mkdir(parents=True)
+        write_one(folder / side, image)
+    return folder
+
+
+@pytest.mark.parametrize("other, refused", [
+    ([[-1, 0, 0], [0, 1, 0], [0, 0, 1]], "('L', 'A')"), ([[0, 1, 0], [1, 0, 0], [0, 0, 1]], "('A'"),
+    ([[1, 0, 0], [0, 0, 1], [0, 1, 0]], "('R', 'S')"), ([[1, 0, 0], [0, 1, 0], [0, 0, -1]], ""),
+    ([[2, 0.1, 0], [-0.1, 2, 0], [0, 0, 5]], "")])
+def test_pairs_of_nifti_lie_alike(tmp_path, photo, other, refused):
+    """Mirrored, transposed, of another plane; but the direction of the slices, the size of a pixel
+    and a small tilt do not matter."""
+    nibabel = pytest.importorskip("nibabel")
+    affine = np.eye(4)
+    for side in "AB":
+        (tmp_path / "t" / side).mkdir(parents=True)
+        image = (photo[200:240, 200:240, None] / 127.5 - 1).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(image, affine), tmp_path / "t" / side / "s.nii.gz")
+        affine[:3, :3] = other
+    if refused:
+        fails(lambda: data.Pairs(tmp_path / "t"), "B/s.nii.gz", "('R', 'A')", "as its A", refused)
+    else:
+        assert len(data.Pairs(tmp_path / "t")) == 1
+
+
+def test_pairs_whose_numbers_mean_something_else_ask_for_their_range(tmp_path, photo):
+    ramp, disc = np.arange(1600).reshape(40, 40), np.hypot(*(np.mgrid[:40, :40] - 19.5)) < 15
+    save = lambda folder, image: Image.fromarray(image).save(folder / "s.png")
+    twelve = pairs_of(tmp_path / "12", save, *[(ramp * 2).astype(np.uint16)] * 2)
+    fails(lambda: data.Pairs(twelve), twelve / "A", "--rescale")
+    assert data.Pairs(twelve, rescale="0,4095")[[(0, 0)]][0].max() > 0.5
+    grey = np.where(disc, 0.2 + photo[:40, :40] / 400, 0).astype(np.float32)
+    good, save = (grey * 2 - 1).astype(np.float32), lambda folder, x: np.save(folder / "s.npy", x)
+    for name, a, b, side in (("both", grey, grey, "A"), ("one", good, grey, "B")):
+        folder = pairs_of(tmp_path / name, save, a, b)
+        fails(lambda: data.Pairs(folder), folder / side, "0 to 0.", "--rescale")
+    assert data.Pairs(tmp_path / "one", rescale="-1,1,0,1").shape == (40, 40)
+    b = data.Pairs(tmp_path / "both", rescale="0,1").item(0, 0)[1]
+    assert torch.equal(b[0] != -1, torch.from_numpy(disc))
+    bright = np.where(disc, 0.5, -1).astype(np.float32)  # all of the object above 0
+    assert len(data.Pairs(pairs_of(tmp_path / "bright", save, bright, bright))) == 1
+    wide = pairs_of(tmp_path / "wide", save, grey[5:], grey[5:])  # padding is no background
+    fails(lambda: data.Pairs(wide, size=40), wide / "A", "--rescale")
+
+
+def test_three_slices_of_a_volume_are_no_colours(tmp_path, photo):
+    volume = np.stack([photo[:40, :40]] * 3, -1)
+    path = nifti(tmp_path / "v.nii.gz", volume.astype(np.int16))
+    np.save(tmp_path / "v.npy", volume / 255)
+    for read in (data.read_image, data.read_slice):
+        fails(lambda: read(path), "v.nii.gz", "(40, 40, 3)")
+        read(tmp_path / "v.npy")  # these are colours
+
+
+def test_a_mask_is_its_indices_and_has_no_transparency(tmp_path):
+    mask = np.zeros((20, 30), bool)
+    mask[4:9, 20:28] = True
+    path = str(tmp_path / "m.png")
+    for palette in ([255] * 3 + [0] * 3, [0] * 3 + [255, 0, 0], [9] * 6):  # inverting, red, alike
+        picture = Image.fromarray(mask.astype(np.uint8), "P")
+        picture.putpalette(palette)
+        picture.save(path)
+        assert (data.read_mask(path, (20, 30), "film") == mask).all()
+        picture.save(path, transparency=0)
+        fails(lambda: data.read_mask(path, (20, 30), "film"), "m.png", "without transparency")
+    three = Image.fromarray(mask.astype(np.uint8) + (np.arange(30) < 5) * np.uint8(2), "P")
+    three.putpalette([0] * 3 + [255] * 6)
+    three.save(path)
+    fails(lambda: data.read_mask(path, (20, 30), "film"), "m.png", "3 values")
+    for bands in ("LA", "RGBA"):
+        planes = [Image.new("L", (30, 20))] * len(bands)
+        planes[-1] = Image.fromarray(mask * np.uint8(255))
+        Image.merge(bands, planes).save(path)
+        fails(lambda: data.read_mask(path, (20, 30), "film"), "m.png", f"mode {bands}")
+
+
+# ---- Data sets as they are published
+
+
+@pytest.mark.parametrize("folder, table", [
+    ("images", "Data_Entry_2017.csv"), ("images", "Data_Entry_2017_v2020.csv"),
+    ("images_{:03d}/images", "Data_Entry_2017.csv"), ("all_classes", "Data_Entry_2017_v2020.csv")])
+def test_nih_is_found_as_it_is_published(tmp_path, photo, folder, table):
+    rows = ["Image Index,Finding Labels,Follow-up #,Patient ID"]
+    for i in range(60):
+        path = tmp_path / folder.format(i // 20 + 1) / f"{i // 2:08d}_{i % 2:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo[i : i + 8, :8]).save(path)
+        rows.append(f"{path.name},{('No Finding', 'Mass|Hernia')[i % 2]},0,{i // 2}")
+    write_table(tmp_path, table, rows)
+    parts, classes = data.read_parts("nih", tmp_path)
+    assert sum(len(part.paths) for part in parts.values()) == 60
+    for part in parts.values():
+        assert all(map(os.path.isfile, part.paths))
+        for name, row in zip(part.names, part.labels):
+            found = [c for c, y in zip(classes, row) if y]
+            assert found == ["Mass", "Hernia"] * name.endswith("1.png")
+    people = [{name[:8] for name in part.names} for part in parts.values()]
+    assert sum(map(len, people)) == len(set.union(*people)) == 30
+
+
+@pytest.mark.parametrize("prefix", ["", "CheXpert-v1.0/", "CheXpert-v1.0-small/",
+                                    "CheXpert-v1.0 batch 1 (validate & csv)/"])
+def test_chexpert_is_read_in_every_size(tmp_path, prefix):
+    rows = ["Path," + ",".join(data.CHEXPERT_CLASSES)]
+    rows += [f"{prefix}train/patient{i:05d}/study1/view1_frontal.jpg,1.0,,0.0,-1.0,-1"
+             for i in range(80)]
+    names, labels = read_table("chexpert", write_table(tmp_path, "train.csv", rows))["train"]
+    assert names[0].startswith("train/patient0") and labels[0].tolist() == [1, 0, 0, 1, 1]
+
+
+def test_minus_1_is_what_the_option_says(tmp_path, folder):
+    rows = ["image,Edema,Mass,split"]
+    rows += [f"{i}.png,{(0, 1, -1)[i % 3]},{('-1.0', '1', '')[i % 3]},{part}"
+             for i, part in enumerate(["train", "val", "test"] * 3)]
+    root = write_table(tmp_path / "own", "labels.csv", rows)
+    fails(lambda: read_table("csv", root), "labels.csv: line 2", "'-1.0'", "--uncertain")
+    for uncertain, value in (("ones", 1), ("zeros", 0), ("ignore", float("nan"))):
+        parts = read_table("csv", root, uncertain=uncertain)
+        assert np.array_equal(parts["train"][1], [[0, value]] * 3, equal_nan=True)
+        assert np.array_equal(parts["test"][1], [[value, 0]] * 3, equal_nan=True)
+        write(folder / "val_list.txt", "b0.png 1 -1\n")
+        labels = data.read_parts("csv", folder, uncertain=uncertain)[0]["val"].labels
+        assert np.array_equal(labels, [[1, value]], equal_nan=True)
+    fails(lambda: data.read_parts("csv", folder), "val_list.txt: line 1", "--uncertain")
+
+
+def test_a_class_that_is_named_twice_is_refused(folder):
+    write(folder / "classes.txt", "Edema\nEdema\n")
+    fails(lambda: data.read_parts("csv", folder), "classes.txt", "each class once", "Edema, Edema")
+    path = write(folder / "training.csv", "image_path,report_content,report_content\na0.png,x,y\n")
+    fails(lambda: data.read_reports(path, folder), "line 1", "each once")
+
+
+def test_images_that_are_missing_or_damaged_are_left_out_where_asked(folder, capsys):
+    write(folder / "train_list.txt", "".join(f"a{i}.png {i % 2} 1\n" for i in range(4)))
+    (folder / "images/a2.png").write_bytes((folder / "images/a1.png").read_bytes()[:300])
+    fails(lambda: data.read_parts("csv", folder), "train_list.txt: line 4", "a3.png", "1 of 4")
+    part = data.read_parts("csv", folder, skip_bad=True)[0]["train"]
+    assert part.names == ["a0.png", "a1.png"] and part.labels.tolist() == [[0, 1], [1, 1]]
+    assert [Path(path).name for path in part.paths] == part.names and len(part.owners) == 2
+    said = capsys.readouterr().err
+    assert "train_list.txt: 2 of 4 images of train are left out, the first:" in said
+    assert said.count("left out") == 1 and "a2.png" in said
+    for path in folder.glob("images/b*"):
+        path.unlink()
+    fails(lambda: data.read_parts("csv", folder, skip_bad=True), "val_list.txt", "the part val")
+
+
+def test_linked_folders_are_followed_and_loops_end(folder, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "films"
+    (root / "sub").mkdir(parents=True)
+    Image.new("L", (40, 40)).save(root / "sub/a.png")
+    write(root / "notes.txt", "BMI,age")
+    (root / "link").symlink_to(folder / "images")
+    (root / "again").symlink_to(root / "link")
+    (root / "sub/up").symlink_to(root)
+    found = [Path(path).relative_to(root).as_posix() for path in data.list_images(root)]
+    linked = [name.split("/")[1] for name in found if name.startswith(("link/", "again/"))]
+    assert "sub/a.png" in found and len(found) == 6
+    assert sorted(linked) == ["a0.png", "a1.png", "b0.png", "c0.png", "c1.png"]
+    assert "1 files are no images and left out" in capsys.readouterr().err
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("images"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    fails(lambda: data.list_images(folder), folder / "images", "Permission denied")
+
+
+def test_null_bytes_and_loops_of_links_are_refused_in_one_line(folder):
+    path = write(folder / "l.txt", "a0.png 0\na\0b.png 1\n")
+    fails(lambda: data.find_images("csv", folder, data.read_list(path)[0], path), "line 2")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    for call in (data.read_image, common.read_text, data.read_slice, data.read_list):
+        fails(lambda: call(folder / "loop.png"), "loop.png")
+        fails(lambda: call("a\0.png"), "a")
+    fails(lambda: data.list_images(folder / "loop.png"), "loop.png")
