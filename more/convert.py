@@ -26,8 +26,8 @@ from PIL import Image
 
 import data
 from support.script import (
-    InputError, atomic_write, load_checkpoint, option, over_images, parse_config, run_script,
-    save_checkpoint)
+    InputError, atomic_write, check_apart, load_checkpoint, option, over_images, parse_config,
+    run_script, save_checkpoint)
 from support.weights import encoder_alone, encoder_sizes, load_encoder, unwrap
 from vit import ViT
 
@@ -38,6 +38,7 @@ class ConvertConfig:
     root: str = option("", "masks, shrink: the folder of the data set")
     out: str = option("", "weights: the file to write; shrink: a new folder")
     size: int = option(512, "shrink: pixels of a copy's shorter side", within="[1, inf)")
+    white: int = option(None, "shrink: --white of the runs that will read the copies")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ def weights(config):
     sizes = encoder_sizes(tensors, {}, source, num_heads=1)  # which no tensor depends on
     load_encoder(ViT(**sizes), tensors, source)  # refuses what a ViT would not compute
     out = config.out or "vit.pt"
+    check_apart(out, source)
     save_checkpoint(out, {"model": tensors})
     print(f"{out}: {len(tensors)} tensors of a ViT for --weights; --num-heads says its heads")
 
@@ -168,12 +170,12 @@ def smaller_dicom(path, shape):
     return functools.partial(record.save_as, enforce_file_format=True)
 
 
-def copy_file(path, root, out, size):
+def copy_file(path, root, out, size, white=None):
     """Copies a file, and returns whether the copy is smaller, or in a word what is wrong."""
     name, ending = path.relative_to(root), data.split_ending(path.name)[1].lower()
     kind = data.kind_of(path) if ending else ""
     try:
-        pixels, white = data.read_pixels(path) if kind in ("picture", "dicom") else (None, None)
+        pixels, scale = data.read_pixels(path) if kind in ("picture", "dicom") else (None, None)
         if pixels is None or min(pixels.shape[:2]) <= size:
             atomic_write(out / name, lambda file: file.write(path.read_bytes()))
             return False
@@ -184,10 +186,10 @@ def copy_file(path, root, out, size):
         write = smaller_dicom(path, shape) if kind == "dicom" else functools.partial(
             picture.save, format=Image.registered_extensions()[ending], quality=95)
         atomic_write(out / name, write)
-        if white != 255:  # what is white depends on the numbers: a run must find the same one
-            film, copy = data.resize(data.read_image(path), shape), data.read_image(out / name)
-            if (film - copy).abs().mean() > 0.02:
-                return f"{path}: a run would scale the numbers of its copy otherwise"
+        if scale != 255:  # what is white depends on the numbers: a run must find the same one
+            film = data.resize(data.read_image(path, white=white), shape)
+            if (film - data.read_image(out / name, white=white)).abs().mean() > 0.02:
+                return f"{path}: a run would scale its copy's numbers otherwise; --white settles it"
         return True
     except Exception as error:  # a decoder or an encoder raises one of a dozen types
         return str(error) if isinstance(error, InputError) else f"{path}: {error}"
@@ -201,7 +203,8 @@ def shrink(config):
     if not config.out or root in (out, *out.parents) or out.exists() and any(out.iterdir()):
         raise InputError("--out", "a new folder outside --root", config.out or "none")
     paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    done = over_images(functools.partial(copy_file, root=root, out=out, size=config.size), paths)
+    settings = dict(root=root, out=out, size=config.size, white=config.white)
+    done = over_images(functools.partial(copy_file, **settings), paths)
     wrong = [reason for reason in done if isinstance(reason, str)]
     if wrong:
         raise InputError(f"{len(wrong)} of {len(paths)} files have no right copy: {wrong[0]}")

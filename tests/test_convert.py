@@ -327,10 +327,12 @@ def test_films_without_a_right_copy_are_named(folder, tmp_path):
     # 12 bits by its finest detail alone, which a smaller copy does not have: a run would take the
     # copy for one of 10 bits and make it four times as bright
     fine = np.full((90, 120), 500, np.uint16)
-    fine[::2, ::2] = 1040
+    fine[::2, ::2], fine[0, 0] = 1040, 0
     Image.fromarray(fine).save(folder / "images/b.png")
-    with pytest.raises(script.InputError, match="b.png: a run would scale the numbers of its copy"):
-        convert.shrink(convert.ConvertConfig(root=str(folder), out=str(tmp_path / "y"), size=30))
+    options = dict(root=str(folder), size=30)
+    with pytest.raises(script.InputError, match="b.png: a run would scale its copy's numbers"):
+        convert.shrink(convert.ConvertConfig(**options, out=str(tmp_path / "y")))
+    convert.shrink(convert.ConvertConfig(**options, out=str(tmp_path / "z"), white=4095))
 
 
 @pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
