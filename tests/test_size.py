@@ -18,7 +18,7 @@ BUDGET = {
     "kernels/warp.py": 346,
     "lora.py": 340,
     "more/__init__.py": 3,
-    "more/convert.py": 219,
+    "more/convert.py": 222,
     "more/cxrmae.py": 116,
     "more/improved.py": 156,
     "more/nicegan.py": 194,
@@ -33,7 +33,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7973
+TOTAL = 7976
 
 
 def lines_of(name):
