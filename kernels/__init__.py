@@ -5,21 +5,34 @@
 CUDA tensors run the Triton kernels and all others run the references: one signature, the same
 gradients. `use_kernels(False)` or MEDVISION_NO_KERNELS=1 (the scripts' --no-kernels) sends every
 tensor to the references, which helps to explain the operations and to find the cause of an error.
+Where the kernels cannot run (an older GPU, no C compiler, a driver or a tile that does not fit) the
+references do, and one line on stderr says why.
 With TRITON_INTERPRET=1, set before the first import, the kernels run on CPU tensors when they are
 called by name (`lora_linear_triton`, `warp_triton`): slowly, but a debugger can step through them.
 
+Both are plain autograd functions. torch.compile runs them, but breaks its graph there; the kernels
+know no fake tensors; asking them for a second or a forward-mode derivative raises RuntimeError.
+
 `kernels.lora_linear` is the function; `from kernels.lora_linear import ...` reaches the other names
-of its file.
+of its file. After a change in a notebook, reload the file (`sys.modules["kernels.warp"]`), then
+`kernels`.
 """
 import os
+import sys
 from types import SimpleNamespace
 
 import torch
 
+ABSENT = ""  # why there is no Triton
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows have no Triton: the kernels stay functions nobody calls
+
+    if [int(number) for number in triton.__version__.split(".")[:2]] < [3, 4]:
+        ABSENT = f"expected Triton 3.4 or newer, found {triton.__version__}, whose dropout is wrong"
+except ImportError:  # macOS and Windows have no Triton
+    ABSENT = "Triton is not installed"
+if ABSENT:  # the kernels stay functions that nobody calls
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 
@@ -28,44 +41,65 @@ def jit(**options):
     return triton.jit(**options) if triton else lambda kernel: kernel
 
 
-def use_kernels(wanted):
-    """Turns the Triton kernels on (the default) or off, for this process and those it starts.
+# What torch.compile leaves as it is. `torch.compiler.disable` takes seconds to import; this one does
+# at the first call.
+uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
-    A function that torch.compile has compiled already stays as it is.
-    """
+
+def use_kernels(wanted):
+    """Turns the Triton kernels on (the default) or off, for this process and those it starts."""
     os.environ["MEDVISION_NO_KERNELS"] = "0" if wanted else "1"
 
 
 def wants_triton(tensor):
-    """Whether Triton runs an operation on `tensor`: on CUDA, Ampere or newer, not turned off."""
-    return (triton is not None and tensor.is_cuda
-            and os.environ.get("MEDVISION_NO_KERNELS", "0") in ("", "0")
-            and torch.cuda.get_device_capability(tensor.device) >= (8, 0))
+    """Whether Triton is to run an operation on `tensor`: on CUDA, not turned off."""
+    return tensor.is_cuda and os.environ.get("MEDVISION_NO_KERNELS", "0") in ("", "0")
 
 
-LIBRARY = torch.library.Library("medvision", "DEF")
+TRIED, FAILED = set(), set()  # (operation, device, what varies), (operation, device)
 
 
-def operator(schema, run, fake, backward=None, setup_context=None):
-    """Registers `run` with torch and returns it as an operator that torch.compile does not open.
+@uncompiled
+def kernels_run(operation, function, tensors, *rest):
+    """Whether function(*tensors, *rest), an operation by its kernels, runs on this device.
 
-    fake: makes empty tensors of the shapes that `run` returns. The last two are its autograd.
-    `torch.library.custom_op` does the same, and takes a tenth of a millisecond more for a call.
+    It is tried in both directions at the first call with tensors of these sizes: what fails then (a
+    compiler, a driver, every tile) would fail in the middle of a training step. What Triton
+    compiles for it is kept. Where it fails, one line says why, and it is not tried again.
     """
-    name = "medvision::" + schema.partition("(")[0]
-    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=LIBRARY)
-    if backward:
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
-    return getattr(torch.ops.medvision, name.partition("::")[2]).default
+    place = operation, tensors[0].device
+    case = (*place, tensors[0].shape[1:], *rest[1:], torch.is_grad_enabled(),
+            *((t.shape[-2:], t.dtype, t.requires_grad) for t in tensors[1:] if t is not None))
+    if place in FAILED or case in TRIED:
+        return place not in FAILED
+    try:
+        if ABSENT:
+            raise RuntimeError(ABSENT)
+        capability = torch.cuda.get_device_capability(place[1])
+        if capability < (8, 0):
+            raise RuntimeError("expected a GPU of compute capability 8.0 (Ampere) or newer, found "
+                               "%d.%d" % capability)
+        leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        result = function(*leaves, *rest)
+        if result.requires_grad:
+            result.backward(result.detach())
+    except torch.OutOfMemoryError:  # the reference needs as much
+        raise
+    except Exception as error:  # whatever it is, the reference gives the same numbers
+        FAILED.add(place)
+        why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        print(f"{operation}: no Triton kernels on {place[1]}, the torch reference runs instead: "
+              f"{why}", file=sys.stderr, flush=True)
+        return False
+    TRIED.add(case)
+    return True
 
 
-def refuse_double_backward(name):
+def refuse_double_backward(operation):
     """Raises RuntimeError where a backward pass by the kernels is to be differentiated again."""
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{name}: expected one backward pass, found create_graph=True, and the "
-                           "kernels have no second derivative: call kernels.use_kernels(False)")
+        raise RuntimeError(f"{operation}: expected one backward pass, found create_graph=True, and "
+                           "the kernels have no second derivative: call kernels.use_kernels(False)")
 
 
 from .lora_linear import lora_linear  # noqa: E402  (the files import the names above)

@@ -9,9 +9,10 @@ import math
 import numpy as np
 import torch
 
-from . import jit, operator, tl
+from . import jit, tl, uncompiled
 
 
+@uncompiled  # numpy's numbers are none of its own
 def keep_mask(x, p, seed):
     """The reference's mask: (M, K) uint8 of the shape of x, 1 where x is kept; a generator of its
     own draws it from the seed, below 2^31. On a CPU bernoulli_ would take 20 times as long."""
@@ -21,11 +22,6 @@ def keep_mask(x, p, seed):
         return (torch.rand(x.shape, generator=generator, device=x.device) >= p).byte()
     words = np.random.SFC64(seed).random_raw(math.ceil(x.numel() / 4)).view(np.int16)[:x.numel()]
     return torch.from_numpy(words).view(x.shape).ge(round(p * 2**16) - 2**15).view(torch.uint8)
-
-
-# torch.compile cannot look into numpy: for it the mask is an operator
-keep_mask_operator = operator("keep_mask(Tensor x, float p, Tensor seed) -> Tensor", keep_mask,
-                              fake=lambda x, p, seed: torch.empty_like(x, dtype=torch.uint8))
 
 
 @jit()

@@ -3,25 +3,35 @@
 Hu et al., "LoRA", ICLR 2022, eq. 3, on parts of a fused projection, as q and v of a ViT's qkv. For
 each adapted part g of the output's columns, with one mask `keep` for all, P[keep] = 1 - p,
 
-    t_g = s D(x) A_g^T     y_g = t_g B_g^T + x W_g^T + b_g               D(x) = keep * x / (1 - p)
-    u_g = s' dy_g B_g      dx = keep * sum_g u_g A_g + dy W              s' = s / (1 - p)
-                           dA_g = u_g^T (keep * x)     dB_g = dy_g^T t_g
+    t_g = (keep * x) A_g^T      y_g = x W_g^T + b_g + s' t_g B_g^T          s' = s / (1 - p)
+    u_g = s' dy_g B_g           dx = dy W + keep * sum_g u_g A_g
+                                dA_g = u_g^T (keep * x)       dB_g = s' dy_g^T t_g
 
 and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b; x and the small
 t are kept. At ViT-B's qkv and R = 4, x (12608, 768) -> t (12608, 8) -> y (12608, 2304) for a batch
-of 64, the low-rank part adds 0.7 % to the multiplications. As separate operations it reads x twice
-more, and writes a mask, D(x) and a delta as large as q and v.
+of 64, the low-rank part adds 0.7 % to the multiplications.
+
+What costs time is memory. MB that a pass has to move there, in 16 bits, with dropout:
+
+                       forward    backward
+    frozen layer            81          81     x, W, y; then dy, W, dx
+    two kernels            101         150     x once more for t; then dy for u, x for dA
+    PEFT's form            401         478     D(x), x A^T, its product with B^T, the sum with y
+
+One kernel alone would have each tile of y make t anew, and draw the mask of all of its rows again:
+12 times at 128 columns a tile. So both directions are split at the rank.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
-R rank, GR = G R. Next: mrm.py; a fault in a kernel is followed in tests/debug_kernel.md.
+R rank, GR = G R. t and u are (M, GR), the groups side by side. Next: mrm.py; a fault in a kernel is
+followed in tests/debug_kernel.md.
 """
 import functools
 
 import torch
 import torch.nn.functional as F
 
-from . import jit, operator, refuse_double_backward, tl, triton, wants_triton
-from .dropout import keep_mask, keep_mask_operator, keep_tile
+from . import jit, kernels_run, refuse_double_backward, tl, triton, uncompiled, wants_triton
+from .dropout import keep_mask, keep_tile
 
 
 def adapted_parts(parts, N, R):
@@ -37,12 +47,12 @@ def adapted_parts(parts, N, R):
 
 
 def reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep):
-    """y (M, N), and the head's t_g as t (GR, M), without s and 1 / (1 - p), which are in `scale`.
-    keep: (M, K) uint8 or None. Products of width R go rank first: 2 to 10 times faster on a CPU."""
+    """y (M, N) and t (M, GR) of the head, whose s' is `scale`. keep: (M, K) uint8 or None.
+    Products of width R go rank first, as A x^T: 2 to 10 times faster on a CPU."""
     y = F.linear(x, weight, bias)                                                  # (M, N)
-    t = lora_A @ (x if keep is None else x * keep).t()                             # (GR, M)
+    t = (lora_A @ (x if keep is None else x * keep).t()).t()                       # (M, GR)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
-        y[:, columns].addmm_(t[rank].t(), lora_B[rows].t(), alpha=scale)           # in place
+        y[:, columns].addmm_(t[:, rank], lora_B[rows].t(), alpha=scale)            # in place
     return y, t
 
 
@@ -50,24 +60,14 @@ def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, nee
     """dx (M, K) or None, dA (GR, K), dB (G N/P, R) of the forward pass above."""
     u, dB = torch.empty_like(t), torch.empty_like(lora_B)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
-        u[rank] = lora_B[rows].t() @ dy[:, columns].t()                            # (R, M)
-        dB[rows] = (t[rank] @ dy[:, columns]).t()                                  # (N/P, R)
+        u[:, rank] = (lora_B[rows].t() @ dy[:, columns].t()).t()                   # (M, R)
+        dB[rows] = (t[:, rank].t() @ dy[:, columns]).t()                           # (N/P, R)
     u.mul_(scale)
-    dA = u @ (x if keep is None else x * keep)                                     # (GR, K)
+    dA = u.t() @ (x if keep is None else x * keep)                                 # (GR, K)
     dx = dy @ weight if needs_dx else None                                         # (M, K)
     if needs_dx:
-        dx = dx.addmm_(u.t(), lora_A) if keep is None else dx.add_((u.t() @ lora_A).mul_(keep))
+        dx = dx.addmm_(u, lora_A) if keep is None else dx.add_((u @ lora_A).mul_(keep))
     return dx, dA, dB.mul_(scale)
-
-
-def definition(x, weight, bias, lora_A, lora_B, scale, parts, keep):
-    """y in operations that torch differentiates itself, twice too, and torch.compile fuses."""
-    t = scale * ((x if keep is None else x * keep) @ lora_A.t())                   # (M, GR)
-    y = list(F.linear(x, weight, bias).chunk(len(parts), dim=1))
-    for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
-        part = columns.start * len(parts) // len(weight)
-        y[part] = y[part] + t[:, rank] @ lora_B[rows].t()
-    return torch.cat(y, dim=1)
 
 
 class ReferenceFunction(torch.autograd.Function):
@@ -85,12 +85,9 @@ class ReferenceFunction(torch.autograd.Function):
         x, weight, lora_A, lora_B, t, keep = ctx.saved_tensors
         needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
         rest = *ctx.rest, keep
-        if torch.is_grad_enabled():  # create_graph=True: the gradients are differentiated again
-            _, pullback = torch.func.vjp(
-                lambda x, A, B: definition(x, weight, None, A, B, *rest), x, lora_A, lora_B)
-            dx, dA, dB = pullback(dy)
-        else:
-            dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, *rest, needs_dx)
+        if torch.is_grad_enabled():  # create_graph=True: t as a function of x and lora_A
+            t = reference_forward(x, weight, None, lora_A, lora_B, *rest)[1]
+        dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, *rest, needs_dx)
         dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
         return dx, dW, db, dA, dB, None, None, None
 
@@ -98,8 +95,39 @@ class ReferenceFunction(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------
 # Kernels
 #
-# Both directions are split at the rank, since in one kernel every tile would make t and draw the
-# mask: down_kernel goes from `in` to the rank, and up_kernel, the large product, starts from there.
+# First the plain one: t = x A^T for a whole number of tiles, without masks, dropout and parts. Each
+# program makes BLOCK_M rows of t. It walks along K and keeps the sum in registers.
+
+
+@jit()
+def plain_down_kernel(
+    x_ptr,  # (M, K)
+    A_ptr,  # (R, K)
+    t_ptr,  # (M, R) float32, written
+    K: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k, r = tl.arange(0, BLOCK_K), tl.arange(0, R)
+    t = tl.zeros((BLOCK_M, R), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        x = tl.load(x_ptr + row[:, None] * K + start + k[None, :])            # (BLOCK_M, BLOCK_K)
+        A_T = tl.load(A_ptr + start + k[:, None] + r[None, :] * K)            # (BLOCK_K, R)
+        t = tl.dot(x, A_T, t, input_precision="ieee")
+    tl.store(t_ptr + row[:, None] * R + r[None, :], t)
+
+
+# Sizes are seldom whole numbers of tiles. x with M = 5, K = 20 in tiles of 4 x 8, and t with R = 2:
+#
+#                 step 0            step 1            step 2
+#     program 0   x[0:4, 0:8]       x[0:4, 8:16]      x[0:4, 16:20] ....      -> t[0:4, 0:2]
+#     program 1   x[4:5, 0:8]       x[4:5, 8:16]      x[4:5, 16:20] ....      -> t[4:5, 0:2]
+#                 3 rows too many   3 rows too many   and 4 columns too many
+#
+# Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored. A
+# tile of t has 16 columns, the least that tl.dot takes, of which 14 are 0.
+#
+# The two kernels serve both directions. down_kernel goes from `in` to the rank, and up_kernel, the
+# large product, starts from there.
 #                in   factor of down_kernel   low   factor of up_kernel   out   sums of down_kernel
 #     forward    x    lora_A                  t     lora_B                y
 #     backward   dy   lora_B                  u     lora_A                dx    dB, and dA from x
@@ -117,7 +145,7 @@ class ReferenceFunction(torch.autograd.Function):
 #     row tile 8     |+ 72 |+ 80 |+ 88 |   |  96 | 104 | 112 |   |+120 |+128 |+136 |
 #
 # The sizes of a layer are compile-time constants, M is not. A pointer that is None leaves its step
-# out. Rows beyond the last read the last one and are not stored. Dropout acts on loaded tiles of x.
+# out. Dropout acts on loaded tiles of x.
 
 
 @jit()
@@ -137,47 +165,56 @@ def down_kernel(
     copy_ptr,  # (M, K) or None, written: x in the dtype of the large product
     seed_ptr,  # a number, or None without dropout
     other_ptr,  # (M, GR) float32 or None: u or t
-    sums_ptr,  # (row tiles, *factor) float32, written if there is another: parts of dA or dB
+    sums_ptr,  # (programs, *factor) float32, written if there is another: parts of dA or dB
     threshold, scale, M,
     WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, GR: tl.constexpr, R: tl.constexpr,
     F_IN: tl.constexpr, F_LOW: tl.constexpr,  # the step in factor to the next column of in, rank
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, ROW_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """t = s D(x) A^T, or u = s' dy B and dB = dy^T t, or dA = u^T (keep * x), for BLOCK_M rows."""
+    """t = (keep * x) A^T, or u = s' dy B and dB / s' = dy^T t, or dA = u^T (keep * x), for
+    ROW_TILES tiles of BLOCK_M rows, one after the other."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first_row, rows_left = tl.program_id(0).to(tl.int64) * BLOCK_M, M - tl.program_id(0) * BLOCK_M
     part = tl.program_id(1)
     if ((PARTS >> part) & 1) == 0:
         return
     group = group_of(part, P, PARTS)
-    in_ptr += first_row * (P * WIDTH) + part * WIDTH
-    in_at = tl.minimum(row, rows_left - 1)[:, None] * (P * WIDTH) + k[None, :]
+    in_ptr += part * WIDTH
     factor_at = (group * WIDTH + k[:, None]) * F_IN + r[None, :] * F_LOW
-    low_at = first_row * GR + group * R + row[:, None] * GR + r[None, :]
-    low_mask = (row[:, None] < rows_left) & (r[None, :] < R)
-    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if other_ptr is not None:
-        other = tl.load(other_ptr + low_at, mask=low_mask, other=0.0).to(in_ptr.dtype.element_ty)
         sums_ptr += tl.program_id(0).to(tl.int64) * GR * WIDTH
-    for start in range(0, WIDTH, BLOCK_IN):
-        x = tl.load(in_ptr + start + in_at, mask=k[None, :] < WIDTH - start, other=0.0)
-        factor_mask = (k[:, None] < WIDTH - start) & (r[None, :] < R)
-        if copy_ptr is not None:
-            x = x.to(copy_ptr.dtype.element_ty)
-            tl.store(copy_ptr + first_row * WIDTH + start + in_at, x,
-                     mask=k[None, :] < WIDTH - start)
-        if seed_ptr is not None:
-            keep = keep_tile(seed_ptr, threshold, first_row + row, start, WIDTH, BLOCK_IN)
-            x = tl.where(keep, x, 0.0)
-        if factor_ptr is not None:
-            factor = tl.load(factor_ptr + start * F_IN + factor_at, mask=factor_mask, other=0.0)
-            low = tl.dot(x, factor.to(x.dtype), low, input_precision=PRECISION)
+    for tile in range(ROW_TILES):  # one beyond the last row adds zeros
+        first_row = (tl.program_id(0) * ROW_TILES + tile).to(tl.int64) * BLOCK_M
+        rows_left = (M - first_row).to(tl.int32)
+        in_at = (first_row + tl.minimum(row, rows_left - 1)[:, None]) * (P * WIDTH) + k[None, :]
+        low_at = first_row * GR + group * R + row[:, None] * GR + r[None, :]
+        low_mask = (row[:, None] < rows_left) & (r[None, :] < R)
+        low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         if other_ptr is not None:
-            tl.store(sums_ptr + start * F_IN + factor_at,
-                     tl.dot(x.T, other, input_precision=PRECISION), mask=factor_mask)
-    if factor_ptr is not None:
-        tl.store(low_ptr + low_at, scale * low, mask=low_mask)
+            other = tl.load(other_ptr + low_at, mask=low_mask, other=0.0)
+            other = other.to(in_ptr.dtype.element_ty)
+        for start in range(0, WIDTH, BLOCK_IN):
+            x = tl.load(in_ptr + start + in_at, mask=k[None, :] < WIDTH - start, other=0.0)
+            factor_mask = (k[:, None] < WIDTH - start) & (r[None, :] < R)
+            if copy_ptr is not None:
+                x = x.to(copy_ptr.dtype.element_ty)
+                tl.store(copy_ptr + start + in_at, x, mask=k[None, :] < WIDTH - start)
+            if seed_ptr is not None:
+                keep = keep_tile(seed_ptr, threshold, first_row + row, start, WIDTH, BLOCK_IN)
+                x = tl.where(keep, x, 0.0)
+            if factor_ptr is not None:
+                factor = tl.load(factor_ptr + start * F_IN + factor_at, mask=factor_mask, other=0.0)
+                low = tl.dot(x, factor.to(x.dtype), low, input_precision=PRECISION)
+            if other_ptr is not None:
+                sums = tl.dot(x.T, other, input_precision=PRECISION)
+                if tile > 0:
+                    sums += tl.load(sums_ptr + start * F_IN + factor_at, mask=factor_mask)
+                tl.store(sums_ptr + start * F_IN + factor_at, sums, mask=factor_mask)
+        if factor_ptr is not None:
+            tl.store(low_ptr + low_at, scale * low, mask=low_mask)
+        if ROW_TILES > 1:
+            tl.debug_barrier()  # other threads may add to these sums next
 
 
 @jit(do_not_specialize=["M", "threshold"])
@@ -189,14 +226,14 @@ def up_kernel(
     factor_ptr,  # lora_B or lora_A
     out_ptr,  # (M, P WIDTH), written: y or dx
     seed_ptr,  # a number, or None without dropout
-    threshold, M,
+    threshold, scale, M,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr,
     GR: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
     W_IN: tl.constexpr, W_OUT: tl.constexpr,  # the step in w to the next column of in, of out
     F_LOW: tl.constexpr, F_OUT: tl.constexpr,  # the step in factor to the next rank, column of out
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """y = t B^T + x W^T + b, or dx = keep * (u A) + dy W: a program makes one tile."""
+    """y = s' t B^T + x W^T + b, or dx = keep * (u A) + dy W: a program makes one tile."""
     TILES: tl.constexpr = P * ((WIDTH + BLOCK_OUT - 1) // BLOCK_OUT)
     row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_OUT)
     k, r = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_R)
@@ -217,6 +254,7 @@ def up_kernel(
                              mask=(rank[:, None] < R) & inside, other=0.0)
             dtype = in_ptr.dtype.element_ty
             out = tl.dot(low.to(dtype), factor.to(dtype), out, input_precision=PRECISION)
+    out *= scale
     if seed_ptr is not None:
         keep = keep_tile(seed_ptr, threshold, first_row + row, first_col, WIDTH, BLOCK_OUT)
         out = tl.where(keep, out, 0.0)
@@ -245,8 +283,12 @@ def tile(m, out, depth, warps, stages):
     return dict(BLOCK_M=m, BLOCK_OUT=out, BLOCK_IN=depth), dict(num_warps=warps, num_stages=stages)
 
 
-TILES = [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 3), tile(64, 128, 64, 4, 4)]
-FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]  # a layer takes the fastest
+# A layer takes the fastest. Slices of x and w wait in shared memory while the products before them
+# run, on Ampere stages - 1 of them: 128 x 128 x 32 in 16 bits holds 3 (128 x 32 + 32 x 128) 2 =
+# 49,152 bytes, so that two programs share a multiprocessor of 100 KB (RTX 30, 40 and 50).
+TILES = [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 3), tile(128, 128, 32, 8, 4),
+         tile(64, 128, 64, 4, 4)]
+FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]
 
 
 @functools.cache
@@ -256,20 +298,22 @@ def autotuned(dtype):
     return triton.autotune(configs, key=["DEPTH", "WIDTH", "P", "PARTS", "R"])(up_kernel)
 
 
-def up(*args, M, WIDTH, P, **constants):
+def up(*, in_ptr, M, WIDTH, P, **rest):
     """Runs up_kernel on as many programs as there are tiles."""
     def programs(tile):
         return (triton.cdiv(M, tile["BLOCK_M"]) * P * triton.cdiv(WIDTH, tile["BLOCK_OUT"]),)
 
-    if not args[0].is_cuda:  # the interpreter
-        constants |= dict(BLOCK_M=32, BLOCK_OUT=32, BLOCK_IN=32)
-    kernel = autotuned(args[0].dtype) if args[0].is_cuda else up_kernel
-    kernel[programs](*args, M=M, WIDTH=WIDTH, P=P, **constants)
+    if not in_ptr.is_cuda:  # the interpreter
+        rest |= dict(BLOCK_M=32, BLOCK_OUT=32, BLOCK_IN=32)
+    kernel = autotuned(in_ptr.dtype) if in_ptr.is_cuda else up_kernel
+    kernel[programs](in_ptr=in_ptr, M=M, WIDTH=WIDTH, P=P, **rest)
 
 
 def constants_of(lora_A, lora_B, parts, dropout):
-    """GR, R, the bits of the parts, dropout's threshold, and the constants of every launch."""
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """GR, R, the bits of the parts, s' without s, dropout's threshold, and what is common to every
+    launch."""
+    cuda = torch.backends.cuda.matmul
+    precision = "tf32" if cuda.fp32_precision == "tf32" else "ieee"
     GR, bits = len(lora_A), sum(adapted << i for i, adapted in enumerate(parts))
     return GR, lora_B.shape[1], bits, round(dropout * 2**16), dict(GR=GR, PRECISION=precision)
 
@@ -279,79 +323,79 @@ def padded(rank):
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
+def row_tiles(x, R, P):
+    """How many tiles of 128 rows a program adds up to dA or dB. For a small rank these are small.
+    From 32 on they are as large as x; so 2 or 4 tiles share one, where programs are left for each
+    multiprocessor."""
+    multiprocessors = 1
+    if x.is_cuda:
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    share = triton.cdiv(len(x), 128) * P // multiprocessors if R >= 32 else 1
+    return 4 if share >= 4 else 2 if share >= 2 else 1
+
+
 def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout):
-    """y (M, N), t (M, GR) float32, and x in the dtype of weight, empty where it has that dtype."""
-    y, t, copy = empty_forward(x, weight, bias, lora_A)
-    (M, K), N, P, copied = x.shape, len(weight), len(parts), copy if len(copy) else None
+    """y (M, N), t (M, GR) float32, and x in the dtype of weight."""
+    (M, K), N, P = x.shape, len(weight), len(parts)
+    y, t = weight.new_empty(M, N), x.new_empty(M, len(lora_A), dtype=torch.float32)
+    copy = None if x.dtype == weight.dtype else torch.empty_like(x, dtype=weight.dtype)
     GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
     with torch.cuda.device_of(x):
         down_kernel[triton.cdiv(M, 64), 1, triton.cdiv(GR, padded(GR))](
-            x, lora_A, t, copied, seed, None, None, threshold, scale / (1 - dropout), M, WIDTH=K,
-            P=1, PARTS=1, R=GR, F_IN=1, F_LOW=K, BLOCK_M=64, BLOCK_IN=128 // weight.element_size(),
+            in_ptr=x, factor_ptr=lora_A, low_ptr=t, copy_ptr=copy, seed_ptr=seed, other_ptr=None,
+            sums_ptr=None, threshold=threshold, scale=1.0, M=M, WIDTH=K, P=1, PARTS=1, R=GR,
+            F_IN=1, F_LOW=K, ROW_TILES=1, BLOCK_M=64, BLOCK_IN=128 // weight.element_size(),
             BLOCK_R=padded(GR), **common)
-        up(x if copied is None else copy, weight, bias, t, lora_B, y, None, 0, M=M, DEPTH=K,
-           WIDTH=N // P, P=P, PARTS=PARTS, R=R, W_IN=1, W_OUT=K, F_LOW=1, F_OUT=R,
-           BLOCK_R=padded(R), **common)
-    return y, t, copy
-
-
-def empty_forward(x, weight, bias, lora_A, *rest):
-    copy = weight.new_empty((0,) if x.dtype == weight.dtype else x.shape)
-    t = x.new_empty(len(x), len(lora_A), dtype=torch.float32)
-    return weight.new_empty(len(x), len(weight)), t, copy
+        x = x if copy is None else copy
+        up(in_ptr=x, w_ptr=weight, bias_ptr=bias, low_ptr=t, factor_ptr=lora_B, out_ptr=y,
+           seed_ptr=None, threshold=0, scale=scale / (1 - dropout), M=M, DEPTH=K, WIDTH=N // P, P=P,
+           PARTS=PARTS, R=R, W_IN=1, W_OUT=K, F_LOW=1, F_OUT=R, BLOCK_R=padded(R), **common)
+    return y, t, x
 
 
 def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropout, dtype, needs_dx):
-    """dx (M, K) in `dtype`, empty unless needed, dA and dB. Sums are float32, in a fixed order."""
-    dx = dy.new_empty(x.shape if needs_dx else (0,), dtype=dtype)
+    """dx (M, K) in `dtype` or None, dA and dB. Sums are float32, in a fixed order."""
     (M, K), N, P, u = x.shape, len(weight), len(parts), torch.empty_like(t)
+    dx, scale = torch.empty_like(x, dtype=dtype) if needs_dx else None, scale / (1 - dropout)
     GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
-    dA, dB = (t.new_empty(triton.cdiv(M, 128), *factor.shape) for factor in (lora_A, lora_B))
-    blocks = dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)
+    tiles_A, tiles_B = row_tiles(x, R, 1), row_tiles(x, R, sum(parts))
+    dA = t.new_empty(triton.cdiv(M, 128 * tiles_A), *lora_A.shape)
+    dB = t.new_empty(triton.cdiv(M, 128 * tiles_B), *lora_B.shape)
+    common_down = common | dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)
     with torch.cuda.device_of(x):
         down_kernel[len(dB), P, triton.cdiv(R, padded(R))](
-            dy, lora_B, u, None, None, t, dB, 0, scale / (1 - dropout), M, WIDTH=N // P, P=P,
-            PARTS=PARTS, R=R, F_IN=R, F_LOW=1, BLOCK_R=padded(R), **blocks, **common)
+            in_ptr=dy, factor_ptr=lora_B, low_ptr=u, copy_ptr=None, seed_ptr=None, other_ptr=t,
+            sums_ptr=dB, threshold=0, scale=scale, M=M, WIDTH=N // P, P=P, PARTS=PARTS, R=R,
+            F_IN=R, F_LOW=1, ROW_TILES=tiles_B, BLOCK_R=padded(R), **common_down)
         if needs_dx:
-            up(dy, weight, None, u, lora_A, dx, seed, threshold, M=M, DEPTH=N, WIDTH=K, P=1,
-               PARTS=1, R=GR, W_IN=K, W_OUT=1, F_LOW=K, F_OUT=1, BLOCK_R=padded(GR), **common)
+            up(in_ptr=dy, w_ptr=weight, bias_ptr=None, low_ptr=u, factor_ptr=lora_A, out_ptr=dx,
+               seed_ptr=seed, threshold=threshold, scale=1.0, M=M, DEPTH=N, WIDTH=K, P=1, PARTS=1,
+               R=GR, W_IN=K, W_OUT=1, F_LOW=K, F_OUT=1, BLOCK_R=padded(GR), **common)
         down_kernel[len(dA), 1, triton.cdiv(GR, padded(GR))](
-            x, None, None, None, seed, u, dA, threshold, 1.0, M, WIDTH=K, P=1, PARTS=1, R=GR,
-            F_IN=1, F_LOW=K, BLOCK_R=padded(GR), **blocks, **common)
-    return dx, dA.sum(0).to(lora_A.dtype), dB.sum(0).to(lora_B.dtype)
+            in_ptr=x, factor_ptr=None, low_ptr=None, copy_ptr=None, seed_ptr=seed, other_ptr=u,
+            sums_ptr=dA, threshold=threshold, scale=1.0, M=M, WIDTH=K, P=1, PARTS=1, R=GR,
+            F_IN=1, F_LOW=K, ROW_TILES=tiles_A, BLOCK_R=padded(GR), **common_down)
+    return dx, dA.sum(0).to(lora_A.dtype), dB.sum(0).mul_(scale).to(lora_B.dtype)
 
 
-def empty_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropout, dtype, needs_dx):
-    dx = dy.new_empty(x.shape if needs_dx else (0,), dtype=dtype)
-    return dx, torch.empty_like(lora_A), torch.empty_like(lora_B)
+class TritonFunction(torch.autograd.Function):
+    """The kernels. weight is in the dtype of the result; x (M, K) and the factors may have any."""
 
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, seed, *rest):
+        y, t, narrow = triton_forward(x, weight, bias, lora_A, lora_B, seed, *rest)
+        ctx.save_for_backward(narrow, weight, lora_A, lora_B, t, seed)
+        ctx.rest, ctx.dtype = rest, x.dtype
+        return y
 
-def keep_for_backward(ctx, inputs, output):
-    x, weight, bias, lora_A, lora_B, seed, *ctx.rest = inputs
-    _, t, copy = output
-    ctx.mark_non_differentiable(t, copy)
-    ctx.set_materialize_grads(False)  # no zeros of the size of t and copy
-    ctx.save_for_backward(x if x.dtype == weight.dtype else copy, weight, lora_A, lora_B, t, seed)
-    ctx.dtype = x.dtype
-
-
-def backward(ctx, dy, *_):
-    refuse_double_backward("lora_linear")
-    needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
-    x, *saved = ctx.saved_tensors
-    dx, dA, dB = backward_operator(dy.contiguous(), x, *saved, *ctx.rest, ctx.dtype, needs_dx)
-    dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
-    return dx if needs_dx else None, dW, db, dA, dB, None, None, None, None
-
-
-forward_operator = operator(
-    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, "
-    "Tensor? seed, float scale, bool[] parts, float dropout) -> (Tensor, Tensor, Tensor)",
-    triton_forward, empty_forward, backward, keep_for_backward)
-backward_operator = operator(
-    "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, "
-    "Tensor t, Tensor? seed, float scale, bool[] parts, float dropout, ScalarType dtype, "
-    "bool needs_dx) -> (Tensor, Tensor, Tensor)", triton_backward, empty_backward)
+    @staticmethod
+    def backward(ctx, dy):
+        refuse_double_backward("lora_linear")
+        needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
+        x, *saved = ctx.saved_tensors
+        dx, dA, dB = triton_backward(dy.contiguous(), x, *saved, *ctx.rest, ctx.dtype, needs_dx)
+        dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
+        return dx, dW, db, dA, dB, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -370,17 +414,22 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     torch's generator of the GPU (kernels) or CPU (reference), which processes must seed apart.
     kernels: whether the kernels or the reference run; None leaves it to x and `use_kernels`.
     Returns (..., N) in x's dtype, or autocast's; lora_A, lora_B and under autocast the weight may
-    have any. Raises ValueError for what does not fit, RuntimeError for kernels' second derivatives.
+    have any. Raises ValueError for what does not fit, RuntimeError for derivatives in forward mode
+    and, where the kernels run, for second ones.
     """
     check(x, weight, bias, lora_A, lora_B, parts, dropout)
-    if kernels is None:
-        kernels = (wants_triton(x) and x.dtype != torch.float64 and x.numel() > 0
-                   and lora_B.shape[1] <= 64)
-    shape, dtype, parts = x.shape, x.dtype, [bool(part) for part in parts]
+    shape, dtype, parts = x.shape, x.dtype, tuple(bool(part) for part in parts)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     elif weight.dtype != dtype:
         raise ValueError(f"lora_linear: expected weight of x's dtype {dtype}, found {weight.dtype}")
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in
+               (x.reshape(-1, shape[-1]), weight.to(dtype), bias, lora_A, lora_B)]
+    if kernels is None:
+        seed_or_none = torch.zeros((), dtype=torch.int64, device=x.device) if dropout else None
+        kernels = (wants_triton(x) and x.dtype != torch.float64 and x.numel() > 0
+                   and lora_B.shape[1] <= 64 and kernels_run(
+                       "lora_linear", by_kernels, tensors, seed_or_none, scale, parts, dropout))
     device = x.device if kernels else None
     if not dropout:
         seed = None
@@ -388,19 +437,18 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
         seed = torch.randint(2**31, (), device=device)
     else:
         seed = torch.as_tensor(seed % 2**31, dtype=torch.int64, device=device)
-    tensors = [None if tensor is None else (tensor if kernels else tensor.to(dtype)).contiguous()
-               for tensor in (x.reshape(-1, shape[-1]), weight.to(dtype), bias, lora_A, lora_B)]
     if kernels:
-        y = forward_operator(*tensors, seed, scale, parts, dropout)[0]
+        y = by_kernels(*tensors, seed, scale, parts, dropout)
     else:
-        compiling, keep = torch.compiler.is_compiling(), None
-        if dropout:  # the operator runs where there may be no numbers to look at
-            unknown = compiling or x.is_meta or type(seed) is not torch.Tensor
-            make = keep_mask_operator if unknown else keep_mask
-            keep = make(tensors[0].detach(), dropout, seed)
-        function = definition if compiling else ReferenceFunction.apply
-        y = function(*tensors, scale / (1 - dropout), parts, keep)
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        keep = keep_mask(tensors[0].detach(), dropout, seed) if dropout else None
+        y = ReferenceFunction.apply(*tensors, scale / (1 - dropout), parts, keep)
     return y.view(*shape[:-1], len(weight))
+
+
+@uncompiled
+def by_kernels(*inputs):
+    return TritonFunction.apply(*inputs)
 
 
 lora_linear_reference = functools.partial(lora_linear, kernels=False)

@@ -2,17 +2,27 @@
 
 import os
 
-# A run gives threads up where another program holds their cores, and the last digits with them
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # before `import torch`
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before `import triton`
 
 
-def mend_bfloat16():
-    """The interpreter keeps bfloat16 as raw bits and multiplies those: tl.dot gets the numbers."""
+def to_bfloat16(numbers):
+    """The bits of float32 numbers, rounded to the nearest bfloat16, ties to even."""
+    bits = np.ascontiguousarray(numbers).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(numbers), 0x7FC0, rounded).astype(np.uint16)
+
+
+def mend_interpreter():
+    """Three faults of Triton's interpreter. It keeps bfloat16 as raw bits: tl.dot multiplies those,
+    and float32 is cut off instead of rounded. Triton 3.6 makes `range` of an array of one number,
+    which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
     def decoded(handle):
@@ -23,12 +33,22 @@ def mend_bfloat16():
     def create_dot(self, a, b, *rest):
         return of_raw_bits(self, decoded(a), decoded(b), *rest)
 
-    of_raw_bits = InterpreterBuilder.create_dot
-    InterpreterBuilder.create_dot = create_dot
+    def convert_float(data, source, target, rounding_mode):
+        if (source, target) == (tl.float32, tl.bfloat16):
+            return to_bfloat16(data)
+        return cut_off(data, source, target, rounding_mode)
+
+    def patch_tensor(tensor, scope):
+        of_arrays(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    of_raw_bits, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, create_dot
+    cut_off, interpreter._convert_float = interpreter._convert_float, convert_float
+    of_arrays, interpreter._patch_lang_tensor = interpreter._patch_lang_tensor, patch_tensor
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     try:
-        mend_bfloat16()
+        mend_interpreter()
     except ImportError:  # no Triton here
         pass
