@@ -46,19 +46,20 @@ def adapted_parts(parts, N, R):
 # Reference
 
 
-def reference_forward(x, weight, bias, lora_A, lora_B, scale, parts, keep):
-    """y (M, N) and t (M, GR) of the head, whose s' is `scale`. keep: (M, K) uint8 or None.
-    Products of width R go rank first, as A x^T: 2 to 10 times faster on a CPU."""
-    y = F.linear(x, weight, bias)                                                  # (M, N)
+def reference_forward(x, weight, bias, lora_A, lora_B, keep, scale, parts, dropout):
+    """y (M, N), t (M, GR) and x. keep: (M, K) uint8 or None. Products of width R go rank first, as
+    A x^T: 2 to 10 times faster on a CPU."""
+    y, scale = F.linear(x, weight, bias), scale / (1 - dropout)                    # (M, N)
     t = (lora_A @ (x if keep is None else x * keep).t()).t()                       # (M, GR)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
         y[:, columns].addmm_(t[:, rank], lora_B[rows].t(), alpha=scale)            # in place
-    return y, t
+    return y, t, x
 
 
-def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, needs_dx=True):
+def reference_backward(dy, x, weight, lora_A, lora_B, t, keep, scale, parts, dropout, dtype=None,
+                       needs_dx=True):
     """dx (M, K) or None, dA (GR, K), dB (G N/P, R) of the forward pass above."""
-    u, dB = torch.empty_like(t), torch.empty_like(lora_B)
+    u, dB, scale = torch.empty_like(t), torch.empty_like(lora_B), scale / (1 - dropout)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
         u[:, rank] = (lora_B[rows].t() @ dy[:, columns].t()).t()                   # (M, R)
         dB[rows] = (t[:, rank].t() @ dy[:, columns]).t()                           # (N/P, R)
@@ -68,28 +69,6 @@ def reference_backward(dy, x, weight, lora_A, lora_B, t, scale, parts, keep, nee
     if needs_dx:
         dx = dx.addmm_(u, lora_A) if keep is None else dx.add_((u @ lora_A).mul_(keep))
     return dx, dA, dB.mul_(scale)
-
-
-class ReferenceFunction(torch.autograd.Function):
-    """The reference, with everything in the dtype of x (M, K)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, *rest):
-        y, t = reference_forward(x, weight, bias, lora_A, lora_B, *rest)
-        *ctx.rest, keep = rest
-        ctx.save_for_backward(x, weight, lora_A, lora_B, t, keep)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lora_A, lora_B, t, keep = ctx.saved_tensors
-        needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
-        rest = *ctx.rest, keep
-        if torch.is_grad_enabled():  # create_graph=True: t as a function of x and lora_A
-            t = reference_forward(x, weight, None, lora_A, lora_B, *rest)[1]
-        dx, dA, dB = reference_backward(dy, x, weight, lora_A, lora_B, t, *rest, needs_dx)
-        dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
-        return dx, dW, db, dA, dB, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,9 +164,9 @@ def down_kernel(
     if other_ptr is not None:
         sums_ptr += tl.program_id(0).to(tl.int64) * GR * WIDTH
     for tile in range(ROW_TILES):  # one beyond the last row adds zeros
-        first_row = (tl.program_id(0) * ROW_TILES + tile).to(tl.int64) * BLOCK_M
-        rows_left = (M - first_row).to(tl.int32)
-        in_at = (first_row + tl.minimum(row, rows_left - 1)[:, None]) * (P * WIDTH) + k[None, :]
+        pid_m = tl.program_id(0) * ROW_TILES + tile
+        first_row, rows_left = pid_m.to(tl.int64) * BLOCK_M, M - pid_m * BLOCK_M
+        in_at = tl.minimum(row, rows_left - 1)[:, None] * (P * WIDTH) + k[None, :]
         low_at = first_row * GR + group * R + row[:, None] * GR + r[None, :]
         low_mask = (row[:, None] < rows_left) & (r[None, :] < R)
         low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -195,11 +174,13 @@ def down_kernel(
             other = tl.load(other_ptr + low_at, mask=low_mask, other=0.0)
             other = other.to(in_ptr.dtype.element_ty)
         for start in range(0, WIDTH, BLOCK_IN):
-            x = tl.load(in_ptr + start + in_at, mask=k[None, :] < WIDTH - start, other=0.0)
+            x = tl.load(in_ptr + first_row * (P * WIDTH) + start + in_at,
+                        mask=k[None, :] < WIDTH - start, other=0.0)
             factor_mask = (k[:, None] < WIDTH - start) & (r[None, :] < R)
             if copy_ptr is not None:
                 x = x.to(copy_ptr.dtype.element_ty)
-                tl.store(copy_ptr + start + in_at, x, mask=k[None, :] < WIDTH - start)
+                tl.store(copy_ptr + first_row * WIDTH + start + in_at, x,
+                         mask=k[None, :] < WIDTH - start)
             if seed_ptr is not None:
                 keep = keep_tile(seed_ptr, threshold, first_row + row, start, WIDTH, BLOCK_IN)
                 x = tl.where(keep, x, 0.0)
@@ -310,12 +291,11 @@ def up(*, in_ptr, M, WIDTH, P, **rest):
 
 
 def constants_of(lora_A, lora_B, parts, dropout):
-    """GR, R, the bits of the parts, s' without s, dropout's threshold, and what is common to every
-    launch."""
-    cuda = torch.backends.cuda.matmul
-    precision = "tf32" if cuda.fp32_precision == "tf32" else "ieee"
+    """GR, R, the bits of the parts, dropout's threshold, and the constants of every launch."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     GR, bits = len(lora_A), sum(adapted << i for i, adapted in enumerate(parts))
-    return GR, lora_B.shape[1], bits, round(dropout * 2**16), dict(GR=GR, PRECISION=precision)
+    common = dict(GR=GR, PRECISION="tf32" if tf32 else "ieee")
+    return GR, lora_B.shape[1], bits, round(dropout * 2**16), common
 
 
 def padded(rank):
@@ -323,15 +303,12 @@ def padded(rank):
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
-def row_tiles(x, R, P):
-    """How many tiles of 128 rows a program adds up to dA or dB. For a small rank these are small.
-    From 32 on they are as large as x; so 2 or 4 tiles share one, where programs are left for each
-    multiprocessor."""
-    multiprocessors = 1
-    if x.is_cuda:
-        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    share = triton.cdiv(len(x), 128) * P // multiprocessors if R >= 32 else 1
-    return 4 if share >= 4 else 2 if share >= 2 else 1
+def row_tiles(x, R, G):
+    """How many tiles of 128 rows a program adds up to dA or dB. From rank 32 on the sums of single
+    tiles are as large as x; so 2 or 4 share one, where each multiprocessor keeps a program."""
+    cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    programs = triton.cdiv(len(x), 128) * G
+    return 1 if R < 32 or programs < 2 * cores else 2 if programs < 4 * cores else 4
 
 
 def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout):
@@ -361,12 +338,12 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
     tiles_A, tiles_B = row_tiles(x, R, 1), row_tiles(x, R, sum(parts))
     dA = t.new_empty(triton.cdiv(M, 128 * tiles_A), *lora_A.shape)
     dB = t.new_empty(triton.cdiv(M, 128 * tiles_B), *lora_B.shape)
-    common_down = common | dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)
+    blocks = dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)
     with torch.cuda.device_of(x):
         down_kernel[len(dB), P, triton.cdiv(R, padded(R))](
             in_ptr=dy, factor_ptr=lora_B, low_ptr=u, copy_ptr=None, seed_ptr=None, other_ptr=t,
             sums_ptr=dB, threshold=0, scale=scale, M=M, WIDTH=N // P, P=P, PARTS=PARTS, R=R,
-            F_IN=R, F_LOW=1, ROW_TILES=tiles_B, BLOCK_R=padded(R), **common_down)
+            F_IN=R, F_LOW=1, ROW_TILES=tiles_B, BLOCK_R=padded(R), **blocks, **common)
         if needs_dx:
             up(in_ptr=dy, w_ptr=weight, bias_ptr=None, low_ptr=u, factor_ptr=lora_A, out_ptr=dx,
                seed_ptr=seed, threshold=threshold, scale=1.0, M=M, DEPTH=N, WIDTH=K, P=1, PARTS=1,
@@ -374,28 +351,35 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
         down_kernel[len(dA), 1, triton.cdiv(GR, padded(GR))](
             in_ptr=x, factor_ptr=None, low_ptr=None, copy_ptr=None, seed_ptr=seed, other_ptr=u,
             sums_ptr=dA, threshold=threshold, scale=1.0, M=M, WIDTH=K, P=1, PARTS=1, R=GR,
-            F_IN=1, F_LOW=K, ROW_TILES=tiles_A, BLOCK_R=padded(GR), **common_down)
+            F_IN=1, F_LOW=K, ROW_TILES=tiles_A, BLOCK_R=padded(GR), **blocks, **common)
     return dx, dA.sum(0).to(lora_A.dtype), dB.sum(0).mul_(scale).to(lora_B.dtype)
 
 
-class TritonFunction(torch.autograd.Function):
-    """The kernels. weight is in the dtype of the result; x (M, K) and the factors may have any."""
+class LoRAFunction(torch.autograd.Function):
+    """Both forms. x is (M, K), weight in the dtype of the result. mask: the kernels' seed, the
+    reference's mask, or None without dropout."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, seed, *rest):
-        y, t, narrow = triton_forward(x, weight, bias, lora_A, lora_B, seed, *rest)
-        ctx.save_for_backward(narrow, weight, lora_A, lora_B, t, seed)
-        ctx.rest, ctx.dtype = rest, x.dtype
+    def forward(ctx, kernels, x, weight, bias, lora_A, lora_B, mask, *rest):
+        run = triton_forward if kernels else reference_forward
+        y, t, narrow = run(x, weight, bias, lora_A, lora_B, mask, *rest)
+        ctx.save_for_backward(narrow, weight, lora_A, lora_B, t, mask)
+        ctx.kernels, ctx.rest, ctx.dtype = kernels, rest, x.dtype
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        refuse_double_backward("lora_linear")
-        needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:3]
-        x, *saved = ctx.saved_tensors
-        dx, dA, dB = triton_backward(dy.contiguous(), x, *saved, *ctx.rest, ctx.dtype, needs_dx)
+        x, weight, lora_A, lora_B, t, mask = ctx.saved_tensors
+        _, needs_dx, needs_dW, needs_db = ctx.needs_input_grad[:4]
+        run = triton_backward if ctx.kernels else reference_backward
+        if ctx.kernels:
+            dy = dy.contiguous()
+            refuse_double_backward("lora_linear")
+        elif torch.is_grad_enabled():  # create_graph=True: t as a function of x and lora_A
+            t = reference_forward(x, weight, None, lora_A, lora_B, mask, *ctx.rest)[1]
+        dx, dA, dB = run(dy, x, weight, lora_A, lora_B, t, mask, *ctx.rest, ctx.dtype, needs_dx)
         dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
-        return dx, dW, db, dA, dB, None, None, None, None
+        return None, dx, dW, db, dA, dB, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -442,13 +426,13 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     else:
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
         keep = keep_mask(tensors[0].detach(), dropout, seed) if dropout else None
-        y = ReferenceFunction.apply(*tensors, scale / (1 - dropout), parts, keep)
+        y = LoRAFunction.apply(False, *tensors, keep, scale, parts, dropout)
     return y.view(*shape[:-1], len(weight))
 
 
 @uncompiled
 def by_kernels(*inputs):
-    return TritonFunction.apply(*inputs)
+    return LoRAFunction.apply(True, *inputs)
 
 
 lora_linear_reference = functools.partial(lora_linear, kernels=False)

@@ -35,13 +35,11 @@ infinity, reads the border; its gradient is 0 there and on the border itself, as
 displacement that is NaN gives NaN at that pixel of every channel and passes no gradient: a
 registration network that diverges is seen at once, and no address is ever made from it.
 
-What the kernels save: the unfused form writes the identity grid, the sum, its normalised copy and
-the clamp before it reads the image, some 10 passes over B H W numbers in each direction. Here the
-position of a pixel lives in registers. For one channel of float32 the forward pass moves 16 bytes a
-pixel (flow 8, image 4, result 4). The backward pass finds both gradients in one visit of a pixel
-and moves some 64 bytes: it reads the flow, the image and, twice, the incoming gradient (20), writes
-the flow's gradient (8), and gathers the image's in an integer, which is cleared, added to (read and
-written) and read again (32), before it writes it (4).
+What the kernels save: as separate operations the grid, the sum, its scaling and the clamp are some
+10 passes over B H W numbers in each direction. Here a position lives in registers. With one channel
+of float32 the forward pass moves 16 bytes a pixel (flow 8, image 4, result 4), the backward pass
+some 64: flow, image and twice the incoming gradient (20), the flow's gradient (8), and the image's,
+gathered in an integer that is cleared, added to and read again (32) before it is written (4).
 
 Next: reggan.py, where R predicts the flow; exercise 3 of tests/exercises.md writes the reference,
 and tests/debug_kernel.md follows a fault in the kernel below.
@@ -62,51 +60,49 @@ FORWARD_BLOCK, BACKWARD_BLOCK, FINISH_BLOCK = 512, 128, 1024
 # Reference
 
 
-def neighbours(flow):
-    """Where each pixel reads: the places of its four neighbours in a flattened image, in the order
-    00, 01, 10, 11, the fractions fy and fx, and whether it is NaN; all (B, 1, H W)."""
+def positions(flow):
+    """Where each pixel of the result reads, y and x, each (B, H, W), clamped to the image.
+    `hardtanh` is a clamp whose gradient is 0 on the bounds, too."""
     H, W = flow.shape[-2:]
     rows = torch.arange(H, dtype=flow.dtype, device=flow.device).unsqueeze(1)
     cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
-    nan = flow.isnan().any(1)                                                      # (B, H, W)
-    # hardtanh is a clamp whose gradient is 0 on the bounds, too
-    y = F.hardtanh(flow[:, 0].masked_fill(nan, 0) + rows, 0, H - 1)
-    x = F.hardtanh(flow[:, 1].masked_fill(nan, 0) + cols, 0, W - 1)
+    return F.hardtanh(flow[:, 0] + rows, 0, H - 1), F.hardtanh(flow[:, 1] + cols, 0, W - 1)
+
+
+def neighbours(image, flow):
+    """The places of the four neighbours 00, 01, 10, 11 in a flattened image, their values, and the
+    fractions: (B, C, H W) each, for the fractions C = 1."""
+    (B, C, H, W), (y, x) = image.shape, positions(flow.nan_to_num(0))
     y0, x0 = y.long(), x.long()
     y1, x1 = (y0 + 1).clamp_max(H - 1), (x0 + 1).clamp_max(W - 1)
-    found = y0 * W + x0, y0 * W + x1, y1 * W + x0, y1 * W + x1, y - y0, x - x0, nan
-    return [tensor.flatten(1).unsqueeze(1) for tensor in found]
-
-
-def gather(image, place):
-    """image[b, c, place[b]] for every b and c: (B, C, H W)."""
-    return image.flatten(2).gather(2, place.expand(-1, image.shape[1], -1))
+    places = [(row * W + col).view(B, 1, H * W).expand(B, C, H * W)
+              for row in (y0, y1) for col in (x0, x1)]
+    values = [image.flatten(2).gather(2, place) for place in places]
+    return places, values, (y - y0).view(B, 1, H * W), (x - x0).view(B, 1, H * W)
 
 
 def warp_reference(image, flow):
-    """`warp` as the head has it, with a gradient by autograd. flow of at least float32."""
-    *places, fy, fx, nan = neighbours(flow)
-    v00, v01, v10, v11 = (gather(image, place) for place in places)
+    """`warp` as the head has it, by gathers. image (B, C, H, W), flow (B, 2, H, W) of at least
+    float32."""
+    _, (v00, v01, v10, v11), fy, fx = neighbours(image, flow)
     out = (1 - fy) * ((1 - fx) * v00 + fx * v01) + fy * ((1 - fx) * v10 + fx * v11)
-    return out.masked_fill(nan, torch.nan).view_as(image).to(image.dtype)
+    return out.view_as(image).masked_fill(flow.isnan().any(1, True), torch.nan).to(image.dtype)
 
 
 def warp_gradients(dout, image, flow):
-    """The gradients of image and flow by hand, as the backward kernels find them: an output pixel
-    read four, to which it now adds its weight in them times its gradient."""
-    *places, fy, fx, nan = neighbours(flow)
-    v00, v01, v10, v11 = (gather(image, place) for place in places)
-    g = dout.flatten(2).masked_fill(nan, 0)                                        # (B, C, H W)
-    dimage = torch.zeros_like(g, dtype=flow.dtype)
+    """The gradients of image and flow, which autograd finds too: by hand, as in the kernels. An
+    output pixel has read four pixels; now it adds its gradient to them, by their weights in it."""
+    places, (v00, v01, v10, v11), fy, fx = neighbours(image, flow)
+    g = dout.masked_fill(flow.isnan().any(1, True), 0).flatten(2).to(flow.dtype)   # (B, C, H W)
+    dimage = torch.zeros_like(g)
     weights = (1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx
     for place, weight in zip(places, weights):
-        dimage.scatter_add_(2, place.expand_as(g), g * weight)
-    dy = (g * ((1 - fx) * (v10 - v00) + fx * (v11 - v01))).sum(1).view_as(flow[:, 0])
-    dx = (g * ((1 - fy) * (v01 - v00) + fy * (v11 - v10))).sum(1).view_as(flow[:, 0])
-    H, W = image.shape[-2:]
-    y = flow[:, 0] + torch.arange(H, device=flow.device).unsqueeze(1)
-    x = flow[:, 1] + torch.arange(W, device=flow.device)
-    dflow = torch.stack((dy * ((y > 0) & (y < H - 1)), dx * ((x > 0) & (x < W - 1))), dim=1)
+        dimage.scatter_add_(2, place, g * weight)
+    dy = (g * ((1 - fx) * (v10 - v00) + fx * (v11 - v01))).sum(1)
+    dx = (g * ((1 - fy) * (v01 - v00) + fy * (v11 - v10))).sum(1)
+    (y, x), (H, W) = positions(flow), image.shape[2:]
+    inside = torch.stack(((y > 0) & (y < H - 1), (x > 0) & (x < W - 1)), dim=1)
+    dflow = torch.stack((dy, dx), dim=1).view_as(flow) * inside
     return dimage.view_as(image).to(image.dtype), dflow
 
 
@@ -115,16 +111,11 @@ def warp_by_grid_sample(image, flow):
 
     F.grid_sample wants positions scaled to [-1, 1], and that scaling rounds: at most sizes a zero
     flow is no longer the identity. On a canvas whose sides are powers of two, (2 x + 1) / w - 1 and
-    back is exact for every whole x, so the image is put on one if it is not already; the clamp
-    keeps every position inside the image proper. Zero padding tests every read, so that a NaN
-    position is harmless; with padding_mode="border" it crashes.
+    back is exact for every whole x, so the image is put on one if it is not already. Zero padding
+    tests every read, so that a NaN position is harmless; padding_mode="border" crashes there.
     """
-    H, W = image.shape[-2:]
+    (H, W), (y, x) = image.shape[-2:], positions(flow)
     h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
-    rows = torch.arange(H, dtype=flow.dtype, device=flow.device).unsqueeze(1)
-    cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
-    y = F.hardtanh(flow[:, 0] + rows, 0, H - 1)                                    # (B, H, W)
-    x = F.hardtanh(flow[:, 1] + cols, 0, W - 1)
     grid = torch.stack((x * (2 / w) + (1 / w - 1), y * (2 / h) + (1 / h - 1)), dim=-1)
     canvas = image.to(flow.dtype)
     if (h, w) != (H, W):

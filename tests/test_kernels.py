@@ -71,6 +71,7 @@ CASES = [
     (70, 64, 32, 4, QV),
     (33, 100, 40, 32, (True, True, True)),
     (40, 70, 50, 64, (False, True)),
+    (600, 20, 6, 33, QV),  # programs of several row tiles
 ]
 SCALE = 1.7
 
@@ -157,8 +158,8 @@ def test_lora_kernels(case, p, dtype):
     truth, terms = lora_truth(tensors, dy, parts, keep, p)
     x, weight, bias, A, B = tensors
     keep = keep if keep is None else keep.byte()
-    y, t = reference_forward(x, weight, bias, A, B, SCALE / (1 - p), parts, keep)
-    reference = reference_backward(dy, x, weight, A, B, t, SCALE / (1 - p), parts, keep)
+    y, t, _ = reference_forward(x, weight, bias, A, B, keep, SCALE, parts, p)
+    reference = reference_backward(dy, x, weight, A, B, t, keep, SCALE, parts, p)
     assert_as_good(got, (y, *reference), truth, terms)
 
 
@@ -715,9 +716,9 @@ def test_lora_gradients_are_not_rounded():
     got = gradients(f, (x, A, B), dy.half(), (0, 1, 2))
     tensors = x.half(), narrow[1], bias, A.half(), B.half()
     truth, terms = lora_truth(tensors, dy.half(), QV, keep, 0.3)
-    y, t = reference_forward(*narrow, SCALE / 0.7, QV, keep.byte())
+    y, t, _ = reference_forward(*narrow, keep.byte(), SCALE, QV, 0.3)
     reference = reference_backward(
-        dy.half(), *narrow[:2], *narrow[3:], t, SCALE / 0.7, QV, keep.byte()
+        dy.half(), *narrow[:2], *narrow[3:], t, keep.byte(), SCALE, QV, 0.3
     )
     got_half = [got[0], *(gradient.half() for gradient in got[1:])]
     assert_as_good(got_half, (y, *reference), truth, terms)
