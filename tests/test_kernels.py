@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import jit, lora_linear, tl, triton, use_kernels, wants_triton, warp
+from kernels import bench, jit, lora_linear, tl, triton, use_kernels, wants_triton, warp
 from kernels.dropout import keep_mask, keep_tile
 from kernels.lora_linear import (
     constants_of,
@@ -143,6 +143,7 @@ def philox_keep(M, K, p, seed, first_row=0):
     return torch.from_numpy(bits >= round(p * 2**16))
 
 
+@pytest.mark.numeric
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -163,6 +164,7 @@ def test_lora_kernels(case, p, dtype):
     assert_as_good(got, (y, *reference), truth, terms)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -176,6 +178,7 @@ def test_lora_reference(case, p, dtype):
         assert_rounded(a, b, sums)
 
 
+@pytest.mark.numeric
 @needs_triton
 def test_plain_kernel():
     """t = x A^T of the ten lines that stand before the kernels."""
@@ -185,6 +188,7 @@ def test_plain_kernel():
     assert_rounded(t, x.double() @ A.double().T, x.abs() @ A.abs().T)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_lora_gradcheck(p):
     *tensors, _ = lora_inputs(3, 4, 2, 2, QV, torch.float64)
@@ -270,6 +274,7 @@ def both(name):
     )
 
 
+@pytest.mark.numeric
 @both("lora")
 def test_lora_inputs_of_other_forms(f):
     """Leading dimensions, a transposed x, no bias, no gradient to x, factors of another dtype,
@@ -366,6 +371,7 @@ def warp_terms(image, flow, dy):
     return image.max() + slope, dimage.max() + slope * g, g * slope
 
 
+@pytest.mark.numeric
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", WARPS, ids=str)
@@ -380,6 +386,7 @@ def test_warp_kernels(shape, dtype):
     assert_as_good(got, reference, truth, warp_terms(image, flow, dy))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("shape", WARPS, ids=str)
 def test_warp_reference(shape):
     """Both forms in torch, and the gradients by hand."""
@@ -392,11 +399,13 @@ def test_warp_reference(shape):
             assert_rounded(a, b, terms)
 
 
+@pytest.mark.numeric
 def test_warp_gradcheck():
     image, flow, _ = (t.double().requires_grad_() for t in warp_inputs((2, 2, 4, 5)))
     assert torch.autograd.gradcheck(warp_reference, (image, flow))
 
 
+@pytest.mark.numeric
 @both("warp")
 def test_warp_golden(f):
     """3 x 3, worked on paper.
@@ -421,6 +430,7 @@ def test_warp_golden(f):
     assert flow.grad[0, 1].tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 0]]
 
 
+@pytest.mark.numeric
 @both("warp")
 def test_whole_pixel_flows_are_exact(f):
     """Zero flow is the identity and a constant whole flow a shift, to the last bit, at sizes that
@@ -435,6 +445,7 @@ def test_whole_pixel_flows_are_exact(f):
             assert torch.equal(f(image, flow), image[:, :, rows[:, None], cols])
 
 
+@pytest.mark.numeric
 @both("warp")
 def test_flow_gradient_on_the_border(f):
     """Whole displacements, onto the border and past it. At 5 x 9 the grid of F.grid_sample is
@@ -445,6 +456,7 @@ def test_flow_gradient_on_the_border(f):
         assert_rounded(a, b, 4 * image.abs().max() * dy.abs().max())
 
 
+@pytest.mark.numeric
 @both("warp")
 def test_displacements_that_are_not_finite(f):
     """Infinite and huge ones read the border; NaN gives NaN there, in every channel, and passes no
@@ -470,6 +482,7 @@ def test_displacements_that_are_not_finite(f):
     assert flow.grad[0, 1, 1, 1] == 0
 
 
+@pytest.mark.numeric
 @needs_triton
 def test_no_read_beyond_the_image():
     """The image and the flow lie in buffers of NaN: a read past an end would show, even of weight
@@ -502,6 +515,7 @@ def test_flows_of_nothing_but_trouble(f):
     assert dimage.isfinite().all() and not dflow.any()
 
 
+@pytest.mark.numeric
 @needs_triton
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1.0, 3e38])
 def test_image_gradient_cannot_overflow(size):
@@ -532,6 +546,7 @@ def test_gradients_that_are_not_finite():
     assert torch.equal(got[0], clean[0]) and torch.equal(got[1, 1], clean[1, 1])
 
 
+@pytest.mark.numeric
 def test_warp_dtypes_and_forms():
     """16-bit images and flows, float64, one gradient at a time, images that are not contiguous."""
     image, flow, dy = warp_inputs((1, 2, 6, 8))
@@ -615,6 +630,7 @@ def test_a_compiled_model_computes_the_same(f, tensors):
     assert torch.equal(first[0], second[0]) == (len(tensors) == 2)
 
 
+@pytest.mark.numeric
 @both("lora")
 def test_lora_checkpointing(f):
     """Activation checkpointing makes the mask of the forward pass again."""
@@ -626,6 +642,7 @@ def test_lora_checkpointing(f):
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
 
 
+@pytest.mark.numeric
 def test_second_derivatives():
     """The references have them; the kernels say that they have none, instead of dropping terms."""
     lora = [t.requires_grad_() for t in lora_inputs(3, 4, 2, 2, QV, torch.float64)[:-1]]
@@ -692,6 +709,7 @@ def cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + at, tl.load(x_ptr + at).to(out_ptr.dtype.element_ty))
 
 
+@pytest.mark.numeric
 @needs_triton
 def test_float32_is_rounded_to_bfloat16():
     """To the nearest, ties to even, as torch does: the interpreter alone would cut it off."""
@@ -702,6 +720,7 @@ def test_float32_is_rounded_to_bfloat16():
     torch.testing.assert_close(out.cpu(), x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.numeric
 @needs_triton
 def test_lora_gradients_are_not_rounded():
     """Under autocast the kernels read a float32 x, A and B and return float32 gradients."""
@@ -824,6 +843,32 @@ def test_memory_that_runs_out_does_not_turn_the_kernels_off(monkeypatch):
     assert not kernels.FAILED
 
 
+@pytest.mark.skipif(CUDA or triton is None, reason="a stand-in for a GPU without a driver")
+def test_a_training_step_ends_where_triton_finds_no_driver():
+    """Triton's own error, of a machine whose driver does not fit, in the layer and in RegGAN's
+    step."""
+    done = run_python(
+        "import sys, torch, kernels, lora, reggan, vit\n"
+        "torch.cuda.get_device_capability = lambda device: (8, 6)\n"
+        "for name in ('kernels.lora_linear', 'kernels.warp'):\n"
+        "    sys.modules[name].wants_triton = lambda tensor: True\n"
+        "model = lora.add_lora(vit.ViT(16, 4, 1, 24, 2, 3, num_classes=2), rank=2)\n"
+        "optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)\n"
+        "for _ in range(2):\n"
+        "    loss = model(torch.randn(2, 1, 16, 16)).square().mean()\n"
+        "    loss.backward()\n"
+        "    optimizer.step()\n"
+        "R = reggan.Registration(2, (32, 32), 8)\n"
+        "a, b = torch.randn(2, 1, 1, 32, 32)\n"
+        "(kernels.warp(a, R(a, b)) - b).abs().mean().backward()\n"
+        "print('ended', loss.item() > 0, R.state_dict() is not None)\n"
+    )
+    assert done.stdout.startswith("ended True"), done.stderr
+    lines = [line for line in done.stderr.splitlines() if "no Triton kernels" in line]
+    assert [line.split(":")[0] for line in lines] == ["lora_linear", "warp"]
+    assert all("0 active drivers" in line for line in lines)
+
+
 def test_an_old_triton_counts_as_absent():
     done = run_python(
         "import triton; triton.__version__ = '3.3.1'; import kernels; "
@@ -852,6 +897,28 @@ def test_import_without_triton():
         "assert torch.equal(warp(x, torch.zeros(1, 2, 3, 3)), x)"
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(CUDA, reason="takes minutes there")
+def test_the_bench_runs_and_refuses_a_wrong_contender(capsys):
+    """At a tiny size, in the interpreter where there is no GPU."""
+    bench.main([])
+    out = capsys.readouterr().out
+    names = {"frozen", "PEFT's form", "reference", "grid_sample", "exact grid_sample"}
+    names |= {"kernels"} if triton else set()
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    assert {row[0][2:] for row in rows if row[1] != "pass"} >= names
+    assert out.count("Fastest in both directions") == 5
+    right = bench.lora_by(lora_linear_reference)
+    x, W, b, A, B, dy = lora_inputs(6, 8, 4, 2, QV)
+    inputs = [tensor.requires_grad_() for tensor in (x, A, B)]
+    with pytest.raises(AssertionError, match="wrong: error"):
+        bench.check(
+            {"reference": right, "wrong": lambda *a: right(*a) * 1.01},
+            (inputs[0], W, b, *inputs[1:], 0.0),
+            dy,
+            1e-6,
+        )
 
 
 POINTERS = {

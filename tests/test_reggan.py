@@ -109,6 +109,7 @@ def root(tmp_path):
     return tmp_path
 
 
+@pytest.mark.numeric
 def test_smoothness_and_lsgan_in_float64():
     flow = np.random.default_rng(0).normal(size=(2, 2, 5, 7))
     expected = np.mean((flow[:, :, 1:] - flow[:, :, :-1])**2) + np.mean(
@@ -119,6 +120,7 @@ def test_smoothness_and_lsgan_in_float64():
     assert reggan.lsgan(verdict, False).item() == pytest.approx((0.3**2 + 0.5**2) / 2)
 
 
+@pytest.mark.numeric
 def test_one_pass_over_real_and_fake_is_two_passes():
     torch.manual_seed(0)
     real, fake = torch.randn(2, 3, 1, 32, 32, dtype=torch.float64)
@@ -137,6 +139,7 @@ def test_one_pass_over_real_and_fake_is_two_passes():
         assert together == pytest.approx(both, rel=1e-5)
 
 
+@pytest.mark.numeric
 def test_metrics_against_scikit_image():
     real, fake = smooth_image(2, 0), smooth_image(2, 1)
     real[:, :, :6] = -1
@@ -226,6 +229,7 @@ def test_state_dict_keys_are_reg_gans():
     assert set(reggan.Discriminator(1).state_dict()) == keys
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 48)])
 def test_networks_take_any_size_and_registration_starts_as_the_identity(size):
     a, b = torch.randn(3, 1, *size), torch.randn(3, 1, *size)
@@ -254,6 +258,7 @@ def test_nice_gan_reads_as_finely_as_the_other_generators(root):
     assert not (root / "run").exists()
 
 
+@pytest.mark.numeric
 def test_drift_is_the_mean_square_of_the_running_mean_flow():
     """m <- 0.99 m + 0.01 mean over the batch, from zero, in % of the sides; its gradient is the
     same for every image of the batch."""
@@ -361,6 +366,7 @@ def test_random_motion_is_affine_mirrors_half_of_the_time_and_keeps_the_middle_n
     assert (upright.diff(dim=2)[:, 0] > -1).all() and (upright.diff(dim=3)[:, 1] > -1).all()
 
 
+@pytest.mark.numeric
 def test_equivariance_is_zero_for_a_generator_that_does_not_move_and_sees_one_that_does():
     """Weight times mean |G(moved a) - moved G(a)|: a point-wise G commutes with every motion, a G
     that shifts with few."""
@@ -430,6 +436,7 @@ def test_every_host_takes_a_step_that_changes_every_trainable_parameter(host, fo
         assert not (p.requires_grad and torch.equal(p, before[name])), name
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("network", ["unet", "coarse"])
 def test_registration_losses_follow_their_formulas(network):
     """20 mean |warp(G(a), R(G(a), b)) - b| and 10 times the smoothness, of the networks before the
@@ -456,6 +463,7 @@ def test_registration_losses_follow_their_formulas(network):
     assert losses["smooth"].item() == pytest.approx(10 * smooth, rel=1e-5)
 
 
+@pytest.mark.numeric
 def test_a_step_trains_g_and_r_on_the_papers_sum_and_d_on_its_own():
     """The gradients of the step are those of the written-out equations, whatever gradients were
     left over, and D is judged on what the pool hands out."""
@@ -857,6 +865,7 @@ def blob(size, seed=0):
     return F.interpolate(knots, (size, size), mode="bicubic", align_corners=True).clamp(-0.99, 1)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("host", reggan.HOSTS)
 def test_host_losses_follow_their_formulas(host):
     torch.manual_seed(0)
@@ -1061,6 +1070,7 @@ def test_which_loss_sends_a_gradient_to_which_network(host, heads, network):
     assert {name: parts_with_gradient(loss, model) for name, loss in judged.items()} == {"d": {"D"}}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("host", reggan.HOSTS)
 def test_a_step_goes_down_the_sum_of_its_losses_and_shows_d_what_the_pools_hand_out(host):
     c, model = randomized(host, "random")
@@ -1111,6 +1121,7 @@ def test_a_step_goes_down_the_sum_of_its_losses_and_shows_d_what_the_pools_hand_
         assert (step - grad).norm() < 0.02 * grad.norm()
 
 
+@pytest.mark.numeric
 def test_each_weight_multiplies_its_own_loss_and_zero_leaves_what_is_added_out():
 
     def losses(**options):
