@@ -365,7 +365,7 @@ def warp_terms(image, flow, dy):
     """Sums of absolute terms of the result and of the gradients of image and flow. A position is
     rounded too, at up to H or W pixels: that moves a value by as much as its neighbours differ."""
     image, flow, dy = image.double().abs(), flow.double(), dy.double().abs()
-    slope = 4 * image.max() * max(image.shape[-2:])
+    slope = image.max() * max(image.shape[-2:])
     dimage = gradients(grid_sample_warp, (image, flow), dy, (0,))[1]
     g = dy.sum(1).max()
     return image.max() + slope, dimage.max() + slope * g, g * slope

@@ -177,6 +177,7 @@ def test_add_lora_changes_nothing_but_what_is_trained():
         lora.add_lora(nn.Sequential(nn.Linear(2, 2)))
 
 
+@pytest.mark.numeric
 def test_merging_is_the_same_model_once():
     model, images = trained(lora.add_lora(vit(), rank=2)).eval(), torch.randn(4, 1, 16, 16)
     weights = [layer.weight.detach().clone() for layer in lora.lora_layers(model)]
