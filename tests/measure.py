@@ -199,7 +199,7 @@ def official_attention(self, x, mask=None):
 
 def official_lora(self, x):
     """loralib's merged linear layer, which MED-PEFT uses."""
-    rows, width, R = x.flatten(0, 1), len(self.weight) // 3, self.lora_B.shape[1]
+    rows, width = x.flatten(0, 1), len(self.weight) // 3
     after_A = F.linear(F.dropout(rows, self.dropout), self.lora_A)  # (M, 2R)
     after_B = F.conv1d(after_A.t().unsqueeze(0), self.lora_B.unsqueeze(-1), groups=2)[0].t()
     columns = torch.arange(3 * width, device=x.device).view(3, width)[[0, 2]].flatten()

@@ -10,12 +10,12 @@ ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1097,
     "finetune.py": 814,
-    "kernels/__init__.py": 74,
-    "kernels/bench.py": 178,
+    "kernels/__init__.py": 108,
+    "kernels/bench.py": 206,
     "kernels/cpu.py": 69,
-    "kernels/dropout.py": 41,
-    "kernels/lora_linear.py": 426,
-    "kernels/warp.py": 346,
+    "kernels/dropout.py": 37,
+    "kernels/lora_linear.py": 458,
+    "kernels/warp.py": 374,
     "lora.py": 340,
     "more/__init__.py": 3,
     "more/convert.py": 222,
@@ -33,7 +33,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7976
+TOTAL = 8094
 
 
 def lines_of(name):
