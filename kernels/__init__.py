@@ -4,18 +4,16 @@
 
 CUDA tensors run the Triton kernels and all others run the references: one signature, the same
 gradients. `use_kernels(False)` or MEDVISION_NO_KERNELS=1 (the scripts' --no-kernels) sends every
-tensor to the references, which helps to explain the operations and to find the cause of an error.
-Where the kernels cannot run (an older GPU, no C compiler, a driver or a tile that does not fit) the
-references do, and one line on stderr says why.
-With TRITON_INTERPRET=1, set before the first import, the kernels run on CPU tensors when they are
-called by name (`lora_linear_triton`, `warp_triton`): slowly, but a debugger can step through them.
+tensor to the references. So do an older GPU, no C compiler, a driver or a tile that does not fit,
+and one line on stderr says why. With TRITON_INTERPRET=1, set before the first import, the kernels
+run on CPU tensors when called by name (`lora_linear_triton`, `warp_triton`): slowly, but a debugger
+can step through them.
 
-Both are plain autograd functions. torch.compile runs them, but breaks its graph there; the kernels
-know no fake tensors; asking them for a second or a forward-mode derivative raises RuntimeError.
+Both are plain autograd functions. torch.compile breaks its graph there; the kernels know no fake
+tensors; asking them for a second or a forward-mode derivative raises RuntimeError.
 
 `kernels.lora_linear` is the function; `from kernels.lora_linear import ...` reaches the other names
-of its file. After a change in a notebook, reload the file (`sys.modules["kernels.warp"]`), then
-`kernels`.
+of its file. In a notebook reload the file (`sys.modules["kernels.warp"]`), then `kernels`.
 """
 import os
 import sys
@@ -29,7 +27,7 @@ try:
     import triton.language as tl
 
     if [int(number) for number in triton.__version__.split(".")[:2]] < [3, 4]:
-        ABSENT = f"expected Triton 3.4 or newer, found {triton.__version__}, whose dropout is wrong"
+        ABSENT = f"expected Triton 3.4 or newer, found {triton.__version__}"  # its masks are wrong
 except ImportError:  # macOS and Windows have no Triton
     ABSENT = "Triton is not installed"
 if ABSENT:  # the kernels stay functions that nobody calls
@@ -41,8 +39,7 @@ def jit(**options):
     return triton.jit(**options) if triton else lambda kernel: kernel
 
 
-# What torch.compile leaves as it is. `torch.compiler.disable` takes seconds to import; this one does
-# at the first call.
+# What torch.compile leaves alone: torch.compiler.disable, which takes seconds, at the first call.
 uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 
@@ -63,9 +60,9 @@ TRIED, FAILED = set(), set()  # (operation, device, what varies), (operation, de
 def kernels_run(operation, function, tensors, *rest):
     """Whether function(*tensors, *rest), an operation by its kernels, runs on this device.
 
-    It is tried in both directions at the first call with tensors of these sizes: what fails then (a
-    compiler, a driver, every tile) would fail in the middle of a training step. What Triton
-    compiles for it is kept. Where it fails, one line says why, and it is not tried again.
+    The first call with tensors of these sizes tries it in both directions: what fails then (a
+    compiler, a driver, every tile) would fail within a training step. Triton keeps what it compiles
+    for it. Where it fails, one line says why, and it is not tried again.
     """
     place = operation, tensors[0].device
     case = (*place, tensors[0].shape[1:], *rest[1:], torch.is_grad_enabled(),
@@ -88,8 +85,8 @@ def kernels_run(operation, function, tensors, *rest):
     except Exception as error:  # whatever it is, the reference gives the same numbers
         FAILED.add(place)
         why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        print(f"{operation}: no Triton kernels on {place[1]}, the torch reference runs instead: "
-              f"{why}", file=sys.stderr, flush=True)
+        print(f"{operation}: no Triton kernels on {place[1]}, the torch reference runs: {why}",
+              file=sys.stderr, flush=True)
         return False
     TRIED.add(case)
     return True

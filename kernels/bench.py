@@ -10,10 +10,10 @@ Each row is a forward or a forward and a backward pass (`both`), under autocast,
     MiB       the peak of the memory that the pass allocates
     times     wall ms by that of the first contender
 
-A contender has run three times before it is timed, which compiles and tunes it, and none is timed
-whose result or gradients, without dropout, err more than twice as much as the reference's against
-float64, beyond rounding. Without a CUDA GPU nothing is claimed about the kernels: the references
-are timed at a small size. With TRITON_INTERPRET=1 the kernels run at a tiny one, to try this file.
+A contender runs three times before it is timed, which compiles and tunes it. None is timed whose
+result or gradients, without dropout, err more than twice as much as the reference's, beyond
+rounding. Without a CUDA GPU nothing is claimed about the kernels: the references are timed at a
+small size. With TRITON_INTERPRET=1 the kernels run at a tiny one, to try this file.
 """
 import argparse
 import os
@@ -123,7 +123,7 @@ def check(contenders, inputs, dy, rounding):
 
 def table(title, contenders, inputs, dy, repeats):
     """Prints the rows, and a sentence that says which is fastest."""
-    print(f"\n{title}\n\n| contender | pass | GPU ms | wall ms | MiB | times |\n" + "|---" * 6 + "|")
+    print(f"\n{title}\n\n| contender | pass | GPU ms | wall ms | MiB | times |\n{'|---' * 6}|")
     for kind in ("forward", "both"):
         took = {}
         for name, function in contenders.items():

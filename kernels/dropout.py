@@ -12,7 +12,7 @@ import torch
 from . import jit, tl, uncompiled
 
 
-@uncompiled  # numpy's numbers are none of its own
+@uncompiled  # it cannot trace numpy's generator
 def keep_mask(x, p, seed):
     """The reference's mask: (M, K) uint8 of the shape of x, 1 where x is kept; a generator of its
     own draws it from the seed, below 2^31. On a CPU bernoulli_ would take 20 times as long."""
