@@ -118,6 +118,7 @@ def test_jpeg_is_decoded_at_reduced_size(tmp_path, photo, monkeypatch):
         (np.array([[0.25, 0.5]], np.float16), [[0.25, 0.5]]),  # within [0, 1]: kept
         (np.array([[-1, 0, 1]], np.float32), [[0, 0.5, 1]]),  # else stretched
         (np.array([[-1000, 0, 1000]], np.int16), [[0, 0.5, 1]]),
+        (np.array([[0, 0.5, 2.0]]), [[0, 0.25, 1]]),
         (np.array([[5.0, 5.0]]), [[0, 0]]),
         (np.array([[[0.5], [0.25]]]), [[0.5, 0.25]]),
     ],

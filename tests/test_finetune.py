@@ -1068,6 +1068,49 @@ def test_commands_know_the_base_of_an_adapter(easy, tmp_path, command):
     )
 
 
+def test_white_minus_1_and_missing_images_reach_the_whole_run(easy, tmp_path, capsys):
+    """16-bit images of one white, of which one is missing, and a class that is partly unknown: what
+    --predict says of the test images is what the run said."""
+    root = tmp_path / "deep"
+    (root / "images").mkdir(parents=True)
+    for path in (easy / "images").iterdir():
+        deep = np.asarray(Image.open(path)).astype(np.uint16) * 2
+        Image.fromarray(deep).save(root / "images" / path.name)
+    for part in ("train_list", "val_list", "test_list"):
+        lines = (easy / f"{part}.txt").read_text().splitlines()
+        lines[3:5] = [f"{line.rsplit(' ', 1)[0]} -1" for line in lines[3:5]]
+        (root / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    lost = (root / "train_list.txt").read_text().split()[0]
+    (root / "images" / lost).unlink()
+    run = config(root, tmp_path / "run", data="csv", white=1023, uncertain="ignore", skip_bad=True)
+    result = finetune.finetune(run)
+    assert result["images"]["train"] == 63 and "1 of 64 images of train" in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "run/predictions.csv").open()))
+    assert [row["label class 2"] for row in rows[2:6]] == ["0", "", "", "0"]
+    finetune.predict_folder(FinetuneConfig(predict=str(root / "images"), device="cpu",
+                                           weights=str(tmp_path / "run"), out=str(tmp_path / "p")))
+    again = {row["image"]: row for row in csv.DictReader((tmp_path / "p/predictions.csv").open())}
+    for row in rows:
+        assert float(again[row["image"]]["class 1"]) == pytest.approx(
+            float(row["class 1"]), abs=2e-5)
+
+
+def test_parts_that_share_patients_are_warned_of(easy, tmp_path, capsys):
+    root = tmp_path / "nih"
+    shutil.copytree(easy, root)
+    for part, first, seen in (("train_list", 0, 0), ("val_list", 60, 4), ("test_list", 90, 0)):
+        lines = (root / f"{part}.txt").read_text().splitlines()
+        names = [f"{first + i:08d}_{part[0]}00.png".replace("_t", "_1").replace("_v", "_2")
+                 for i in range(len(lines))]
+        for name, line in zip(names, lines):
+            (root / "images" / line.split()[0]).rename(root / "images" / name)
+        (root / f"{part}.txt").write_text(
+            "".join(f"{name} {line.split(' ', 1)[1]}\n" for name, line in zip(names, lines)))
+    finetune.read_lists(config(root, tmp_path / "run", data="csv", ratio=100))
+    said = capsys.readouterr().err
+    assert "4 images of val are of patients in train" in said and "of test" not in said
+
+
 def test_a_bad_label_or_rate_ends_a_run_at_its_step_and_keeps_the_checkpoint(
     easy, tmp_path, monkeypatch
 ):
