@@ -20,8 +20,7 @@ block, fc_norm and the head, "linear" fc_norm and the head alone. lora.py says w
 
 A recipe (support/recipes.py) sets the options that nobody types: the papers', by data set, method
 and percent of labels, for a ViT-B; else ours, by the number of training images. Before this file
-comes mrm.py, after it more/segment.py or kernels/warp.py. tests/departures.md lists where it
-differs from the official code.
+comes mrm.py, after it kernels/warp.py. Where it differs from the official code: tests/departures.md
 
 Shapes: B batch, n samples, k classes.
 """
@@ -31,6 +30,7 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -82,9 +82,8 @@ METHODS |= {f"lora-{name}": functools.partial(train_lora, targets=name)
 
 
 def choose_parameters(model, config):
-    """Freezes what `config.method` does not train. Returns the model. Raises InputError for a
-    method that METHODS does not hold."""
-    if config.method not in METHODS:
+    """Freezes what `config.method` does not train. Returns the model."""
+    if config.method not in METHODS:  # else a forgotten entry would train everything
         raise InputError("--method", f"one of {', '.join(METHODS)}", config.method)
     METHODS[config.method](model, config)
     return model
@@ -114,22 +113,16 @@ def label_loss(logits, labels):
 
 def optimizer_by_layer(model, config):
     """SGD or AdamW. Layer i learns at layer_decay^(d + 1 - i) of the rate (BEiT): the embeddings
-    are layer 0, the d blocks layers 1 to d, fc_norm and the head layer d + 1.
-    """
-    groups, depth = {}, len(model.blocks)
+    are layer 0, the d blocks layers 1 to d, fc_norm and the head layer d + 1."""
+    groups, last = {}, len(model.blocks) + 1
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        layer = 0
-        if name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        elif lora.part_of(name) == "head":
-            layer = depth + 1
+        head = lora.part_of(name) == "head"
+        layer = last if head else int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
         decay = config.weight_decay if mrm.decays(name, parameter) else 0.0
-        scale = config.layer_decay ** (depth + 1 - layer)
-        group = {"params": [], "weight_decay": decay, "lr_scale": scale,
-                 "is_head": layer == depth + 1}
-        groups.setdefault((layer, decay), group)["params"].append(parameter)
+        group = {"params": [], "weight_decay": decay, "is_head": head,
+                 "lr_scale": config.layer_decay ** (last - layer)}
+        if parameter.requires_grad:
+            groups.setdefault((layer, decay), group)["params"].append(parameter)
     if config.optimizer == "sgd":
         return torch.optim.SGD(list(groups.values()), lr=config.lr, momentum=0.9)
     return torch.optim.AdamW(list(groups.values()), lr=config.lr)
@@ -139,23 +132,19 @@ PROBE_LR = 1e-2  # peak learning rate of the head while it learns alone
 
 
 def set_rates(optimizer, config, step, steps):
-    """Gives each group its learning rate of `step`.
+    """Gives each group its learning rate of `step`: it rises along a line, then falls along a
+    cosine.
 
-    A rate rises slowly at first: large steps for a head that knows nothing yet would spoil the
-    pretrained blocks. With `probe` the head learns alone first, for the same reason: on a few
-    dozen labels the blocks would otherwise follow the noise of a random head (Kumar et al., 2022,
-    linear probing, then fine-tuning). Then the rate falls along a cosine.
-    """
+    It rises slowly because large steps for a head that knows nothing yet would spoil the pretrained
+    blocks. With `probe` the head learns alone first, for the same reason: on a few dozen labels the
+    blocks would otherwise follow the noise of a random head (Kumar et al., 2022)."""
     alone = round(config.probe * steps)
-    if step < alone:
-        lr = mrm.cosine_lr(step, alone, round(config.warmup * alone), PROBE_LR, floor=1e-6)
-        for group in optimizer.param_groups:
-            group["lr"] = lr if group["is_head"] else 0.0
-        return
-    step, steps = step - alone, steps - alone
-    lr = mrm.cosine_lr(step, steps, round(config.warmup * steps), config.lr, floor=1e-6)
+    first = step < alone
+    step, steps = (step, alone) if first else (step - alone, steps - alone)
+    peak = PROBE_LR if first else config.lr
+    lr = mrm.cosine_lr(step, steps, round(config.warmup * steps), peak, floor=1e-6)
     for group in optimizer.param_groups:
-        group["lr"] = group["lr_scale"] * lr
+        group["lr"] = lr * (group["is_head"] if first else group["lr_scale"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,9 +156,8 @@ def weighted_auroc(scores, labels, weights):
 
     AUROC = P(score of a positive > score of a negative) + P(equal) / 2, the Mann-Whitney statistic.
     scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only. A
-    label of NaN is unknown and does not count. Raises InputError for scores that are not finite,
-    which have no order.
-    """
+    label of NaN does not count. Raises InputError for scores that are not finite: they have no
+    order."""
     if not np.isfinite(scores).all():
         raise InputError("AUROC", "finite scores", f"{np.sum(~np.isfinite(scores))} that are not")
     order = np.argsort(scores, kind="stable")
@@ -186,13 +174,11 @@ def weighted_auroc(scores, labels, weights):
 
 def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
     """AUROC of each class, and of each class in each of `resamples` draws of n from the n samples.
-    Images are drawn, although a patient may have several: on the demo, drawing its patients moves
-    the ends of the interval by 0.001.
 
     scores, labels (n, k). Returns (classes that have both labels, AUROC of each, array (classes,
     resamples)). The draws depend on n, `resamples` and `seed` alone: two models that scored the
-    same list see the same draws, and the differences between them are paired.
-    """
+    same list see the same draws, and the differences between them are paired. (Images are drawn,
+    although a patient may have several: on the demo that moves the ends by 0.001.)"""
     n, k = scores.shape
     defined = [c for c in range(k) if {0.0, 1.0} <= set(labels[:, c].tolist())]
     generator, draws = np.random.default_rng(seed), [np.zeros((len(defined), 0))]
@@ -210,14 +196,12 @@ def auroc(scores, labels, resamples=1000, seed=0):
     """Mean and per-class AUROC with 95 % percentile bootstrap intervals over samples.
 
     scores, labels (n, k). Returns (mean, (low, high), k entries (auroc, low, high)). A class with
-    one label present has the entry None and no part in the mean. The mean of no class is NaN.
-    """
+    one label present has the entry None and no part in the mean. The mean of no class is NaN."""
     defined, points, draws = bootstrap_auroc(scores, labels, resamples, seed)
     per_class = [None] * scores.shape[1]
     if not defined:
         return float("nan"), (float("nan"), float("nan")), per_class
-    draws = np.vstack([draws, draws.mean(0)])
-    intervals = np.nanpercentile(draws, [2.5, 97.5], axis=1).T.tolist()
+    intervals = np.nanpercentile([*draws, draws.mean(0)], [2.5, 97.5], axis=1).T.tolist()
     for c, point, interval in zip(defined, points, intervals):
         per_class[c] = (float(point), *interval)
     return float(np.mean(points)), tuple(intervals[-1]), per_class
@@ -271,46 +255,39 @@ def score_labels(logits, part):
 def trained_tensors(model):
     """Copies on the CPU of what training changes, by name: the parameters that are trained, and
     the statistics of batch norms."""
-    trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
-    return {name: tensor.detach().cpu().clone()
-            for name, tensor in [*trained, *model.named_buffers()]}
+    frozen = {name for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()
+            if name not in frozen}
 
 
-def train(config, model, parts, steps, saved, facts, log, device, world, targets,
-          loss_function, score):
-    """The training loop. Returns the scores, step and trained tensors of the state that was best on
-    the validation list.
-
+def train(config, model, parts, steps, saved, facts, log, device, world, targets, criterion, score):
+    """The training loop. Returns scores, step and trained tensors of the state that is best on val.
     targets(images, rows) -> (images, targets): what the model sees of a batch of the training set,
-    whose rows those are, and what `loss_function(logits, targets)` compares its output with.
-    score(outputs, part) -> what is logged of a validation list; its first number chooses."""
+    whose rows those are, and what criterion(logits, targets), the loss, compares its output with.
+    score(outputs, part): what is logged of the validation list; its first number chooses."""
     train_set, optimizer = parts["train"].images, optimizer_by_layer(model, config)
     autocast, scaler = autocast_for(config, device), scaler_for(config, device)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    step, losses, best, best_score = 0, [], None, -1.0
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    step, losses, best = 0, [], None
     seed_rank(config.seed, log.rank)
     if saved:
         restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
         step, losses, best = saved["step"], saved["losses"], saved["best"]
-        best_score = saved["best_score"]
     share, passes = share_of_batch(config, world), config.accumulate
-    batches = Timed(data.train_batches(train_set, share, step * passes, steps * passes,
-                                              config.seed, log.rank, world, config.workers),
-                           device, world)
-    every = max(1, steps // config.evaluations)
+    batches = data.train_batches(train_set, share, step * passes, steps * passes, config.seed,
+                                 log.rank, world, config.workers)
+    batches = Timed(batches, device, world)
 
     def save(step):
-        state = facts | {"model": trained_tensors(model), "optimizer": optimizer.state_dict(),
-                         "scaler": scaler.state_dict(), "step": step, "losses": losses,
-                         "best": best, "best_score": best_score}
-        save_state(log, config, world, state)
+        save_state(log, config, world, facts | {
+            "model": trained_tensors(model), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "step": step, "losses": losses, "best": best})
 
     model.train()
     with Saving(save, world) as saving:
         for step in batches.steps(step, steps, config.method, log.rank):
             set_rates(optimizer, config, step, steps)
-            loss_of_step, seen = torch.zeros((), device=device), []
+            loss_of_step, seen = 0, []
             for _ in range(passes):
                 images, rows = next(batches)
                 images, wanted = targets(images.to(device, non_blocking=True), rows)
@@ -318,31 +295,27 @@ def train(config, model, parts, steps, saved, facts, log, device, world, targets
                     logits = parallel(data.normalize(images, config.mean, config.std))
                 # The loss is float32: its gradient, probability - label, is near 0 for most
                 # labels, and bfloat16 would round it to two or three digits
-                loss = loss_function(logits.float(), wanted)
+                loss = criterion(logits.float(), wanted)
                 scaler.scale(loss / passes).backward()
-                loss_of_step += loss.detach() / passes
-                seen += rows.tolist()
+                loss_of_step, seen = loss_of_step + loss.detach() / passes, seen + rows.tolist()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
             check_finite(step + 1, train_set.paths, seen, scaler, loss=loss_of_step, gradient=norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
             losses.append(average(loss_of_step, world).item())
-            if (step + 1) % every == 0 or step + 1 == steps:
+            if (step + 1) % max(1, steps // config.evaluations) == 0 or step + 1 == steps:
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
                 outputs = predict(model, parts["val"].images, config, device, log.rank, world)
-                scores = score(outputs, parts["val"])
-                log.line(step=step + 1, loss=sum(losses) / len(losses), **scores,
-                         **batches.speed())
-                chosen_by, *others = scores
+                chosen_by, *others = scores = score(outputs, parts["val"])
+                log.line(step=step + 1, loss=np.mean(losses), **scores, **batches.speed())
                 log.curves("fine-tuning", {"loss": ["loss", *others], "score on val": [chosen_by]},
                            config.probe and (config.probe * steps, "all of it learns"))
                 losses.clear()
-                if next(iter(scores.values())) > best_score:
-                    best_score = next(iter(scores.values()))
+                if best is None or scores[chosen_by] > best[chosen_by]:
                     best = scores | {"step": step + 1, "trained": trained_tensors(model)}
                 save(step + 1)
             saving.after(step + 1)
@@ -361,12 +334,10 @@ class TuneConfig(RunConfig):
     """What the loop needs, whatever it trains."""
 
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
-    root: str = option("", "data folder (demo: where the demo records are, or are drawn)")
+    root: str = option("", "data folder (of the demo: where it is, or is drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
-    ratio: int = option(None, "percent of labels (default: 100, and 10 of the demo)",
-                        within="[1, 100]")
-    weights: str = option(None, "checkpoint, run folder, scratch or scratch-PRESET (default: the "
-                          "demo MRM, made on first use)")
+    ratio: int = option(None, "percent of labels (default: 100; demo: 10)", within="[1, 100]")
+    weights: str = option(None, "checkpoint, run folder or scratch[-PRESET] (default: a demo MRM)")
     method: str = option(None, "what learns (default: full)", choices=METHODS)
     lora: bool = option(False, "short for --method lora", free=True)
     uncertain: str = option(None, "what a label of -1 becomes: 1, 0 or unknown (default: refused; "
@@ -381,8 +352,8 @@ class TuneConfig(RunConfig):
     weight_decay: float = recipe_value("weight decay of the optimiser", within="[0, inf)")
     layer_decay: float = recipe_value("learning rate of a block / of the next", within="(0, 1]")
     warmup: float = recipe_value("share of the steps in which the rate rises", within="[0, 1]")
-    probe: float = option(None, "share of the steps, at the start, in which fc_norm and head alone "
-                          "learn (Kumar et al., 2022)", within="[0, 1)")
+    probe: float = option(None, "share of the steps, at the start, in which fc_norm and the head "
+                          "learn alone", within="[0, 1)")
     drop_path: float = recipe_value("chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     flip: bool = option(None, "flip training images left-right at random")
@@ -392,8 +363,7 @@ class TuneConfig(RunConfig):
     std: float = option(None, "deviation of the pixels", within="(0, inf)")
     img_size: int = option(None, "pixels a side (default: the weights')", within="[1, inf)")
     num_heads: int = option(None, "attention heads, for weights that do not say", within="[1, inf)")
-    evaluations: int = option(None, "times the validation list is evaluated; the best state is "
-                              "kept", within="[1, inf)")
+    evaluations: int = option(None, "times val is evaluated; the best is kept", within="[1, inf)")
     predict: str = option("", "folder of images: predict by --weights, and stop", free=True)
 
 
@@ -408,15 +378,15 @@ class FinetuneConfig(TuneConfig):
     test_share: ClassVar = 1.0  # of the shorter side of a test image: the side of its central crop
     recipe: str = option(None, "whose values the options take (default: mrm for a ViT-B on the "
                          "papers' data, else small)", choices=["mrm", "medpeft", "small"])
-    pool: int = option(1, "the head sees the mean of each of pool x pool regions, instead of one "
-                       "mean of all patches, which knows no places", within="[1, inf)")
+    pool: int = option(1, "the head sees a mean of each of n x n regions, so that it knows places",
+                       within="[1, inf)")
     compare: bool = option(False, "run methods x inits x ratios x seeds, and stop", free=True)
     methods: str = option("linear,lora,lora-all,full", "for --compare", free=True)
     ratios: str = option("1,10,100", "for --compare", free=True)
     inits: str = option("mrm", "for --compare: of mrm, image-only, report-only (the demo's), "
                         "scratch, checkpoints and run folders", free=True)
-    seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and, on the demo, "
-                        "of pretraining", within="[1, inf)", free=True)
+    seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and of the demo's "
+                        "pretraining", within="[1, inf)", free=True)
 
     def augment(self, images, generator):
         """Crops (B, 1, img_size, img_size) of training images."""
@@ -424,7 +394,7 @@ class FinetuneConfig(TuneConfig):
 
 
 # --------------------------------------------------------------------------------------------------
-# Lists, images, weights
+# What a run needs: lists, images, weights, recipe
 
 DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
 SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
@@ -449,32 +419,34 @@ def read_lists(config):
 
 def load_images(parts, config):
     """Gives each part its images, decoded into memory where they fit."""
-    test_side = round(config.img_size / config.test_share)
+    size, white = config.img_size, config.white
     for name, part in parts.items():
         if name == "train":
-            part.images = data.ImageSet(part.paths, 2 * config.img_size, config.augment,
-                                        config.seed, white=config.white)
+            images = data.ImageSet(part.paths, 2 * size, config.augment, config.seed, white=white)
         else:
-            part.images = data.ImageSet(part.paths, test_side, crop=config.img_size,
-                                        white=config.white)
-        part.images.preload()
+            side = round(size / config.test_share)
+            images = data.ImageSet(part.paths, side, crop=size, white=white)
+        part.images = images.preload()
 
 
-def pretrain_demo(config, init="mrm", seed=0):
-    """Pretrains the tiny MRM on the demo records with this seed, where that was not done yet, and
-    returns its folder. init: mrm, or image-only or report-only, which train with one of the two
-    losses."""
+def fill_weights(config):
+    """`config` with the weights of a run. Where none are given these are the tiny MRM's, pretrained
+    on the demo records on first use. A comparison names DEMO_INITS: of image-only and report-only
+    one of the two losses is trained, and the seed is that of the cell."""
+    if config.weights is not None and config.weights not in DEMO_INITS:
+        return config
+    init, seed = config.weights or "mrm", config.seed if config.weights else 0
     folder = Path("runs", f"{init}-demo" + (f"-{seed}" if seed else ""))
     if (folder / "result.json").exists():
         print(f"no --weights given: {folder} is used again; delete it to pretrain anew")
-        return str(folder)
-    print(f"no --weights given: pretraining the tiny {init} on the demo records, in {folder}")
-    mrm.pretrain(mrm.MRMConfig(
-        out=str(folder), root=config.root if config.data == "demo" else "", seed=seed,
-        image_only=init == "image-only", report_only=init == "report-only",
-        resume=(folder / "last.pt").exists(), device=config.device, dtype=config.dtype,
-        workers=config.workers))
-    return str(folder)
+    else:
+        print(f"no --weights given: pretraining the tiny {init} on the demo records, in {folder}")
+        mrm.pretrain(mrm.MRMConfig(
+            out=str(folder), root=config.root if config.data == "demo" else "", seed=seed,
+            image_only=init == "image-only", report_only=init == "report-only",
+            resume=(folder / "last.pt").exists(), device=config.device, dtype=config.dtype,
+            workers=config.workers))
+    return dataclasses.replace(config, weights=str(folder))
 
 
 def starting_weights(config, classes=None):
@@ -492,24 +464,29 @@ def starting_weights(config, classes=None):
     return tensors, held
 
 
-def take_recipe(config, tensors, held, images):
-    """(`config` filled from what a run starts from and from its recipe, for a training list of
-    `images`; the sizes of the ViT)."""
+def take_recipe(config, tensors, held, count):
+    """(`config` filled from what a run starts from and from its recipe, for `count` training
+    images; the sizes of the ViT)."""
     sizes = encoder_sizes(tensors, held, config.weights, config.num_heads)
-    paper = sizes["embed_dim"] == 768 and config.data in PAPER_SETS
-    published = paper and config.method in ("full", "lora")
-    recipe = config.recipe or (config.paper if published else "small")
-    config = dataclasses.replace(config, recipe=recipe)
+    published = config.data in PAPER_SETS and config.method in ("full", "lora")
+    recipe = config.paper if published and sizes["embed_dim"] == 768 else "small"
+    if config.recipe is None and recipe == "mrm" and not re.search(
+            "bert|report_decoder", " ".join(tensors or ())):  # CXR-MAE's need other pixels
+        raise InputError(config.weights, "--recipe mrm, medpeft or small, since the file does not "
+                         "say whose it is (of CXR-MAE: python -m more.cxrmae)", "none")
+    config = fill(config, {"recipe": recipe})
     stated = {"mean": held.get("mean", mrm.MEAN), "std": held.get("std", mrm.STD)}
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
     config = fill(config, stated | named | recipe_for(
-        config.recipes, recipe, config.method, config.data, config.ratio, images))
-    print(f"recipe: {recipe} for {config.method}; config.json has its values")
+        config.recipes, config.recipe, config.method, config.data, config.ratio, count))
+    if (config.mean is None) != (config.std is None):
+        raise InputError("--mean and --std", "both, or none for each image's own", "one of them")
+    print(f"recipe: {config.recipe} for {config.method}; config.json has its values")
     return config, sizes | {"img_size": config.img_size}
 
 
 # --------------------------------------------------------------------------------------------------
-# One run
+# One run, and prediction by it
 
 
 def fill_cell(config):
@@ -521,24 +498,11 @@ def fill_cell(config):
                          "ratio": 10 if config.data == "demo" else 100})
 
 
-def fill_weights(config):
-    """`config` with the weights of a run: where none are given, the demo MRM's, made on first
-    use."""
-    if config.weights is None:
-        config = dataclasses.replace(config, weights=pretrain_demo(config))
-    if config.weights in DEMO_INITS:  # of a comparison, whose seeds are those of pretraining too
-        folder = pretrain_demo(config, config.weights, config.seed)
-        config = dataclasses.replace(config, weights=folder)
-    return config
-
-
 def finetune(config):
     """Trains, chooses on the validation list, tests once. Returns the content of result.json.
-
     Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
-    predictions.csv, roc.png and curves.png in `config.out`. Raises InputError for anything the user
-    gave that cannot be used.
-    """
+    predictions.csv, roc.png and curves.png in `config.out`. Raises InputError for what the user
+    gave and cannot be used."""
     start = time.time()
     device, rank, world = join(config)
     config = fill_cell(config)
@@ -558,9 +522,8 @@ def finetune(config):
     config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
-    describe(config, model, len(parts["train"].names), steps, device, rank)
-    warn_of_trained(config, parts["test"], held)
     if rank == 0:  # a table is divided here; whoever reports a number wants to know how
+        describe(config, model, parts, steps, device, held)
         write_csv(log.out / "split.csv", ["image", "split"],
                   [[name, part] for part, listed in parts.items() for name in listed.names])
     labels = parts["train"].labels.to(device)
@@ -579,20 +542,16 @@ def facts_of(parts, classes, model, world):
             "number_of_processes": world, "weights": lora.fingerprint(model.state_dict())}
 
 
-def describe(config, model, images, steps, device, rank):
-    """Prints in one line what is about to be trained, and how much of the model that is."""
-    count = lora.count_parameters(model)
+def describe(config, model, parts, steps, device, held):
+    """Says what is about to be trained, how much of the model that is, and whether the weights of
+    the run were trained on images, or on patients, of its test list."""
+    count, images = lora.count_parameters(model), len(parts["train"].names)
     share = 100 * count["lora"] / (count["total"] - count["head"])
-    if rank == 0:
-        print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
-              f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} "
-              f"% of the backbone, head {count['head']:,}); {steps} steps of {config.batch_size}, "
-              f"{device}")
-
-
-def warn_of_trained(config, part, held):
-    """Warns where the weights of a run were trained on images, or on patients, of its test list."""
-    seen = data.seen(part.owners, set(held.get("trained_on", ())))
+    print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
+          f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % "
+          f"of the backbone, head {count['head']:,}); {steps} steps of {config.batch_size}, "
+          f"{device}")
+    seen = data.seen(parts["test"].owners, set(held.get("trained_on", ())))
     if any(seen):
         warn(f"{config.weights}: {sum(seen)} of {len(seen)} test images are of a patient that "
              "was trained on before; test scores of other patients may be lower")
@@ -622,15 +581,14 @@ def save_best(config, model, parts, best, sizes, tensors, held, log, about):
 def run_facts(config, model, parts, best, log):
     """What result.json holds beside the test scores."""
     last, count = log.history[-1], lora.count_parameters(model)
-    speed = {name: last[name] for name in ("images_per_second", "share_waiting_for_data")}
+    given = ("ratio", "method", "weights", "batch_size", "lr")
+    measured = ("images_per_second", "share_waiting_for_data")
     return {name: value for name, value in best.items() if name not in ("step", "trained")} | {
-        "best_step": best["step"], "split": config.split or config.data, "ratio": config.ratio,
-        "method": config.method, "weights": config.weights,
+        "best_step": best["step"], "split": config.split or config.data, "steps": last["step"],
+        **{name: getattr(config, name) for name in given},
         "images": {name: len(part.names) for name, part in parts.items()},
-        "trainable_parameters": count["trainable"], "lora_parameters": count["lora"],
-        "head_parameters": count["head"], "total_parameters": count["total"],
-        "steps": last["step"], "batch_size": config.batch_size, "lr": config.lr, **speed,
-        "seconds": time.time() - log.start}
+        **{f"{name}_parameters": count[name] for name in ("trainable", "lora", "head", "total")},
+        **{name: last[name] for name in measured}, "seconds": time.time() - log.start}
 
 
 def write_results(config, model, parts, classes, scores, best, log):
@@ -638,63 +596,49 @@ def write_results(config, model, parts, classes, scores, best, log):
     (n, k) of the test list. Returns the content of result.json."""
     labels = parts["test"].labels.numpy()
     mean, (low, high), per_class = auroc(scores, labels)
-    result = {
-        "auroc": mean, "auroc_ci": (low, high),
-        "auroc_per_class": {name: value and value[0] for name, value in zip(classes, per_class)},
-        "auroc_per_class_ci": {name: value and value[1:]
-                               for name, value in zip(classes, per_class)},
-        **run_facts(config, model, parts, best, log)}
+    named = dict(zip(classes, per_class))
+    result = {"auroc": mean, "auroc_ci": (low, high),
+              "auroc_per_class": {name: value and value[0] for name, value in named.items()},
+              "auroc_per_class_ci": {name: value and value[1:] for name, value in named.items()},
+              **run_facts(config, model, parts, best, log)}
     if log.rank > 0:
         return result
     write_predictions(log.out, parts["test"].names, classes, 1 / (1 + np.exp(-scores)), labels)
     curves = {f"{name} {value[0]:.3f}": roc_curve(scores[:, c], labels[:, c])
-              for c, (name, value) in enumerate(zip(classes, per_class)) if value}
+              for c, (name, value) in enumerate(named.items()) if value}
     save_plot(log.out / "roc.png", {"true positive rate": curves},
               f"ROC on the test list, mean AUROC {mean:.3f}", "false positive rate", diagonal=True)
-    for name, value in zip(classes, per_class):
-        print(f"  {name:20s} " + ("%.3f  [%.3f, %.3f]" % value if value
-                                  else "undefined: one label only"))
+    for name, value in named.items():
+        text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
+        print(f"  {name:20s} {text}")
     print(f"test AUROC {mean:.3f} [{low:.3f}, {high:.3f}], {result['images_per_second']:.0f} "
           f"images/s, {result['seconds']:.0f} s in all; {log.out}")
     log.json("result.json", result)
     return result
 
 
-def write_predictions(out, names, classes, probabilities, labels=None):
+def write_predictions(out, names, classes, probabilities, labels=()):
     """Writes OUT/predictions.csv: on each line an image, the probability of each class, and the
     labels where they are known."""
-    header = ["image", *classes]
-    rows = [[name, *(f"{p:.9g}" for p in row)] for name, row in zip(names, probabilities)]
-    if labels is not None:
-        header += [f"label {name}" for name in classes]
-        rows = [row + ["" if np.isnan(label) else int(label) for label in known]
-                for row, known in zip(rows, labels)]
+    header = ["image", *classes, *(f"label {name}" for name in classes if len(labels))]
+    labels = [["" if np.isnan(label) else int(label) for label in row] for row in labels]
+    rows = [[name, *(f"{p:.9g}" for p in row), *known] for name, row, known in
+            zip(names, probabilities, labels or [[]] * len(names))]
     write_csv(Path(out) / "predictions.csv", header, rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# Prediction
-
-
 def load_run(folder, script="finetune", make=None):
-    """The model of a finished run of `script` (its folder, adapter.pt or best.pt), merged.
-
-    make(saved): the network, where it is no classifier. Returns (network in eval mode, all that the
-    file holds). Raises InputError for any other file, and for base weights that have changed.
-    """
+    """The model of a finished run of `script` (its folder, adapter.pt or best.pt), merged; of
+    another network than a classifier, by make(saved). Returns (it in eval mode, all that the file
+    holds). Raises InputError for any other file, and for base weights that have changed."""
     path = checkpoint_file(folder, "adapter.pt", "best.pt")
     saved = load_checkpoint(path)
-    if not {"sizes", "mean", "std"} <= saved.keys():
-        raise InputError(path, "the adapter.pt or best.pt of a fine-tuning run",
-                         f"entries {sorted(saved)[:6]}")
-    if saved.get("script", script) != script:
-        found = f"one of {command_of(saved['script'])}"
-        raise InputError(path, f"a run of {command_of(script)}", found)
-    if make:
-        model = make(saved)
-    else:
-        sizes = encoder_sizes({}, saved, path)
-        model = vit.ViT(**sizes, num_classes=len(saved["classes"]), pool=saved.get("pool", 1))
+    maker = saved.get("script", script)
+    if not {"sizes", "mean", "std"} <= saved.keys() or maker != script:
+        found = f"one of {command_of(maker)}" if maker != script else f"entries {sorted(saved)[:6]}"
+        raise InputError(path, f"the adapter.pt or best.pt of a run of {command_of(script)}", found)
+    model = make(saved) if make else vit.ViT(
+        **encoder_sizes({}, saved, path), num_classes=len(saved["classes"]), pool=saved["pool"])
     if "adapter" in saved:
         base, tensors = lora.read_base(path, saved)
         load_encoder(model, tensors, base)
@@ -737,18 +681,18 @@ def list_cells(config):
     starts = [*DEMO_INITS, *SCRATCH, *filter(os.path.exists, lists["inits"])]
     allowed = {"inits": starts, "methods": METHODS, "ratios": ["1", "10", "100"]}
     for name, given in lists.items():
-        if not set(given) <= set(allowed[name]):
-            raise InputError(f"--{name}", f"some of {', '.join(allowed[name])}", ",".join(given))
-        if len({Path(one).name for one in given}) < len(given):
-            raise InputError(f"--{name}", "names that differ", ",".join(given))
+        differ = len({Path(one).name for one in given}) == len(given)
+        if not differ or not set(given) <= set(allowed[name]):
+            expected = f"names that differ, of {', '.join(allowed[name])}"
+            raise InputError(f"--{name}", expected, ",".join(given))
     for typed in ("lora", "method", "ratio", "weights"):
         if getattr(config, typed):
             raise InputError("--compare", "--methods, --ratios and --inits", f"--{typed}")
     cells, seeds = {}, range(config.seed, config.seed + config.seeds)
     for init, method, ratio, number in itertools.product(*lists.values(), seeds):
-        cell = dataclasses.replace(config, weights=init, method=method, ratio=int(ratio),
-                                   seed=number, compare=False)
-        cells[f"{Path(init).name}-{method}-{ratio}-{number}"] = (init, method, ratio), cell
+        cells[f"{Path(init).name}-{method}-{ratio}-{number}"] = (
+            (init, method, ratio), dataclasses.replace(config, weights=init, method=method,
+                                                       ratio=int(ratio), seed=number))
     return cells
 
 
@@ -763,7 +707,8 @@ def compare(config):
     """Runs every init x method x ratio over the seeds; writes OUT/compare.md and compare.csv. A
     finished run is kept in its folder and not repeated. The demo's weights are pretrained once for
     each seed, on first use."""
-    out, cells, rows = Path(config.out or "runs/compare"), list_cells(config), {}
+    out, rows = Path(config.out or "runs/compare"), {}
+    cells = list_cells(dataclasses.replace(config, compare=False))
     configs = {name: cell for name, (_, cell) in cells.items()}
     for name, result in run_cells(out, configs, finetune):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
@@ -773,12 +718,11 @@ def compare(config):
               "training images"]
     table = []
     for (init, method, ratio), runs in rows.items():
-        results, first = [result for result, _ in runs], runs[0][0]
-        scores = [result["auroc"] for result in results]
-        trained = 100 * first["trainable_parameters"] / first["total_parameters"]
+        scores, first = [result["auroc"] for result, _ in runs], runs[0][0]
         table.append([Path(init).name, method, ratio, mean_and_deviation(scores, 3),
                       " ".join(f"{score:.3f}" for score in scores), f"{first['lr']:g}",
-                      f"{trained:.2f}", first["images"]["train"]])
+                      f"{100 * first['trainable_parameters'] / first['total_parameters']:.2f}",
+                      first["images"]["train"]])
     pairs = [compare_rows(a, b, rows[a], rows[b]) for b, a in itertools.combinations(rows, 2)
              if a[2] == b[2] and (a[0] == b[0] or a[1] == b[1])]
     paired = ["labels %", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]

@@ -34,8 +34,8 @@ import finetune
 from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
-    InputError, RunLog, atomic_write, check_apart, fill, join, last_state, number_of_steps, option,
-    parse_config, run_script, save_grid, seed, with_dtype, write_csv,
+    InputError, RunLog, atomic_write, check_apart, even_batch, fill, join, last_state,
+    number_of_steps, option, parse_config, run_script, save_grid, seed, with_dtype, write_csv,
 )
 from support.weights import ENCODER_SIZES, encoder_sizes, load_encoder
 from vit import ViT
@@ -272,11 +272,6 @@ def load_images(parts, config):
     return masks
 
 
-def split_pairs(pairs, rows):
-    """What the loop asks for: the images (B, 1, H, W) and their masks, of pairs (B, 2, H, W)."""
-    return pairs[:, :1], pairs[:, 1:]
-
-
 def score_masks(masks, logits, part):
     """What the validation list, with its masks (n, H, W), says of a model: first the best
     `dice_all`, which chooses, with the threshold and the smallest area that give it."""
@@ -305,6 +300,7 @@ def segment(config):
     preset = {"img_size": 2 * sizes["img_size"], "num_heads": sizes["num_heads"],
               "mean": held.get("mean"), "std": held.get("std")}
     config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
+    config = even_batch(config, world)
     sizes = sizes | {"img_size": config.img_size}  # an outline needs more pixels than a finding
     steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
     seed(config.seed)
@@ -314,10 +310,10 @@ def segment(config):
     config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     masks = load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
-    finetune.describe(config, model, len(parts["train"].names), steps, device, rank)
-    finetune.warn_of_trained(config, parts["test"], held)
+    if rank == 0:
+        finetune.describe(config, model, parts, steps, device, held)
     best = finetune.train(config, model, parts, steps, saved, facts, log, device, world,
-                          split_pairs, segmentation_loss,
+                          lambda pairs, rows: (pairs[:, :1], pairs[:, 1:]), segmentation_loss,
                           functools.partial(score_masks, masks["val"]))
     about = {"segment": {"channels": config.channels, "norm": config.norm,
                          "threshold": best["threshold"], "smallest": best["smallest"]}}
@@ -338,9 +334,7 @@ def write_results(config, part, truth, logits, facts, log):
         interval = np.nanpercentile(values[1:], [2.5, 97.5]).tolist()
         result |= {name: float(values[0]), f"{name}_ci": interval}
         summary.append("%s %.3f [%.3f, %.3f]" % (name, values[0], *interval))
-    varied = predicted.std() > 0 and true.std() > 0
     result |= {"area_error": float(np.abs(predicted - true).mean()),
-               "area_correlation": float(np.corrcoef(predicted, true)[0, 1]) if varied else None,
                "images_with_mask": int((true > 0).sum()), "pixels": config.img_size**2, **facts}
     if log.rank > 0:
         return result

@@ -93,6 +93,47 @@ def filled(**options):
     return finetune.take_recipe(config, *finetune.starting_weights(config), 500)[0]
 
 
+def test_mean_and_std_zero_included():
+    assert filled().mean is filled().std is None  # of the tiny preset: each image's own
+    assert (filled(mean=0.0, std=0.5).mean, filled(mean=0.0, std=0.5).std) == (0.0, 0.5)
+    for one in (dict(mean=0.0), dict(std=0.5)):
+        with pytest.raises(common.InputError, match="--mean and --std: expected both, or none"):
+            filled(**one)
+    with pytest.raises(common.InputError, match=r"--std: expected a number in \(0, inf\), found 0"):
+        filled(mean=0.0, std=0.0)
+
+
+def test_typed_options_win_over_the_recipe():
+    typed = dict(lr=0.7, rank=6, batch_size=3, optimizer="sgd", layer_decay=0.3, weight_decay=0.0,
+                 warmup=0.0, min_crop=0.9, drop_path=0.5, epochs=2.5)
+    ran = filled(data="nih", method="lora", ratio=10, **typed)
+    assert {name: getattr(ran, name) for name in typed} == typed and ran.steps is None
+    assert (ran.recipe, ran.img_size, ran.num_heads) == ("small", 48, 4)
+    assert (filled(lora=True).method, filled().ratio, filled(data="nih").ratio) == ("lora", 10, 100)
+    with pytest.raises(common.InputError, match="--lora and --method: .* found --method full"):
+        filled(lora=True, method="full")
+
+
+def test_which_weights_they_are_is_read_from_the_file_or_asked_for(tmp_path):
+    """CXR-MAE's weights under MRM's recipe would see wrongly normalised pixels in silence."""
+    encoder = vit.ViT(img_size=32, patch_size=16, depth=1).state_dict()
+    mrms = encoder | {"bert_encoder.embeddings.weight": torch.zeros(2, 2)}
+    for name, tensors in (("MRM", encoder), ("CXR-MAE", mrms)):  # names that mislead
+        common.save_checkpoint(tmp_path / f"{name}.pth", {"model": tensors})
+
+    def recipe(name, **options):
+        asked = FinetuneConfig(weights=str(tmp_path / f"{name}.pth"), ratio=1, method="lora",
+                               **options)
+        return finetune.take_recipe(asked, *finetune.starting_weights(asked), 500)[0]
+
+    ran = recipe("CXR-MAE", data="nih")
+    assert (ran.recipe, ran.optimizer, ran.lr, ran.mean) == ("mrm", "sgd", 0.05, mrm.MEAN)
+    with pytest.raises(common.InputError, match="MRM.pth: expected --recipe mrm.* more.cxrmae"):
+        recipe("MRM", data="nih")
+    assert recipe("MRM", data="nih", recipe="medpeft").optimizer == "sgd"
+    assert recipe("MRM", data="csv").recipe == "small"
+
+
 def optimizer_of(model, **options):
     return finetune.optimizer_by_layer(
         model,
@@ -782,7 +823,7 @@ def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, messa
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(inits="imagenet"), "--inits: expected some of mrm,.* found imagenet"),
+        (dict(inits="imagenet"), "--inits: expected names that differ, of mrm,.* found imagenet"),
         (dict(methods="full,lorra"), "found full,lorra"),
         (dict(ratios="1,5"), "found 1,5"),
         (dict(inits="scratch,scratch"), "--inits: expected names that differ"),

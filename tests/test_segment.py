@@ -1,6 +1,11 @@
 """segment.py: UPerNet's loss and metrics against plain formulas; runs, resuming, prediction."""
 
+import csv
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +171,72 @@ def test_prediction_writes_a_mask_of_the_size_of_each_film(holes, tmp_path):
     assert mask.shape == (40, 60) and set(np.unique(mask)) <= {0, 255}
 
 
+def predicted(folder, settings, holes):
+    """The logits of the test list by the saved model of a run, and its masks."""
+    model, saved = finetune.load_run(folder, "more.segment", segment.make_network)
+    names, _ = data.read_list(holes / "test_list.txt")
+    masks = data.find_masks(holes / "masks", [name[:4] for name in names])
+    films = data.ImageSet([str(holes / "images" / name) for name in names], 48, masks=masks)
+    truth = torch.stack([pair[1] > 0.5 for pair, _ in films])
+    films.augment = segment.image_alone
+    settings = dataclasses.replace(settings, mean=saved["mean"], std=saved["std"], dtype="fp32")
+    logits = finetune.predict(model, films, settings, torch.device("cpu"))[:, 0]
+    return logits, truth, names, saved["segment"]
+
+
+def test_masks_of_any_batch_size_and_of_workers_are_equal(holes, tmp_path, monkeypatch):
+    segment.segment(run(holes, tmp_path, steps=20, lr=5e-3))
+    batches, found = data.eval_batches, {}
+    for size, workers in ((16, 0), (1, 0), (5, 1)):
+        monkeypatch.setattr(
+            data, "eval_batches", lambda images, _, *rest, size=size: batches(images, size, *rest))
+        found[size] = predicted(tmp_path, run(holes, tmp_path, workers=workers), holes)[0]
+    assert found[16].shape == (12, 48, 48) and found[16].std() > 0.1
+    torch.testing.assert_close(found[1], found[16], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[5], found[16], atol=1e-4, rtol=1e-4)
+
+
+def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_path):
+    """A batch norm sees other images in each process; what both predict is what the saved model
+    says."""
+    options = "--data csv --img-size 48 --channels 8 --steps 6 --lr 5e-3 --evaluations 2"
+    options += " --batch-size 4 --device cpu --dtype fp32 --weights scratch"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "more.segment", "--root", str(holes), "--out", str(tmp_path)]
+    done = subprocess.run(command + options.split(), capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    logits, truth, names, chosen = predicted(tmp_path, run(holes, tmp_path), holes)
+    found = segment.find_pixels(logits, chosen["threshold"], chosen["smallest"])
+    rows = list(csv.reader((tmp_path / "predictions.csv").open()))[1:]
+    assert [row[0] for row in rows] == names
+    counts = segment.count_pixels(found, truth)
+    np.testing.assert_allclose(np.array([row[1:] for row in rows], int).T, counts, atol=3)
+
+
+def test_the_demo_has_no_files_where_there_is_no_pneumothorax(tmp_path):
+    from support import demo
+
+    root = demo.write_demo_records(tmp_path / "demo", patients=60, size=32)
+    options = SegmentConfig(root=str(root), ratio=100)
+    parts = segment.read_lists(options)
+    part, where = parts["test"], data.read_lines(root / "classes.txt")
+    column = [name for _, name in where].index("Pneumothorax")
+    train = parts["train"].masks  # of the images without a mask about as many as with one
+    shown = sum(mask is not None for mask in train)
+    assert shown and len(train) <= 3 * shown
+    assert [mask is not None for mask in part.masks] == (part.labels[:, column] == 1).tolist()
+    name = next(name for name, mask in zip(part.names, part.masks) if mask)
+    (root / "masks" / name).unlink()
+    with pytest.raises(common.InputError, match=f"{name}: no such mask"):
+        segment.read_lists(options)
+
+
+def test_only_options_that_segmentation_uses():
+    names = {field.name for field in dataclasses.fields(SegmentConfig)}
+    assert names.isdisjoint({"ratios", "methods", "inits", "seeds", "recipe", "pool", "compare"})
+
+
 def test_bad_masks_are_one_line(holes, tmp_path):
     with pytest.raises(common.InputError, match="none/0000.png: no such mask .24 of 24"):
         segment.segment(run(holes, tmp_path / "run", masks=str(tmp_path / "none")))
@@ -181,17 +252,8 @@ def test_upernet_overfits_one_image(holes, norm):
     pair = films[0][0][None]
     if norm == "batch":
         pair = torch.cat([pair, pair.flip(2), pair.flip(3), pair.flip(2, 3)])
-    settings = run(
-        holes,
-        "",
-        optimizer="adamw",
-        lr=5e-3,
-        weight_decay=0.05,
-        layer_decay=0.65,
-        method="full",
-        norm=norm,
-        drop_path=0.0,
-    )
+    settings = run(holes, "", optimizer="adamw", lr=5e-3, weight_decay=0.05, layer_decay=0.65,
+                   method="full", norm=norm, drop_path=0.0)
     sizes = dict(img_size=48, patch_size=4, embed_dim=32, depth=3, num_heads=2)
     model = segment.build_model(settings, sizes).train()
     optimizer = finetune.optimizer_by_layer(model, settings)
