@@ -300,7 +300,7 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     assert (saved["steps"], saved["batch_size"], saved["lr"]) == (4, 16, recipe["lr"])
     lora, head = saved["lora_parameters"], saved["head_parameters"]
     assert head == 2 * 128 + 2 * 128 + 2 and lora == (
-        2 * (128 * 4 + 4 * 128) if method == "lora" else 0
+        2 * 2 * (128 * 4 + 4 * 128) if method == "lora" else 0  # q and v of two blocks
     )
     trainable = {"full": saved["total_parameters"], "lora": lora + head, "linear": head}
     assert saved["trainable_parameters"] == trainable[method]
@@ -398,7 +398,7 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
         dict(seed=3),
         dict(min_crop=0.5),
         dict(lr=0.1),
-        dict(mean=0.0),
+        dict(mean=0.0, std=0.5),
         dict(flip=True),
     ],
     ids=lambda other: next(iter(other)),

@@ -1,11 +1,10 @@
 """support/recipes.py: the papers' cells as FACTS has them, and ours by the number of images."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from support import recipes
 from support.recipes import RECIPES, recipe_for
 from support.script import InputError
 
@@ -62,13 +61,15 @@ def test_ours_follow_the_number_of_images():
     assert ours("bitfit", 500) == ours("lora", 500)  # a method without a row
 
 
-def test_the_command_prints_a_recipe():
+def test_the_command_prints_a_recipe(monkeypatch, capsys):
     def printed(*cell):
-        command = [sys.executable, "-m", "support.recipes", *cell]
-        return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        monkeypatch.setattr(sys, "argv", ["recipes", *cell])
+        recipes.main()
+        return dict(line.split() for line in capsys.readouterr().out.splitlines())
 
-    lines = dict(line.split() for line in printed("mrm", "lora", "nih", "1").stdout.splitlines())
-    assert lines == {key: str(value) for key, value in RECIPES["mrm", "lora", "nih", 1].items()}
-    assert "rank           4" in printed("small", "lora", "424").stdout
-    refused = printed("mrm", "lora", "nih")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: usage: ")
+    published = recipes.RECIPES["mrm", "lora", "nih", 1]
+    assert printed("mrm", "lora", "nih", "1") == {key: str(x) for key, x in published.items()}
+    assert printed("small", "lora", "424")["rank"] == "4"
+    for cell in (("mrm", "lora", "nih"), ("small", "lora"), ("mrm", "lora", "nih", "ten"), ()):
+        with pytest.raises(InputError, match="usage: python -m support.recipes"):
+            printed(*cell)
