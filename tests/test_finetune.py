@@ -588,7 +588,7 @@ def test_rates_with_and_without_a_probe(monkeypatch):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_pooled_run_predicts_what_it_scored(easy, tmp_path, method):
-    finetune.finetune(config(easy, tmp_path / "run", method=method, pool=4))
+    finetune.finetune(config(easy, tmp_path / "run", method=method, pool=3))
     scored = list(csv.DictReader((tmp_path / "run/predictions.csv").open()))
     if method == "lora":
         lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt")))
