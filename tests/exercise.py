@@ -3,14 +3,15 @@
     python tests/exercise.py 1     # the first time: makes runs/exercise1, where everything fails
     python tests/exercise.py 1     # and again, after each change that you make there
 
-tests/exercises.md says what each function has to do. A copy that is there is never overwritten:
-delete its folder to begin anew.
+tests/exercises.md says what each function has to do, tests/solutions.md how it can be done. A copy
+that is there is never overwritten: delete its folder to start again.
 """
 
 import ast
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -21,7 +22,8 @@ EXERCISES = {  # number: file, function, test file, words that choose the tests 
     3: ("kernels/warp.py", "warp_reference", "test_kernels.py",
         "warp_reference or warp_gradcheck or warp_golden[reference]"),
     4: ("mrm.py", "MRM.image_loss", "test_mrm.py", "image_loss_is_the_formula"),
-    5: ("reggan.py", "training_step", "test_reggan.py", "a_step_trains or registration_losses"),
+    5: ("reggan.py", "training_step", "test_reggan.py",
+        "a_step_trains or registration_losses"),
     6: ("finetune.py", "weighted_auroc", "test_finetune.py", "auroc_against or auroc_worked"),
 }
 
@@ -35,14 +37,15 @@ def copy_repository(folder):
             shutil.copy(path, target)
 
 
-def blank(path, name):
-    """Leaves the signature and the docstring of a function. Returns the line to write at."""
+def blank(path, name, code="raise NotImplementedError\n"):
+    """Leaves the signature and the docstring of a function, and `code` behind them. Returns the
+    line to write at."""
     lines, node = path.read_text().splitlines(keepends=True), ast.parse(path.read_text())
     for part in name.split("."):
         node = next(child for child in node.body if getattr(child, "name", "") == part)
     start = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
     indent = " " * node.body[0].col_offset
-    lines[start : node.end_lineno] = [f"{indent}raise NotImplementedError\n"]
+    lines[start : node.end_lineno] = [textwrap.indent(code, indent)]
     path.write_text("".join(lines))
     return start + 1
 

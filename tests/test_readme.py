@@ -1,10 +1,14 @@
-"""The README's commands run, on small data and for a few steps; its numbers, and those of
-tests/readme/results.md, are those of the measured files beside it."""
+"""The pages keep their word: commands run and their options exist, links lead somewhere, tables and
+differences are those of the measured files, and the two long pages stay short."""
 
+import csv
+import dataclasses
+import importlib
 import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,20 +17,19 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 MEASURED = REPOSITORY / "tests" / "readme"
-README = (REPOSITORY / "README.md").read_text()
-RESULTS = README + (MEASURED / "results.md").read_text()
-TABLES = [path for path in sorted(MEASURED.glob("*.md")) if path.name != "results.md"]
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
-    for line in block.splitlines()
-    if line.startswith("python ")
-]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "tests").glob("*.md")),
+         *(MEASURED / name for name in ("results.md", "claims.md", "speedrun.md"))]
+README, RESULTS, CLAIMS = ((path.read_text()) for path in
+                           (PAGES[0], MEASURED / "results.md", MEASURED / "claims.md"))
+TABLES = [path for path in sorted(MEASURED.glob("*.md")) if path not in PAGES]
+COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+            for line in block.splitlines() if line.startswith("python ")]
 SHORTER = {
     "mrm.py": "--steps 3",
     "finetune.py": "--steps 3 --evaluations 1",
     "reggan.py": "--epochs 1 --width 4 --seeds 1",
-    "support.demo": "--patients 100",
+    "more.improved": "--epochs 1 --width 4",
+    "more.segment": "--steps 3 --evaluations 1",
 }
 
 
@@ -57,15 +60,12 @@ def run(folder, command):
 
 def shortened(command):
     command = command.removeprefix("python ")
-    script = command.split()[0]
+    script = command.removeprefix("-m ").split()[0]
     if script == "reggan.py" and "--compare" in command:
         return command + " --epochs 1 --width 4 --seeds 1 --hosts nc,nc+r --levels 3"
     if script == "finetune.py" and "--compare" in command:
         return command + " --steps 3 --evaluations 1 --seeds 1 --ratios 10"
-    if (
-        any(f"--{word}" in command for word in ("predict", "reconstruct", "attention"))
-        or script not in SHORTER
-    ):
+    if script not in SHORTER or "--predict" in command or "--reconstruct" in command:
         return command
     return command + " " + SHORTER[script]
 
@@ -81,26 +81,146 @@ def test_commands_were_found():
     assert "pip install -r tests/requirements.txt && pytest" in README
 
 
+def options_of(module):
+    """The flags of a script: those of its Config classes; a truth also has its contrary."""
+    flags = {"--help"}
+    for name, value in vars(importlib.import_module(module)).items():
+        if name.endswith("Config") and dataclasses.is_dataclass(value):
+            flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(value)}
+            flags |= {"--no-" + field.name.replace("_", "-") for field in dataclasses.fields(value)
+                      if isinstance(field.default, bool)}
+    return flags
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_options_of_every_command_exist(page):
+    """In code, every `SCRIPT ... --flag`: a command ends at the end of its code, at && and at #."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    pieces = re.findall(r"^ {4,}(.*)$|`([^`\n]+(?:\n[^`\n]+)?)`", text, re.M)
+    pieces += [(line,) for block in re.findall(r"```bash\n(.*?)```", text, re.S)
+               for line in block.splitlines()]
+    for code in (" ".join(" ".join(piece).split()) for piece in pieces):
+        for command in re.split(r"&&|  #| # ", code):
+            named = re.search(r"(?:^|python (?:-m )?|-m )([\w/]+\.py|(?:more|support)\.\w+)\b(.*)",
+                              command)
+            if not named or named[1].startswith("tests/") or not re.search(r" --\w", named[2]):
+                continue
+            module = named[1].removesuffix(".py").replace("/", ".")
+            module = "reggan" if module == "more.gdl" else module  # which a reader writes
+            unknown = set(re.findall(r"(?<=[\s\[])--[a-z][\w-]*", named[2])) - options_of(module)
+            assert not unknown, f"{page.name}: {command}: {unknown}"
+
+
+def anchors(text):
+    """GitHub's anchors of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path.startswith("http"):
+            continue
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked.read_text()), target
+    for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|md|png|txt))`", text):
+        places = (REPOSITORY, page.parent, REPOSITORY / "tests")
+        made = name in MADE or "NAME" in name or name.endswith(("_list.txt", "train_10.txt"))
+        assert made or any((place / name).exists() for place in places), name
+
+
+MADE = {"try.py", "mine.py", "more/gdl.py", "translation.png", "progress.png", "curves.png",
+        "reconstruction.png", "train_1.txt", "DIR/classes.txt"}  # by a run, or by the reader
+
+
+def test_the_long_pages_stay_short():
+    assert len(README.splitlines()) <= 120 and len(RESULTS.splitlines()) <= 200
+
+
+def test_the_path_is_of_whole_files_with_true_times():
+    """13 lines a minute, 9 of a kernel's, to a quarter."""
+    stops = re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", README, re.M)
+    assert len(stops) >= 6
+    for name, minutes in stops:
+        lines = len((REPOSITORY / name).read_text().splitlines())
+        expected = lines / (9 if name.startswith("kernels/") else 13)
+        assert int(minutes) == pytest.approx(expected, rel=0.25), (name, lines)
+
+
 @pytest.mark.parametrize("path", sorted(MEASURED.glob("*.json")), ids=lambda path: path.name)
 def test_numbers_come_from_measured_files(path):
     result = json.loads(path.read_text())
     quoted = [f"{result[name]:.3f}" for name in ("auroc", "psnr", "ssim") if name in result]
-    text = (MEASURED / "results.md").read_text()
     assert quoted and all(number in README for number in quoted), (path.name, quoted)
-    assert all(number in text for number in quoted), (path.name, quoted)
+    assert all(number in RESULTS for number in quoted), (path.name, quoted)
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
-def test_tables_come_from_measured_files(path):
-    """The first table of a measured file stands in the results whole; the file holds the others."""
-    parts = path.read_text().split("\n\n")
-    tables = [
-        "\n".join(line for line in part.splitlines() if line.startswith("|")) for part in parts
-    ]
-    assert next(filter(None, tables)) in RESULTS
+def rows_of(text):
+    return {line for line in text.splitlines() if line.startswith("|") and "±" in line}
 
 
-def test_no_row_is_quoted_that_was_not_measured():
-    measured = "\n".join(path.read_text() for path in TABLES).splitlines()
-    quoted = [line for line in RESULTS.splitlines() if line.startswith("|") and "±" in line]
-    assert quoted and set(quoted) <= set(measured)
+def test_every_row_is_measured_and_every_measured_file_is_linked_or_quoted():
+    measured = {path.name: rows_of(path.read_text()) for path in TABLES}
+    quoted = rows_of(README + RESULTS)
+    assert quoted <= set().union(*measured.values()) and len(quoted) > 20
+    for path in sorted(MEASURED.iterdir()):
+        linked = f"]({path.name})" in RESULTS or f"readme/{path.name})" in README
+        assert linked or path in PAGES or measured[path.name] <= quoted, path.name
+
+
+def test_the_headlines_stand_in_the_results():
+    """Every number with two or more decimals of the README's table is one of the results page, or
+    one of the files that it links, there perhaps with one more decimal."""
+    table = README.split("| what | result |")[1].split("\n\n")[0]
+    known = RESULTS + "".join(path.read_text() for path in TABLES)
+    for number in re.findall(r"\d+\.\d{2,}", table):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}", known), number
+
+
+def test_differences_are_those_of_the_measured_files():
+    """`a - b [low, high]` with its sign, or that of b - a, is a row of a table of differences."""
+    number = r"[+-]?\d\.\d{3}"
+    measured = set()
+    for path in TABLES:
+        for row in re.findall(rf"\| ({number}) \| \[({number}), ({number})\]", path.read_text()):
+            d, low, high = map(float, row)
+            measured |= {(d, low, high), (-d, -high, -low)}
+    quoted = re.findall(rf"([+-]\d\.\d{{3}}) \[({number}), ({number})\]", CLAIMS + RESULTS)
+    assert len(quoted) > 8
+    for row in quoted:
+        assert tuple(map(float, row)) in measured, row
+
+
+def test_the_claims_about_reggan_follow_from_every_run():
+    runs = {}
+    with open(MEASURED / "reggan_compare.csv") as file:
+        for row in csv.DictReader(file):
+            runs.setdefault((row["row"], row["level"]), {})[row["seed"]] = float(row["psnr"])
+
+    def gains(a, b, levels=("0", "3", "5", "elastic")):
+        """By level: PSNR of a - PSNR of b, seed by seed."""
+        return {level: [runs[a, level][s] - runs[b, level][s] for s in sorted(runs[a, level])]
+                for level in levels}
+
+    def mean(row, level):
+        return statistics.fmean(runs[row, level].values())
+
+    moved = ("3", "5", "elastic")
+    least = min(min(values) for b in ("pix2pix", "nc") for values in gains("nc+r", b, moved).values())
+    assert f"by {least:.1f} dB and more, in every seed" in CLAIMS
+    lost = [mean(row, "0") - mean(row, "5") for row in ("nc+r", "pix2pix")]
+    assert f"from level 0 to 5 it loses {lost[0]:.1f} dB, Pix2Pix {lost[1]:.1f}" in CLAIMS
+    assert max(gains("nc+r", "pix2pix")["0"]) < 0  # behind in every seed
+    ahead = {level: sum(x > 0 for x in values) for level, values in gains("nc+r", "cycle").items()}
+    assert ahead == {"0": 3, "3": 2, "5": 1, "elastic": 1}
+    assert min(min(values) for values in gains("nc+r improved", "cycle").values()) > 0
+    for host, name in (("cycle", "CycleGAN"), ("nice", "NICE-GAN")):
+        better = gains(host + "+r", host)
+        assert min(min(values) for values in better.values()) > 0
+        means = [statistics.fmean(values) for values in better.values()]
+        assert f"{name} by {min(means):.1f} to {max(means):.1f} dB" in CLAIMS
+    assert min(min(values) for values in gains("cycle+r", "nice").values()) > 0
