@@ -100,7 +100,7 @@ def test_the_judge_of_exercise_5_sees_faults(monkeypatch, fault):
             for arguments in (("unet",), ("coarse",)) if "follow" in name else ((),):
                 try:
                     test(*arguments)
-                except (AssertionError, RuntimeError, KeyError):
+                except Exception:
                     found.append(name)
     assert bool(found) == (fault != "nothing"), found
 
@@ -138,7 +138,7 @@ def test_changes_of_the_code_do_what_the_page_says(tmp_path):
 
 def test_the_kernels_without_dropout_fail_where_inputs_drop():
     """Exercise 15: the tests of its judge with p = 0 and those with another."""
-    command = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "--collect-only", "-q", "-q",
+    command = [sys.executable, "-m", "pytest", "tests/test_kernels.py", "--collect-only", "-q",
                "-o", "addopts=", "-k", "test_lora_kernels"]
     listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True).stdout
     names = re.findall(r"test_lora_kernels\[(.*)\]", listed)
