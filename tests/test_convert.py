@@ -145,6 +145,13 @@ def test_encoders_that_compute_otherwise_are_refused_by_name(tmp_path, extra, me
     assert not (tmp_path / "new.pt").exists()
 
 
+def test_an_output_does_not_replace_its_source(tmp_path):
+    path = tmp_path / "new.pt"
+    script.save_checkpoint(path, hugging_face(True)[0])
+    with pytest.raises(script.InputError, match="expected another place than .*new.pt"):
+        converted(path)
+
+
 @pytest.mark.parametrize(
     "name, shape",
     [
@@ -278,6 +285,9 @@ def folder(tmp_path):
     Image.fromarray(np.stack([film((90, 120), 255, s) for s in range(3)], 2).astype(np.uint8)).save(
         root / "images/colour.tif"
     )
+    sharp = np.random.default_rng(5).integers(0, 2, (90, 120)).astype(np.uint8) * 255
+    sharp[:9, :9], sharp[20:50], sharp[50:80] = 128, 0, 255  # grey, so that it is no mask
+    Image.fromarray(sharp).save(root / "images/sharp.png")
     np.save(root / "images/f.npy", (film((90, 120), 2000) - 1000).astype(np.float32))
     Image.fromarray(film((20, 50), 255).astype(np.uint8)).save(root / "images/small.png")
     mask = Image.fromarray((film((90, 120), 255) > 128).astype(np.uint8) * 7)
@@ -289,7 +299,7 @@ def folder(tmp_path):
 def test_smaller_copies_are_what_a_run_reads(folder, tmp_path, capsys):
     out = tmp_path / "small"
     convert.shrink(convert.ConvertConfig(root=str(folder), out=str(out), size=30))
-    assert "5 films made smaller, 3 files copied as they are" in capsys.readouterr().out
+    assert "6 films made smaller, 3 files copied as they are" in capsys.readouterr().out
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == set(paths)
     for name in ("train_list.txt", "images/small.png", "images/f.npy"):
@@ -321,7 +331,7 @@ def test_folders_that_are_no_new_folder_are_refused(folder, tmp_path):
 
 def test_films_without_a_right_copy_are_named(folder, tmp_path):
     (folder / "images/b.png").write_bytes(b"no picture")
-    with pytest.raises(script.InputError, match="1 of 9 files have no .*b.png: expected"):
+    with pytest.raises(script.InputError, match="1 of 10 files have no .*b.png: expected"):
         convert.shrink(convert.ConvertConfig(root=str(folder), out=str(tmp_path / "x"), size=30))
     (folder / "images/b.png").unlink()
     # 12 bits by its finest detail alone, which a smaller copy does not have: a run would take the

@@ -233,6 +233,12 @@ def test_adapter_round_trip_and_size(tmp_path):
     again = vit(embed_dim=192, depth=6, num_heads=6).eval()
     assert lora.load_adapter(again, tmp_path / "adapter.pt")["classes"] == ["a", "b", "c"]
     assert torch.equal(again(images), model(images))
+    saved = common.load_checkpoint(tmp_path / "adapter.pt")  # older files name more settings
+    saved["lora"]["dora"] = False
+    common.save_checkpoint(tmp_path / "adapter.pt", saved)
+    older = vit(embed_dim=192, depth=6, num_heads=6).eval()
+    lora.load_adapter(older, tmp_path / "adapter.pt")
+    assert torch.equal(older(images), model(images))
 
 
 def test_an_adapter_of_vit_b_is_under_two_percent_of_it(tmp_path):
@@ -393,6 +399,8 @@ def damaged(saved, entry):
         return {name: value for name, value in saved.items() if name != "weights"}
     if entry == "no LoRA":
         adapter = {name: tensor for name, tensor in adapter.items() if "lora_" not in name}
+    elif entry == "whole numbers":
+        adapter[B] = adapter[B].long()
     elif entry == "no B":
         del adapter[B]
     elif entry == "short B":
@@ -417,6 +425,7 @@ def load_into_model(config):
         ("no base", "its base weights .* are not there; give them with --weights"),
         ("no LoRA", "expected an adapter"),
         ("number", "expected an adapter"),
+        ("whole numbers", "expected an adapter"),
         ("settings", "expected an adapter"),
         ("rank", r"does not fit"),
         ("targets", r"does not fit"),

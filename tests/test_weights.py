@@ -74,7 +74,8 @@ WRAPPED = {
     "a model that is a name": lambda t: {"model": "vit_b", "state_dict": t},
     "compiled": lambda t: {"model": {"module._orig_mod." + n: x for n, x in t.items()}},
     "encoder and decoder": lambda t: (
-        {"encoder." + n: x for n, x in t.items()} | {"decoder.blocks.0.w": torch.ones(2)}
+        {"encoder." + n: x for n, x in t.items()}
+        | {"decoder.blocks.0.w": torch.ones(2), "cls_token": torch.ones(1, 1, 24)}
     ),
     "half precision": lambda t: {n: x.double() for n, x in t.items()} | {"epoch": 3},
 }
