@@ -557,7 +557,6 @@ def run_steps(config, model, records, steps, resumed, facts, log, world):
                 losses += torch.stack([image_loss, report_loss]).detach() / passes
                 seen += rows.tolist()
             # A finite loss can have a gradient that is not, which would spoil every weight
-            scaler.unscale_(optimizer)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm(gradients)
             check_finite(step + 1, paths, seen, scaler, loss=losses, gradient=norm)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -23,6 +24,8 @@ from support import script as common
 import finetune
 import interruption
 import mrm
+import reggan
+import test_interruption_reggan
 
 STEPS = 12
 
@@ -45,7 +48,7 @@ def write_records(root):
 
 def run(script, root, out, **options):
     """One call of a script: it goes on where there is a checkpoint."""
-    options |= dict(
+    options = dict(
         data="csv",
         root=str(root),
         out=str(out),
@@ -54,7 +57,7 @@ def run(script, root, out, **options):
         steps=STEPS,
         batch_size=4,
         resume=(Path(out) / "last.pt").exists(),
-    )
+    ) | options
     if script == "mrm":
         mrm.pretrain(mrm.MRMConfig(holdout=8, **options))
     else:
@@ -92,6 +95,49 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, scrip
 def test_signals_end_the_step_save_and_go_on(tmp_path, script):
     codes = interruption.in_a_process_of_its_own(__file__, script, tmp_path, "signals", 0)
     assert codes == {"SIGINT": 130, "SIGTERM": 143, "same": True}
+
+
+@pytest.mark.parametrize("script", ["mrm", "finetune", "reggan"])
+def test_a_float16_run_goes_on_with_its_scale(tmp_path, monkeypatch, script):
+    """4 steps are 2, a checkpoint, and 2; the scale doubles after every second step."""
+    root, module = tmp_path / "data", {"mrm": mrm, "finetune": finetune, "reggan": reggan}[script]
+    (test_interruption_reggan.write_pairs if script == "reggan" else write_records)(root)
+    monkeypatch.setattr(module, "scaler_for", lambda config, device: torch.amp.GradScaler(
+        device.type, 2.0**8, growth_interval=2, enabled=config.dtype == "fp16"))
+
+    def part(out, dtype="fp16"):
+        options = dict(steps=4, dtype=dtype)
+        options |= dict(optimizer="sgd", lr=0.1, clip=0.01) if script == "finetune" else {}
+        if script == "reggan":
+            test_interruption_reggan.run(root, tmp_path / out, **options)
+            return test_interruption_reggan.state(tmp_path / out)
+        run(script, root, tmp_path / out, **options)
+        return state(script, tmp_path / out)
+
+    def stop(saving, steps):
+        if steps == 2:
+            saving.save(steps)
+            raise KeyboardInterrupt
+
+    whole = part("whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Saving, "after", stop)
+        part("part")
+    half = common.load_checkpoint(tmp_path / "part/last.pt")
+    assert half["step"] == 2 and half["scaler"]["scale"] == 2.0**9
+    assert interruption.equal(part("part"), whole)
+    ended = [common.load_checkpoint(tmp_path / out / "last.pt") for out in ("whole", "part")]
+    assert ended[0]["scaler"] == ended[1]["scaler"] and ended[0]["scaler"]["scale"] == 2.0**10
+    # The digits alone differ: losses by some roundings to 11 bits; weights, where SGD with clipped
+    # gradients takes 4 steps of length lr x clip, by a small share of that way
+    exact, log, _ = part("exact", "fp32")
+    losses = {name for line in log for name in line if "loss" in name or "mae" in name}
+    for name in losses:
+        ours, theirs = ([line[name] for line in lines if name in line] for lines in (whole[1], log))
+        assert ours != theirs and ours == pytest.approx(theirs, rel=2e-2), name
+    if script == "finetune":
+        way = torch.stack([(whole[0][name] - exact[name]).norm() for name in exact if "last" in name])
+        assert 0 < way.norm() < 0.1 * 4 * 0.1 * 0.01
 
 
 if __name__ == "__main__":

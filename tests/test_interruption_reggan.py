@@ -42,17 +42,16 @@ def write_pairs(root):
 
 def run(root, out, **options):
     """One call of the script: it goes on where there is a checkpoint."""
+    options = dict(dtype="fp32", steps=9) | options
     reggan.train(
         improved.Config(
             root=str(root),
             out=str(out),
             device="cpu",
-            dtype="fp32",
             noise=2.0,
             width=4,
             blocks=1,
             batch_size=2,
-            steps=9,
             pool=3,
             resume=(Path(out) / "last.pt").exists(),
             **options,
