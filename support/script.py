@@ -256,10 +256,9 @@ def with_dtype(config, device, world=1, saved=None, width=NARROW):
     dtype = config.dtype
     if dtype == "auto" and saved:
         dtype = saved["config"]["dtype"]
-    elif dtype == "auto" and device.type == "cpu" and width < NARROW:
-        dtype = "fp32"
-    elif dtype == "auto":
-        dtype = from_all(fastest_type(device), world)[0]
+    if dtype == "auto":
+        narrow = device.type == "cpu" and width < NARROW
+        dtype = "fp32" if narrow else from_all(fastest_type(device), world)[0]
     return dataclasses.replace(config, dtype=dtype)
 
 
@@ -267,18 +266,14 @@ def with_dtype(config, device, world=1, saved=None, width=NARROW):
 def fastest_type(device):
     """Times a product of each type. The first that is 1.2 times as fast as float32 wins: bf16, and
     on CUDA fp16, which needs scaled gradients. (float32 on MPS, where nothing was measured.)"""
-    names = {"cpu": ["fp32", "bf16"], "cuda": ["fp32", "bf16", "fp16"]}.get(device.type, ["fp32"])
-    side = 512 if device.type == "cpu" else 4096
-    times = {name: math.inf for name in names}
-    for i in range(6 if len(names) > 1 else 0):  # in turn, so that other programs disturb all alike
-        for name in names:
-            if i == 0 or times[name] < 10 * times["fp32"]:  # 100 where bfloat16 is emulated
-                matrix = torch.ones(side, side, dtype=TYPES[name], device=device)
-                began = time.perf_counter()
-                (matrix @ matrix)[0, 0].item()  # .item() waits for the GPU
-                times[name] = min(times[name], time.perf_counter() - began)
-    fast = [name for name in names[1:] if times[name] * 1.2 <= times["fp32"]]
-    chosen = fast[0] if fast else "fp32"
+    names = {"cpu": ["fp32", "bf16"], "cuda": ["fp32", "bf16", "fp16"]}.get(device.type, [])
+    side, times = 512 if device.type == "cpu" else 4096, {}
+    for name in 6 * names:  # in turn, so that other programs disturb all alike
+        if times.get(name, 0) < 0.1:  # a processor that emulates bfloat16 shows it the first time
+            matrix, began = torch.ones(side, side, dtype=TYPES[name], device=device), time.time()
+            (matrix @ matrix)[0, 0].item()  # .item() waits for the GPU
+            times[name] = min(times.get(name, math.inf), time.time() - began)
+    chosen = next((name for name in names[1:] if times[name] * 1.2 <= times["fp32"]), "fp32")
     if int(os.environ.get("RANK", 0)) == 0:
         shown = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in times.items())
         print(f"--dtype auto: {chosen} (a product of {side} x {side}: {shown})", flush=True)
@@ -455,21 +450,17 @@ def checkpoint_file(path, *names):
 def lock(folder):
     """Takes a folder for this process, until the returned file is closed or the process dies, in
     whatever way. Refuses a folder that another process has taken."""
-    path = Path(folder) / ".lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
-    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder, ".lock"), "w")
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
     except BlockingIOError:
         found = "one into which another run is writing; wait for its end, or give another --out"
         raise InputError(folder, "a folder that no other run is using", found) from None
-    except OSError:  # a file system of a cluster that knows no locks
-        pass
-    return file
+    except OSError:  # a file system without locks; or without a place, as writing there will say
+        return None
 
 
 RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl")
@@ -718,24 +709,6 @@ def mean_and_deviation(values, digits):
 # Pictures
 
 
-def save_png(path, picture):
-    atomic_write(path, lambda file: picture.save(file, "PNG"))
-
-
-def place_words(caption, font, width, line):
-    """[((x, y), word, colour)] of a caption, wrapped at `width` pixels, `line` pixels a line."""
-    if isinstance(caption, str):
-        caption = [(word, "black") for word in caption.split()]
-    placed, x, y = [], 0, 0
-    for word, colour in caption:
-        end = x + font.getlength(word)
-        if end > width and x:
-            x, y = 0, y + line
-        placed.append(((x, y), word, colour))
-        x += font.getlength(word + " ")
-    return placed
-
-
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
@@ -766,7 +739,8 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
         for (x, y), word, colour in text:
             draw.text((gap + x, below + y), word, colour, font)
         top += height
-    save_png(path, canvas)
+        draw.text((gap, top - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
+    atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
@@ -781,11 +755,6 @@ def ticks(values):
     return step * np.arange(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)
 
 
-def finite(points):
-    points = np.array([*points], float)  # (2, n)
-    return points[:, np.isfinite(points).all(0)]
-
-
 def save_plot(path, panels, title, xlabel, mark=None, diagonal=False):
     """Writes a PNG of the panels {ylabel: {name: (xs, ys)}} below each other, over the same xs.
     Points that are None or not finite are left out. mark: (x, what happens there).
@@ -795,37 +764,37 @@ def save_plot(path, panels, title, xlabel, mark=None, diagonal=False):
     canvas = Image.new("RGB", (left + width + 210, 55 + len(panels) * (height + 50)), "white")
     draw, top = ImageDraw.Draw(canvas), 45
     draw.text((left + width / 2, 8), title, "black", font, "ma")
-    panels = {label: {name: finite(points) for name, points in curves.items()}
-              for label, curves in panels.items()}
-    x_ticks = ticks([x for curves in panels.values() for xs, _ in curves.values() for x in xs])
-    for label, curves in panels.items():
-        y_ticks = ticks([y for _, ys in curves.values() for y in ys])
+    curves = {(label, name): np.array([*points], float) for label, named in panels.items()
+              for name, points in named.items()}
+    curves = {key: points[:, np.isfinite(points).all(0)] for key, points in curves.items()}
+    xs = ticks([x for points in curves.values() for x in points[0]])
+    for label, named in panels.items():
+        ys = ticks([y for name in named for y in curves[label, name][1]])
 
         def place(x, y):
-            x, y = ((value - ends[0]) / (ends[-1] - ends[0])
-                    for value, ends in ((x, x_ticks), (y, y_ticks)))
-            return left + width * x, top + height * (1 - y)
+            return (left + width * (x - xs[0]) / (xs[-1] - xs[0]),
+                    top + height * (ys[-1] - y) / (ys[-1] - ys[0]))
 
-        for value in x_ticks:
-            x, _ = place(value, y_ticks[0])
+        for value in xs:
+            x, _ = place(value, ys[0])
             draw.line((x, top, x, top + height), "#dddddd")
             draw.text((x, top + height + 4), f"{value:.6g}", "black", font, "ma")
-        for value in y_ticks:
-            _, y = place(x_ticks[0], value)
+        for value in ys:
+            _, y = place(xs[0], value)
             draw.line((left, y, left + width, y), "#dddddd")
             draw.text((left - 5, y), f"{value:.6g}", "black", font, "rm")
         draw.text((left, top - 6), label, "black", font, "ls")
         if diagonal:
             draw.line((left, top + height, left + width, top), "#999999", 2)
         if mark:
-            x, _ = place(mark[0], y_ticks[0])
+            x, _ = place(mark[0], ys[0])
             draw.line((x, top, x, top + height), "#555555", 2)
             draw.text((x + 4, top + 2), mark[1], "#555555", font)
-        for i, (name, points) in enumerate(curves.items()):
+        for i, name in enumerate(named):
             colour, y = COLOURS[i % len(COLOURS)], top + 8 + 17 * i
-            draw.line([place(*point) for point in points.T], colour, 2, "curve")
+            draw.line([place(*point) for point in curves[label, name].T], colour, 2, "curve")
             draw.line((left + width + 10, y, left + width + 25, y), colour, 3)
             draw.text((left + width + 30, y), name, "black", font, "lm")
         top += height + 50
     draw.text((left + width / 2, top - 30), xlabel, "black", font, "ma")
-    save_png(path, canvas)
+    atomic_write(path, lambda file: canvas.save(file, "PNG"))
