@@ -709,6 +709,20 @@ def mean_and_deviation(values, digits):
 # Pictures
 
 
+def place_words(caption, font, width, line):
+    """[((x, y), word, colour)] of a caption, wrapped at `width` pixels, `line` pixels a line."""
+    if isinstance(caption, str):
+        caption = [(word, "black") for word in caption.split()]
+    placed, x, y = [], 0, 0
+    for word, colour in caption:
+        end = x + font.getlength(word)
+        if end > width and x:
+            x, y = 0, y + line
+        placed.append(((x, y), word, colour))
+        x += font.getlength(word + " ")
+    return placed
+
+
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
     """Writes a PNG of images in rows and columns.
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
@@ -739,7 +753,6 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
         for (x, y), word, colour in text:
             draw.text((gap + x, below + y), word, colour, font)
         top += height
-        draw.text((gap, top - gap - line * len(text)), "\n".join(text), "black", font, spacing=4)
     atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
 
