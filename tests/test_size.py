@@ -28,12 +28,12 @@ BUDGET = {
     "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 99,
-    "support/script.py": 813,
+    "support/script.py": 815,
     "support/tokenizer.py": 124,
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 8007
+TOTAL = 8009
 
 
 def lines_of(name):
