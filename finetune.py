@@ -396,7 +396,7 @@ class FinetuneConfig(TuneConfig):
 # --------------------------------------------------------------------------------------------------
 # What a run needs: lists, images, weights, recipe
 
-DEMO_INITS = ("mrm", "image-only", "report-only")  # what `pretrain_demo` makes
+DEMO_INITS = ("mrm", "image-only", "report-only")  # what `fill_weights` makes
 SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
 
 
