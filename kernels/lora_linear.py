@@ -410,29 +410,30 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     tensors = [None if tensor is None else tensor.contiguous() for tensor in
                (x.reshape(-1, shape[-1]), weight.to(dtype), bias, lora_A, lora_B)]
     if kernels is None:
-        seed_or_none = torch.zeros((), dtype=torch.int64, device=x.device) if dropout else None
         kernels = (wants_triton(x) and x.dtype != torch.float64 and x.numel() > 0
-                   and lora_B.shape[1] <= 64 and kernels_run(
-                       "lora_linear", by_kernels, tensors, seed_or_none, scale, parts, dropout))
-    device = x.device if kernels else None
-    if not dropout:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**31, (), device=device)
-    else:
-        seed = torch.as_tensor(seed % 2**31, dtype=torch.int64, device=device)
+                   and lora_B.shape[1] <= 64
+                   and kernels_run("lora_linear", by_kernels, tensors, 0, scale, parts, dropout))
     if kernels:
         y = by_kernels(*tensors, seed, scale, parts, dropout)
     else:
         tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-        keep = keep_mask(tensors[0].detach(), dropout, seed) if dropout else None
+        keep = keep_mask(tensors[0].detach(), dropout, draw(seed, None)) if dropout else None
         y = LoRAFunction.apply(False, *tensors, keep, scale, parts, dropout)
     return y.view(*shape[:-1], len(weight))
 
 
+def draw(seed, device):
+    """`seed` as a tensor, modulo 2^31; a new one for None."""
+    if seed is None:
+        return torch.randint(2**31, (), device=device)
+    return torch.as_tensor(seed % 2**31, dtype=torch.int64, device=device)
+
+
 @uncompiled
 def by_kernels(*inputs):
-    return LoRAFunction.apply(True, *inputs)
+    *tensors, seed, scale, parts, dropout = inputs
+    seed = draw(seed, tensors[0].device) if dropout else None
+    return LoRAFunction.apply(True, *tensors, seed, scale, parts, dropout)
 
 
 lora_linear_reference = functools.partial(lora_linear, kernels=False)

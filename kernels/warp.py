@@ -57,50 +57,28 @@ FORWARD_BLOCK, BACKWARD_BLOCK, FINISH_BLOCK = 512, 128, 1024
 # Reference
 
 
-def positions(flow):
-    """Where each pixel of the result reads, y and x, each (B, H, W), clamped to the image.
-    `hardtanh` is a clamp whose gradient is 0 on the bounds, too."""
-    H, W = flow.shape[-2:]
+def warp_reference(image, flow):
+    """`warp` as the head has it. image (B, C, H, W), flow (B, 2, H, W) of at least float32.
+
+    Its gradient, by autograd: g w is added to each of the four pixels that were read, w being its
+    weight (the gradient of `gather` is a scatter); the flow's comes through fy and fx. `hardtanh`
+    is a clamp whose gradient is 0 on the bounds, too.
+    """
+    (B, C, H, W), nan = image.shape, flow.isnan().any(1, keepdim=True)
     rows = torch.arange(H, dtype=flow.dtype, device=flow.device).unsqueeze(1)
     cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
-    return F.hardtanh(flow[:, 0] + rows, 0, H - 1), F.hardtanh(flow[:, 1] + cols, 0, W - 1)
-
-
-def neighbours(image, flow):
-    """The places of the four neighbours 00, 01, 10, 11 in a flattened image, their values, and the
-    fractions: (B, C, H W) each, for the fractions C = 1."""
-    (B, C, H, W), (y, x) = image.shape, positions(flow.nan_to_num(0))
+    y = F.hardtanh(flow[:, :1].masked_fill(nan, 0) + rows, 0, H - 1)               # (B, 1, H, W)
+    x = F.hardtanh(flow[:, 1:].masked_fill(nan, 0) + cols, 0, W - 1)
     y0, x0 = y.long(), x.long()
-    y1, x1 = (y0 + 1).clamp_max(H - 1), (x0 + 1).clamp_max(W - 1)
-    places = [(row * W + col).view(B, 1, H * W).expand(B, C, H * W)
-              for row in (y0, y1) for col in (x0, x1)]
-    values = [image.flatten(2).gather(2, place) for place in places]
-    return places, values, (y - y0).view(B, 1, H * W), (x - x0).view(B, 1, H * W)
+    y1, x1, fy, fx = (y0 + 1).clamp_max(H - 1), (x0 + 1).clamp_max(W - 1), y - y0, x - x0
 
+    def read(y, x):                                                                # (B, C, H, W)
+        places = (y * W + x).expand_as(image).flatten(2)
+        return image.flatten(2).gather(2, places).view_as(image)
 
-def warp_reference(image, flow):
-    """`warp` as the head has it, by gathers. image (B, C, H, W), flow (B, 2, H, W) of at least
-    float32."""
-    _, (v00, v01, v10, v11), fy, fx = neighbours(image, flow)
-    out = (1 - fy) * ((1 - fx) * v00 + fx * v01) + fy * ((1 - fx) * v10 + fx * v11)
-    return out.view_as(image).masked_fill(flow.isnan().any(1, True), torch.nan).to(image.dtype)
-
-
-def warp_gradients(dout, image, flow):
-    """The gradients of image and flow, which autograd finds too: by hand, as in the kernels. An
-    output pixel has read four pixels; now it adds its gradient to them, by their weights in it."""
-    places, (v00, v01, v10, v11), fy, fx = neighbours(image, flow)
-    g = dout.masked_fill(flow.isnan().any(1, True), 0).flatten(2).to(flow.dtype)   # (B, C, H W)
-    dimage = torch.zeros_like(g)
-    weights = (1 - fy) * (1 - fx), (1 - fy) * fx, fy * (1 - fx), fy * fx
-    for place, weight in zip(places, weights):
-        dimage.scatter_add_(2, place, g * weight)
-    dy = (g * ((1 - fx) * (v10 - v00) + fx * (v11 - v01))).sum(1)
-    dx = (g * ((1 - fy) * (v01 - v00) + fy * (v11 - v10))).sum(1)
-    (y, x), (H, W) = positions(flow), image.shape[2:]
-    inside = torch.stack(((y > 0) & (y < H - 1), (x > 0) & (x < W - 1)), dim=1)
-    dflow = torch.stack((dy, dx), dim=1).view_as(flow) * inside
-    return dimage.view_as(image).to(image.dtype), dflow
+    above = (1 - fx) * read(y0, x0) + fx * read(y0, x1)
+    below = (1 - fx) * read(y1, x0) + fx * read(y1, x1)
+    return ((1 - fy) * above + fy * below).masked_fill(nan, torch.nan).to(image.dtype)
 
 
 def warp_by_grid_sample(image, flow):
@@ -111,8 +89,12 @@ def warp_by_grid_sample(image, flow):
     back is exact for every whole x, so the image is put on one if it is not already. Zero padding
     tests every read, so that a NaN position is harmless; padding_mode="border" crashes there.
     """
-    (H, W), (y, x) = image.shape[-2:], positions(flow)
+    H, W = image.shape[-2:]
     h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
+    rows = torch.arange(H, dtype=flow.dtype, device=flow.device).unsqueeze(1)
+    cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
+    y = F.hardtanh(flow[:, 0] + rows, 0, H - 1)                                    # (B, H, W)
+    x = F.hardtanh(flow[:, 1] + cols, 0, W - 1)
     grid = torch.stack((x * (2 / w) + (1 / w - 1), y * (2 / h) + (1 / h - 1)), dim=-1)
     canvas = image.to(flow.dtype)
     if (h, w) != (H, W):
