@@ -771,7 +771,8 @@ def draw(job, path, pairs, rows=1, note=""):
 
 
 def draw_progress(job, out, note):
-    """Redraws OUT/progress.png, a pair of val, and adds it to the animation OUT/progress.webp."""
+    """Redraws OUT/progress.png, a pair of val, and adds it to the animation OUT/progress.webp. That
+    begins anew where a run is resumed."""
     draw(job, out / "progress.png", job.val[-1], note=note)
     job.frames.append(Image.open(out / "progress.png").copy())
     options = {"save_all": True, "append_images": job.frames[1:], "duration": 500, "lossless": True}

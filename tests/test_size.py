@@ -25,7 +25,7 @@ BUDGET = {
     "more/nicegan.py": 194,
     "more/segment.py": 409,
     "mrm.py": 712,
-    "reggan.py": 917,
+    "reggan.py": 918,
     "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 99,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 8009
+TOTAL = 8010
 
 
 def lines_of(name):
