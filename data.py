@@ -716,10 +716,9 @@ class ImageSet(torch.utils.data.Dataset):
 
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
     `augment(images, generator=)`, which gets (B, 1, H, W), or a list of (1, H, W) where shapes
-    differ, and can be pickled. (seed, draw) seed the generator, so that neither workers nor
-    resuming change it. Without `augment` it holds the centre crops of `crop` pixels a side
-    (default: `size`). set[i] is (image, i). `masks`, as `find_masks` gives them, make each item a
-    whole image and its mask as two channels (2, size, size)."""
+    differ. (seed, draw) seed the generator: neither workers nor resuming change it. Without
+    `augment` they are centre crops of `crop` pixels a side (default: `size`). set[i] is (image, i).
+    With `masks` (`find_masks`) each item is a whole image and its mask, (2, size, size)."""
 
     def __init__(self, paths, size, augment=None, seed=0, masks=None, crop=None, enlarge=True,
                  white=None):
@@ -928,11 +927,11 @@ def move(image, p):
 def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
     """The paper's misalignment of level `noise`: a and b (C, H, W) each move by a random transform.
 
-    Rotation up to `noise` degrees, shift up to 2 noise %, zoom within 2 noise %; at level 0 one
-    small transform (1 degree, 2 %) moves both. `elastic` adds a bending field to each.
-    Returns (a', b', flow), or (a', b') without `with_flow`. The flow (2, H, W), in pixels,
-    registers them: f(a')[p + flow(p)] = b'[p] for a perfect translation f. Since a'[p] = a[Ta(p)]
-    and b'[p] = b[Tb(p)], flow(p) = Ta^-1(Tb(p)) - p."""
+    Rotation up to `noise` degrees, shift and zoom up to 2 noise %; at level 0 one small transform
+    (1 degree, 2 %) moves both. `elastic` adds a bending field to each. Returns (a', b', flow), or
+    (a', b') without `with_flow`. The flow (2, H, W), in pixels, registers them: for a perfect
+    translation f, f(a')[p + flow(p)] = b'[p]. Since a'[p] = a[Ta(p)] and b'[p] = b[Tb(p)],
+    flow(p) = Ta^-1(Tb(p)) - p."""
     size = tuple(a.shape[-2:])
     p = pixel_grid(size)
     if noise == 0:
@@ -949,19 +948,17 @@ def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
 class Pairs(torch.utils.data.Dataset):
     """`folder`/A and `folder`/B as pairs (a, b), float32 (C, H, W), or (a, b, flow) with `noise`.
 
-    An item is asked for by (epoch, index): `misalign` moves it anew every epoch, as in the official
-    code, by a generator that (seed, epoch, index) fixes. All files are read once here, so that a
-    bad one is found before anything is written, and kept where they fit in KEPT_BYTES. `noise` None
-    leaves the pairs as they are. `size` > 0 scales the longer side to it and pads to a square.
-    `with_flow` False leaves out the flow, which takes longer to compute than the pair."""
+    An item is asked for by (epoch, index): `misalign` moves it anew every epoch, by a generator
+    that (seed, epoch, index) fixes; `noise` None leaves the pairs as they are. All files are read
+    once here, so that a bad one is found at once, and kept where they fit in KEPT_BYTES. `size` > 0
+    scales the longer side to it and pads to a square. `with_flow` False saves the flow's time."""
 
     KEPT_BYTES = 2**30
 
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
-        self.names, self.kept, ends = list_pairs(folder), {}, ([], [])
-        first = None
+        self.names, self.kept, first, ends = list_pairs(folder), {}, None, ([], [])
         for name in self.names:
             pair = self.read(name)
             for side, image in zip(ends, pair):

@@ -119,6 +119,7 @@ def test_jpeg_is_decoded_at_reduced_size(tmp_path, photo, monkeypatch):
         (np.array([[-1, 0, 1]], np.float32), [[0, 0.5, 1]]),  # else stretched
         (np.array([[-1000, 0, 1000]], np.int16), [[0, 0.5, 1]]),
         (np.array([[0, 0.5, 2.0]]), [[0, 0.25, 1]]),
+        (np.array([[-0.005, 0.25, 0.5]]), [[0, 0.25, 0.5]]),  # a hair outside: clipped
         (np.array([[5.0, 5.0]]), [[0, 0]]),
         (np.array([[[0.5], [0.25]]]), [[0.5, 0.25]]),
     ],
@@ -1286,13 +1287,14 @@ def test_units_are_patients_where_they_are_known(folder):
         "100000013_005"]
     copies = data.identify(folder, [f"{mimic}.dcm", f"images/{mimic}.jpg", f"/old/{mimic}.jpg"])
     assert len(set(copies)) == 1
-    write(folder / "labels.csv", "image,Edema,patient\na0.png,1,p1\nc1.png,0,\n")
-    assert units("a0.png", "c1.png") == ["p1", "c1"]
+    write(folder / "labels.csv", "image,Edema,patient\na0.png,1,p1\nc1.png,0,\n"
+          "00000013_005.png,1,p9\n")
+    assert units("a0.png", "c1.png", "00000013_005.png") == ["p1", "c1", "p9"]
     write(folder / "patients.csv", "image,patient\na0.png,1\n")
     fails(lambda: units("a0.png"), "patients.csv", "image_path, patient_id")
     write(folder / "demo.json", "{}")  # drawn images are called like NIH's
     (folder / "patients.csv").unlink()
-    assert units("00000013_005.png", "x.png") == ["demo 00000013", "demo x"]
+    assert units("00000014_005.png", "x.png") == ["demo 00000014", "demo x"]
 
 
 def test_the_audit_finds_what_two_parts_share(folder, tmp_path, photo, capsys):
@@ -1365,6 +1367,12 @@ def test_names_of_ones_own_are_excluded_however_they_are_written(folder, tmp_pat
                  f"{tmp_path}/link/images/a1.png", r"images\a1.png", "a1"):
         path = write(tmp_path / "x.txt", f"{name}\n")
         assert data.not_excluded(folder, paths, path) == [0, 2], name
+    (folder / "images").rename(tmp_path / "store")
+    (folder / "images").symlink_to(tmp_path / "store")
+    for name, root in ((f"{folder}/images/a1.png", tmp_path / "link"), ("a1.png", folder),
+                       (f"{tmp_path}/store/a1.png", folder)):  # the root, or its images, is a link
+        path = write(tmp_path / "x.txt", f"{name}\n")
+        assert data.not_excluded(root, paths, path) == [0, 2], name
     before = data.marks(data.identify(folder, ["images/a1.png"]))
     linked = data.identify(tmp_path / "link", ["a0.png", "a1.png"])
     assert data.seen(linked, before) == [False, True]
@@ -1429,9 +1437,9 @@ def test_a_dead_pixel_or_a_marker_leaves_the_grey_levels(tmp_path, photo, name, 
 
 def test_an_object_on_a_plain_ground_is_not_lost(tmp_path):
     plain = np.full((100, 100), -1000, np.int16)
-    plain[40:44, 40:44] = 500  # 0.16 %
+    plain[40:44, 40:44] = np.arange(16).reshape(4, 4) * 100  # 0.16 %
     np.save(tmp_path / "a.npy", plain)
-    assert np.array_equal(data.read_image(tmp_path / "a.npy")[0], plain == 500)
+    assert np.allclose(data.read_image(tmp_path / "a.npy")[0], (plain + 1000) / 2500, atol=1e-6)
 
 
 def test_one_white_for_a_set_of_16_bits(tmp_path, photo):
