@@ -20,7 +20,7 @@ block, fc_norm and the head, "linear" fc_norm and the head alone. lora.py says w
 
 A recipe (support/recipes.py) sets the options that nobody types: the papers', by data set, method
 and percent of labels, for a ViT-B; else ours, by the number of training images. Before this file
-comes mrm.py, after it kernels/warp.py. Where it differs from the official code: tests/departures.md
+comes lora.py, after it reggan.py. Where it differs from the official code: tests/departures.md
 
 Shapes: B batch, n samples, k classes.
 """

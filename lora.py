@@ -35,8 +35,8 @@ and B (256, 4) are 2,048 numbers; W has 49,152.
 
 Papers: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography "Less Could Be Better", 2024
 (MED-PEFT): q and v of every block, alpha 32, dropout 0.1 (its code: tests/departures.md).
-Next: the reference half of kernels/lora_linear.py, which is this layer forward and backward by
-hand; then mrm.py. Exercises 1, 8 and 9 of tests/exercises.md change this file.
+Before this file comes mrm.py, after it finetune.py; kernels/lora_linear.py has this layer forward
+and backward by hand. Exercises 1, 8 and 9 of tests/exercises.md change this file.
 Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank."""
 import dataclasses
 import hashlib

@@ -8,15 +8,15 @@ ICLR 2023.
     python mrm.py --reconstruct --weights runs/mrm       # a picture of what it restores
     torchrun --nproc_per_node=2 mrm.py ...               # several GPUs
 
-A record is a film and its report; nobody has to label it. The encoder sees a part of the film. From
-what it makes of that, one decoder restores the rest of the film, and another guesses the words that
-are hidden in the report. Fine-tuning keeps the encoder alone.
+A record is an X-ray and its report; nobody has to label it. The encoder sees a part of the image.
+From what it makes of that, one decoder restores the rest, and another guesses the words that are
+hidden in the report. Fine-tuning keeps the encoder alone.
 
-    film, 2H x 2W ----------------------> its N patches of 2p x 2p pixels
+    image, 2H x 2W ---------------------> its N patches of 2p x 2p pixels
       |                                                        |
       | half the size                                    (1) image loss
       v                                                        |
-    film, H x W                       +--> IMAGE DECODER --> N patches of 2p x 2p pixels
+    image, H x W                      +--> IMAGE DECODER --> N patches of 2p x 2p pixels
       |                               |
       | N patches of p x p pixels     |
       v                               |
@@ -41,7 +41,7 @@ mask_n is 1 for a hidden patch n, whose target_n is its pixels with mean 0 and v
 
 A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visible, width 768):
 
-    encoder         films (32, 1, 96, 96) -> half the size (32, 1, 48, 48)
+    encoder         images (32, 1, 96, 96) -> half the size (32, 1, 48, 48)
                     -> 36 patches (32, 36, 128) -> 9 visible (32, 9, 128)
                     -> class token first (32, 10, 128) -> 2 blocks -> latent (32, 10, 128)
     image decoder   latent -> (32, 10, 64) -> with 27 mask tokens (32, 37, 64) -> 1 block
@@ -51,7 +51,7 @@ A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visibl
                     make 364 tokens of the 800 that are allowed
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
-tokens of a report. Before this file comes vit.py, after it finetune.py. data.py and support/ need
+tokens of a report. Before this file comes vit.py, after it lora.py. data.py and support/ need
 not be read: their functions say by their names what they do.
 """
 
@@ -400,9 +400,9 @@ def load_records(config, paths, reports, device, tokenizer=None):
             tokenizer = train_tokenizer(reports[:count], config.vocab_size)
         tokens, word_of = encode_reports(tokenizer, reports, sizes["report_length"])
     side = kept = 2 * sizes["img_size"]
-    if config.preset not in ("tiny", "mini"):  # these two are meant for small films, short runs
-        # The paper crops the full film. Here a film keeps as many pixels as its smallest crop, of
-        # area `min_crop` and aspect 3/4, needs to have `side` of its own across: 1,157 for 448
+    if config.preset not in ("tiny", "mini"):  # these two are meant for small images, short runs
+        # The paper crops the full image. Here an image keeps as many pixels as its smallest crop,
+        # of area `min_crop` and aspect 3/4, needs to have `side` of its own across: 1,157 for 448
         kept = math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
     crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop)
     images = data.ImageSet(paths[:count], kept, crop, config.seed, enlarge=False,

@@ -22,8 +22,8 @@ One kernel alone would have each tile of y make t anew, and draw the mask of all
 12 times at 128 columns a tile. So both directions are split at the rank.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
-R rank, GR = G R. t and u are (M, GR), the groups side by side. Next: mrm.py; a fault in a kernel is
-followed in tests/debug_kernel.md.
+R rank, GR = G R. t and u are (M, GR), the groups side by side. A fault in a kernel is followed in
+tests/debug_kernel.md.
 """
 import functools
 

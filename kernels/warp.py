@@ -39,7 +39,7 @@ As separate operations the grid, the sum, its scaling and the clamp are some 10 
 numbers. Here a position lives in registers: with one channel of float32 the forward pass moves 16
 bytes a pixel instead of 80, the backward pass 64 instead of 108, half of them for the scatter.
 
-Next: reggan.py, where R predicts the flow; exercise 3 of tests/exercises.md writes the reference,
+In reggan.py R predicts the flow. Exercise 3 of tests/exercises.md writes the reference,
 and tests/debug_kernel.md follows a fault in the kernel below.
 
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W), channel 0 = dy, channel 1 = dx.

@@ -15,10 +15,13 @@ import pytest
 import torch
 from exercise import EXERCISES, REPOSITORY, blank, copy_repository
 
+import finetune
 import lora
+import mrm
 import reggan
 import test_reggan
 from kernels import triton
+from support.weights import ENCODER_SIZES
 from vit import ViT
 
 PAGE = (REPOSITORY / "tests" / "exercises.md").read_text()
@@ -208,6 +211,26 @@ def test_attention_is_the_networks_own():
     weights = torch.nn.functional.scaled_dot_product_attention(q, k, eye)
     assert torch.allclose(found, weights[:, :, 1:].mean((1, 2)), atol=1e-6)
     assert torch.allclose(found.sum(1), torch.ones(2), atol=1e-6)
+
+
+def test_counts_of_parameters_on_the_page():
+    """Exercises 8, 9 and 19, of the ViT that the first command makes and its 7 findings."""
+    sizes = {name: value for name, value in mrm.MODELS["tiny"].items() if name in ENCODER_SIZES}
+    targets = lora.TARGETS | eval("{" + solution(9) + "}")
+
+    def adapted(rank, name="qv"):
+        model = lora.add_lora(ViT(**sizes, num_classes=7), rank, targets=targets[name])
+        return f"{lora.count_parameters(model)['lora']:,}"
+
+    for rank in (1, 4, 32):
+        assert f"| rank {rank} | {adapted(rank)} |" in section(8)
+    assert f"{adapted(4, 'qv-fc1')} LoRA parameters" in section(9)
+    names = dict(vars(finetune), METHODS={})
+    exec(solution(19), names)
+    model = ViT(**sizes, num_classes=7)
+    names["METHODS"]["bitfit"](model, None)
+    trained = lora.count_parameters(model)["trainable"]
+    assert f"**{trained:,}**" in section(19)
 
 
 def test_a_blanked_function_keeps_signature_and_docstring(tmp_path):
