@@ -199,10 +199,11 @@ def check_maker(saved, config, path):
 
 def run_script(main):
     """Runs `main()`; an InputError ends the script with its one line and status 2."""
+    code = 0
     try:
         main()
-        if torch.distributed.is_initialized():  # else its threads may end after what they use
-            torch.distributed.destroy_process_group()
+    except SystemExit as stop:  # a signal; all processes stop after the same step
+        code = stop.code
     except (InputError, RuntimeError) as error:
         if isinstance(error, BrokenProcessPool) or "DataLoader worker" in str(error):
             error = ("a process that reads images was killed, as the system does when memory runs "
@@ -211,6 +212,10 @@ def run_script(main):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if torch.distributed.is_initialized():  # else its threads may end after what they use
+        torch.distributed.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 # --------------------------------------------------------------------------------------------------

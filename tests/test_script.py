@@ -141,6 +141,21 @@ def test_a_killed_worker_ends_the_run_in_one_line(way):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("code", [0, 143])
+def test_the_process_group_is_left_at_the_end_and_after_a_signal(monkeypatch, code):
+    """Its threads would otherwise live longer than what they use, and abort the process."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append(1))
+    if code:
+        with pytest.raises(SystemExit) as stop:
+            common.run_script(lambda: sys.exit(code))
+        assert stop.value.code == code
+    else:
+        common.run_script(lambda: None)
+    assert calls == [1]
+
+
 def test_run_script_lets_other_errors_through():
     for error in (RuntimeError("shapes"), ValueError()):
         with pytest.raises(type(error)):
@@ -441,7 +456,6 @@ STOPPED = """
 import sys, time
 sys.path.insert(0, {repository!r})
 from support import script as common
-import mrm
 def save(steps):
     print("saved", steps, flush=True)
 with common.Saving(save, seconds=1e9) as saving:
