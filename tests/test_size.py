@@ -29,12 +29,12 @@ BUDGET = {
     "support/__init__.py": 8,
     "support/demo.py": 450,
     "support/recipes.py": 99,
-    "support/script.py": 815,
+    "support/script.py": 820,
     "support/tokenizer.py": 124,
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7990
+TOTAL = 7995
 
 
 def lines_of(name):
