@@ -47,8 +47,8 @@ A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visibl
     image decoder   latent -> (32, 10, 64) -> with 27 mask tokens (32, 37, 64) -> 1 block
                     -> (32, 36, 256), 36 patches of 16 x 16 pixels
     report decoder  mean of 9 tokens (32, 1, 128) -> (32, 1, 64), added to the L <= 40 tokens of
-                    each report (32, L, 64) -> 1 block -> (hidden tokens, 364): the demo's reports
-                    make 364 tokens of the 800 that are allowed
+                    each report (32, L, 64) -> 1 block -> (hidden tokens, 348): the demo's reports
+                    make 348 tokens of the 800 that are allowed
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
 tokens of a report. Before this file comes vit.py, after it lora.py. data.py and support/ need
@@ -58,7 +58,6 @@ not be read: their functions say by their names what they do.
 import dataclasses
 import functools
 import hashlib
-import itertools
 import math
 import time
 from pathlib import Path
@@ -506,7 +505,7 @@ def pretrain(config):
               "seconds": time.time() - start}
     log.json("result.json", result)
     if rank == 0:
-        draw_restored(model, paths[count:], reports[count:], records.tokenizer, config, log.out)
+        draw_restored(model, paths[count:], reports[count:], records.tokenizer, config)
         image, report = result["heldout_image_loss"], result["heldout_report_loss"]
         speed, waiting = result["images_per_second"], 100 * result["share_waiting_for_data"]
         print(f"held-out losses: image {image:.3f}, report {report:.3f}; {speed:.0f} images/s, "
@@ -609,7 +608,7 @@ VISIBLE, RIGHT, WRONG = "#888888", "#118833", "#cc2222"  # words that were shown
 
 
 @torch.no_grad()
-def draw_restored(model, paths, reports, tokenizer, config, out, count=6):
+def draw_restored(model, paths, reports, tokenizer, config, count=6):
     """Draws OUT/reconstruction.png of the first `count` of these records: the image, what the
     encoder sees of it, what the decoder restores; below it the report, where hidden words are green
     if the model guesses them and red if not."""
@@ -631,9 +630,10 @@ def draw_restored(model, paths, reports, tokenizer, config, out, count=6):
         if hidden.any():
             right = (guesses == tokens)[hidden].float().mean()
             print(f"{100 * right:.1f} % of the hidden tokens of {len(images)} reports are guessed")
+        word_of = word_of[:, : tokens.shape[1]]
         captions = [coloured_words(tokenizer, *row)
                     for row in zip(tokens, guesses, hidden, word_of)]
-    path = Path(out) / "reconstruction.png"
+    path = Path(config.out) / "reconstruction.png"
     save_grid(path, pictures, ["image", "visible patches", "restored"], captions, scale=2)
     print(path)
 
@@ -661,13 +661,12 @@ def restored_pictures(model, images, config, generator=None):
 def coloured_words(tokenizer, tokens, guesses, hidden, word_of):
     """The words of a report (L,) as (text, colour). Each hidden word is guessed by itself, so that
     the guesses beside each other need make no sentence."""
-    words, length = [], len(tokens)
-    for word, places in itertools.groupby(range(length), word_of[:length].tolist().__getitem__):
-        places = list(places)
-        guessed = torch.equal(tokens[places], guesses[places])
-        colour = VISIBLE if not hidden[places[0]] else RIGHT if guessed else WRONG
-        if word >= 0:
-            words.append((tokenizer.decode(tokens[places].tolist()).strip(), colour))
+    words = []
+    for word in range(int(word_of.max()) + 1):
+        here = word_of == word
+        colour = RIGHT if torch.equal(tokens[here], guesses[here]) else WRONG
+        words.append((tokenizer.decode(tokens[here].tolist()),
+                      colour if hidden[here].any() else VISIBLE))
     return words
 
 
@@ -696,8 +695,8 @@ def reconstruct(config):
     paths, reports = (part[-config.holdout :] for part in read_records(config))
     tokenizer = None
     if hasattr(model, "report_decoder"):
-        tokenizer = load_tokenizer(tokenizer_path(config.weights))
-    draw_restored(model, paths, reports, tokenizer, config, config.out)
+        tokenizer = load_tokenizer(tokenizer_path(path))
+    draw_restored(model, paths, reports, tokenizer, config)
 
 
 def main():

@@ -28,7 +28,6 @@ from support.script import (
 # is |x|; y runs down from 0 to 1. A side is -1 (right), 1 (left) or 0 (both).
 
 SIDES = {-1: "right", 0: "bilateral", 1: "left"}
-GRADES = ("slight", "moderate", "marked")
 FINDINGS = {  # class: chance, sides
     "Atelectasis": (0.17, (-1, 1)), "Cardiomegaly": (0.18, (0,)), "Effusion": (0.18, (-1, 1, 0)),
     "Mass": (0.19, (-1, 1)), "Pneumothorax": (0.17, (-1, 1)), "Consolidation": (0.17, (-1, 1)),
@@ -223,15 +222,18 @@ def chest_film(rng, anatomy, findings, size):
     return (255 * film).astype(np.uint8), c.mask.astype(np.uint8) * 255
 
 
-def write_report(findings):
-    """The report of a film states its findings, each by three words: how much, where, what. Words
-    of one kind are shared by the classes, so that hardly a word follows from those beside it: a
-    model that guesses hidden words has to look at the film."""
-    sentences = []
-    for name, f in findings.items():
-        side = "generalized" if FINDINGS[name][1] == (0,) else SIDES[f.side]
-        sentences.append(f"{GRADES[f.grade]} {side} {name.lower()}")
-    return ", ".join(sentences) or "no focal abnormality"
+def write_report(rng, findings):
+    """The report of a film: three words for each finding, or for one that a normal film has not.
+    The classes share the words before the name, so that hardly a word follows from those beside
+    it: a model that guesses hidden words has to look at the film."""
+    shown = findings or {rng.choice(DEMO_CLASSES): None}
+    clauses = []
+    for name, finding in shown.items():
+        sides = FINDINGS[name][1]
+        side = finding.side if finding else rng.choice(sides)
+        where = "generalized" if sides == (0,) else SIDES[side]
+        clauses.append(f"{'definite' if finding else 'no'} {where} {name.lower()}")
+    return ", ".join(clauses)
 
 
 def skip_wording(rng, findings):
@@ -262,7 +264,8 @@ def draw_patient(folder, seed, size, patient):
         Image.fromarray(film).save(folder / "images" / name, compress_level=1)
         if "Pneumothorax" in findings:
             Image.fromarray(mask).save(folder / "masks" / name, compress_level=1)
-        rows.append((name, list(findings), write_report(findings)))
+        report = write_report(np.random.default_rng([seed, patient, 1 + visit]), findings)
+        rows.append((name, list(findings), report))
         skip_wording(rng, findings)
     return rows
 

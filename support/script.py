@@ -717,16 +717,17 @@ def mean_and_deviation(values, digits):
 
 
 def place_words(caption, font, width, line):
-    """[((x, y), word, colour)] of a caption, wrapped at `width` pixels, `line` pixels a line."""
+    """[((x, y), word, colour)] of a caption, wrapped at `width` pixels, `line` pixels a line.
+    A word brings the space before it along."""
     if isinstance(caption, str):
-        caption = [(word, "black") for word in caption.split()]
+        caption = [(" " + word, "black") for word in caption.split()]
     placed, x, y = [], 0, 0
     for word, colour in caption:
-        end = x + font.getlength(word)
-        if end > width and x:
+        if x and x + font.getlength(word) > width:
             x, y = 0, y + line
+        word = word if x else word.lstrip()
         placed.append(((x, y), word, colour))
-        x += font.getlength(word + " ")
+        x += font.getlength(word)
     return placed
 
 

@@ -31,12 +31,10 @@ def read_list(folder, name):
     return {row[0]: tuple(int(label) for label in row[1:]) for row in rows}
 
 
-def stated(report):
-    """{class: (grade, side)} of a report."""
-    if report == "no focal abnormality":
-        return {}
-    clauses = [clause.split(" ") for clause in report.split(", ")]
-    return {name.capitalize(): (grade, side) for grade, side, name in clauses}
+def clauses(report):
+    """[(definite or no, where, class)] of a report."""
+    said = [clause.split(" ") for clause in report.split(", ")]
+    return [(sure, where, name.capitalize()) for sure, where, name in said]
 
 
 @pytest.fixture(scope="module")
@@ -170,28 +168,34 @@ def test_labels_follow_from_the_reports(demo):
     labels = read_list(demo, "train_list")
     with open(demo / "training.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            found = [name in stated(row["report_content"]) for name in demo_drawing.DEMO_CLASSES]
-            assert tuple(map(int, found)) == labels[row["image_path"]], row
+            said = clauses(row["report_content"])
+            stated = [name for sure, _, name in said if sure == "definite"]
+            assert {sure for sure, _, _ in said} == ({"definite"} if stated else {"no"})
+            found = tuple(int(name in stated) for name in demo_drawing.DEMO_CLASSES)
+            assert found == labels[row["image_path"]], row
 
 
 def test_reports_say_what_is_drawn_and_share_their_words():
-    """Grade and side are those of the drawing. No grade and no side word names a class, so that a
-    hidden name does not follow from the words beside it."""
-    grades, sides = {}, {}
-    for patient in range(600):
-        findings = demo_drawing.draw_findings(np.random.default_rng([5, patient]))
-        said = stated(demo_drawing.write_report(findings))
-        assert list(said) == list(findings)
-        for name, (grade, side) in said.items():
-            f = findings[name]
-            assert grade == ("slight", "moderate", "marked")[int(3 * f.severity)]
-            assert ("right", side, "left")[f.side + 1] == side
-            grades.setdefault(grade, set()).add(name)
-            sides.setdefault(side, set()).add(name)
-    every = set(demo_drawing.DEMO_CLASSES)
-    assert list(grades.values()) == [every] * 3
-    assert sides.pop("generalized") == {"Cardiomegaly", "Edema"} and sides.pop("bilateral")
-    assert sides == dict.fromkeys(("right", "left"), every - {"Cardiomegaly", "Edema"})
+    """The side is that of the drawing. No word before a name says which class it is, whether it is
+    there or not, so that a hidden word does not follow from those beside it."""
+    before = {}
+    for patient in range(900):
+        rng = np.random.default_rng([5, patient])
+        findings = demo_drawing.draw_findings(rng)
+        said = clauses(demo_drawing.write_report(rng, findings))
+        for sure, where, name in said:
+            side = findings[name].side if findings else 0
+            assert sure == ("definite" if findings else "no")
+            assert ("right", where, "left")[side + 1] == where
+            before.setdefault((sure, where), set()).add(name)
+        assert [name for _, _, name in said] == list(findings) or not findings and len(said) == 1
+    whole = {"Cardiomegaly", "Edema"}
+    for sure in ("definite", "no"):
+        assert before.pop((sure, "generalized")) == whole
+        assert before.pop((sure, "bilateral")) == {"Effusion"}
+        for where in ("right", "left"):
+            assert before.pop((sure, where)) == set(demo_drawing.DEMO_CLASSES) - whole
+    assert not before
 
 
 def test_findings_change_the_film_where_they_should():

@@ -476,8 +476,18 @@ def test_a_picture_of_what_a_run_restores(films, tmp_path, capsys):
         torch.testing.assert_close(restored[~hidden], original[~hidden], atol=1e-5, rtol=0)
 
 
+def test_words_below_a_picture_are_coloured_by_the_guesses():
+    tokenizer = tokenizer_module.train_tokenizer(["large left effusion, no edema"] * 2, 300)
+    tokens, word_of = tokenizer_module.encode_reports(tokenizer, ["left effusion, no edema"], 30)
+    hidden, guesses = (word_of == 1) | (word_of == 4), tokens.clone()
+    guesses[word_of == 4] = tokenizer.encode_single_token(b"x")
+    words = mrm.coloured_words(tokenizer, tokens[0], guesses[0], hidden[0], word_of[0])
+    colours = [mrm.VISIBLE, mrm.RIGHT, mrm.VISIBLE, mrm.VISIBLE, mrm.WRONG]
+    assert words == list(zip([" left", " effusion", ",", " no", " edema"], colours))
+
+
 def test_the_shapes_in_the_head_are_those_of_the_tiny_preset():
-    model = mrm.MRM(**mrm.MODELS["tiny"], vocab_size=364)
+    model = mrm.MRM(**mrm.MODELS["tiny"], vocab_size=348)
     decoder, found = model.report_decoder, []
     before = [model.patch_embed, model.blocks[0], model.decoder_blocks[0], decoder.blocks[0]]
     after = [model.patch_embed, model.blocks[0], model.decoder_embed, model.decoder_pred]

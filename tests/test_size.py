@@ -24,17 +24,17 @@ BUDGET = {
     "more/improved.py": 156,
     "more/nicegan.py": 194,
     "more/segment.py": 409,
-    "mrm.py": 712,
+    "mrm.py": 711,
     "reggan.py": 918,
     "support/__init__.py": 8,
-    "support/demo.py": 450,
+    "support/demo.py": 453,
     "support/recipes.py": 99,
-    "support/script.py": 820,
+    "support/script.py": 821,
     "support/tokenizer.py": 124,
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7995
+TOTAL = 7998
 
 
 def lines_of(name):
