@@ -1498,6 +1498,8 @@ def test_pairs_whose_numbers_mean_something_else_ask_for_their_range(tmp_path, p
     assert torch.equal(b[0] != -1, torch.from_numpy(disc))
     bright = np.where(disc, 0.5, -1).astype(np.float32)  # all of the object above 0
     assert len(data.Pairs(pairs_of(tmp_path / "bright", save, bright, bright))) == 1
+    full = pairs_of(tmp_path / "full", save, grey + 0.1, grey + 0.1)  # said to be so
+    assert len(data.Pairs(full, rescale="-1,1")) == 1
     wide = pairs_of(tmp_path / "wide", save, grey[5:], grey[5:])  # padding is no background
     fails(lambda: data.Pairs(wide, size=40), wide / "A", "--rescale")
 
@@ -1592,15 +1594,15 @@ def test_a_class_that_is_named_twice_is_refused(folder):
 
 
 def test_images_that_are_missing_or_damaged_are_left_out_where_asked(folder, capsys):
-    write(folder / "train_list.txt", "".join(f"a{i}.png {i % 2} 1\n" for i in range(4)))
+    write(folder / "train_list.txt", "a3.png 1 1\na0.png 0 1\na2.png 0 0\na1.png 1 0\n")
     (folder / "images/a2.png").write_bytes((folder / "images/a1.png").read_bytes()[:300])
-    fails(lambda: data.read_parts("csv", folder), "train_list.txt: line 4", "a3.png", "1 of 4")
+    fails(lambda: data.read_parts("csv", folder), "train_list.txt: line 1", "a3.png", "1 of 4")
     part = data.read_parts("csv", folder, skip_bad=True)[0]["train"]
-    assert part.names == ["a0.png", "a1.png"] and part.labels.tolist() == [[0, 1], [1, 1]]
+    assert part.names == ["a0.png", "a1.png"] and part.labels.tolist() == [[0, 1], [1, 0]]
     assert [Path(path).name for path in part.paths] == part.names and len(part.owners) == 2
     said = capsys.readouterr().err
     assert "train_list.txt: 2 of 4 images of train are left out, the first:" in said
-    assert said.count("left out") == 1 and "a2.png" in said
+    assert said.count("left out") == 1 and "a3.png: no such image" in said
     for path in folder.glob("images/b*"):
         path.unlink()
     fails(lambda: data.read_parts("csv", folder, skip_bad=True), "val_list.txt", "the part val")
