@@ -313,7 +313,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world, targets
                 chosen_by, *others = scores = score(outputs, parts["val"])
                 log.line(step=step + 1, loss=np.mean(losses), **scores, **batches.speed())
                 log.curves("fine-tuning", {"loss": ["loss", *others], "score on val": [chosen_by]},
-                           config.probe and (config.probe * steps, "all of it learns"))
+                           config.probe and (config.probe * steps, "the blocks join the head"))
                 losses.clear()
                 if best is None or scores[chosen_by] > best[chosen_by]:
                     best = scores | {"step": step + 1, "trained": trained_tensors(model)}
