@@ -266,7 +266,7 @@ def tile(m, out, depth, warps, stages):
 
 # A layer takes the fastest. Slices of x and w wait in shared memory while the products before them
 # run, on Ampere stages - 1 of them: 128 x 128 x 32 in 16 bits holds 3 (128 x 32 + 32 x 128) 2 =
-# 49,152 bytes, so that two programs share a multiprocessor of 100 KB (RTX 30, 40 and 50).
+# 49,152 bytes: in the forward pass two programs share a multiprocessor of 100 KB (RTX 30 to 50).
 TILES = [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 3), tile(128, 128, 32, 8, 4),
          tile(64, 128, 64, 4, 4)]
 FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]
