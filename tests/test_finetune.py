@@ -863,7 +863,7 @@ def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
             dict(weights=str(tmp_path / "headless.pt"), predict=images),
             r"headless\.pt: expected head\.bias",
         ),
-        (dict(weights=run, predict=str(tmp_path / "none")), "none: no such folder"),
+        (dict(weights=run, predict=str(tmp_path / "none")), "none: .*[Nn]o such"),
         (
             dict(weights=run, predict=images, out=run + "/best.pt/out"),
             r"predictions\.csv: cannot be written",
