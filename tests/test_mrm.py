@@ -12,14 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from support import tokenizer as tokenizer_module
 from support import script as common
 import data
 import mrm
-from more import segment
 import vit
 from rounding import network_rounding
 from test_vit import randomised
@@ -612,8 +609,6 @@ def test_a_report_decoder_without_its_tokenizer_is_refused(films, tmp_path):
 
 
 def test_resuming_on_other_records_is_refused(films, tmp_path):
-    import shutil
-
     root = shutil.copytree(films, tmp_path / "films")
     mrm.pretrain(record_run(root, tmp_path / "run", steps=1))
     text = (root / "training.csv").read_text()
@@ -626,8 +621,6 @@ def test_resuming_on_other_records_is_refused(films, tmp_path):
 
 
 def test_images_alone_need_no_reports(films, tmp_path):
-    import shutil
-
     root = shutil.copytree(films, tmp_path / "films")
     (root / "training.csv").write_text("image_path\n" + "".join(f"{i}.png\n" for i in range(40)))
     result = mrm.pretrain(record_run(root, tmp_path / "run", steps=2, image_only=True))
@@ -652,8 +645,6 @@ def test_a_run_moves_every_network_that_it_trains(films, tmp_path, options, stil
 
 
 def test_a_run_says_how_many_records_have_no_report(films, tmp_path, capsys):
-    import shutil
-
     root = shutil.copytree(films, tmp_path / "films")
     table = root / "training.csv"
     head, *rows = table.read_text().splitlines()
@@ -772,8 +763,6 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, 
     """With masks that depend on the image alone, half the batch in each of two processes, or in two
     passes, is the batch."""
     import os
-    import shutil
-
     root = shutil.copytree(films, tmp_path / "films")
     rows = [f"{i}.png {i % 2}\n" for i in range(40)]
     for part, lines in (("train", rows[:24]), ("val", rows[24:33]), ("test", rows[33:])):
@@ -843,114 +832,6 @@ def test_held_out_losses_hide_the_same_every_time(films, tmp_path):
         torch.manual_seed(seed)
         losses.append(mrm.heldout_losses(model, records, config, autocast))
     assert losses[0] == losses[1]
-
-
-NET = dict(img_size=24, patch_size=4, embed_dim=24, depth=6, num_heads=3, channels=8)
-
-
-def upernet(**options):
-    """A UPerNet in eval mode, away from its initialisation, norms included."""
-    torch.manual_seed(0)
-    model = segment.UPerNet(**NET | options).eval()
-    for name, tensor in model.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-        elif tensor.is_floating_point():
-            tensor += 0.1 * torch.randn_like(tensor)
-    return model
-
-
-def test_upernet_taps_the_blocks_of_the_paper():
-    vit = dict(img_size=16, patch_size=8, embed_dim=8, num_heads=2)
-    chosen = {depth: segment.UPerNet(4, depth=depth, **vit).chosen for depth in (12, 6, 4, 1)}
-    assert chosen == {12: [4, 6, 8, 12], 6: [2, 3, 4, 6], 4: [2, 2, 3, 4], 1: [1, 1, 1, 1]}
-    model, images, after, maps = upernet(), torch.randn(2, 1, 24, 24), [], []
-    for block in model.blocks:
-        block.register_forward_hook(lambda _, __, output: after.append(output))
-    model.head.register_forward_pre_hook(lambda _, arguments: maps.extend(arguments[0]))
-    model(images)
-    for found, number in zip(maps, (2, 3, 4, 6), strict=True):
-        assert torch.equal(found.flatten(2).transpose(1, 2), after[number - 1][:, 1:])
-    assert torch.equal(model.tokens(images), after[5])
-
-
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_upernet_against_its_equations(norm):
-    """Every path written out: a head in which one is left out or crossed gives another result."""
-    head, maps = upernet(norm=norm).head, torch.randn(4, 2, 24, 6, 6)
-    a, b, c, d = maps
-
-    def block(x, layer):
-        kernel = layer[0].weight
-        x, bn = F.conv2d(x, kernel, padding=kernel.shape[2] // 2), layer[1]
-        return F.relu(normed(x, bn))
-
-    def normed(x, layer):
-        if norm == "batch":
-            return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
-        return F.group_norm(x, layer.num_groups, layer.weight, layer.bias)
-
-    def up(x, side):
-        return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
-
-    def twice(x, layer):
-        return F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
-
-    a = twice(F.gelu(normed(twice(a, head.up4[0]), head.up4[1])), head.up4[3])
-    b, d = twice(b, head.up2), F.max_pool2d(d, 2)
-    cells = {n: F.adaptive_avg_pool2d(d, n) for n in (1, 2, 3, 6)}
-    pooled = [up(block(cells[n], layer), 3) for n, layer in zip((1, 2, 3, 6), head.pooled)]
-    top = block(torch.cat([d, *pooled], 1), head.top)
-    c = block(c, head.lateral[0]) + up(top, 6)
-    b = block(b, head.lateral[1]) + up(c, 12)
-    a = block(a, head.lateral[2]) + up(b, 24)
-    levels = [up(top, 24), up(block(c, head.smooth[0]), 24), up(block(b, head.smooth[1]), 24)]
-    fused = block(torch.cat([*levels, block(a, head.smooth[2])], 1), head.fuse)
-    expected = F.conv2d(fused, head.classify[1].weight, head.classify[1].bias)
-    [logits] = head(list(maps))
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_each_path_of_upernet_is_used():
-    """Whatever is cut, a map, a pool or a level, the logits change; and all of it learns."""
-    model, images = upernet(), torch.randn(2, 1, 24, 24)
-    whole = model(images)
-    assert whole.shape == (2, 1, 24, 24)
-    head = model.head
-    paths = [head.up4, head.up2, head.top, *head.pooled, *head.lateral, *head.smooth]
-    for layer in paths:
-        cut = layer.register_forward_hook(lambda _, __, output: torch.zeros_like(output))
-        assert (model(images) - whole).abs().max() > 1e-3
-        cut.remove()
-    model.train()
-    logits = model(images)
-    assert logits.shape == (2, 2, 24, 24)
-    logits.square().mean().backward()
-    assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
-
-
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_upernet_of_a_batch_is_that_of_each_image(norm):
-    model, images = upernet(norm=norm), torch.randn(5, 1, 24, 24)
-    together = model(images)
-    for parts in (1, 2, 3):
-        apart = torch.cat([model(batch) for batch in images.split(parts)])
-        torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
-    if norm == "group":  # even in training, but for dropout
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.Dropout2d):
-                layer.p = 0.0
-        model.train()
-        apart = torch.cat([model(image[None]) for image in images])
-        torch.testing.assert_close(apart, model(images), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("side", [4, 12, 28])
-def test_upernet_of_any_size_that_the_patches_divide(side):
-    model = upernet(img_size=side, channels=6)
-    assert model(torch.randn(1, 1, side, side)).shape == (1, 1, side, side)
-    with pytest.raises(ValueError, match="multiple of patch_size"):
-        upernet(img_size=side + 1)
 
 
 def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
