@@ -9,7 +9,7 @@ Modeling", ICLR 2023. A mask is a PNG of the X-ray's name and size, 0 and one ot
 
 One batch of the demo: whole X-rays with their masks, squeezed to (16, 2, 96, 96), of which random
 crops are taken; the ViT makes tokens after a third, a half, two thirds and all of its blocks, each
-a map (16, 128, 8, 8), and UPerNet a logit of each pixel (16, 1, 96, 96). The loop and what
+a map (16, 128, 12, 12), and UPerNet a logit of each pixel (16, 1, 96, 96). The loop and what
 `--method` trains are finetune.py's: this file brings it the targets, the loss and the score.
 tests/departures.md lists where it differs from the official code.
 
