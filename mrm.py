@@ -196,7 +196,7 @@ class MRM(ViT):
 
     def image_loss(self, images, prediction, mask):
         """Equation 1: sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n.
-        The targets are the patches of images (B, C, 2H, 2W); prediction (B, N, (2p)^2 C)."""
+        `hidden` picks what the mask keeps. images (B, C, 2H, 2W); prediction (B, N, (2p)^2 C)."""
         hidden = mask.bool()
         target, _, _ = standardize_patches(patchify(images, 2 * self.patch_size)[hidden])
         return (prediction[hidden].float() - target).square().mean()

@@ -14,6 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import lora
+import measure
+import vit
 
 REPOSITORY = Path(__file__).parents[1]
 MEASURED = REPOSITORY / "tests" / "readme"
@@ -79,6 +84,15 @@ def test_commands_were_found():
     assert len(COMMANDS) >= 10
     assert "pip install -r requirements.txt && python finetune.py --lora" in README
     assert "pip install -r tests/requirements.txt && pytest" in README
+
+
+def test_the_forms_that_are_timed_as_the_papers_compute_what_ours_do():
+    torch.manual_seed(0)
+    x, attention = torch.randn(2, 5, 16), vit.Attention(16, 4)
+    layer = lora.LoRALinear(16, 48, 3, parts=(True, False, True)).eval()
+    torch.nn.init.normal_(layer.lora_B)
+    for ours, theirs in ((layer, measure.official_lora), (attention, measure.official_attention)):
+        assert torch.allclose(ours(x), theirs(ours, x), rtol=1e-5, atol=1e-4)
 
 
 def options_of(module):
