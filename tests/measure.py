@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -226,7 +227,7 @@ def official_step(model, a, b, opt_g, opt_d):
 
 def step(rounds=3, size=256):
     """The step of --paper, batch 1, 256 x 256: the official code's form in float32, ours in float32
-    and in bfloat16 autocast, from the same weights, so that the losses of step 1 agree."""
+    and in bfloat16 autocast, from the same weights: G's first losses agree. D's come after G's step."""
     a, b = torch.rand(2, 1, 1, int(size), int(size)) * 2 - 1
 
     def form(is_official, autocast=nullcontext):
@@ -381,8 +382,8 @@ class UNet(nn.Module):
 
 def unet(out, *options):
     """UPerNet's place: no auxiliary head, one rate for all layers; options of more.segment."""
-    command = ["--weights", "scratch", "--layer-decay", "1", "--out", out, *options]
-    config = parse_config(segment.SegmentConfig, command)
+    command = ["--weights", "scratch", "--out", out, *options]
+    config = replace(parse_config(segment.SegmentConfig, command), layer_decay=1.0)
     with mock.patch.object(segment, "build_model", lambda c, *_: UNet(c.img_size, c.norm)):
         segment.segment(config)
 
