@@ -227,7 +227,7 @@ def official_step(model, a, b, opt_g, opt_d):
 
 def step(rounds=3, size=256):
     """The step of --paper, batch 1, 256 x 256: the official code's form in float32, ours in float32
-    and in bfloat16 autocast, from the same weights: G's first losses agree. D's come after G's step."""
+    and in bfloat16 autocast, from the same weights: G's first losses agree; D's follow G's step."""
     a, b = torch.rand(2, 1, 1, int(size), int(size)) * 2 - 1
 
     def form(is_official, autocast=nullcontext):
