@@ -948,7 +948,7 @@ def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
 class Pairs(torch.utils.data.Dataset):
     """`folder`/A and `folder`/B as pairs (a, b), float32 (C, H, W), or (a, b, flow) with `noise`.
 
-    An item is asked for by (epoch, index): `misalign` moves it anew every epoch, by a generator
+    An item is asked for by (epoch, index): each epoch `misalign` moves it otherwise, by a generator
     that (seed, epoch, index) fixes; `noise` None leaves the pairs as they are. All files are read
     once here, so that a bad one is found at once, and kept where they fit in KEPT_BYTES. `size` > 0
     scales the longer side to it and pads to a square. `with_flow` False saves the flow's time."""

@@ -438,7 +438,7 @@ def fill_weights(config):
     init, seed = config.weights or "mrm", config.seed if config.weights else 0
     folder = Path("runs", f"{init}-demo" + (f"-{seed}" if seed else ""))
     if (folder / "result.json").exists():
-        print(f"no --weights given: {folder} is used again; delete it to pretrain anew")
+        print(f"no --weights given: {folder} is used again; delete it to pretrain again")
     else:
         print(f"no --weights given: pretraining the tiny {init} on the demo records, in {folder}")
         mrm.pretrain(mrm.MRMConfig(

@@ -275,7 +275,7 @@ class MRMConfig(RunConfig):
     vocab_size: int = option(None, "tokens of the reports' vocabulary", within="[259, inf)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     mean: float = option(None, "mean of the pixels in [0, 1] (tiny, mini: each image's)")
-    std: float = option(None, "deviation of the pixels (tiny, mini: each's own)", within="(0, inf)")
+    std: float = option(None, "deviation of the pixels (as the mean)", within="(0, inf)")
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     weight_decay: float = option(0.05, "weight decay of AdamW", within="[0, inf)")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
@@ -671,7 +671,7 @@ def coloured_words(tokenizer, tokens, guesses, hidden, word_of):
 
 
 def reconstruct(config):
-    """Draws reconstruction.png anew for the run `config.weights`, on the records that it held out
+    """Draws reconstruction.png again for the run `config.weights`, on the records that it held out
     or on those of --root."""
     if not config.weights:
         raise InputError("--reconstruct needs --weights RUN, the folder of a run of this script, "

@@ -654,7 +654,7 @@ def loop(job, log):
     batches = Timed(batches, job.device, job.world)
     with Saving(lambda step: save(job, log), job.world) as saving:
         while job.step < steps:
-            # The pairs are moved anew in every epoch, so that G cannot learn their motion by heart.
+            # Pairs move in another way every epoch, so that G cannot learn their motion by heart.
             a, b = (x.to(job.device) for x in next(batches))
             # Falling rates let G settle: at a constant rate it circles around what D asks for.
             factor = min(1.0, 2 * (1 - job.step / steps)) if config.decay else 1.0
@@ -703,7 +703,7 @@ def train(config):
     if rank == 0:
         motion = "none, the pairs are used as they are, those of val and test as aligned"
         if config.noise is not None:
-            motion = f"level {config.noise:g} and bending of {config.elastic:g} %, anew every epoch"
+            motion = f"level {config.noise:g} and bending of {config.elastic:g} %, new every epoch"
         print(f"misalignment that is added to the training pairs: {motion}")
     loop(job, log)
     if world > 1:
@@ -772,7 +772,7 @@ def draw(job, path, pairs, rows=1, note=""):
 
 def draw_progress(job, out, note):
     """Redraws OUT/progress.png, a pair of val, and adds it to the animation OUT/progress.webp. That
-    begins anew where a run is resumed."""
+    starts again where a run is resumed."""
     draw(job, out / "progress.png", job.val[-1], note=note)
     job.frames.append(Image.open(out / "progress.png").copy())
     options = {"save_all": True, "append_images": job.frames[1:], "duration": 500, "lossless": True}

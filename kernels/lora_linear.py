@@ -18,7 +18,7 @@ What costs time is memory. MB that a pass has to move there, in 16 bits, with dr
     two kernels            101         150     x once more for t; then dy for u, x for dA
     PEFT's form            401         478     D(x), x A^T, its product with B^T, the sum with y
 
-One kernel alone would have each tile of y make t anew, and draw the mask of all of its rows again:
+One kernel alone would have each tile of y make t again, and draw the mask of all of its rows again:
 12 times at 128 columns a tile. So both directions are split at the rank.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,

@@ -2,7 +2,7 @@
 
     python -m more.convert weights --source model.safetensors --out vit.pt    # to timm's names
     python -m more.convert masks --source train-rle.csv --root DIR    # SIIM's, to DIR/masks/*.png
-    python -m more.convert shrink --root DIR --size 512 --out NEW     # smaller copies of the films
+    python -m more.convert shrink --root DIR --size 512 --out NEW     # smaller copies of X-rays
 
 `weights` reads Hugging Face's ViT and DINOv2 (RAD-DINO), OpenCLIP's with timm's ViT (BiomedCLIP)
 and timm's with LayerScale, which goes into the linear layer before it, exactly:
@@ -10,7 +10,7 @@ gamma * (W x + b) = (gamma W) x + gamma b. An encoder that computes otherwise is
 No file has the epsilon of LayerNorm, which is 1e-6 here and 1e-12 in Hugging Face's ViT.
 
 `shrink` keeps names, formats and bits, so that lists and tables stay valid. Films that are small
-already, .npy, NIfTI and what is no film are copied as they are.
+already, .npy, NIfTI and what is no image are copied as they are.
 """
 
 import dataclasses

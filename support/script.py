@@ -514,7 +514,7 @@ class RunLog:
             write_json(self.out / name, value)
 
     def line(self, **values):
-        """Adds a line to the history and writes log.jsonl anew. The steps after a checkpoint, which
+        """Adds a line to the history and rewrites log.jsonl. The steps after a checkpoint, which
         a resumed run takes again, leave no second line."""
         self.history.append(values | {"seconds": round(time.time() - self.start, 2)})
         if self.rank == 0:
@@ -522,7 +522,7 @@ class RunLog:
                 json.dumps(line, default=float) + "\n" for line in self.history))
 
     def curves(self, title, panels, mark=None):
-        """Draws OUT/curves.png anew: numbers of the history over the steps, in panels {title: their
+        """Draws OUT/curves.png: numbers of the history over the steps, in panels {title: their
         names}. mark: (step, what happens there)."""
         if self.rank == 0:
             panels = {label: {name: [[line[key] for line in self.history if name in line]
