@@ -1,4 +1,4 @@
-"""Draws X-rays (films), reports and brains for a newcomer who has no data yet. Nobody needs to read this.
+"""Draws X-rays (films), reports and brains for a newcomer without data. Nobody needs to read this.
 
     python -m support.demo # draws the records and the pairs; the scripts do it on first use
 """
