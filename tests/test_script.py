@@ -268,6 +268,8 @@ def test_run_log(tmp_path):
     )
     (tmp_path / "broken.json").write_text('{"a": 1,\n')
     fails(lambda: common.read_json(tmp_path / "broken.json"), "broken.json", "line 2")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    fails(lambda: common.read_json(tmp_path / "deep.json"), "deep.json: not readable as JSON")
     fails(lambda: common.read_json(tmp_path / "none.json"), "none.json: no such file")
 
 
