@@ -46,8 +46,8 @@ A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visibl
                     -> class token first (32, 10, 128) -> 2 blocks -> latent (32, 10, 128)
     image decoder   latent -> (32, 10, 64) -> with 27 mask tokens (32, 37, 64) -> 1 block
                     -> (32, 36, 256), 36 patches of 16 x 16 pixels
-    report decoder  mean of 9 tokens (32, 1, 128) -> (32, 1, 64), added to the L <= 40 tokens of
-                    each report (32, L, 64) -> 1 block -> (hidden tokens, 348): the demo's reports
+    report decoder  mean of 9 tokens (32, 1, 128) -> (32, 1, 128), added to the L <= 40 tokens of
+                    each report (32, L, 128) -> 1 block -> (hidden tokens, 348): the demo's reports
                     make 348 tokens of the 800 that are allowed
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
@@ -236,7 +236,7 @@ BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, 
             report_length=100)
 MODELS = {
     "tiny": dict(img_size=48, patch_size=8, embed_dim=128, depth=2, num_heads=4, decoder_dim=64,
-                 decoder_depth=1, decoder_heads=2, report_dim=64, report_depth=1, report_heads=2,
+                 decoder_depth=1, decoder_heads=2, report_dim=128, report_depth=1, report_heads=4,
                  report_length=40, report_dropout=0.0),
     "mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=4, num_heads=3, decoder_dim=96,
                  decoder_depth=1, decoder_heads=3, report_dim=96, report_depth=1, report_heads=3,
@@ -345,14 +345,6 @@ class Records:
     tokenizer: object
     tokens: torch.Tensor  # (n, L) of all reports, those of the held-out records last
     word_of: torch.Tensor  # (n, L): the number of the word that a token belongs to
-
-    def batches(self, config, step, steps, rank, world):
-        """The batches (images, rows) of this process from step `step` on, timed."""
-        share, passes = share_of_batch(config, world), config.accumulate
-        first, last = step * passes, steps * passes
-        batches = data.train_batches(self.images, share, first, last, config.seed, rank, world,
-                                     config.workers)
-        return Timed(batches, self.heldout.device, world)
 
     def report_batch(self, rows, config, generator=None):
         """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
@@ -470,13 +462,10 @@ def pretrain(config):
     steps = number_of_steps(config, count, config.batch_size)
     facts = {  # a resumed run must have the same
         "records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
-        "number_of_processes": world,
-        "images_of_a_step": config.batch_size,
-    }
+        "number_of_processes": world, "images_of_a_step": config.batch_size}
     resumed = last_state(config, steps, **facts)
     config = with_dtype(config, device, world, resumed, MODELS[config.preset]["embed_dim"])
-    tensors = tokenizer = None
-    trained_on = resumed["trained_on"] if resumed else []
+    tensors, tokenizer, trained_on = None, None, (resumed or {}).get("trained_on", [])
     if not resumed and config.weights:
         tensors, tokenizer, trained_on = read_start(config, typed_vocab_size)
     records = load_records(config, paths, reports, device, tokenizer)
@@ -526,7 +515,9 @@ def run_steps(config, model, records, steps, resumed, facts, log, world):
         restore(resumed, log.rank, model=model, optimizer=optimizer, scaler=scaler)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not restoring)
-    batches = records.batches(config, step, steps, log.rank, world)
+    batches = data.train_batches(records.images, share_of_batch(config, world), step * passes,
+                                 steps * passes, config.seed, log.rank, world, config.workers)
+    batches = Timed(batches, device, world)
 
     def save(step):
         state = facts | {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -550,10 +541,9 @@ def run_steps(config, model, records, steps, resumed, facts, log, world):
                 # Only the multiplications run in bfloat16. The losses are float32, because
                 # bfloat16's two or three digits would round away what one step gains
                 with autocast():
-                    image_loss, report_loss = parallel(images, report, restoring,
-                                                       config.mask_ratio)
-                scaler.scale((image_loss + report_loss) / passes).backward()  # equation 3
-                losses += torch.stack([image_loss, report_loss]).detach() / passes
+                    both = parallel(images, report, restoring, config.mask_ratio)
+                scaler.scale(sum(both) / passes).backward()  # equation 3
+                losses += torch.stack(both).detach() / passes
                 seen += rows.tolist()
             # A finite loss can have a gradient that is not, which would spoil every weight
             gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from support import script as common
+from support import tokenizer as tokenizer_module
 import data
 import mrm
 import vit
