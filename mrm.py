@@ -46,8 +46,8 @@ A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visibl
                     -> class token first (32, 10, 128) -> 2 blocks -> latent (32, 10, 128)
     image decoder   latent -> (32, 10, 64) -> with 27 mask tokens (32, 37, 64) -> 1 block
                     -> (32, 36, 256), 36 patches of 16 x 16 pixels
-    report decoder  mean of 9 tokens (32, 1, 128) -> (32, 1, 128), added to the L <= 40 tokens of
-                    each report (32, L, 128) -> 1 block -> (hidden tokens, 348): the demo's reports
+    report decoder  mean of 9 tokens (32, 1, 128) -> (32, 1, 64), added to the L <= 40 tokens of
+                    each report (32, L, 64) -> 1 block -> (hidden tokens, 348): the demo's reports
                     make 348 tokens of the 800 that are allowed
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
@@ -236,7 +236,7 @@ BASE = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, 
             report_length=100)
 MODELS = {
     "tiny": dict(img_size=48, patch_size=8, embed_dim=128, depth=2, num_heads=4, decoder_dim=64,
-                 decoder_depth=1, decoder_heads=2, report_dim=128, report_depth=1, report_heads=4,
+                 decoder_depth=1, decoder_heads=2, report_dim=64, report_depth=1, report_heads=2,
                  report_length=40, report_dropout=0.0),
     "mini": dict(img_size=64, patch_size=8, embed_dim=192, depth=4, num_heads=3, decoder_dim=96,
                  decoder_depth=1, decoder_heads=3, report_dim=96, report_depth=1, report_heads=3,
