@@ -2,24 +2,15 @@
 
     python -m more.convert weights --source model.safetensors --out vit.pt    # to timm's names
     python -m more.convert masks --source train-rle.csv --root DIR    # SIIM's, to DIR/masks/*.png
-<<<<<<< Updated upstream
-    python -m more.convert shrink --root DIR --size 512 --out NEW     # smaller copies of X-rays
-=======
     python -m more.convert shrink --root DIR --size 512 --out NEW     # smaller copies of the images
->>>>>>> Stashed changes
 
 `weights` reads Hugging Face's ViT and DINOv2 (RAD-DINO), OpenCLIP's with timm's ViT (BiomedCLIP)
 and timm's with LayerScale, which goes into the linear layer before it, exactly:
 gamma * (W x + b) = (gamma W) x + gamma b. An encoder that computes otherwise is refused by a name.
 No file holds the epsilon of LayerNorm, which is 1e-6 here and 1e-12 in Hugging Face's ViT.
 
-<<<<<<< Updated upstream
-`shrink` keeps names, formats and bits, so that lists and tables stay valid. Films that are small
-already, .npy, NIfTI and what is no image are copied as they are.
-=======
 `shrink` keeps names, formats and bits, so that lists and tables stay valid. Images that are small
 already, DICOM, .npy, NIfTI and files that are no images are copied as they are.
->>>>>>> Stashed changes
 """
 
 import dataclasses
