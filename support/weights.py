@@ -14,7 +14,7 @@ from support.script import InputError, checkpoint_file, load_checkpoint
 
 ENCODER_SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads")
 ENCODER_PARTS = ("cls_token", "pos_embed", "patch_embed", "blocks")  # how its tensors' names begin
-# What other ViTs compute with beside these parts: tokens, a norm before the blocks, other positions
+# What other ViTs compute with beside these: leaving it out would change the result without a word
 FOREIGN = re.compile("reg_tok|register|storage_tok|dist_tok|distil|norm_pre|ln_pre|rel_pos|rope")
 HEADS = {128: 4, 192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by width: tiny here, timm, MAE
 
@@ -37,13 +37,13 @@ def unwrap(saved):
 
 
 def is_plain(value):
-    """Whether this is a tensor of floating-point numbers that are stored one by one."""
+    """Whether this is a tensor of floating-point numbers, neither sparse nor quantised."""
     return torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point()
 
 
 def encoder_alone(tensors, source):
-    """Takes a prefix such as `module.` off the names of the encoder's tensors, and leaves out those
-    without it. Raises InputError where a file holds two encoders."""
+    """The tensors whose names begin as that of the patch embedding does (with `module.`, say), by
+    their names without this prefix. Raises InputError where a file holds two encoders."""
     first = "patch_embed.proj.weight"
     prefixes = [name.removesuffix(first) for name in tensors if ("." + name).endswith("." + first)]
     if len(prefixes) > 1:

@@ -31,20 +31,10 @@ def timm_keys(depth, last):
 
 
 def test_vit_keys_and_size_are_timms():
-    model = vit.ViT(
-        img_size=224,
-        patch_size=16,
-        in_chans=3,
-        embed_dim=768,
-        depth=12,
-        num_heads=12,
-        num_classes=14,
-    )
+    model = vit.ViT(224, 16, 3, 768, 12, 12, num_classes=14)
     assert set(model.state_dict()) == timm_keys(12, ("fc_norm", "head"))
     assert set(vit.ViT(16, 4, 1, 24, 2, 3).state_dict()) == timm_keys(2, ("norm",))
-    assert (
-        sum(p.numel() for p in model.parameters()) == 85_809_422
-    )  # ViT-B/16 with 14 classes; timm counts the same
+    assert sum(p.numel() for p in model.parameters()) == 85_809_422  # as timm counts a ViT-B/16
 
 
 @pytest.mark.parametrize("pool", [1, 2, 4])
@@ -82,30 +72,23 @@ def vit64(state, image, patch, heads):
     for i in range(H // patch):
         for j in range(W // patch):
             pixels = image[i * patch : (i + 1) * patch, j * patch : (j + 1) * patch].reshape(-1)
-            tokens.append(
-                kernel @ pixels + s["patch_embed.proj.bias"] + s["pos_embed"][0, len(tokens)]
-            )
+            patch_token = kernel @ pixels + s["patch_embed.proj.bias"]
+            tokens.append(patch_token + s["pos_embed"][0, len(tokens)])
     x = np.stack(tokens)
-    dim = x.shape[1]
-    size = dim // heads
+    dim, size = x.shape[1], x.shape[1] // heads
     for i in range(sum(k.endswith("norm1.weight") for k in s)):
         b = {k[len(f"blocks.{i}.") :]: v for k, v in s.items() if k.startswith(f"blocks.{i}.")}
-        qkv = (
-            layer_norm64(x, b["norm1.weight"], b["norm1.bias"]) @ b["attn.qkv.weight"].T
-            + b["attn.qkv.bias"]
-        )
+        y = layer_norm64(x, b["norm1.weight"], b["norm1.bias"])
+        qkv = y @ b["attn.qkv.weight"].T + b["attn.qkv.bias"]
         out = np.zeros_like(x)
         for h in range(heads):
-            q, k, v = (
-                qkv[:, part * dim + h * size : part * dim + (h + 1) * size] for part in range(3)
-            )
+            starts = (part * dim + h * size for part in range(3))
+            q, k, v = (qkv[:, start : start + size] for start in starts)
             scores = np.exp(q @ k.T / math.sqrt(size))
             out[:, h * size : (h + 1) * size] = scores / scores.sum(1, keepdims=True) @ v
         x = x + out @ b["attn.proj.weight"].T + b["attn.proj.bias"]
-        hidden = (
-            layer_norm64(x, b["norm2.weight"], b["norm2.bias"]) @ b["mlp.fc1.weight"].T
-            + b["mlp.fc1.bias"]
-        )
+        y = layer_norm64(x, b["norm2.weight"], b["norm2.bias"])
+        hidden = y @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"]
         hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
         x = x + hidden @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
     x = layer_norm64(x[1:].mean(0), s["fc_norm.weight"], s["fc_norm.bias"])
@@ -123,12 +106,8 @@ def test_vit_forward_against_float64():
 
 def test_patchify_order_and_round_trip():
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert vit.patchify(image, 2)[0].tolist() == [
-        [0, 1, 4, 5],
-        [2, 3, 6, 7],
-        [8, 9, 12, 13],
-        [10, 11, 14, 15],
-    ]
+    expected = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert vit.patchify(image, 2)[0].tolist() == expected
     images = torch.randn(3, 2, 12, 12)
     assert torch.equal(vit.unpatchify(vit.patchify(images, 4), 4, channels=2), images)
 
@@ -136,11 +115,10 @@ def test_patchify_order_and_round_trip():
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_patch_embedding_is_the_strided_convolution(in_chans):
     embed, images = vit.PatchEmbed(4, in_chans, 24), torch.randn(2, in_chans, 16, 12)
-    expected = (
-        F.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4).flatten(2).transpose(1, 2)
-    )
-    weight, bias = embed.proj.weight.abs(), embed.proj.bias.abs()
-    assert_rounded(embed(images), expected, F.conv2d(images.abs(), weight, bias, stride=4))
+    weight, bias = embed.proj.weight, embed.proj.bias
+    expected = F.conv2d(images, weight, bias, stride=4).flatten(2).transpose(1, 2)
+    terms = F.conv2d(images.abs(), weight.abs(), bias.abs(), stride=4)
+    assert_rounded(embed(images), expected, terms)
 
 
 def test_sincos_positions_against_the_formula():
@@ -149,12 +127,7 @@ def test_sincos_positions_against_the_formula():
     y, x = 2, 1
     for i in range(4):
         frequency = 1 / 10000 ** (i / 4)
-        expected = [
-            math.sin(x * frequency),
-            math.cos(x * frequency),
-            math.sin(y * frequency),
-            math.cos(y * frequency),
-        ]
+        expected = [wave(place * frequency) for place in (x, y) for wave in (math.sin, math.cos)]
         assert table[0, 1 + y * 3 + x, i::4].tolist() == pytest.approx(expected, abs=1e-6)
 
 

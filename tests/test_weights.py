@@ -16,15 +16,12 @@ from vit import ViT
 
 def test_three_channel_weights_load_exactly_for_grey(capsys):
     torch.manual_seed(0)
-    colour, grey = (
-        randomised(ViT(16, 4, 3, 24, 2, 3, num_classes=5)),
-        ViT(16, 4, 1, 24, 2, 3, num_classes=5),
-    )
+    colour = randomised(ViT(16, 4, 3, 24, 2, 3, num_classes=5))
+    grey = ViT(16, 4, 1, 24, 2, 3, num_classes=5)
     weights.load_encoder(grey, colour.state_dict(), "colour.pth")
     images = torch.randn(2, 1, 16, 16)
-    torch.testing.assert_close(
-        grey(images), colour(images.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-5
-    )
+    expected = colour(images.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(grey(images), expected, atol=1e-5, rtol=1e-5)
     assert "colour.pth: 32 tensors loaded, 0 new, 0 left" in capsys.readouterr().out
 
 
@@ -35,15 +32,9 @@ def test_positions_are_resized_and_other_encoders_refused(capsys):
     out = capsys.readouterr().out
     assert "4 new (fc_norm, head)" in out and "2 left (norm)" in out
     grid = small.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
-    expected = (
-        F.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True).flatten(2).transpose(1, 2)
-    )
-    torch.testing.assert_close(large.pos_embed[:, 1:], expected)
-    for other in (
-        ViT(16, 4, 1, 48, 2, 3),
-        ViT(16, 4, 1, 24, 3, 3),
-        ViT(16, 8, 1, 24, 2, 3),
-    ):
+    expected = F.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True)
+    torch.testing.assert_close(large.pos_embed[:, 1:], expected.flatten(2).transpose(1, 2))
+    for other in (ViT(16, 4, 1, 48, 2, 3), ViT(16, 4, 1, 24, 3, 3), ViT(16, 8, 1, 24, 2, 3)):
         with pytest.raises(script.InputError, match="small.pth: the encoder does not fit"):
             weights.load_encoder(other, small.state_dict(), "small.pth")
     with pytest.raises(script.InputError, match="blocks.1.attn.proj.bias: expected no such tensor"):
@@ -85,72 +76,46 @@ WRAPPED = {
 def test_usual_wrappings_are_opened(tmp_path, kind):
     plain = vit_tensors()
     tensors, saved = weights.read_weights(file_of(tmp_path / "w.pt", WRAPPED[kind](plain)))
-    assert weights.encoder_sizes(tensors, saved, "w.pt", 3) == dict(
-        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3
-    )
+    sizes = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3)
+    assert weights.encoder_sizes(tensors, saved, "w.pt", 3) == sizes
     model = ViT(16, 4, 1, 24, 2, 3)
     weights.load_encoder(model, tensors, "w.pt")
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
 def test_several_encoders_in_a_file_are_refused(tmp_path):
-    both = {
-        f"{part}.{name}": tensor
-        for part in ("student", "momentum")
-        for name, tensor in vit_tensors().items()
-    }
-    with pytest.raises(
-        script.InputError, match=r"expected one encoder, found several: \['momentum\.', 'student\.'"
-    ):
+    both = {f"{part}.{name}": tensor for part in ("student", "momentum")
+            for name, tensor in vit_tensors().items()}
+    message = r"expected one encoder, found several: \['momentum\.', 'student\.'"
+    with pytest.raises(script.InputError, match=message):
         weights.read_weights(file_of(tmp_path / "w.pt", both))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "blocks.0.ls1.gamma",
-        "blocks.1.attn.q_norm.weight",
-        "blocks.0.attn.qkv.lora_A",
-        "reg_token",
-        "register_tokens",
-        "norm_pre.weight",
-        "blocks.0.attn.relative_position_bias_table",
-        "rel_pos_bias.weight",
-        "dist_token",
-        "patch_embed.norm.weight",
-        "blocks.2.norm1.weight",
-        "rope_embed.periods",
-    ],
-)
+@pytest.mark.parametrize("name", [
+    "blocks.0.ls1.gamma", "blocks.1.attn.q_norm.weight", "blocks.0.attn.qkv.lora_A", "reg_token",
+    "register_tokens", "norm_pre.weight", "blocks.0.attn.relative_position_bias_table",
+    "rel_pos_bias.weight", "dist_token", "patch_embed.norm.weight", "blocks.2.norm1.weight",
+    "rope_embed.periods"])
 def test_tensors_that_would_change_the_result_are_refused_by_name(name):
     with pytest.raises(script.InputError, match=rf"w\.pt: .*fit: {name}: expected no such tensor"):
         weights.load_encoder(ViT(16, 4, 1, 24, 2, 3), vit_tensors(**{name: torch.ones(24)}), "w.pt")
 
 
-@pytest.mark.parametrize(
-    "name, spoil, message",
-    [
-        ("blocks.0.norm1.weight", lambda x: x / 0, "expected finite .* found NaN or infinity"),
-        ("cls_token", lambda x: x.double() * 1e300, "expected finite .* found NaN or infinity"),
-        ("blocks.1.mlp.fc1.bias", lambda x: x.long(), "floating-point numbers, found torch.int64"),
-        ("pos_embed", lambda x: x.to_sparse(), "expected finite floating-point numbers"),
-        (
-            "pos_embed",
-            lambda x: x[:, 1:],
-            r"expected positions \(1, 1 \+ n\*n, width\).* found \(1, 16, 24\)",
-        ),
-        ("pos_embed", lambda x: torch.cat([x, x[:, :1]], 1), r"found \(1, 18, 24\)"),
-        ("pos_embed", lambda x: x[:, :13], r"found \(1, 13, 24\)"),
-        ("pos_embed", lambda x: x[0], r"found \(17, 24\)"),
-        ("patch_embed.proj.weight", lambda x: x[:, 0], "does not fit: patch_embed.proj.weight"),
-    ],
-)
+@pytest.mark.parametrize("name, spoil, message", [
+    ("blocks.0.norm1.weight", lambda x: x / 0, "expected finite .* found NaN or infinity"),
+    ("cls_token", lambda x: x.double() * 1e300, "expected finite .* found NaN or infinity"),
+    ("blocks.1.mlp.fc1.bias", lambda x: x.long(), "floating-point numbers, found torch.int64"),
+    ("pos_embed", lambda x: x.to_sparse(), "expected finite floating-point numbers"),
+    ("pos_embed", lambda x: x[:, 1:], r"positions \(1, 1 \+ n\*n, width\).* found \(1, 16, 24\)"),
+    ("pos_embed", lambda x: torch.cat([x, x[:, :1]], 1), r"found \(1, 18, 24\)"),
+    ("pos_embed", lambda x: x[0], r"found \(17, 24\)"),
+    ("patch_embed.proj.weight", lambda x: x[:, 0], "does not fit: patch_embed.proj.weight"),
+])
 def test_tensors_that_are_no_weights_are_refused_by_name(name, spoil, message):
     tensors = vit_tensors()
+    tensors[name] = spoil(tensors[name])
     with pytest.raises(script.InputError, match=f"w.pt: .*{message}") as error:
-        weights.load_encoder(
-            ViT(16, 4, 1, 24, 2, 3), tensors | {name: spoil(tensors[name])}, "w.pt"
-        )
+        weights.load_encoder(ViT(16, 4, 1, 24, 2, 3), tensors, "w.pt")
     assert name in str(error.value)
 
 
@@ -168,29 +133,18 @@ def test_numbers_of_numpy_are_data_and_code_is_not(tmp_path):
 
 
 def test_decoders_and_old_heads_may_be_left(capsys):
-    extra = {
-        name: torch.ones(3)
-        for name in (
-            "decoder_blocks.0.ls1.gamma",
-            "head.weight",
-            "fc_norm.weight",
-            "mask_token",
-            "head_dist.bias",
-        )
-    }
+    names = ("decoder_blocks.0.ls1.gamma", "head.weight", "fc_norm.weight", "mask_token",
+             "head_dist.bias")
+    extra = {name: torch.ones(3) for name in names}
     weights.load_encoder(ViT(16, 4, 1, 24, 2, 3), vit_tensors(**extra), "w.pt")
-    assert (
-        "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "5 left (decoder_blocks, fc_norm, head, head_dist, mask_token)" in said
 
 
 def test_heads_are_known_or_asked_for(capsys):
     def sizes(dim, heads=None):
-        tensors = {
-            "patch_embed.proj.weight": torch.ones(dim, 1, 4, 4),
-            "pos_embed": torch.ones(1, 17, dim),
-            "blocks.0.x": torch.ones(1),
-        }
+        tensors = {"patch_embed.proj.weight": torch.ones(dim, 1, 4, 4),
+                   "pos_embed": torch.ones(1, 17, dim), "blocks.0.x": torch.ones(1)}
         return weights.encoder_sizes(tensors, {}, "w.pt", heads)["num_heads"]
 
     assert [sizes(dim) for dim in (192, 384, 768, 1024, 1280)] == [3, 6, 12, 16, 16]
@@ -198,9 +152,8 @@ def test_heads_are_known_or_asked_for(capsys):
     assert len(said) == 5 and said[1].startswith("w.pt: 6 heads, as is usual at width 384")
     assert sizes(320, 5) == 5 and sizes(1280, 20) == 20
     for dim in (64, 320, 1152):
-        with pytest.raises(
-            script.InputError, match=f"expected --num-heads, which weights of width {dim}"
-        ):
+        message = f"expected --num-heads, which weights of width {dim}"
+        with pytest.raises(script.InputError, match=message):
             sizes(dim)
     assert not capsys.readouterr().out  # the file or the option says it
     for known in (
