@@ -4,7 +4,6 @@
     python finetune.py --data nih --root DIR --ratio 1 --weights MRM.pth --lora  # the paper's cell
     python finetune.py --data covid --root DIR --split covid1 --weights runs/mrm --lora --rank 4
     python finetune.py --compare     # methods x label ratios x seeds, as a table
-    python finetune.py --compare --inits mrm,image-only,scratch --methods lora --ratios 10
     python finetune.py --predict DIR --weights runs/finetune
 
 Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better",
@@ -117,7 +116,9 @@ def optimizer_by_layer(model, config):
     groups, last = {}, len(model.blocks) + 1
     for name, parameter in model.named_parameters():
         head = lora.part_of(name) == "head"
-        layer = last if head else int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+        layer = last if head else 0
+        if name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
         decay = config.weight_decay if mrm.decays(name, parameter) else 0.0
         group = {"params": [], "weight_decay": decay, "is_head": head,
                  "lr_scale": config.layer_decay ** (last - layer)}
@@ -152,12 +153,12 @@ def set_rates(optimizer, config, step, steps):
 
 
 def weighted_auroc(scores, labels, weights):
-    """Area under the ROC curve of one class for R weightings of the samples.
+    """Area under the ROC curve of one class for R weightings of the samples: a bootstrap draw, with
+    replacement, weighs each sample by how often it was drawn.
 
     AUROC = P(score of a positive > score of a negative) + P(equal) / 2, the Mann-Whitney statistic.
     scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only. A
-    label of NaN does not count. Raises InputError for scores that are not finite: they have no
-    order."""
+    label of NaN does not count. Raises InputError for scores that are not finite."""
     if not np.isfinite(scores).all():
         raise InputError("AUROC", "finite scores", f"{np.sum(~np.isfinite(scores))} that are not")
     order = np.argsort(scores, kind="stable")
@@ -181,15 +182,17 @@ def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
     although a patient may have several: on the demo that moves the ends by 0.001.)"""
     n, k = scores.shape
     defined = [c for c in range(k) if {0.0, 1.0} <= set(labels[:, c].tolist())]
-    generator, draws = np.random.default_rng(seed), [np.zeros((len(defined), 0))]
+
+    def of_classes(weights):  # (R, n) -> (classes, R)
+        each = [weighted_auroc(scores[:, c], labels[:, c], weights) for c in defined]
+        return np.reshape(each, (len(defined), len(weights)))
+
+    generator, draws = np.random.default_rng(seed), []
     parts = max(1, resamples * n // 4_000_000)  # bounds the memory
     for rows in np.array_split(np.arange(resamples), parts):
-        # Drawing n samples with replacement is the same as weighting each by how often it comes
-        counts = generator.multinomial(n, np.full(n, 1 / n), size=len(rows)).astype(np.float32)
-        draws.append(np.array([weighted_auroc(scores[:, c], labels[:, c], counts)
-                               for c in defined]).reshape(len(defined), len(rows)))
-    points = [weighted_auroc(scores[:, c], labels[:, c], np.ones((1, n)))[0] for c in defined]
-    return defined, np.array(points), np.concatenate(draws, axis=1)
+        counts = generator.multinomial(n, np.full(n, 1 / n), size=len(rows))
+        draws.append(of_classes(counts.astype(np.float32)))
+    return defined, of_classes(np.ones((1, n)))[:, 0], np.concatenate(draws, axis=1)
 
 
 def auroc(scores, labels, resamples=1000, seed=0):
@@ -419,14 +422,11 @@ def read_lists(config):
 
 def load_images(parts, config):
     """Gives each part its images, decoded into memory where they fit."""
-    size, white = config.img_size, config.white
     for name, part in parts.items():
+        side, how = round(config.img_size / config.test_share), {"crop": config.img_size}
         if name == "train":
-            images = data.ImageSet(part.paths, 2 * size, config.augment, config.seed, white=white)
-        else:
-            side = round(size / config.test_share)
-            images = data.ImageSet(part.paths, side, crop=size, white=white)
-        part.images = images.preload()
+            side, how = 2 * config.img_size, {"augment": config.augment, "seed": config.seed}
+        part.images = data.ImageSet(part.paths, side, white=config.white, **how).preload()
 
 
 def fill_weights(config):
@@ -522,10 +522,7 @@ def finetune(config):
     config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
-    if rank == 0:  # a table is divided here; whoever reports a number wants to know how
-        describe(config, model, parts, steps, device, held)
-        write_csv(log.out / "split.csv", ["image", "split"],
-                  [[name, part] for part, listed in parts.items() for name in listed.names])
+    describe(config, model, parts, steps, device, held, log)
     labels = parts["train"].labels.to(device)
     best = train(config, model, parts, steps, saved, facts, log, device, world,
                  lambda images, rows: (images, labels[rows.to(device)]), label_loss, score_labels)
@@ -542,9 +539,14 @@ def facts_of(parts, classes, model, world):
             "number_of_processes": world, "weights": lora.fingerprint(model.state_dict())}
 
 
-def describe(config, model, parts, steps, device, held):
+def describe(config, model, parts, steps, device, held, log):
     """Says what is about to be trained, how much of the model that is, and whether the weights of
-    the run were trained on images, or on patients, of its test list."""
+    the run were trained on images, or on patients, of its test list. Writes split.csv: how a table
+    was divided."""
+    if log.rank > 0:
+        return
+    write_csv(log.out / "split.csv", ["image", "split"],
+              [[name, part] for part, listed in parts.items() for name in listed.names])
     count, images = lora.count_parameters(model), len(parts["train"].names)
     share = 100 * count["lora"] / (count["total"] - count["head"])
     print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
@@ -629,16 +631,18 @@ def write_predictions(out, names, classes, probabilities, labels=()):
 
 def load_run(folder, script="finetune", make=None):
     """The model of a finished run of `script` (its folder, adapter.pt or best.pt), merged; of
-    another network than a classifier, by make(saved). Returns (it in eval mode, all that the file
-    holds). Raises InputError for any other file, and for base weights that have changed."""
+    another network than a classifier, by make(all that the file holds, sizes of the ViT). Returns
+    (it in eval mode, all that the file holds). Raises InputError for any other file, and for base
+    weights that have changed."""
     path = checkpoint_file(folder, "adapter.pt", "best.pt")
     saved = load_checkpoint(path)
     maker = saved.get("script", script)
     if not {"sizes", "mean", "std"} <= saved.keys() or maker != script:
         found = f"one of {command_of(maker)}" if maker != script else f"entries {sorted(saved)[:6]}"
         raise InputError(path, f"the adapter.pt or best.pt of a run of {command_of(script)}", found)
-    model = make(saved) if make else vit.ViT(
-        **encoder_sizes({}, saved, path), num_classes=len(saved["classes"]), pool=saved["pool"])
+    sizes = encoder_sizes({}, saved, path)
+    model = make(saved, sizes) if make else vit.ViT(
+        **sizes, num_classes=len(saved["classes"]), pool=saved["pool"])
     if "adapter" in saved:
         base, tensors = lora.read_base(path, saved)
         load_encoder(model, tensors, base)
@@ -652,20 +656,27 @@ def load_run(folder, script="finetune", make=None):
     return model.eval(), saved
 
 
-def predict_folder(config):
-    """Writes OUT/predictions.csv for every image below the folder `config.predict`."""
+def open_run(config, make=None):
+    """What --predict works with: (filled configuration, device, model, all that its file holds,
+    paths of the images, their names below the folder `config.predict`)."""
     if config.weights is None:
-        raise InputError("--predict needs --weights RUN, the folder of a fine-tuning run")
-    model, saved = load_run(config.weights, config.script)
+        raise InputError(f"--predict needs --weights RUN, a run of {command_of(config.script)}")
+    model, saved = load_run(config.weights, config.script, make)
     config = fill(config, {"out": "runs/predict", "mean": saved["mean"], "std": saved["std"]})
     device, _, _ = join(config)
-    config = with_dtype(config, device, width=model.cls_token.shape[-1])
+    config = with_dtype(config, device, width=saved["sizes"]["embed_dim"])
     check_apart(config.out, config.predict)
     paths = data.list_images(config.predict)
+    names = [Path(path).relative_to(config.predict).as_posix() for path in paths]
+    return config, device, model.to(device), saved, paths, names
+
+
+def predict_folder(config):
+    """Writes OUT/predictions.csv for every image below the folder `config.predict`."""
+    config, device, model, saved, paths, names = open_run(config)
     images = data.ImageSet(paths, saved.get("test_side", model.img_size), crop=model.img_size,
                            white=saved.get("white"))
-    scores = predict(model.to(device), images, config, device)
-    names = [Path(path).relative_to(config.predict).as_posix() for path in paths]
+    scores = predict(model, images, config, device)
     write_predictions(config.out, names, saved["classes"], scores.sigmoid().tolist())
     print(f"{len(paths)} images: {Path(config.out) / 'predictions.csv'}")
 
@@ -677,19 +688,20 @@ def predict_folder(config):
 def list_cells(config):
     """The cells of a comparison: {name: ((init, method, percent of labels), configuration)}. Raises
     InputError for a name that is not known or comes twice, before any run."""
+    for typed in ("lora", "method", "ratio", "weights"):
+        if getattr(config, typed):
+            raise InputError("--compare", "--methods, --ratios and --inits", f"--{typed}")
     lists = {name: getattr(config, name).split(",") for name in ("inits", "methods", "ratios")}
     starts = [*DEMO_INITS, *SCRATCH, *filter(os.path.exists, lists["inits"])]
     allowed = {"inits": starts, "methods": METHODS, "ratios": ["1", "10", "100"]}
     for name, given in lists.items():
         differ = len({Path(one).name for one in given}) == len(given)
         if not differ or not set(given) <= set(allowed[name]):
-            expected = f"names that differ, of {', '.join(allowed[name])}"
-            raise InputError(f"--{name}", expected, ",".join(given))
-    for typed in ("lora", "method", "ratio", "weights"):
-        if getattr(config, typed):
-            raise InputError("--compare", "--methods, --ratios and --inits", f"--{typed}")
+            raise InputError(f"--{name}", f"names that differ, of {', '.join(allowed[name])}",
+                             ",".join(given))
     cells, seeds = {}, range(config.seed, config.seed + config.seeds)
-    for init, method, ratio, number in itertools.product(*lists.values(), seeds):
+    for ratio, init, method, number in itertools.product(
+            lists["ratios"], lists["inits"], lists["methods"], seeds):
         cells[f"{Path(init).name}-{method}-{ratio}-{number}"] = (
             (init, method, ratio), dataclasses.replace(config, weights=init, method=method,
                                                        ratio=int(ratio), seed=number))
@@ -704,16 +716,15 @@ def read_draws(path, classes):
 
 
 def compare(config):
-    """Runs every init x method x ratio over the seeds; writes OUT/compare.md and compare.csv. A
-    finished run is kept in its folder and not repeated. The demo's weights are pretrained once for
-    each seed, on first use."""
+    """Runs every init x method x ratio over the seeds; writes two tables to OUT/compare.md, of the
+    rows and of their differences. A finished run is kept in its folder and not repeated. The demo's
+    weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
     cells = list_cells(dataclasses.replace(config, compare=False))
     configs = {name: cell for name, (_, cell) in cells.items()}
     for name, result in run_cells(out, configs, finetune):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         rows.setdefault(cells[name][0], []).append((result, draws))
-    rows = dict(sorted(rows.items(), key=lambda row: int(row[0][2])))  # a block for each ratio
     header = ["pretraining", "method", "labels %", "test AUROC", "each seed", "lr", "trained %",
               "training images"]
     table = []
@@ -723,11 +734,10 @@ def compare(config):
                       " ".join(f"{score:.3f}" for score in scores), f"{first['lr']:g}",
                       f"{100 * first['trainable_parameters'] / first['total_parameters']:.2f}",
                       first["images"]["train"]])
+    paired = ["labels %", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
     pairs = [compare_rows(a, b, rows[a], rows[b]) for b, a in itertools.combinations(rows, 2)
              if a[2] == b[2] and (a[0] == b[0] or a[1] == b[1])]
-    paired = ["labels %", "a", "b", "a - b", "95 % interval", "a ahead, seeds"]
     text = markdown_table(header, table) + "\n" + markdown_table(paired, pairs)
-    write_csv(out / "compare.csv", header, table)
     write_text(out / "compare.md", text)
     print(text)
 

@@ -34,10 +34,10 @@ import finetune
 from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
-    InputError, RunLog, atomic_write, check_apart, even_batch, fill, join, last_state,
-    number_of_steps, option, parse_config, run_script, save_grid, seed, with_dtype, write_csv,
+    InputError, RunLog, atomic_write, even_batch, fill, join, last_state, number_of_steps, option,
+    parse_config, run_script, save_grid, seed, with_dtype, write_csv,
 )
-from support.weights import ENCODER_SIZES, encoder_sizes, load_encoder
+from support.weights import encoder_sizes, load_encoder
 from vit import ViT
 
 # --------------------------------------------------------------------------------------------------
@@ -233,12 +233,11 @@ def read_lists(config):
     parts, classes = finetune.read_lists(config)
     root = data.demo_root(config.root) if config.data == "demo" else config.root
     for part in parts.values():
-        empty = set()
+        empty = ()
         if config.data == "demo":
-            column = part.labels[:, classes.index("Pneumothorax")]
-            empty = set((column == 0).nonzero().flatten().tolist())
+            [empty] = np.nonzero(part.labels[:, classes.index("Pneumothorax")].numpy() == 0)
         part.masks = data.find_masks(config.masks or Path(root, "masks"),
-                                     data.image_keys(root, part.names), empty)
+                                     data.image_keys(root, part.names), set(empty))
     train = parts["train"]  # most X-rays have no mask, and a net learns nothing new from them
     shown = [i for i, mask in enumerate(train.masks) if mask is not None]
     empty = [i for i, mask in enumerate(train.masks) if mask is None]
@@ -310,8 +309,7 @@ def segment(config):
     config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     masks = load_images(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
-    if rank == 0:
-        finetune.describe(config, model, parts, steps, device, held)
+    finetune.describe(config, model, parts, steps, device, held, log)
     best = finetune.train(config, model, parts, steps, saved, facts, log, device, world,
                           lambda pairs, rows: (pairs[:, :1], pairs[:, 1:]), segmentation_loss,
                           functools.partial(score_masks, masks["val"]))
@@ -341,10 +339,12 @@ def write_results(config, part, truth, logits, facts, log):
     write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
               [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
     dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
+    red = torch.tensor([1.0, 0.15, 0.1])[:, None, None]
     order = [i for i in dice.argsort() if true[i] > 0]
     for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
-        image = part.images[[i], 0][0][0].expand(3, -1, -1)
-        rows.append([image, overlay(image, truth[i]), overlay(image, found[i])])
+        image = part.images[i][0].expand(3, -1, -1)
+        rows.append([image] + [torch.where(mask[i], 0.55 * image + 0.45 * red, image)
+                               for mask in (truth, found)])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
     save_grid(log.out / "overlays.png", rows, ("X-ray", "truth", "prediction"), captions,
               max(1, 256 // config.img_size))
@@ -354,46 +354,29 @@ def write_results(config, part, truth, logits, facts, log):
     return result
 
 
-def overlay(image, mask):
-    """An image (3, H, W) in [0, 1] with the pixels of a bool mask (H, W) tinted red."""
-    red = torch.tensor([1.0, 0.15, 0.1])[:, None, None]
-    return torch.where(mask, 0.55 * image + 0.45 * red, image)
-
-
 # --------------------------------------------------------------------------------------------------
 # Prediction
 
 
-def make_network(saved):
+def make_network(saved, sizes):
     """The untrained network of a finished run, whose file holds `saved`."""
-    settings, sizes = saved["segment"], saved["sizes"]
-    return UPerNet(settings["channels"], settings["norm"],
-                   **{name: sizes[name] for name in sizes if name in ENCODER_SIZES})
+    return UPerNet(saved["segment"]["channels"], saved["segment"]["norm"], **sizes)
 
 
 def predict_folder(config):
     """Writes OUT/NAME.png for every image below the folder `config.predict`: 0 or 255 in an image
     of the size of its X-ray."""
-    if config.weights is None:
-        raise InputError("--predict needs --weights RUN, the folder of a segmentation run")
-    model, saved = finetune.load_run(config.weights, config.script, make_network)
-    config = fill(config, {"out": "runs/segment-predict", "mean": saved["mean"],
-                           "std": saved["std"]})
+    config, device, model, saved, paths, names = finetune.open_run(config, make_network)
     threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
-    device, _, _ = join(config)
-    config = with_dtype(config, device, width=saved["sizes"]["embed_dim"])
-    check_apart(config.out, config.predict)
-    paths = data.list_images(config.predict)
     images = data.ImageSet(paths, model.img_size, image_alone, masks=[None] * len(paths),
                            white=saved.get("white"))
-    logits = finetune.predict(model.to(device), images, config, device)
-    for path, logit in zip(paths, logits):
-        size = data.read_image(path).shape[1:]
-        full = F.interpolate(logit[None], size, mode="bilinear")[0]
+    logits = finetune.predict(model, images, config, device)
+    for path, name, logit in zip(paths, names, logits):
+        full = F.interpolate(logit[None], data.read_image(path).shape[1:], mode="bilinear")[0]
         kept = find_pixels(logit, threshold, smallest).any()  # `smallest` is of its size
         picture = Image.fromarray((find_pixels(full, threshold) & kept)[0].byte().numpy() * 255)
-        name = data.split_ending(Path(path).relative_to(config.predict).as_posix())[0] + ".png"
-        atomic_write(Path(config.out, name), lambda file: picture.save(file, "PNG"))
+        atomic_write(Path(config.out, data.split_ending(name)[0] + ".png"),
+                     lambda file: picture.save(file, "PNG"))
     print(f"{len(paths)} masks: {config.out}")
 
 
