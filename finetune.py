@@ -369,6 +369,10 @@ class TuneConfig(RunConfig):
     evaluations: int = option(None, "times val is evaluated; the best is kept", within="[1, inf)")
     predict: str = option("", "folder of images: predict by --weights, and stop", free=True)
 
+    def augment(self, images, generator):
+        """Crops (B, C, img_size, img_size) of training images."""
+        return data.crop_and_flip(images, generator, self.img_size, self.min_crop, self.flip)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TuneConfig):
@@ -390,10 +394,6 @@ class FinetuneConfig(TuneConfig):
                         "scratch, checkpoints and run folders", free=True)
     seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and of the demo's "
                         "pretraining", within="[1, inf)", free=True)
-
-    def augment(self, images, generator):
-        """Crops (B, 1, img_size, img_size) of training images."""
-        return data.crop_and_flip(images, generator, self.img_size, self.min_crop, self.flip)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -167,8 +167,8 @@ def count_parameters(model):
 
 
 def lora_state_dict(model):
-    """What an adapter file must hold: every tensor of LoRA, fc_norm and head."""
-    return {name: t for name, t in model.state_dict().items() if part_of(name) != "backbone"}
+    """What an adapter file must hold: all of LoRA, fc_norm and head but a batch norm's counter."""
+    return {n: t for n, t in model.state_dict().items() if part_of(n) != "backbone" and is_plain(t)}
 
 
 def save_adapter(path, model, **extra):

@@ -35,7 +35,7 @@ from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
     InputError, RunLog, atomic_write, even_batch, fill, join, last_state, number_of_steps, option,
-    parse_config, run_script, save_grid, seed, with_dtype, write_csv,
+    parse_config, run_script, save_grid, seed, share_of_batch, with_dtype, write_csv,
 )
 from support.weights import encoder_sizes, load_encoder
 from vit import ViT
@@ -46,20 +46,12 @@ from vit import ViT
 POOLS = (1, 2, 3, 6)  # cells a side of the pyramid pooling
 
 
-def make_norm(kind, channels):
-    """Batch norm, as published, or group norm, which does not depend on the size of a batch."""
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    # A map of one cell needs several channels a group: one number less its mean is always 0
-    return nn.GroupNorm(math.gcd(8, channels) if channels > 8 else 1, channels)
-
-
 class ConvNorm(nn.Sequential):
-    """A convolution that keeps the size of the map, then norm and ReLU."""
+    """A convolution that keeps the size of the map, then batch norm and ReLU."""
 
-    def __init__(self, inputs, outputs, kernel, norm):
+    def __init__(self, inputs, outputs, kernel):
         conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        super().__init__(conv, make_norm(norm, outputs), nn.ReLU())
+        super().__init__(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def resize_to(x, like):
@@ -72,20 +64,20 @@ class UPerHead(nn.Module):
     The maps are rescaled x4, x2, x1 and x0.5. The coarsest one is pooled to 1, 2, 3 and 6 cells a
     side, and from there the pyramid is added up to the finest map. All four are fused at last."""
 
-    def __init__(self, dim, channels, norm="batch"):
+    def __init__(self, dim, channels):
         super().__init__()
         twice = [nn.ConvTranspose2d(dim, dim, 2, stride=2) for _ in range(2)]
-        self.up4 = nn.Sequential(twice[0], make_norm(norm, dim), nn.GELU(), twice[1])
+        self.up4 = nn.Sequential(twice[0], nn.BatchNorm2d(dim), nn.GELU(), twice[1])
         self.up2 = nn.ConvTranspose2d(dim, dim, 2, stride=2)
-        self.pooled = nn.ModuleList(ConvNorm(dim, channels, 1, norm) for _ in POOLS)
-        self.top = ConvNorm(dim + len(POOLS) * channels, channels, 3, norm)
-        self.lateral = nn.ModuleList(ConvNorm(dim, channels, 1, norm) for _ in range(3))
-        self.smooth = nn.ModuleList(ConvNorm(channels, channels, 3, norm) for _ in range(3))
-        self.fuse = ConvNorm(4 * channels, channels, 3, norm)
+        self.pooled = nn.ModuleList(ConvNorm(dim, channels, 1) for _ in POOLS)
+        self.top = ConvNorm(dim + len(POOLS) * channels, channels, 3)
+        self.lateral = nn.ModuleList(ConvNorm(dim, channels, 1) for _ in range(3))
+        self.smooth = nn.ModuleList(ConvNorm(channels, channels, 3) for _ in range(3))
+        self.fuse = ConvNorm(4 * channels, channels, 3)
         self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(channels, 1, 1))
         few = math.ceil(channels / 3)  # 256 of 768, as published
         # A second head, on the third map, which acts in training alone
-        conv = ConvNorm(dim, few, 3, norm)
+        conv = ConvNorm(dim, few, 3)
         self.auxiliary = nn.Sequential(conv, nn.Dropout2d(0.1), nn.Conv2d(few, 1, 1))
 
     def forward(self, maps):
@@ -107,14 +99,14 @@ class UPerHead(nn.Module):
 
 class UPerNet(ViT):
     """ViT with UPerNet on the tokens after a third, a half, two thirds and all of its blocks.
-    `channels` is the width of the head (the paper: 768); norm: batch or group."""
+    `channels` is the width of the head (the paper: 768)."""
 
-    def __init__(self, channels=768, norm="batch", **sizes):
+    def __init__(self, channels=768, **sizes):
         super().__init__(**sizes)
         del self.norm  # UPerNet takes the tokens as they leave the blocks
         depth = len(self.blocks)
         self.chosen = [math.ceil(depth * share) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
-        self.head = UPerHead(self.cls_token.shape[2], channels, norm)
+        self.head = UPerHead(self.cls_token.shape[2], channels)
 
     def forward(self, images):
         """(B, C, H, W) -> logits (B, 1, H, W) of each pixel. In training a second channel holds
@@ -210,8 +202,6 @@ def choose_threshold(logits, masks):
 class SegmentConfig(TuneConfig):
     script: ClassVar = "more.segment"
     masks: str = option("", "folder of masks NAME.png (default: ROOT/masks)")
-    norm: str = option("batch", "norm of the head: batch, as published, or group where a process "
-                       "takes few images", choices=["batch", "group"])
     channels: int = option(None, "width of the head", within="[4, inf)")
 
 
@@ -255,10 +245,8 @@ def load_images(parts, config):
     """Gives each part its images, decoded into memory where they fit, and returns the masks of val
     and test as their images have them: {name: bool (n, H, W)}."""
     side, masks = config.img_size, {}
-    crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop,
-                             flip=config.flip)
     for name, part in parts.items():
-        how = (2 * side, crop, config.seed) if name == "train" else (side,)
+        how = (2 * side, config.augment, config.seed) if name == "train" else (side,)
         part.images = data.ImageSet(part.paths, *how, masks=part.masks, white=config.white)
         part.images.preload()
         if name == "train":
@@ -280,7 +268,7 @@ def score_masks(masks, logits, part):
 
 
 def build_model(config, sizes, tensors=None):
-    model = UPerNet(config.channels, config.norm, **sizes, drop_path=config.drop_path)
+    model = UPerNet(config.channels, **sizes, drop_path=config.drop_path)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
     return finetune.choose_parameters(model, config)
@@ -300,6 +288,8 @@ def segment(config):
               "mean": held.get("mean"), "std": held.get("std")}
     config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
     config = even_batch(config, world)
+    if share_of_batch(config, world) < 2:  # batch norm needs images that differ
+        raise InputError("--batch-size", "two images or more in a pass", config.batch_size)
     sizes = sizes | {"img_size": config.img_size}  # an outline needs more pixels than a finding
     steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
     seed(config.seed)
@@ -313,8 +303,8 @@ def segment(config):
     best = finetune.train(config, model, parts, steps, saved, facts, log, device, world,
                           lambda pairs, rows: (pairs[:, :1], pairs[:, 1:]), segmentation_loss,
                           functools.partial(score_masks, masks["val"]))
-    about = {"segment": {"channels": config.channels, "norm": config.norm,
-                         "threshold": best["threshold"], "smallest": best["smallest"]}}
+    about = {"segment": {"channels": config.channels, "threshold": best["threshold"],
+                         "smallest": best["smallest"]}}
     finetune.save_best(config, model, parts, best, sizes, tensors, held, log, about)
     logits = finetune.predict(model, parts["test"].images, config, device, rank, world)[:, 0]
     facts = finetune.run_facts(config, model, parts, best, log)
@@ -360,7 +350,7 @@ def write_results(config, part, truth, logits, facts, log):
 
 def make_network(saved, sizes):
     """The untrained network of a finished run, whose file holds `saved`."""
-    return UPerNet(saved["segment"]["channels"], saved["segment"]["norm"], **sizes)
+    return UPerNet(saved["segment"]["channels"], **sizes)
 
 
 def predict_folder(config):
