@@ -70,19 +70,17 @@ import support  # before torch: it sets how threads wait
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 from data import (
     Pairs, check_range, demo_root, list_slices, parse_rescale, read_slice, write_slice)
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, atomic_write, autocast_for, check_apart,
-    check_weights, checkpoint_file, command_of, fill, from_all, join, last_state, load_checkpoint,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_maker,
+    check_weights, checkpoint_file, fill, from_all, join, last_state, load_checkpoint,
     markdown_table, mean_and_deviation, number_of_steps, option, options_of, parse_config, restore,
     run_cells, run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank,
-    warn, with_dtype, write_csv, write_text,
-)
+    warn, with_dtype, write_csv, write_text)
 
 # --------------------------------------------------------------------------------------------------
 # The networks, with Reg-GAN's state-dict keys: generator G, discriminator D, registration R
@@ -100,9 +98,9 @@ class Residual(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        first = [Reflect(1), *normed(nn.Conv2d(width, width, 3)), nn.ReLU(True)]
-        second = [Reflect(1), *normed(nn.Conv2d(width, width, 3))]
-        self.conv_block = nn.Sequential(*first, *second)
+        self.conv_block = nn.Sequential(
+            Reflect(1), *normed(nn.Conv2d(width, width, 3)), nn.ReLU(True),
+            Reflect(1), *normed(nn.Conv2d(width, width, 3)))
 
     def forward(self, x):
         return x + self.conv_block(x)
@@ -157,8 +155,7 @@ def halvings(size):
 
 
 def leaky_conv(i, o, kernel=3):
-    conv = nn.Conv2d(i, o, kernel, padding=kernel // 2)
-    return nn.Sequential(conv, nn.LeakyReLU(0.2, True))
+    return nn.Sequential(nn.Conv2d(i, o, kernel, padding=kernel // 2), nn.LeakyReLU(0.2, True))
 
 
 def start_at_zero(network, *last):
@@ -369,28 +366,21 @@ class Cycle(NC):
     """CycleGAN (Zhu et al. 2017): G from A to B, F from B to A, and there and back is the identity.
 
     adversarial + 10 (mean |F(G(a)) - a| + mean |G(F(b)) - b|)
-                + identity (mean |G(b) - b| + mean |F(a) - a|)
 
-    The last term is off, as in the official code, and where A and B differ in channels. Without it
-    some seeds learn to invert the image, and F inverts it back; with it the others become worse."""
+    Some seeds learn to invert the image, and F inverts it back: no loss here forbids that."""
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
         sizes = config.width, config.blocks, config.downs, config.kernel
         self.netG_B2A = Generator(out_chans, in_chans, *sizes)
         self.netD_A = Discriminator(in_chans, config.width)
-        self.identity = config.identity if in_chans == out_chans else 0.0
 
     def generator_losses(self, a, b):
         fake_b, fake_a = self.netG_A2B(a), self.netG_B2A(b)
         adversarial = lsgan(self.netD_B(fake_b), True) + lsgan(self.netD_A(fake_a), True)
         back_a, back_b = self.netG_B2A(fake_b), self.netG_A2B(fake_a)
         cycle = F.l1_loss(back_a, a) + F.l1_loss(back_b, b)
-        losses = {"adversarial": adversarial, "cycle": 10 * cycle}
-        if self.identity:
-            same_b, same_a = self.netG_A2B(b), self.netG_B2A(a)
-            losses["identity"] = self.identity * (F.l1_loss(same_b, b) + F.l1_loss(same_a, a))
-        return {"A": fake_a, "B": fake_b}, losses
+        return {"A": fake_a, "B": fake_b}, {"adversarial": adversarial, "cycle": 10 * cycle}
 
     def discriminator_losses(self, a, b, fakes):
         of_a = discriminator_loss(self.netD_A, a, fakes["A"])
@@ -463,8 +453,8 @@ class Config(RunConfig):
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=HOSTS)
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
-    noise: float = option(None, "level of the motion that is added (default: 3 on the demo pairs, "
-                          "none on your own)", within="[0, 25]")
+    noise: float = option(None, "level of the added motion (default: demo 3, own pairs none)",
+                          within="[0, 25]")
     elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 25]")
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
@@ -473,17 +463,14 @@ class Config(RunConfig):
     kernel: int = option(None, "odd side of G's first and last kernels", within="[1, 31]")
     downs: int = option(None, "times the generator halves the image", within="[0, 4]")
     blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
-    batch_size: int = option(None, "pairs that one process takes at once", within="[1, inf)")
     reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
     decay: bool = option(None, "learning rates fall linearly to 0 over the second half of the run")
     pool: int = option(None, "old fakes that are kept for the discriminators", within="[0, inf)")
     correction: float = option(None, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
-    identity: float = option(None, "weight of CycleGAN's |G(b) - b|", within="[0, inf)")
     compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
-    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r",
-                        "rows of the comparison, +r: with R", free=True)
-    levels: str = option("0,3,5,elastic", "columns: --noise, elastic (3 %), none (own)", free=True)
+    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r", "its rows, +r: with R", free=True)
+    levels: str = option("0,3,5,elastic", "its levels: --noise, elastic, none (own)", free=True)
     seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
     translate: str = option("", "translate this folder with --weights into --out", free=True)
     weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
@@ -499,7 +486,7 @@ class Config(RunConfig):
 
 SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0}
 SMALL |= {"lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50}
-SMALL |= {"correction": 20.0, "smooth": 10.0, "identity": 0.0}
+SMALL |= {"correction": 20.0, "smooth": 10.0}
 PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0}
 PAPER |= {"lr": 1e-4, "reg_lr": 1e-4, "decay": False}
 
@@ -548,10 +535,9 @@ def all_pairs(config):
     train = pairs("train", config.noise, with_flow=False)
     last = "test" if (root / "test").is_dir() else "val"
     val, test = ((pairs(part, None), pairs(part, config.noise)) for part in ("val", last))
-    for other in (val[0], test[0]):
+    for other, _ in (val, test):
         if (other.in_chans, other.out_chans) != (train.in_chans, train.out_chans):
-            wanted = f"{train.in_chans} channels in A and {train.out_chans} in B, as in train"
-            raise InputError(other.folder, wanted, f"{other.in_chans} and {other.out_chans}")
+            raise InputError(other.folder, f"as many channels as in {train.folder}", "others")
     return train, val, test
 
 
@@ -579,9 +565,13 @@ class Job:
         groups = [{"params": trainable(self.model, "netD"), "peak": config.lr}]
         self.opt_d = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
         self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
-        self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / config.batch_size)  # steps
+        self.share, rest = divmod(config.batch_size, world)  # what each process takes of a batch
+        if rest:
+            raise InputError("--batch-size", f"a multiple of the {world} processes",
+                             config.batch_size)
+        self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / self.share)  # steps
         self.steps = number_of_steps(config, self.per_epoch, 1)
-        self.step, self.best, self.frames = 0, math.inf, []
+        self.step, self.best = 0, math.inf
 
     def settle(self, saved):
         """Chooses the type of the products, and goes on from what `save` wrote, if `saved`."""
@@ -599,7 +589,8 @@ class Job:
 
 def save(job, log, best=False):
     """Writes last.pt, and before it best.pt for `load_generator` where these weights are the
-    `best`. Every process calls this, for each has pools of its own."""
+    `best`. Every process calls this, for each has pools of its own, and leaves when best.pt is
+    there."""
     weights = {"model": job.model.state_dict(), "config": options_of(job.config),
                "in_chans": job.pairs.in_chans, "out_chans": job.pairs.out_chans,
                "shape": list(job.pairs.shape)}
@@ -620,7 +611,7 @@ def score(job, aligned, moved):
     job.model.eval()
     scores = {}
     for pairs in [aligned, moved] if job.config.reg else [aligned]:
-        for batch in pairs.batches(job.config.batch_size, rank=job.rank, world=job.world):
+        for batch in pairs.batches(job.share, rank=job.rank, world=job.world):
             a, b, *flows = (x.to(job.device) for x in batch)  # a flow only where --noise moves
             with job.autocast():
                 fake = job.model.translate(a)
@@ -649,7 +640,7 @@ def loop(job, log):
     """Trains from job.step to the end."""
     config, steps, per_epoch = job.config, job.steps, job.per_epoch
     every, epochs = max(per_epoch, steps // 10), math.ceil(steps / per_epoch)
-    batches = job.pairs.batches(config.batch_size, epochs, True, config.seed, job.step, job.rank,
+    batches = job.pairs.batches(job.share, epochs, True, config.seed, job.step, job.rank,
                                 job.world, config.workers)
     batches = Timed(batches, job.device, job.world)
     with Saving(lambda step: save(job, log), job.world) as saving:
@@ -678,7 +669,7 @@ def loop(job, log):
                          **batches.speed())
                 log.curves(config.host, {"losses": list(losses), "MAE on val": ["val_mae"]})
                 if job.rank == 0:
-                    draw_progress(job, log.out, f"epoch {epoch:g}: ")
+                    draw(job, log.out / "progress.png", job.val[-1], note=f"epoch {epoch:g}: ")
                     shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
                     shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
                     print(f"epoch {epoch:g}: val", ", ".join([*shown, str(batches)]), flush=True)
@@ -706,8 +697,6 @@ def train(config):
             motion = f"level {config.noise:g} and bending of {config.elastic:g} %, new every epoch"
         print(f"misalignment that is added to the training pairs: {motion}")
     loop(job, log)
-    if world > 1:
-        torch.distributed.barrier()  # rank 0 may still be writing best.pt
     part, chosen = job.test[0].folder.name, "last.pt (nothing chosen)"
     if part == "test":  # weights that val chose would score too well on val itself
         job.model.load_state_dict(load_checkpoint(log.out / "best.pt")["model"])
@@ -747,7 +736,7 @@ def draw(job, path, pairs, rows=1, note=""):
     as bright as they are; below each row stand their means, in units of the range of B."""
     target = "B: target" if job.config.noise is None else "B: target, misaligned"
     titles, pictures = ["A: input", target, "G(A): translation", "|G(A) - B|"], []
-    captions, scale = [], max(1, 128 // pairs.shape[1])
+    captions = []
     if job.config.reg:
         titles += ["G(A) moved by R", "|moved G(A) - B|"]
     job.model.eval()
@@ -755,63 +744,41 @@ def draw(job, path, pairs, rows=1, note=""):
         a, b = (x[None].to(job.device) for x in pairs.item(0, i)[:2])
         fake = job.model.translate(a)
         errors = [(fake - b).abs()]
+        row = [(a + 1) / 2, (b + 1) / 2, (fake + 1) / 2, errors[0]]
         if job.config.reg:
             flow = job.model.registration(fake, b)
             errors.append((warp(fake, flow) - b).abs())
-        row = [(a + 1) / 2, (b + 1) / 2, (fake + 1) / 2, *errors]
-        row = [F.interpolate(x, scale_factor=scale) for x in row]
-        if job.config.reg:
-            flow = scale * F.interpolate(flow, scale_factor=scale, mode="bilinear")
-            row.insert(4, moved_with_grid(row[2], flow))
-        pictures.append([x[0].cpu() for x in row])
+            row += [moved_with_grid(row[2], flow), errors[1]]
+        pictures.append([x[0] for x in row])
         shown = ", after the motion ".join(f"{error.mean() / 2:.3f}" for error in errors)
         captions.append(f"{note}mean difference to B {shown}")
     job.model.train()
-    save_grid(path, pictures, titles, captions)
-
-
-def draw_progress(job, out, note):
-    """Redraws OUT/progress.png, a pair of val, and adds it to the animation OUT/progress.webp. That
-    starts again where a run is resumed."""
-    draw(job, out / "progress.png", job.val[-1], note=note)
-    job.frames.append(Image.open(out / "progress.png").copy())
-    options = {"save_all": True, "append_images": job.frames[1:], "duration": 500, "lossless": True}
-    atomic_write(out / "progress.webp", lambda file: job.frames[0].save(file, "WEBP", **options))
+    save_grid(path, pictures, titles, captions, scale=max(1, 128 // pairs.shape[1]))
 
 
 def load_generator(path, config_class=Config):
-    """(model, translate, config, in_chans) of a run's folder or checkpoint, or of a bare Reg-GAN
-    generator (netG_A2B.pth). Raises InputError for any other file."""
+    """(host, its configuration, channels of A) of a run's folder or checkpoint, or of a bare
+    Reg-GAN generator (netG_A2B.pth). Raises InputError for any other file."""
     state = load_checkpoint(checkpoint_file(path, "best.pt"))
-    wanted = "a checkpoint of this reggan.py or a Reg-GAN generator"
     try:
         if "model_head.1.weight" in state:
             width, in_chans = state["model_head.1.weight"].shape[:2]
             blocks = len({key.split(".")[1] for key in state if key.startswith("model_body.")})
-            config = complete(Config(paper=True, width=width, blocks=blocks))
-            model = Generator(in_chans, len(state["model_tail.7.bias"]), width, blocks)
-            translate = model
+            config = complete(Config(paper=True, reg=False, width=width, blocks=blocks))
+            model = build(config, in_chans, len(state["model_tail.7.bias"]), size=None)
+            model.netG_A2B.load_state_dict(state)
         else:
-            if "in_chans" not in state:
-                raise InputError(path, wanted, f"one with {', '.join(sorted(state)[:5])}")
-            options, in_chans = dict(state["config"]), state["in_chans"]
-            maker, host = options.pop("script", "more.?"), options["host"]
-            if host not in HOSTS:
-                raise InputError(path, f"a host of this script ({', '.join(HOSTS)})",
-                                 f"{host}; {command_of(maker)} knows it")
-            if maker != config_class.script:  # R, which is not needed, may have options of its own
-                names = {field.name for field in dataclasses.fields(config_class)}
-                options = {name: options[name] for name in options.keys() & names}
-            config = complete(config_class(**options | {"reg": False}))
+            check_maker(state["config"], config_class, path)
+            options = {name: x for name, x in state["config"].items() if name != "script"}
+            config, in_chans = complete(config_class(**options)), state["in_chans"]
             model = build(config, in_chans, state["out_chans"], state["shape"])
-            translate, weights = model.translate, state["model"].items()
-            state = {name: x for name, x in weights if not name.startswith("registration.")}
-        model.load_state_dict(state)
+            model.load_state_dict(state["model"])
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise InputError(path, wanted, " ".join(repr(error).split())[:200]) from None
-    if not all(weight.isfinite().all() for weight in state.values()):
+        raise InputError(path, "a checkpoint of this reggan.py or a Reg-GAN generator",
+                         f"another ({type(error).__name__}: {str(error)[:200]})") from None
+    if not all(weight.isfinite().all() for weight in model.state_dict().values()):
         raise InputError(path, "finite weights", "NaN or infinity")
-    return model, translate, config, in_chans
+    return model, config, in_chans
 
 
 @torch.no_grad()
@@ -819,9 +786,8 @@ def translate_folder(config):
     """Writes the translation of every image of --translate into --out, with the same name, format
     and bit depth."""
     if not config.weights:
-        wanted = "a run's folder, its best.pt, or a Reg-GAN netG_A2B.pth"
-        raise InputError(f"--translate needs --weights RUN: {wanted}")
-    model, translate, trained, in_chans = load_generator(config.weights, type(config))
+        raise InputError("--translate needs --weights: a run's folder or a Reg-GAN netG_A2B.pth")
+    model, trained, in_chans = load_generator(config.weights, type(config))
     device, _, _ = join(config)
     autocast = autocast_for(with_dtype(config, device), device)
     model.to(device).eval()
@@ -840,7 +806,7 @@ def translate_folder(config):
         size, a = (round(H * scale), round(W * scale)), image[None].to(device)  # (1, C, H, W)
         a = F.interpolate(a, size, mode="bilinear", antialias=scale < 1)
         with autocast():
-            fake = translate(a)
+            fake = model.translate(a)
         fake = F.interpolate(fake, (H, W), mode="bilinear")[0]  # (C, H, W)
         write_slice(out / name, fake, folder / name, span_b)
     print(f"{len(images)} images translated into {out}")
@@ -848,20 +814,33 @@ def translate_folder(config):
 
 def compare(config):
     """The paper's table: every row of --hosts at every level with every seed, each a run of its own
-    in OUT/cells. Writes OUT/table.csv, a line a run, and table.md. Returns table.csv as dicts."""
-    out, table = Path(config.out or complete(config).out + "-compare"), []
-    rows, levels = config.hosts.split(","), config.levels.split(",")
+    in OUT/cells. Writes OUT/table.csv, a line a run, and table.md, a line a method at a level, with
+    means and standard deviations over the seeds. Returns table.csv as dicts."""
+    out, cells, table = Path(config.out or complete(config).out + "-compare"), {}, []
     seeds = range(config.seed, config.seed + config.seeds)
-    keys = list(itertools.product(seeds, levels, rows))
-    cells = {f"{row}_{level}_{n}": cell_config(config, row, level, n) for n, level, row in keys}
+    rows = itertools.product(seeds, config.levels.split(","), config.hosts.split(","))
+    for number, level, row in rows:
+        cells[f"{row}_{level}_{number}"] = cell_config(config, row, level, number)
     _, rank, _ = join(config)
-    for (number, level, row), (_, result) in zip(keys, run_cells(out / "cells", cells, train)):
-        table.append({"row": row, "level": level, "seed": number} | result)
-        if rank == 0:
-            write_tables(out, table)
+    for name, result in run_cells(out / "cells", cells, train):
+        row, level, number = name.split("_")
+        table.append({"row": row, "level": level, "seed": int(number)} | result)
+    names = list(dict.fromkeys(name for line in table for name in line))
+    methods, lines = {}, []
+    for line in table:
+        methods.setdefault((line["level"], line["row"]), []).append(line)
+    for key, runs in methods.items():
+        values = [[line[name] for line in runs if name in line] for name in MEASURES]
+        lines.append([*key, *map(mean_and_deviation, values, MEASURES.values())])
+    header = ["level", "method", "PSNR, dB", "MAE", "SSIM", "registration error, px", "folding"]
     if rank == 0:
+        write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
+        write_text(out / "table.md", markdown_table(header, lines))
         print((out / "table.md").read_text())
     return table
+
+
+MEASURES = {"psnr": 2, "mae": 4, "ssim": 4, "registration_error": 2, "folding": 4}  # digits
 
 
 def cell_config(config, row, level, number):
@@ -880,23 +859,6 @@ def cell_config(config, row, level, number):
             raise InputError("--levels", "numbers, elastic, or with --root none", level) from None
     cell = {"host": host, "reg": reg, "noise": noise, "elastic": elastic, "seed": number}
     return complete(dataclasses.replace(config, **cell))
-
-
-MEASURES = {"psnr": 2, "mae": 4, "ssim": 4, "registration_error": 2, "folding": 4}  # digits
-
-
-def write_tables(out, table):
-    """table.csv: a line a run. table.md: a line a method at a level, with means and standard
-    deviations over the seeds."""
-    names, runs, lines = list(dict.fromkeys(name for line in table for name in line)), {}, []
-    write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
-    for line in table:
-        runs.setdefault((line["level"], line["row"]), []).append(line)
-    for key, results in runs.items():
-        values = [[line[name] for line in results if name in line] for name in MEASURES]
-        lines.append([*key, *map(mean_and_deviation, values, MEASURES.values())])
-    header = ["level", "method", "PSNR, dB", "MAE", "SSIM", "registration error, px", "folding"]
-    write_text(out / "table.md", markdown_table(header, lines))
 
 
 def main(config_class=Config, description=__doc__):
