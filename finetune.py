@@ -265,6 +265,7 @@ def trained_tensors(model):
 
 def train(config, model, parts, steps, saved, facts, log, device, world, targets, criterion, score):
     """The training loop. Returns scores, step and trained tensors of the state that is best on val.
+    facts: what a resumed run, `saved`, must have alike. (mrm.py and reggan.py have other loops.)
     targets(images, rows) -> (images, targets): what the model sees of a batch of the training set,
     whose rows those are, and what criterion(logits, targets), the loss, compares its output with.
     score(outputs, part): what is logged of the validation list; its first number chooses."""
@@ -540,9 +541,8 @@ def facts_of(parts, classes, model, world):
 
 
 def describe(config, model, parts, steps, device, held, log):
-    """Says what is about to be trained, how much of the model that is, and whether the weights of
-    the run were trained on images, or on patients, of its test list. Writes split.csv: how a table
-    was divided."""
+    """Says what is about to be trained, how much of the model that is, and whether the weights were
+    trained on images or patients of the test list. Writes split.csv: how a table is divided."""
     if log.rank > 0:
         return
     write_csv(log.out / "split.csv", ["image", "split"],
@@ -630,10 +630,9 @@ def write_predictions(out, names, classes, probabilities, labels=()):
 
 
 def load_run(folder, script="finetune", make=None):
-    """The model of a finished run of `script` (its folder, adapter.pt or best.pt), merged; of
-    another network than a classifier, by make(all that the file holds, sizes of the ViT). Returns
-    (it in eval mode, all that the file holds). Raises InputError for any other file, and for base
-    weights that have changed."""
+    """(The model of a finished run of `script`, merged and in eval mode; all that its file holds).
+    make(all that it holds, sizes of the ViT) makes another network than a classifier. Raises
+    InputError for any other file than adapter.pt or best.pt, and for base weights that changed."""
     path = checkpoint_file(folder, "adapter.pt", "best.pt")
     saved = load_checkpoint(path)
     maker = saved.get("script", script)
@@ -697,8 +696,8 @@ def list_cells(config):
     for name, given in lists.items():
         differ = len({Path(one).name for one in given}) == len(given)
         if not differ or not set(given) <= set(allowed[name]):
-            raise InputError(f"--{name}", f"names that differ, of {', '.join(allowed[name])}",
-                             ",".join(given))
+            expected = f"names that differ, of {', '.join(allowed[name])}"
+            raise InputError(f"--{name}", expected, ",".join(given))
     cells, seeds = {}, range(config.seed, config.seed + config.seeds)
     for ratio, init, method, number in itertools.product(
             lists["ratios"], lists["inits"], lists["methods"], seeds):
@@ -721,8 +720,7 @@ def compare(config):
     weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
     cells = list_cells(dataclasses.replace(config, compare=False))
-    configs = {name: cell for name, (_, cell) in cells.items()}
-    for name, result in run_cells(out, configs, finetune):
+    for name, result in run_cells(out, {name: cells[name][1] for name in cells}, finetune):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         rows.setdefault(cells[name][0], []).append((result, draws))
     header = ["pretraining", "method", "labels %", "test AUROC", "each seed", "lr", "trained %",
