@@ -28,13 +28,13 @@ BUDGET = {
     "reggan.py": 880,
     "support/__init__.py": 8,
     "support/demo.py": 453,
-    "support/recipes.py": 99,
+    "support/recipes.py": 100,
     "support/script.py": 821,
     "support/tokenizer.py": 124,
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7915
+TOTAL = 7916
 
 
 def lines_of(name):
