@@ -1,6 +1,5 @@
-"""Tests of data.py (reading, lists, reports, tokenizer, batches, pairs, audit) against PIL,
-scikit-image, pydicom, tiktoken's loader and a naive byte-pair encoding; every kind of bad input has
-its one line."""
+"""Tests of data.py (reading, lists, reports, batches, pairs, audit) against PIL, scikit-image
+and pydicom; every kind of bad input has its one line."""
 
 import functools
 import os
@@ -9,7 +8,6 @@ import sys
 import time
 import warnings
 import zlib
-from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -17,16 +15,13 @@ import numpy as np
 import pytest
 import skimage.data
 import skimage.transform
-import tiktoken.load
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_script import fails
 
-from support import tokenizer as tokenizer_module
 from support import script as common
 import data
-import mrm
 from support.script import InputError
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
@@ -346,156 +341,6 @@ def test_read_reports(folder):
     fails(lambda: data.read_reports(folder / "none.csv", folder), "none.csv: no such file")
     blank = write(path, head + "a0.png,Edema.\nb0.png, \n")
     assert data.read_reports(blank, folder)[1] == ["Edema.", ""]
-
-
-# ---- The tokenizer
-
-TEXTS = [
-    "The heart is normal in size. The lungs are clear.",
-    "Small left pleural effusion; no pneumothorax.",
-    "2.5 cm nodule, right upper lobe (RUL).",
-    "Épanchement pleural gauche.\n\nNo   edema",
-    "心影增大 <mask> <pad>",
-    "aaaa aaaaa aa abab ababab",
-    "the the the theth",
-]
-
-
-def naive_tokenizer(texts, size):
-    """Byte-pair encoding as the definition says it, recounting everything before each merge: the
-    list of tokens."""
-    words = [
-        [bytes([b]) for b in word.encode()] for text in texts for word in tokenizer_module.split_words(text)
-    ]
-    tokens = [bytes([i]) for i in range(256)]
-    while len(tokens) < size:
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
-        if not pairs or max(pairs.values()) < 2:
-            break
-        best = min(
-            pairs, key=lambda pair: (-pairs[pair], tokens.index(pair[0]), tokens.index(pair[1]))
-        )
-        tokens += [best[0] + best[1]] * (best[0] + best[1] not in tokens)
-        for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i : i + 2] = [best[0] + best[1]]
-                i += 1
-    return tokens
-
-
-def naive_encode(tokens, word):
-    """Merges the neighbours that make the earliest token until none do."""
-    parts, rank = [bytes([b]) for b in word.encode()], {token: i for i, token in enumerate(tokens)}
-    while True:
-        ranked = [
-            (rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in rank
-        ]
-        if not ranked:
-            return [rank[part] for part in parts]
-        i = min(ranked)[1]
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-def random_texts(seed, count):
-    rng = np.random.default_rng(seed)
-    return ["".join(rng.choice(list("aab .b"), 12)) for _ in range(count)]
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [TEXTS, TEXTS * 3, random_texts(0, 40), random_texts(1, 200)],
-    ids=["texts", "thrice", "few", "many"],
-)
-def test_tokenizer_equals_a_naive_one(texts):
-    enc, tokens = tokenizer_module.train_tokenizer(texts, 340), naive_tokenizer(texts, 340 - len(tokenizer_module.SPECIAL))
-    assert [
-        enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - len(tokenizer_module.SPECIAL))
-    ] == tokens
-    assert [enc.encode_single_token(name) for name in tokenizer_module.SPECIAL] == [
-        len(tokens) + i for i in range(len(tokenizer_module.SPECIAL))
-    ]
-    rows, owners = tokenizer_module.encode_reports(enc, texts, 120)
-    for text, row, owner in zip(texts, rows, owners):
-        words = tokenizer_module.split_words(text)
-        expected = [
-            (token, i) for i, word in enumerate(words) for token in naive_encode(tokens, word)
-        ]
-        row = [(token, i) for token, i in zip(row.tolist(), owner.tolist()) if i >= 0]
-        assert row == expected
-        assert [token for token, _ in row] == enc.encode_ordinary("".join(words))
-        assert enc.decode([token for token, _ in row]).strip() == " ".join(text.lower().split())
-
-
-def test_words_are_split_off_their_punctuation():
-    assert tokenizer_module.split_words("No  Edema, (2.5 cm)\nÉtat") == [
-        " no",
-        " edema",
-        ",",
-        " (",
-        "2",
-        ".",
-        "5",
-        " cm",
-        ")",
-        " état",
-    ]
-    assert tokenizer_module.split_words("") == tokenizer_module.split_words(" \n") == []
-
-
-def test_tokenizer_file(tmp_path):
-    enc, path = tokenizer_module.train_tokenizer(TEXTS * 2, 300), tmp_path / "t.tiktoken"
-    tokenizer_module.save_tokenizer(enc, path)
-    again = tokenizer_module.load_tokenizer(path)
-    assert (
-        again.n_vocab == enc.n_vocab == 300
-        and tiktoken.load.load_tiktoken_bpe(str(path)) == again._mergeable_ranks
-    )
-    assert torch.equal(
-        tokenizer_module.encode_reports(enc, TEXTS, 50)[0], tokenizer_module.encode_reports(again, TEXTS, 50)[0]
-    )
-    assert tokenizer_module.train_tokenizer(TEXTS * 2, 300)._mergeable_ranks == enc._mergeable_ranks
-    lines = path.read_text().splitlines()
-    for wrong, part in (
-        (lines[:270] + ["!!! 270"], "base64"),
-        (lines[:200], "256 bytes"),
-        (lines + ["", "x"], "base64"),
-    ):
-        fails(lambda: tokenizer_module.load_tokenizer(write(path, "\n".join(wrong) + "\n")), path, part)
-    fails(lambda: tokenizer_module.load_tokenizer(tmp_path / "none"), "no such file")
-    fails(lambda: tokenizer_module.train_tokenizer(TEXTS, 200), "vocabulary size", "200")
-    assert tokenizer_module.train_tokenizer([], 1000).n_vocab == 256 + len(tokenizer_module.SPECIAL)
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.15, 0.5, 1.0])
-def test_hidden_words(ratio):
-    enc = tokenizer_module.train_tokenizer(TEXTS, 280)
-    tokens, words = tokenizer_module.encode_reports(enc, TEXTS + ["", "one"], 60)
-    inputs, hidden = mrm.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))
-    mask = enc.encode_single_token("<mask>")
-    assert (
-        torch.equal(inputs, torch.where(hidden, mask, tokens))
-        and hidden.dtype == torch.bool
-        and not hidden[words < 0].any()
-    )
-    for owner, row in zip(words, hidden):
-        count = int(owner.max()) + 1
-        chosen = {int(w) for w in owner[row]}
-        assert len(chosen) == min(count, max(1, round(ratio * count)))
-        assert all(row[owner == w].all() for w in chosen)  # all pieces together
-    assert torch.equal(
-        hidden, mrm.hide_words(enc, tokens, words, ratio, torch.Generator().manual_seed(0))[1]
-    )
-    assert mrm.hide_words(enc, tokens[-2:-1], words[-2:-1], ratio)[1].sum() == 0  # an empty report
-
-
-def test_every_word_is_hidden_equally_often():
-    enc = tokenizer_module.train_tokenizer(TEXTS, 280)
-    tokens, words = tokenizer_module.encode_reports(enc, ["one two three four five"] * 4000, 40)
-    hidden = mrm.hide_words(enc, tokens, words, 0.4, torch.Generator().manual_seed(0))[1].float()
-    shares = torch.stack([hidden[:, words[0] == w].mean() for w in range(5)])
-    assert ((shares - 0.4).abs() < 0.03).all()
 
 
 # ---- Augmentations and batches
@@ -857,32 +702,6 @@ def test_other_shapes_and_sizes_of_pictures_are_refused_in_one_line(tmp_path):
     fails(lambda: data.read_image(tmp_path / "c.png"), "c.png", "2500000000 pixels")
 
 
-@pytest.mark.parametrize(
-    "report, words",
-    [
-        ("双肺纹理清晰，心影大小正常。", 14),
-        ("右侧胸腔积液 约3cm", 9),
-        ("両肺野に異常陰影", 8),
-        ("ปอดปกติ", 7),
-        ("no 积液", 3),
-    ],
-)
-def test_a_word_of_an_unspaced_language_is_a_character(report, words):
-    assert len(tokenizer_module.split_words(report)) == words
-    enc = tokenizer_module.train_tokenizer([report] * 3, 300)
-    tokens, owners = tokenizer_module.encode_reports(enc, [report], 80)
-    assert (
-        enc.encode_ordinary("".join(tokenizer_module.split_words(report))) == tokens[0][owners[0] >= 0].tolist()
-    )
-    hidden = mrm.hide_words(enc, tokens, owners, 0.5)[1]
-    assert len({int(w) for w in owners[hidden]}) == round(words / 2)
-
-
-def test_words_of_spaced_languages_stay_whole():
-    assert tokenizer_module.split_words("폐 음영 정상") == [" 폐", " 음영", " 정상"]
-    assert tokenizer_module.split_words("Ангина ñandú") == [" ангина", " ñandú"]
-
-
 ROWS = "image_path,report_content\na0.png,Clear.\n"
 
 
@@ -922,7 +741,6 @@ class Mac(types.ModuleType):
     def __getattr__(self, name):
         return "darwin" if name == "platform" else getattr(sys, name)
 import data
-import mrm
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn", force=True)
     import torch
@@ -957,14 +775,6 @@ def test_a_long_list_opens_quickly(tmp_path):
     )
 
 
-def test_training_a_tokenizer_on_many_words_is_quick():
-    rng = np.random.default_rng(0)
-    reports = ["".join(rng.choice(list("abcdefgh "), 60)) for _ in range(1000)]
-    start = time.process_time()
-    assert tokenizer_module.train_tokenizer(reports, 2500).n_vocab == 2500
-    assert time.process_time() - start < 10  # counting anew at each merge takes a minute
-
-
 # ---- Real data
 
 
@@ -991,18 +801,6 @@ class TestShared:
         assert data.read_image(SHARED / "formats/Fake_MONOHR1.dcm", 224).shape == (1, 224, 224)
         assert data.read_image(SHARED / "formats/00000001_000.png").shape == (1, 512, 512)
         assert data.read_image(SHARED / "covid/images/000001-1.jpg", 224).shape[1:].count(224) >= 1
-
-    def test_tokenizer_on_real_reports(self):
-        reports = (SHARED / "openi/reports.txt").read_text().splitlines()
-        enc = tokenizer_module.train_tokenizer(reports, 2000)
-        tokens, words = tokenizer_module.encode_reports(enc, reports, 100)
-        real = words >= 0
-        assert (
-            enc.n_vocab == 2000 and real.sum() / (words.max(1).values + 1).sum() < 1.35
-        )  # tokens a word
-        for report, row in zip(reports[::200], tokens[::200]):
-            full = enc.encode_ordinary("".join(tokenizer_module.split_words(report)))[:100]
-            assert row[: len(full)].tolist() == full
 
     def test_audit(self, capsys):
         status, text = audit(SHARED / "covid", capsys, data="covid", split="covid1")
