@@ -702,8 +702,9 @@ def list_cells(config):
     for ratio, init, method, number in itertools.product(
             lists["ratios"], lists["inits"], lists["methods"], seeds):
         cells[f"{Path(init).name}-{method}-{ratio}-{number}"] = (
-            (init, method, ratio), dataclasses.replace(config, weights=init, method=method,
-                                                       ratio=int(ratio), seed=number))
+            (init, method, ratio), dataclasses.replace(
+                config, weights=None if init in DEMO_INITS else init, method=method,
+                ratio=int(ratio), seed=number))
     return cells
 
 
@@ -720,7 +721,11 @@ def compare(config):
     weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
     cells = list_cells(dataclasses.replace(config, compare=False))
-    for name, result in run_cells(out, {name: cells[name][1] for name in cells}, finetune):
+
+    def run(config):  # named here: the weights that config.json holds are those of the seed
+        finetune(dataclasses.replace(config, weights=cells[Path(config.out).name][0][0]))
+
+    for name, result in run_cells(out, {name: cells[name][1] for name in cells}, run):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         rows.setdefault(cells[name][0], []).append((result, draws))
     header = ["pretraining", "method", "labels %", "test AUROC", "each seed", "lr", "trained %",

@@ -128,7 +128,7 @@ def test_changes_of_the_code_do_what_the_page_says(tmp_path):
     loss = loss[loss.index("def image_loss"):loss.index("def report_loss")]
     change("mrm.py", loss, loss.replace(".square()", ".abs()"))
     (tmp_path / "more" / "gdl.py").write_text(solution(13))
-    words = {8: "fresh_layer or changes_nothing", 9: "targets_export",
+    words = {8: "fresh_layer or changes_nothing", 9: "targets_are_read",
              10: "test_masking or decode_image", 11: "image_loss_is"}
     files = [f"tests/test_{name}.py" for name in ("lora", "mrm")]
     results = judge(tmp_path, " or ".join(words.values()), files)

@@ -567,6 +567,17 @@ def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeyp
     assert (tmp_path / "compare.md").read_text() == first
 
 
+def test_compare_keeps_finished_cells_of_the_demos_weights(easy, tmp_path, monkeypatch):
+    """config.json names the folder of the weights, --inits what makes them."""
+    made = {"mrm": "scratch", "scratch": "scratch"}
+    monkeypatch.setattr(finetune, "fill_weights", lambda config: dataclasses.replace(
+        config, weights=made[config.weights]))
+    cells = table(easy, tmp_path, inits="mrm", methods="linear", seeds=1)
+    finetune.compare(cells)
+    monkeypatch.setattr(finetune, "finetune", None)  # nothing runs again
+    finetune.compare(cells)
+
+
 @pytest.mark.parametrize(
     "other", [dict(steps=5), dict(lr=0.5),
               dict(min_crop=0.5), dict(flip=True)], ids=lambda other: next(iter(other)))
