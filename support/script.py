@@ -204,8 +204,9 @@ def run_script(main):
         main()
     except SystemExit as stop:  # a signal; all processes stop after the same step
         code = stop.code
-    except (InputError, RuntimeError) as error:
-        if isinstance(error, BrokenProcessPool) or "DataLoader worker" in str(error):
+    except (InputError, RuntimeError, ConnectionError, EOFError) as error:
+        lost = isinstance(error, (BrokenProcessPool, ConnectionError, EOFError))
+        if lost or "DataLoader worker" in str(error):
             error = ("a process that reads images was killed, as the system does when memory runs "
                      "out; use fewer --workers")
         elif not isinstance(error, InputError):

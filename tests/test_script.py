@@ -141,6 +141,16 @@ def test_a_killed_worker_ends_the_run_in_one_line(way):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
+def test_a_worker_that_is_gone_while_it_hands_over_a_batch_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        common.run_script(main)
+    assert ended.value.code == 2 and "was killed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", [0, 143])
 def test_the_process_group_is_left_at_the_end_and_after_a_signal(monkeypatch, code):
     """Its threads would otherwise live longer than what they use, and abort the process."""

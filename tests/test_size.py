@@ -29,12 +29,12 @@ BUDGET = {
     "support/__init__.py": 8,
     "support/demo.py": 453,
     "support/recipes.py": 100,
-    "support/script.py": 821,
+    "support/script.py": 822,
     "support/tokenizer.py": 124,
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7921
+TOTAL = 7922
 
 
 def lines_of(name):
