@@ -48,8 +48,8 @@ from support.script import (
     InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart, check_finite,
     checkpoint_file, command_of, even_batch, fill, from_all, join, last_state, load_checkpoint,
     markdown_table, mean_and_deviation, number_of_steps, option, parse_config, restore, run_cells,
-    run_script, save_checkpoint, save_plot, save_state, scaler_for, seed, seed_rank, share_of_batch,
-    warn, with_dtype, write_csv, write_text,
+    run_script, save_checkpoint, save_state, scaler_for, seed, seed_rank, warn, with_dtype,
+    write_csv, write_text,
 )
 from support.recipes import PAPER_SETS, RECIPES, recipe_for
 from support.weights import encoder_sizes, load_encoder, read_weights
@@ -217,15 +217,6 @@ def mean_auroc(scores, labels):
     return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
 
 
-def roc_curve(scores, labels):
-    """False and true positive rates of one class at every threshold, from (0, 0) to (1, 1)."""
-    order = np.argsort(-scores, kind="stable")
-    order = order[~np.isnan(labels[order])]
-    last = np.r_[np.flatnonzero(np.diff(scores[order])), len(order) - 1]  # ties move together
-    true, false = np.cumsum(labels[order])[last], np.cumsum(1 - labels[order])[last]
-    return np.r_[0, false / max(1, false[-1])], np.r_[0, true / max(1, true[-1])]
-
-
 # --------------------------------------------------------------------------------------------------
 # The loop
 
@@ -277,7 +268,7 @@ def train(config, model, parts, steps, saved, facts, log, device, world, targets
     if saved:
         restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
         step, losses, best = saved["step"], saved["losses"], saved["best"]
-    share, passes = share_of_batch(config, world), config.accumulate
+    passes, share = config.accumulate, config.batch_size // (world * config.accumulate)
     batches = data.train_batches(train_set, share, step * passes, steps * passes, config.seed,
                                  log.rank, world, config.workers)
     batches = Timed(batches, device, world)
@@ -502,7 +493,7 @@ def fill_cell(config):
 def finetune(config):
     """Trains, chooses on the validation list, tests once. Returns the content of result.json.
     Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
-    predictions.csv, roc.png and curves.png in `config.out`. Raises InputError for what the user
+    predictions.csv and curves.png in `config.out`. Raises InputError for what the user
     gave and cannot be used."""
     start = time.time()
     device, rank, world = join(config)
@@ -514,7 +505,7 @@ def finetune(config):
             raise InputError(f"the {name} list", "both labels of at least one class", "one in each")
     tensors, held = starting_weights(config, classes)
     config, sizes = take_recipe(config, tensors, held, len(parts["train"].names))
-    config = even_batch(config, world)
+    config = even_batch(config, world * config.accumulate)
     steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
     seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     model = build_model(config, sizes, len(classes), tensors).to(device)
@@ -594,8 +585,8 @@ def run_facts(config, model, parts, best, log):
 
 
 def write_results(config, model, parts, classes, scores, best, log):
-    """Writes result.json, predictions.csv and roc.png, and prints the AUROCs, from the logits
-    (n, k) of the test list. Returns the content of result.json."""
+    """Writes result.json and predictions.csv, and prints the AUROCs, from the logits (n, k) of the
+    test list. Returns the content of result.json."""
     labels = parts["test"].labels.numpy()
     mean, (low, high), per_class = auroc(scores, labels)
     named = dict(zip(classes, per_class))
@@ -606,10 +597,6 @@ def write_results(config, model, parts, classes, scores, best, log):
     if log.rank > 0:
         return result
     write_predictions(log.out, parts["test"].names, classes, 1 / (1 + np.exp(-scores)), labels)
-    curves = {f"{name} {value[0]:.3f}": roc_curve(scores[:, c], labels[:, c])
-              for c, (name, value) in enumerate(named.items()) if value}
-    save_plot(log.out / "roc.png", {"true positive rate": curves},
-              f"ROC on the test list, mean AUROC {mean:.3f}", "false positive rate", diagonal=True)
     for name, value in named.items():
         text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
         print(f"  {name:20s} {text}")

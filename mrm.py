@@ -70,9 +70,9 @@ import torch.nn.functional as F
 
 import data
 from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite, fill, join,
-    last_state, number_of_steps, option, parse_config, restore, run_script, save_grid, save_state,
-    scaler_for, seed, seed_rank, share_of_batch, with_dtype,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite, even_batch,
+    fill, join, last_state, number_of_steps, option, parse_config, restore, run_script, save_grid,
+    save_state, scaler_for, seed, seed_rank, with_dtype,
 )
 from support.tokenizer import encode_reports, load_tokenizer, save_tokenizer, train_tokenizer
 from support.weights import load_encoder, read_weights
@@ -293,7 +293,7 @@ def fill_options(config, world):
     batch = config.batch_size or preset["batch_size"]
     preset["lr"] = preset.pop("base_lr") * batch / 256  # the linear scaling rule (Goyal et al.)
     config = fill(config, RECORDS | {"out": "runs/mrm"} | preset)
-    share_of_batch(config, world)  # refuses a batch that cannot be shared evenly
+    config = even_batch(config, world * config.accumulate)
     patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
@@ -515,8 +515,9 @@ def run_steps(config, model, records, steps, resumed, facts, log, world):
         restore(resumed, log.rank, model=model, optimizer=optimizer, scaler=scaler)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not restoring)
-    batches = data.train_batches(records.images, share_of_batch(config, world), step * passes,
-                                 steps * passes, config.seed, log.rank, world, config.workers)
+    share = config.batch_size // (world * passes)
+    batches = data.train_batches(records.images, share, step * passes, steps * passes, config.seed,
+                                 log.rank, world, config.workers)
     batches = Timed(batches, device, world)
 
     def save(step):

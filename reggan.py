@@ -77,7 +77,7 @@ from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.script import (
     InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_maker,
-    check_weights, checkpoint_file, fill, from_all, join, last_state, load_checkpoint,
+    check_weights, checkpoint_file, even_batch, fill, from_all, join, last_state, load_checkpoint,
     markdown_table, mean_and_deviation, number_of_steps, option, options_of, parse_config, restore,
     run_cells, run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank,
     warn, with_dtype, write_csv, write_text)
@@ -565,10 +565,7 @@ class Job:
         groups = [{"params": trainable(self.model, "netD"), "peak": config.lr}]
         self.opt_d = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
         self.pools = {side: Pool(config.pool if self.model.pooled else 0) for side in "AB"}
-        self.share, rest = divmod(config.batch_size, world)  # what each process takes of a batch
-        if rest:
-            raise InputError("--batch-size", f"a multiple of the {world} processes",
-                             config.batch_size)
+        self.share = config.batch_size // world  # what each process takes of a batch
         self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / self.share)  # steps
         self.steps = number_of_steps(config, self.per_epoch, 1)
         self.step, self.best = 0, math.inf
@@ -685,6 +682,7 @@ def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
     config, start = complete(config), time.time()
     device, rank, world = join(config)
+    config = even_batch(config, world)
     job = Job(config, device, rank, world)
     saved = last_state(config, job.steps, **job.facts)
     job.settle(saved)

@@ -35,7 +35,7 @@ from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
     InputError, RunLog, atomic_write, even_batch, fill, join, last_state, number_of_steps, option,
-    parse_config, run_script, save_grid, seed, share_of_batch, with_dtype, write_csv,
+    parse_config, run_script, save_grid, seed, with_dtype, write_csv,
 )
 from support.weights import encoder_sizes, load_encoder
 from vit import ViT
@@ -276,7 +276,7 @@ def build_model(config, sizes, tensors=None):
 
 def segment(config):
     """Trains, chooses on the validation list, tests once. Returns the content of result.json.
-    Leaves in `config.out` what `finetune.finetune` does, and overlays.png instead of roc.png."""
+    Leaves in `config.out` what `finetune.finetune` does, and overlays.png."""
     start = time.time()
     device, rank, world = join(config)
     config = finetune.fill_cell(fill(config, {"ratio": 100}))
@@ -287,8 +287,9 @@ def segment(config):
     preset = {"img_size": 2 * sizes["img_size"], "num_heads": sizes["num_heads"],
               "mean": held.get("mean"), "std": held.get("std")}
     config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
-    config = even_batch(config, world)
-    if share_of_batch(config, world) < 2:  # batch norm needs images that differ
+    parts_of_batch = world * config.accumulate
+    config = even_batch(config, parts_of_batch)
+    if config.batch_size < 2 * parts_of_batch:  # batch norm needs images that differ
         raise InputError("--batch-size", "two images or more in a pass", config.batch_size)
     sizes = sizes | {"img_size": config.img_size}  # an outline needs more pixels than a finding
     steps = number_of_steps(config, len(parts["train"].names), config.batch_size)

@@ -237,16 +237,11 @@ def write_report(rng, findings):
 
 
 def skip_wording(rng, findings):
-    """Draws the numbers that chose the words of longer reports once, so that films stay the same
-    to the byte."""
-    absent = [name for name in FINDINGS if name not in findings]
-    unsaid = rng.permutation(absent)[: (len(absent) + 1) // 4]
-    for name in FINDINGS:
-        if name in findings:
-            for options in (2, (2, 1, 2)[findings[name].grade], 2):
-                rng.integers(options)
-        elif name not in unsaid:
-            rng.integers(3)
+    """Draws as many numbers as once chose the words of longer reports, so that the films of a
+    patient's later visits stay the same to the byte."""
+    absent = len(FINDINGS) - len(findings)
+    wordings = sum(2 if finding.grade == 1 else 3 for finding in findings.values())
+    rng.integers(2, size=max(0, absent - 1) + wordings + absent - (absent + 1) // 4)
 
 
 # --------------------------------------------------------------------------------------------------

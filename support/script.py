@@ -20,7 +20,6 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,11 +30,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one folder are not noticed
-    fcntl = None
 
 # --------------------------------------------------------------------------------------------------
 # Errors and options
@@ -53,7 +47,8 @@ class InputError(Exception):
 
 
 def warn(text):
-    print(f"WARNING: {text}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        print(f"WARNING: {text}", file=sys.stderr)
 
 
 warn_once = functools.cache(warn)
@@ -120,8 +115,6 @@ def parse_config(config_class, argv=None, description=None):
         kwargs = {"type": field.type, "choices": choices}
         if field.type is bool:
             kwargs = {"action": argparse.BooleanOptionalAction}
-        elif not choices:
-            kwargs["metavar"] = field.name.upper()
         parser.add_argument(flag_of(field), default=field.default, help=text.replace("%", "%%"),
                             **kwargs)
     config = config_class(**vars(parser.parse_args(argv)))
@@ -143,12 +136,13 @@ def check_ranges(config):
 def fill(config, preset):
     """`config` with every option that is None taken from the dict `preset`, and checked.
     Steps and epochs say the same thing: whoever types one of them gets neither from the preset."""
-    if config.steps is not None and config.epochs is not None:
+    lengths = {"steps", "epochs"}
+    typed = {n for n, value in vars(config).items() if value is not None}
+    if lengths <= typed:
         raise InputError("--steps and --epochs", "one of them", "both")
-    values = {name: value for name, value in preset.items() if getattr(config, name) is None}
-    if config.steps is not None or config.epochs is not None:
-        values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
-    config = dataclasses.replace(config, **values)
+    if lengths & typed:
+        typed |= lengths
+    config = dataclasses.replace(config, **{n: preset[n] for n in preset if n not in typed})
     check_ranges(config)
     return config
 
@@ -158,24 +152,14 @@ def number_of_steps(config, samples, per_step):
     return config.steps or max(1, round(config.epochs * samples / per_step))
 
 
-def share_of_batch(config, world):
-    """What each of `world` processes takes in one of the `accumulate` passes of a step."""
-    share, rest = divmod(config.batch_size, world * config.accumulate)
-    if rest:
-        parts = f"{world} processes x --accumulate {config.accumulate}"
-        raise InputError("--batch-size", f"a multiple of {parts}", config.batch_size)
-    return share
-
-
-def even_batch(config, world):
-    """`config` with a batch that `world` processes and their passes share evenly, not a larger one
-    unless each would have no image."""
-    parts = world * config.accumulate
-    even = max(1, config.batch_size // parts) * parts
-    if even != config.batch_size and int(os.environ.get("RANK", 0)) == 0:
-        warn(f"--batch-size {config.batch_size}: steps take {even} images, which {world} processes "
-             f"x --accumulate {config.accumulate} share evenly")
-    return dataclasses.replace(config, batch_size=even)
+def even_batch(config, parts):
+    """`config` with a batch that `parts`, processes times passes of a step, share evenly: at most
+    as large as it was, unless a part would have no image."""
+    size = max(1, config.batch_size // parts) * parts
+    if size != config.batch_size:
+        warn(f"--batch-size {config.batch_size}: steps take {size} images, which {parts} parts "
+             "(processes x passes) share evenly")
+    return dataclasses.replace(config, batch_size=size)
 
 
 def check_same(saved, config, path):
@@ -235,8 +219,7 @@ def join(config):
     if name not in there:
         raise InputError("--device", "auto, cuda, mps or cpu with that hardware present", name)
     device = torch.device(name)
-    driver = shutil.which("nvidia-smi") or os.path.exists("/proc/driver/nvidia/version")
-    if driver and not torch.cuda.is_available() and config.device == "auto":
+    if config.device == "auto" and not cuda and shutil.which("nvidia-smi"):
         warn_once(f"an NVIDIA driver is here, but torch {torch.__version__} cannot use the GPU: it "
                   "is built without CUDA or for a newer driver")
     if name == "cuda":
@@ -251,7 +234,8 @@ def join(config):
 
 
 # On a CPU bfloat16 slows ViTs of less than this width down: the conversions cost more than the
-# products save (AMD EPYC, fp32 / bf16 of a step: 0.6 to 0.9 at widths 64 to 256, 1.7 from 384 on)
+# products save. (A step in fp32 / in bf16 on an AMD EPYC: 0.59 to 0.93 at widths 64 to 256; at 384
+# MRM 1.13 and a ViT 1.71; at 768 1.67)
 NARROW = 384
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -459,16 +443,17 @@ def lock(folder):
     """Takes a folder for this process, until the returned file is closed or the process dies, in
     whatever way. Refuses a folder that another process has taken."""
     try:
+        import fcntl
+
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder, ".lock"), "w")
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
         found = "one into which another run is writing; wait for its end, or give another --out"
         raise InputError(folder, "a folder that no other run is using", found) from None
-    except OSError:  # a file system without locks; or without a place, as writing there will say
-        return None
+    except (ImportError, OSError):  # Windows; a file system without locks; or one without a place,
+        return None  # as writing there will say
 
 
 RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl")
@@ -523,13 +508,9 @@ class RunLog:
                 json.dumps(line, default=float) + "\n" for line in self.history))
 
     def curves(self, title, panels, mark=None):
-        """Draws OUT/curves.png: numbers of the history over the steps, in panels {title: their
-        names}. mark: (step, what happens there)."""
+        """Draws OUT/curves.png: numbers of the history over the steps. See `save_plot`."""
         if self.rank == 0:
-            panels = {label: {name: [[line[key] for line in self.history if name in line]
-                                     for key in ("step", name)] for name in names}
-                      for label, names in panels.items()}
-            save_plot(self.out / "curves.png", panels, title, "step", mark)
+            save_plot(self.out / "curves.png", self.history, panels, title, mark)
 
 
 class Timed:
@@ -654,12 +635,11 @@ class Saving:
 
     def __init__(self, save, world=1, seconds=180):
         self.save, self.world, self.seconds = save, world, seconds
-        self.saved, self.signal, self.handlers = time.time(), 0, {}
+        self.last_time, self.signal = time.time(), 0
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # no other may catch signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.note)
+        self.handlers = {number: signal.signal(number, self.note)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *error):
@@ -673,14 +653,14 @@ class Saving:
         print("stopping after this step; once more leaves at once", file=sys.stderr, flush=True)
 
     def after(self, steps):
-        late = time.time() - self.saved > self.seconds
-        wanted = [max(each) for each in zip(*from_all((self.signal, late), self.world))]
-        if any(wanted):
+        late = time.time() - self.last_time > self.seconds
+        number, late = map(max, zip(*from_all((self.signal, late), self.world)))
+        if number or late:
             self.save(steps)
-            self.saved = time.time()
-        if wanted[0]:
+            self.last_time = time.time()
+        if number:
             print(f"stopped after step {steps}: the same command with --resume goes on", flush=True)
-            sys.exit(128 + wanted[0])
+            sys.exit(128 + number)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -733,34 +713,27 @@ def place_words(caption, font, width, line):
 
 
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
-    """Writes a PNG of images in rows and columns.
+    """Writes a PNG of images of one size in rows and columns.
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
     titles: one a column; captions: one a row, wrapped below it: a text, or words (text, colour)."""
-
-    def picture(image):
-        pixels = (torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255).round().byte()
-        pixels = pixels.expand(3, *pixels.shape[-2:]).permute(1, 2, 0).contiguous()  # (H, W, 3)
-        drawn = Image.fromarray(pixels.numpy())
-        return drawn.resize((drawn.width * scale, drawn.height * scale), Image.NEAREST)
-
     font, gap, line = ImageFont.load_default(12), 8, 16
-    rows = [[picture(image) for image in row] for row in rows]
-    widths = [math.ceil(font.getlength(title)) for title in titles]
-    column = max(widths + [drawn.width for row in rows for drawn in row]) + gap
+    H, W = (scale * side for side in rows[0][0].shape[-2:])
+    column = max([W] + [math.ceil(font.getlength(title)) for title in titles]) + gap
     width = column * len(titles)
     texts = [place_words(text, font, width - gap, line) for text in captions or [""] * len(rows)]
-    heights = [max(drawn.height for drawn in row) + (text[-1][0][1] + line if text else 0) + gap
-               for row, text in zip(rows, texts)]
+    heights = [H + (text[-1][0][1] + line if text else 0) + gap for text in texts]
     canvas = Image.new("RGB", (gap + width, gap + line + sum(heights)), "white")
     draw, top = ImageDraw.Draw(canvas), gap + line
     for i, title in enumerate(titles):
         draw.text((gap + i * column, gap // 2), title, "black", font)
     for row, text, height in zip(rows, texts, heights):
-        for i, drawn in enumerate(row):
+        for i, image in enumerate(row):
+            pixels = torch.as_tensor(image).detach().cpu().float().clamp(0, 1) * 255
+            pixels = pixels.round().byte().expand(3, *pixels.shape[-2:]).permute(1, 2, 0)
+            drawn = Image.fromarray(pixels.contiguous().numpy()).resize((W, H), Image.NEAREST)
             canvas.paste(drawn, (gap + i * column, top))
-        below = top + max(drawn.height for drawn in row)
         for (x, y), word, colour in text:
-            draw.text((gap + x, below + y), word, colour, font)
+            draw.text((gap + x, top + H + y), word, colour, font)
         top += height
     atomic_write(path, lambda file: canvas.save(file, "PNG"))
 
@@ -777,21 +750,20 @@ def ticks(values):
     return step * np.arange(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)
 
 
-def save_plot(path, panels, title, xlabel, mark=None, diagonal=False):
-    """Writes a PNG of the panels {ylabel: {name: (xs, ys)}} below each other, over the same xs.
-    Points that are None or not finite are left out. mark: (x, what happens there).
-    diagonal: the line of chance is drawn, as for an ROC."""
-    font, left, width = ImageFont.load_default(12), 75, 450
-    height = 340 if len(panels) == 1 else 220
+def save_plot(path, lines, panels, title, mark=None):
+    """Writes a PNG of numbers in the `lines` of a log over their "step", in panels {label: names of
+    the numbers} below each other. What is not finite is left out. mark: (step, what happens)."""
+    font, left, width, height = ImageFont.load_default(12), 75, 450, 220
     canvas = Image.new("RGB", (left + width + 210, 55 + len(panels) * (height + 50)), "white")
-    draw, top = ImageDraw.Draw(canvas), 45
+    draw, top, curves = ImageDraw.Draw(canvas), 45, {}
     draw.text((left + width / 2, 8), title, "black", font, "ma")
-    curves = {(label, name): np.array([*points], float) for label, named in panels.items()
-              for name, points in named.items()}
-    curves = {key: points[:, np.isfinite(points).all(0)] for key, points in curves.items()}
-    xs = ticks([x for points in curves.values() for x in points[0]])
-    for label, named in panels.items():
-        ys = ticks([y for name in named for y in curves[label, name][1]])
+    for name in sum(map(list, panels.values()), []):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = np.array(points, float).reshape(-1, 2)
+        curves[name] = points[np.isfinite(points).all(1)]
+    xs = ticks([x for points in curves.values() for x in points[:, 0]])
+    for label, names in panels.items():
+        ys = ticks([y for name in names for y in curves[name][:, 1]])
 
         def place(x, y):
             return (left + width * (x - xs[0]) / (xs[-1] - xs[0]),
@@ -806,17 +778,15 @@ def save_plot(path, panels, title, xlabel, mark=None, diagonal=False):
             draw.line((left, y, left + width, y), "#dddddd")
             draw.text((left - 5, y), f"{value:.6g}", "black", font, "rm")
         draw.text((left, top - 6), label, "black", font, "ls")
-        if diagonal:
-            draw.line((left, top + height, left + width, top), "#999999", 2)
         if mark:
             x, _ = place(mark[0], ys[0])
             draw.line((x, top, x, top + height), "#555555", 2)
             draw.text((x + 4, top + 2), mark[1], "#555555", font)
-        for i, name in enumerate(named):
+        for i, name in enumerate(names):
             colour, y = COLOURS[i % len(COLOURS)], top + 8 + 17 * i
-            draw.line([place(*point) for point in curves[label, name].T], colour, 2, "curve")
+            draw.line([place(*point) for point in curves[name]], colour, 2, "curve")
             draw.line((left + width + 10, y, left + width + 25, y), colour, 3)
             draw.text((left + width + 30, y), name, "black", font, "lm")
         top += height + 50
-    draw.text((left + width / 2, top - 30), xlabel, "black", font, "ma")
+    draw.text((left + width / 2, top - 30), "step", "black", font, "ma")
     atomic_write(path, lambda file: canvas.save(file, "PNG"))

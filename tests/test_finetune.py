@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from support import weights as weights_module
 from support import script as common
@@ -75,14 +74,6 @@ def test_bootstrap_interval_against_resampling_by_hand():
         rows = rng.integers(len(scores), size=len(scores))
         draws.append(roc_auc_score(labels[rows, 0], scores[rows, 0]))
     assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.01)
-
-
-def test_roc_curve_against_scikit_learn():
-    scores, labels = scored(k=1)
-    ours = finetune.roc_curve(scores[:, 0], labels[:, 0])
-    theirs = sklearn_roc_curve(labels[:, 0], scores[:, 0], drop_intermediate=False)
-    np.testing.assert_allclose(ours[0], theirs[0])
-    np.testing.assert_allclose(ours[1], theirs[1])
 
 
 def filled(**options):
@@ -239,8 +230,7 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     output = capsys.readouterr().out
     assert "Third" in output and "undefined: one label only" in output
     model = "adapter.pt" if method == "lora" else "best.pt"
-    for name in ("config.json", "log.jsonl", "last.pt", model, "predictions.csv", "roc.png",
-                 "curves.png"):
+    for name in ("config.json", "log.jsonl", "last.pt", model, "predictions.csv", "curves.png"):
         assert (tmp_path / name).stat().st_size > 0, name
     rows = predictions(tmp_path)
     labels, scores = [int(r["label Square"]) for r in rows], [float(r["Square"]) for r in rows]
@@ -1025,9 +1015,6 @@ def test_unknown_labels_have_no_part_in_loss_and_auroc():
     mean, _, per_class = finetune.auroc(scores, marked)
     assert [value[0] for value in per_class] == pytest.approx(expected)
     assert mean == pytest.approx(np.mean(expected)) == finetune.mean_auroc(scores, marked)
-    ours = finetune.roc_curve(scores[:, 0], marked[:, 0])
-    theirs = sklearn_roc_curve(labels[known[0], 0], scores[known[0], 0], drop_intermediate=False)
-    np.testing.assert_allclose(ours, theirs[:2])
     assert np.isnan(finetune.mean_auroc(scores, np.full_like(labels, np.nan)))
     logits, targets = torch.tensor(scores, requires_grad=True), torch.tensor(marked).double()
     loss = finetune.label_loss(logits, targets)

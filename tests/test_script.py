@@ -67,6 +67,16 @@ def test_parse_config(capsys):
         assert stop.value.code == 2
 
 
+@pytest.mark.parametrize("size, parts, steps_take", [(32, 4, 32), (8, 3, 6), (32, 12, 24), (2, 4, 4)])
+def test_a_batch_is_shared_evenly(capsys, monkeypatch, size, parts, steps_take):
+    assert common.even_batch(Config(batch_size=size), parts).batch_size == steps_take
+    said = f"WARNING: --batch-size {size}: steps take {steps_take} images" in capsys.readouterr().err
+    assert said == (size != steps_take)
+    monkeypatch.setenv("RANK", "1")  # of several processes one speaks
+    common.even_batch(Config(batch_size=size), parts)
+    assert not capsys.readouterr().err
+
+
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -79,7 +89,6 @@ def test_more_processes_than_gpus(monkeypatch):
     (None, False, 0), ("/usr/bin/nvidia-smi", False, 1), ("/usr/bin/nvidia-smi", True, 0)])
 def test_a_driver_without_cuda_is_said_once(monkeypatch, capsys, driver, torch_sees_it, lines):
     monkeypatch.setattr(common.shutil, "which", {"nvidia-smi": driver}.get)
-    monkeypatch.setattr(common.os.path, "exists", lambda path: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: torch_sees_it)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -387,14 +396,15 @@ def pixels_of(path, colour):
 
 
 def test_save_plot(tmp_path):
-    losses = {"loss": (range(5), [4, 3, None, math.nan, 1]), "empty": ([], []), "point": ([2], [2])}
-    common.save_plot(tmp_path / "p.png", {"loss": losses, "AUROC": {"val": ([0, 4], [0.5, 0.8])}},
-                     "title", "step", (2, "LoRA joins"))
-    roc = {"true": {"Edema 0.5": ([0, 1], [0, 1])}}
-    common.save_plot(tmp_path / "q.png", roc, "ROC", "false", diagonal=True)
-    common.save_plot(tmp_path / "r.png", {"nothing": {}}, "nothing", "x")
-    common.save_plot(tmp_path / "s.png", {"y": {"flat": ([1, 2], [0.5, 0.5])}}, "flat", "x")
-    assert not list(tmp_path.glob(".*"))
+    lines = [{"step": step, "loss": loss} for step, loss in enumerate([4, 3, None, math.nan, 1])]
+    lines[0] |= {"val": 0.5, "flat": 1}
+    lines[4] |= {"val": 0.8, "flat": 1}
+    lines[2]["point"] = 2.0
+    panels = {"loss": ["loss", "empty", "point"], "AUROC": ["val"]}
+    common.save_plot(tmp_path / "p.png", lines, panels, "title", (2, "LoRA joins"))
+    for nothing in ({"nothing": []}, {"empty": ["empty"]}, {"y": ["flat"]}):
+        common.save_plot(tmp_path / "q.png", lines, nothing, "title")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png", "q.png"]
     blue = pixels_of(tmp_path / "p.png", [31, 119, 180])
     blue = blue[blue[:, 1] < 530]  # without the legends
     above, below = blue[blue[:, 0] < 290], blue[blue[:, 0] > 310]  # two panels below each other
@@ -527,10 +537,10 @@ run_script(main)
 """
 
 
-@pytest.mark.skipif(common.fcntl is None, reason="needs fcntl")
 def test_one_run_at_a_time_owns_a_folder(tmp_path):
     """The second is refused in one line and touches nothing; once the first was killed, however
     hard, nothing of it is in the way."""
+    pytest.importorskip("fcntl")
     out = tmp_path / "run"
     first = subprocess.Popen([sys.executable, "-c", OWNED, str(out), "1"], text=True,
                              stdout=subprocess.PIPE, cwd=Path(common.__file__).parents[1])
