@@ -241,7 +241,8 @@ def skip_wording(rng, findings):
     patient's later visits stay the same to the byte."""
     absent = len(FINDINGS) - len(findings)
     wordings = sum(2 if finding.grade == 1 else 3 for finding in findings.values())
-    rng.integers(2, size=max(0, absent - 1) + wordings + absent - (absent + 1) // 4)
+    rng.permutation(absent)
+    rng.integers(2, size=wordings + absent - (absent + 1) // 4)
 
 
 # --------------------------------------------------------------------------------------------------
