@@ -34,7 +34,13 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-import support  # before torch: it sets how threads wait
+from support.script import (  # before torch: it sets how threads wait
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart, check_finite,
+    checkpoint_file, command_of, even_batch, fill, from_all, join, last_state, load_checkpoint,
+    markdown_table, mean_and_deviation, number_of_steps, option, parse_config, restore, run_cells,
+    run_script, save_checkpoint, save_state, scaler_for, seed, seed_rank, warn, with_dtype,
+    write_csv, write_text,
+)
 import numpy as np
 import torch
 import torch.nn as nn
@@ -44,13 +50,6 @@ import data
 import lora
 import mrm
 import vit
-from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart, check_finite,
-    checkpoint_file, command_of, even_batch, fill, from_all, join, last_state, load_checkpoint,
-    markdown_table, mean_and_deviation, number_of_steps, option, parse_config, restore, run_cells,
-    run_script, save_checkpoint, save_state, scaler_for, seed, seed_rank, warn, with_dtype,
-    write_csv, write_text,
-)
 from support.recipes import PAPER_SETS, RECIPES, recipe_for
 from support.weights import encoder_sizes, load_encoder, read_weights
 

@@ -63,17 +63,16 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-import support  # before torch: it sets how threads wait
+from support.script import (  # before torch: it sets how threads wait
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite, even_batch,
+    fill, join, last_state, number_of_steps, option, parse_config, restore, run_script, save_grid,
+    save_state, scaler_for, seed, seed_rank, with_dtype,
+)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite, even_batch,
-    fill, join, last_state, number_of_steps, option, parse_config, restore, run_script, save_grid,
-    save_state, scaler_for, seed, seed_rank, with_dtype,
-)
 from support.tokenizer import encode_reports, load_tokenizer, save_tokenizer, train_tokenizer
 from support.weights import load_encoder, read_weights
 from vit import Block, ViT, init_weights, patchify, sincos_positions, unpatchify

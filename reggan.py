@@ -66,7 +66,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
-import support  # before torch: it sets how threads wait
+from support.script import (  # before torch: it sets how threads wait
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_maker,
+    check_weights, checkpoint_file, even_batch, fill, from_all, join, last_state, load_checkpoint,
+    markdown_table, mean_and_deviation, number_of_steps, option, options_of, parse_config, restore,
+    run_cells, run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank,
+    warn, with_dtype, write_csv, write_text)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -75,12 +80,6 @@ from data import (
     Pairs, check_range, demo_root, list_slices, parse_rescale, read_slice, write_slice)
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
-from support.script import (
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_maker,
-    check_weights, checkpoint_file, even_batch, fill, from_all, join, last_state, load_checkpoint,
-    markdown_table, mean_and_deviation, number_of_steps, option, options_of, parse_config, restore,
-    run_cells, run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank,
-    warn, with_dtype, write_csv, write_text)
 
 # --------------------------------------------------------------------------------------------------
 # The networks, with Reg-GAN's state-dict keys: generator G, discriminator D, registration R
