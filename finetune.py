@@ -267,10 +267,10 @@ def train(config, model, parts, steps, saved, facts, log, device, world, targets
     if saved:
         restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
         step, losses, best = saved["step"], saved["losses"], saved["best"]
-    passes, share = config.accumulate, config.batch_size // (world * config.accumulate)
-    batches = data.train_batches(train_set, share, step * passes, steps * passes, config.seed,
-                                 log.rank, world, config.workers)
-    batches = Timed(batches, device, world)
+    passes = config.accumulate
+    batches = Timed(data.train_batches(
+        train_set, config.batch_size // (world * passes), step * passes, steps * passes,
+        config.seed, log.rank, world, config.workers), device, world)
 
     def save(step):
         save_state(log, config, world, facts | {

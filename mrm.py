@@ -514,10 +514,9 @@ def run_steps(config, model, records, steps, resumed, facts, log, world):
         restore(resumed, log.rank, model=model, optimizer=optimizer, scaler=scaler)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not restoring)
-    share = config.batch_size // (world * passes)
-    batches = data.train_batches(records.images, share, step * passes, steps * passes, config.seed,
-                                 log.rank, world, config.workers)
-    batches = Timed(batches, device, world)
+    batches = Timed(data.train_batches(
+        records.images, config.batch_size // (world * passes), step * passes, steps * passes,
+        config.seed, log.rank, world, config.workers), device, world)
 
     def save(step):
         state = facts | {"model": model.state_dict(), "optimizer": optimizer.state_dict(),

@@ -24,7 +24,7 @@ BUDGET = {
     "more/improved.py": 156,
     "more/nicegan.py": 194,
     "more/segment.py": 383,
-    "mrm.py": 701,
+    "mrm.py": 700,
     "reggan.py": 877,
     "support/__init__.py": 8,
     "support/demo.py": 449,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7872
+TOTAL = 7871
 
 
 def lines_of(name):
