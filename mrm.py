@@ -243,13 +243,14 @@ MODELS = {
     "small": BASE | dict(embed_dim=384, num_heads=6, decoder_dim=384, report_depth=4),
     "base": BASE,
 }
-PAPER = dict(epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2, mask_ratio=0.75,
-             word_ratio=0.5, mean=MEAN, std=STD)
+HIDDEN = dict(mask_ratio=0.75, word_ratio=0.5)
+PAPER = HIDDEN | dict(epochs=200, warmup=0.2, batch_size=256, base_lr=1.5e-4, min_crop=0.2,
+                      mean=MEAN, std=STD)
 PRESETS = {  # the values of the options that the user does not type
-    "tiny": dict(steps=4800, warmup=0.2, batch_size=32, base_lr=8e-3, min_crop=0.85,
-                 mask_ratio=0.75, word_ratio=0.5, mean=None, std=None, vocab_size=800),
-    "mini": dict(steps=6000, warmup=0.05, batch_size=64, base_lr=4e-3, min_crop=0.4,
-                 mask_ratio=0.75, word_ratio=0.5, mean=None, std=None, vocab_size=1500),
+    "tiny": HIDDEN | dict(steps=4800, warmup=0.2, batch_size=32, base_lr=8e-3, min_crop=0.85,
+                          mean=None, std=None, vocab_size=800),
+    "mini": HIDDEN | dict(steps=6000, warmup=0.05, batch_size=64, base_lr=4e-3, min_crop=0.4,
+                          mean=None, std=None, vocab_size=1500),
     "small": PAPER | dict(vocab_size=8000),
     "base": PAPER | dict(vocab_size=30000),
 }
@@ -259,9 +260,8 @@ RECORDS = dict(data="demo", root="", exclude="", holdout=64, white=None)  # the 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MRMConfig(RunConfig):
     script: ClassVar = "mrm"
-    data: str = option(None, "demo records, or csv: a training.csv with columns image_path and "
-                       "report_content (default: demo; for --reconstruct the run's)",
-                       choices=["demo", "csv"])
+    data: str = option(None, "demo, or csv: ROOT/training.csv of image_path and report_content "
+                       "(default: demo; for --reconstruct the run's)", choices=["demo", "csv"])
     root: str = option(None, "data folder (demo: where the demo records are, or are drawn)")
     exclude: str = option(None, "list file: its images and those of its patients are left out")
     preset: str = option("tiny", "model and recipe; base is the paper's", choices=list(MODELS))
@@ -278,8 +278,7 @@ class MRMConfig(RunConfig):
     warmup: float = option(None, "share of the steps in which the rate rises", within="[0, 1]")
     weight_decay: float = option(0.05, "weight decay of AdamW", within="[0, inf)")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
-    white: int = option(None, "white of every 16-bit image (default: by its own bits)",
-                        within="[1, 65535]")
+    white: int = option(None, "white of 16-bit images (default: by its bits)", within="[1, 65535]")
     holdout: int = option(None, "last records, never trained on, for the losses in the log and "
                           "--reconstruct (default: 64)", within="[1, inf)")
     reconstruct: bool = option(False, "draw what --weights restores, and stop", free=True)
@@ -299,8 +298,8 @@ def fill_options(config, world):
     if (config.mean is None) != (config.std is None):
         raise InputError("--mean and --std", "both or none", "one of them")
     if not 1 <= int(patches * (1 - config.mask_ratio)) < patches:
-        some = f"a share that leaves 1 to {patches - 1} of {patches} patches visible"
-        raise InputError("--mask-ratio", some, config.mask_ratio)
+        raise InputError("--mask-ratio", f"a share that leaves 1 to {patches - 1} of {patches} "
+                         "patches visible", config.mask_ratio)
     return config
 
 
@@ -309,14 +308,13 @@ def fill_options(config, world):
 
 
 def read_records(config):
-    """The records of `config.root`/training.csv without the excluded: (image paths, reports).
+    """The records of training.csv without the excluded ones: (image paths, reports).
     With --image-only the reports are empty, and the file needs no column of them."""
     root = data.demo_root(config.root) if config.data == "demo" else Path(config.root)
     listed = root / "training.csv"
     if config.image_only:
         names = [name for _, name in data.read_csv(listed, ("image_path",))]
-        paths = data.find_images("csv", root, names, listed)
-        reports = [""] * len(names)
+        paths, reports = data.find_images("csv", root, names, listed), [""] * len(names)
     else:
         paths, reports = data.read_reports(listed, root)
     if config.exclude:
@@ -326,12 +324,11 @@ def read_records(config):
     if len(paths) < 2 * config.holdout:
         least = f"at least {2 * config.holdout} records for --holdout {config.holdout}"
         raise InputError(listed, least, len(paths))
-    empty = reports.count("")
-    if empty and not config.image_only:
+    if "" in reports and not config.image_only:
         if not any(reports[: -config.holdout]):
             raise InputError(listed, "a report of a record (or --image-only)", "none")
-        kept = "records have no report, and count for the image loss alone"
-        print(f"{listed}: {empty} of {len(reports)} {kept}")
+        print(f"{listed}: {reports.count('')} of {len(reports)} records have no report, and count "
+              "for the image loss alone")
     return paths, reports
 
 
@@ -459,13 +456,12 @@ def pretrain(config):
     paths, reports = read_records(config)
     count = len(paths) - config.holdout  # of training records; the others are held out
     steps = number_of_steps(config, count, config.batch_size)
-    facts = {  # a resumed run must have the same
-        "records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
-        "number_of_processes": world, "images_of_a_step": config.batch_size}
-    resumed = last_state(config, steps, **facts)
-    config = with_dtype(config, device, world, resumed, MODELS[config.preset]["embed_dim"])
-    tensors, tokenizer, trained_on = None, None, (resumed or {}).get("trained_on", [])
-    if not resumed and config.weights:
+    facts = {"records": hashlib.sha256(repr((paths, reports)).encode()).hexdigest(),
+             "number_of_processes": world}  # a resumed run must have the same
+    saved = last_state(config, steps, **facts)
+    config = with_dtype(config, device, world, saved, MODELS[config.preset]["embed_dim"])
+    tensors, tokenizer, trained_on = None, None, (saved or {}).get("trained_on", [])
+    if not saved and config.weights:
         tensors, tokenizer, trained_on = read_start(config, typed_vocab_size)
     records = load_records(config, paths, reports, device, tokenizer)
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
@@ -474,20 +470,19 @@ def pretrain(config):
     model = MRM(**arguments).to(device)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
-    facts |= {"arguments": arguments, "steps": steps, "mask_ratio": config.mask_ratio,
-              "word_ratio": config.word_ratio, "mean": config.mean, "std": config.std}
+    facts |= {"arguments": arguments, "mean": config.mean, "std": config.std}
     # By these names fine-tuning knows whether it tests on images that were trained on here
     root = (config.root or "demo") if config.data == "demo" else config.root
     own = data.marks(data.identify(root, records.images.paths))
     facts["trained_on"] = sorted({*own, *trained_on})
-    log = RunLog(config.out, config, rank, resumed and resumed["history"], start)
+    log = RunLog(config.out, config, rank, saved and saved["history"], start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if rank == 0:
-        sizes = f"{parameters / 1e6:.1f} M parameters, {count} records"
-        print(f"MRM {config.preset}: {sizes}, {steps} steps of {config.batch_size}, {device}")
+        print(f"MRM {config.preset}: {parameters / 1e6:.1f} M parameters, {count} records, "
+              f"{steps} steps of {config.batch_size}, {device}")
         if records.tokenizer:
             save_tokenizer(records.tokenizer, log.out / "tokenizer.tiktoken")
-    run_steps(config, model, records, steps, resumed, facts, log, world)
+    run_steps(config, model, records, steps, saved, facts, log, world)
     result = {"preset": config.preset, "records": count, "parameters": parameters, "steps": steps,
               "batch_size": config.batch_size, **log.history[-1], "lr": config.lr,
               "seconds": time.time() - start}
@@ -501,17 +496,17 @@ def pretrain(config):
     return result
 
 
-def run_steps(config, model, records, steps, resumed, facts, log, world):
-    """The training loop. `resumed` is the state that it goes on from, or None."""
+def run_steps(config, model, records, steps, saved, facts, log, world):
+    """The training loop. `saved` is the state that it goes on from, or None."""
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
     paths = records.images.paths  # a list that takes milliseconds to make
     optimizer = make_adamw(model, config, device)
     autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     seed_rank(config.seed, log.rank)
     step, parallel, restoring = 0, model, not config.report_only
-    if resumed:
-        step = resumed["step"]
-        restore(resumed, log.rank, model=model, optimizer=optimizer, scaler=scaler)
+    if saved:
+        step = saved["step"]
+        restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not restoring)
     batches = Timed(data.train_batches(
@@ -564,27 +559,25 @@ def run_steps(config, model, records, steps, resumed, facts, log, world):
             saving.after(step + 1)
 
 
-def tokenizer_path(weights):
-    """The file of the tokenizer: in the folder of a run, or beside a checkpoint of it."""
-    weights = Path(weights)
-    return (weights if weights.is_dir() else weights.parent) / "tokenizer.tiktoken"
+def folder_of(weights):
+    """The folder of a run, given itself or a checkpoint in it."""
+    return Path(weights) if Path(weights).is_dir() else Path(weights).parent
 
 
 def read_start(config, typed_vocab_size):
     """What --weights starts a run from: (tensors, tokenizer or None to learn a new one, the images
-    that the weights were trained on). A report decoder knows words by the numbers that its run's
-    tokenizer gives them. So it comes with the tokenizer.tiktoken beside it, and a typed
-    --vocab-size is refused."""
-    tensors, saved = read_weights(config.weights)
-    trained_on = saved.get("trained_on", [])
+    that the weights were trained on). A report decoder knows words by the numbers of its run's
+    tokenizer: it comes with the tokenizer.tiktoken beside it, and --vocab-size is refused."""
+    tensors, held = read_weights(config.weights)
+    trained_on = held.get("trained_on", [])
     if "report_decoder.bias" not in tensors or config.image_only:
         return tensors, None, trained_on
-    path = tokenizer_path(config.weights)
+    path = folder_of(config.weights) / "tokenizer.tiktoken"
     if not path.exists():
         raise InputError(path, "the tokenizer of the report decoder in --weights", "none")
     if typed_vocab_size is not None:
-        none = f"none, because the vocabulary of {path} is taken over"
-        raise InputError(f"--vocab-size with --weights {config.weights}", none, typed_vocab_size)
+        raise InputError(f"--vocab-size with --weights {config.weights}",
+                         f"none, because the vocabulary of {path} is taken over", typed_vocab_size)
     tokenizer = load_tokenizer(path)
     print(f"{path}: the vocabulary of {tokenizer.n_vocab} tokens is taken over")
     return tensors, tokenizer, trained_on
@@ -619,9 +612,8 @@ def draw_restored(model, paths, reports, tokenizer, config, count=6):
         if hidden.any():
             right = (guesses == tokens)[hidden].float().mean()
             print(f"{100 * right:.1f} % of the hidden tokens of {len(images)} reports are guessed")
-        word_of = word_of[:, : tokens.shape[1]]
-        captions = [coloured_words(tokenizer, *row)
-                    for row in zip(tokens, guesses, hidden, word_of)]
+        captions = [coloured_words(tokenizer, *row) for row in
+                    zip(tokens, guesses, hidden, word_of[:, : tokens.shape[1]])]
     path = Path(config.out) / "reconstruction.png"
     save_grid(path, pictures, ["image", "visible patches", "restored"], captions, scale=2)
     print(path)
@@ -665,26 +657,23 @@ def reconstruct(config):
     if not config.weights:
         raise InputError("--reconstruct needs --weights RUN, the folder of a run of this script, "
                          "such as the main job's runs/mrm-demo")
-    path = Path(config.weights)
-    tensors, saved = read_weights(path)
-    if "arguments" not in saved or "decoder_pred.weight" not in tensors:
-        raise InputError(path, "an MRM checkpoint of this script", "one without the decoders")
-    ran = saved.get("config", {})  # the options of that run say which records it held out
-    filled = {name: ran.get(name, RECORDS[name]) for name in RECORDS}
-    if config.holdout and config.holdout > filled["holdout"]:
-        most = f"at most the run's {filled['holdout']}; it was trained on the others"
+    tensors, held = read_weights(config.weights)
+    if not {"arguments", "config"} <= held.keys() or "decoder_pred.weight" not in tensors:
+        raise InputError(config.weights, "an MRM checkpoint of this script", "no decoders")
+    ran = RECORDS | held["config"]  # the options of that run say which records it held out
+    if config.holdout and config.holdout > ran["holdout"]:
+        most = f"at most the run's {ran['holdout']}; it was trained on the others"
         raise InputError("--holdout", most, config.holdout)
-    filled |= {name: saved[name] for name in ("mask_ratio", "word_ratio", "mean", "std")}
-    config = fill(config, filled | {"out": str(path if path.is_dir() else path.parent)})
-    config = dataclasses.replace(config, image_only=ran.get("image_only", False))
-    print(f"{path}: records of {config.root or config.data}")
+    taken = {name: ran[name] for name in (*RECORDS, "mask_ratio", "word_ratio", "mean", "std")}
+    folder = folder_of(config.weights)
+    config = fill(config, taken | {"out": str(folder)})
+    config = dataclasses.replace(config, image_only=ran["image_only"])
+    print(f"{config.weights}: records of {config.root or config.data}")
     device, _, _ = join(config)
-    model = MRM(**saved["arguments"]).to(device)
+    model = MRM(**held["arguments"]).to(device)
     model.load_state_dict(tensors)
     paths, reports = (part[-config.holdout :] for part in read_records(config))
-    tokenizer = None
-    if hasattr(model, "report_decoder"):
-        tokenizer = load_tokenizer(tokenizer_path(path))
+    tokenizer = None if config.image_only else load_tokenizer(folder / "tokenizer.tiktoken")
     draw_restored(model, paths, reports, tokenizer, config)
 
 

@@ -124,19 +124,15 @@ def test_which_weights_they_are_is_read_from_the_file_or_asked_for(tmp_path):
 
 
 def optimizer_of(model, **options):
-    return finetune.optimizer_by_layer(
-        model,
-        FinetuneConfig(**dict(optimizer="adamw", weight_decay=0.1, layer_decay=0.5, lr=1.0)
-                       | options))
+    return finetune.optimizer_by_layer(model, FinetuneConfig(**dict(optimizer="adamw",
+        weight_decay=0.1, layer_decay=0.5, lr=1.0) | options))
 
 
 def test_layer_decay_and_no_decay_on_biases():
     model = vit.ViT(16, 4, 1, 24, 2, 3, num_classes=2)
     optimizer = optimizer_of(model)
-    scale = {
-        id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups
-        for p in g["params"]
-    }
+    scale = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p
+             in g["params"]}
     assert scale[id(model.head.weight)] == (1, 0.1) and scale[id(model.head.bias)] == (1, 0)
     assert scale[id(model.blocks[1].mlp.fc1.weight)] == (0.5, 0.1) and scale[id(
         model.blocks[0].norm1.bias)] == (0.25, 0)
@@ -144,9 +140,8 @@ def test_layer_decay_and_no_decay_on_biases():
         model.fc_norm.weight)] == (1, 0)
     assert scale[id(model.cls_token)] == scale[id(model.pos_embed)] == (0.125, 0)
     assert set(scale) == {id(p) for p in model.parameters() if p.requires_grad}
-    assert {name for name, p in model.named_parameters() if scale[id(p)][1]
-            } == {name for name, p in model.named_parameters()
-                  if mrm.decays(name, p)}  # pretraining's rule
+    assert {name for name, p in model.named_parameters() if scale[id(p)][1]} == {name for name,
+        p in model.named_parameters() if mrm.decays(name, p)}  # pretraining's rule
     for p in model.blocks.parameters():
         p.requires_grad_(False)
     optimizer = optimizer_of(model, optimizer="sgd", weight_decay=0.0, layer_decay=1.0)
@@ -222,10 +217,9 @@ def test_a_run_leaves_what_the_design_promises(easy, tmp_path, method, capsys):
     result = finetune.finetune(config(easy, tmp_path, method=method))
     saved = json.loads((tmp_path / "result.json").read_text())
     assert saved["auroc"] == result["auroc"]
-    assert {
-        "auroc", "auroc_ci", "auroc_per_class", "split", "method", "trainable_parameters",
-        "total_parameters", "seconds", "images_per_second", "share_waiting_for_data"
-    } <= saved.keys()
+    assert {"auroc", "auroc_ci", "auroc_per_class", "split", "method", "trainable_parameters",
+            "total_parameters", "seconds", "images_per_second",
+            "share_waiting_for_data"} <= saved.keys()
     assert saved["auroc_per_class"]["Third"] is None
     output = capsys.readouterr().out
     assert "Third" in output and "undefined: one label only" in output
@@ -300,12 +294,9 @@ def interrupted(monkeypatch, run):
         finetune.finetune(run)
 
 
-@pytest.mark.parametrize("options", [
-    dict(method="lora"),
-    dict(method="full", optimizer="sgd", lr=0.01),
-    dict(method="linear"),
-    dict(method="lora", batch_size=24, accumulate=2)
-], ids=["lora", "full", "linear", "passes"])
+@pytest.mark.parametrize("options", [dict(method="lora"), dict(method="full", optimizer="sgd",
+    lr=0.01), dict(method="linear"), dict(method="lora", batch_size=24, accumulate=2)],
+                         ids=["lora", "full", "linear", "passes"])
 def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     whole = finetune.finetune(config(easy, tmp_path / "whole", **options))
     interrupted(monkeypatch, config(easy, tmp_path / "part", **options))
@@ -327,15 +318,9 @@ def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
     assert again["auroc"] == whole["auroc"]
 
 
-@pytest.mark.parametrize("other", [
-    dict(method="linear"),
-    dict(rank=2),
-    dict(seed=3),
-    dict(min_crop=0.5),
-    dict(lr=0.1),
-    dict(mean=0.0, std=0.5),
-    dict(flip=True)
-], ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize("other", [dict(method="linear"), dict(rank=2), dict(seed=3),
+                                   dict(min_crop=0.5), dict(lr=0.1), dict(mean=0.0, std=0.5),
+                                   dict(flip=True)], ids=lambda other: next(iter(other)))
 def test_resume_refuses_another_runs_state(easy, tmp_path, other):
     finetune.finetune(config(easy, tmp_path, method="lora"))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -365,12 +350,9 @@ def test_two_processes_predict_every_test_image_once(easy, tmp_path):
     """Under torchrun: one run folder, and what the processes gathered is what one process predicts
     with the saved model."""
     sizes = "--steps 4 --evaluations 2 --batch-size 4 --device cpu --weights scratch --lora".split()
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(REPOSITORY / "finetune.py"), "--root",
-        str(easy), "--out",
-        str(tmp_path / "run"), *sizes
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(REPOSITORY / "finetune.py"), "--root", str(easy), "--out", str(tmp_path / "run"),
+               *sizes]
     done = subprocess.run(command, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -388,11 +370,8 @@ def test_two_processes_predict_every_test_image_once(easy, tmp_path):
 
 
 def test_bfloat16_follows_float32(easy, tmp_path):
-    runs = [
-        finetune.finetune(
-            config(easy, tmp_path / dtype, method="lora", steps=10, evaluations=1, dtype=dtype))
-        for dtype in ("fp32", "bf16")
-    ]
+    runs = [finetune.finetune(config(easy, tmp_path / dtype, method="lora", steps=10, evaluations=1,
+                                     dtype=dtype)) for dtype in ("fp32", "bf16")]
     losses = [log_of(tmp_path / dtype)[-1]["val_loss"] for dtype in ("fp32", "bf16")]
     assert losses[0] == pytest.approx(losses[1], rel=2e-2) and losses[0] != losses[1]
     assert runs[0]["trainable_parameters"] == runs[1]["trainable_parameters"]
@@ -401,11 +380,8 @@ def test_bfloat16_follows_float32(easy, tmp_path):
 def rgb_weights(path):
     torch.manual_seed(7)
     state = vit.ViT(64, 16, 3, 64, 2, 4).state_dict()
-    common.save_checkpoint(path, {
-        "model": {
-            name: tensor for name, tensor in state.items() if name.split(".")[0] != "fc_norm"
-        }
-    })
+    common.save_checkpoint(path, {"model": {name: tensor for name, tensor in state.items()
+                                            if name.split(".")[0] != "fc_norm"}})
     return str(path)
 
 
@@ -413,9 +389,8 @@ def test_a_merged_adapter_predicts_as_its_run_does(easy, tmp_path):
     """Published weights have three channels and no sizes beside them; the run is at another
     size."""
     weights = rgb_weights(tmp_path / "rgb.pt")
-    finetune.finetune(
-        config(easy, tmp_path / "run", method="lora", weights=weights, img_size=32, num_heads=4,
-               lr=0.02))
+    finetune.finetune(config(easy, tmp_path / "run", method="lora", weights=weights, img_size=32,
+                             num_heads=4, lr=0.02))
     lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt")))
     images = torch.randn(3, 1, 32, 32)
     run, merged = (finetune.load_run(tmp_path / "run")[0],
@@ -460,19 +435,15 @@ def test_rates_with_and_without_a_probe(monkeypatch):
 
     def rates(step):
         finetune.set_rates(optimizer, settings, step, 40)
-        return {
-            name: next(group["lr"] for group in optimizer.param_groups
-                       if any(parameter is own for own in group["params"]))
-            for name, parameter in model.named_parameters()
-        }
+        return {name: next(group["lr"] for group in optimizer.param_groups if any(parameter is own
+            for own in group["params"])) for name, parameter in model.named_parameters()}
 
     def cosine(place, peak):
         return 1e-6 + (peak - 1e-6) * (1 + np.cos(np.pi * place)) / 2
 
-    for step, (head, block) in {
-            0: (0.05, 0.0), 1: (0.1, 0.0), 11: (cosine(9 / 18, 0.1), 0.0), 20: (0.1, 0.05),
-            31: (cosine(9 / 18, 0.2), 0.5 * cosine(9 / 18, 0.2))
-    }.items():
+    for step, (head, block) in {0: (0.05, 0.0), 1: (0.1, 0.0), 11: (cosine(9 / 18, 0.1), 0.0),
+                                20: (0.1, 0.05), 31: (cosine(9 / 18, 0.2), 0.5 * cosine(9 / 18,
+        0.2))}.items():
         found = rates(step)
         assert found["head.weight"] == pytest.approx(head, rel=1e-6), step
         assert found["blocks.0.mlp.fc1.weight"] == pytest.approx(block, rel=1e-6), step
@@ -568,9 +539,8 @@ def test_compare_keeps_finished_cells_of_the_demos_weights(easy, tmp_path, monke
     finetune.compare(cells)
 
 
-@pytest.mark.parametrize(
-    "other", [dict(steps=5), dict(lr=0.5),
-              dict(min_crop=0.5), dict(flip=True)], ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize("other", [dict(steps=5), dict(lr=0.5), dict(min_crop=0.5),
+                                   dict(flip=True)], ids=lambda other: next(iter(other)))
 def test_compare_refuses_a_cell_of_other_options(easy, tmp_path, other):
     options = dict(methods="linear", seeds=1)
     finetune.compare(table(easy, tmp_path, **options))
@@ -586,39 +556,31 @@ def spoil_list(root, text, part="train_10"):
     (root / f"{part}.txt").write_text(text)
 
 
-BAD = {
-    "missing image": (lambda r:
-                      (r / "images/0003.png").unlink(), {}, r"train_10\.txt.*4.*0003\.png"),
-    "truncated image": (lambda r: (r / "images/0003.png").write_bytes(
-        (r / "images/0003.png").read_bytes()[:100]), {}, r"0003\.png"),
-    "number of labels": (lambda r: spoil_list(r, "0000.png 0 1\n0001.png 1 1\n0002.png 1\n"), {},
-                         r"train_10\.txt.*3"),
-    "label 2": (lambda r: spoil_list(r, "0000.png 0 1\n0001.png 2 1\n"), {},
-                r"train_10\.txt.*2"), "empty list": (lambda r: spoil_list(r, ""), {},
-                                                     r"train_10\.txt"),
-    "no positive": (lambda r: spoil_list(r, "0000.png 0 0\n0001.png 0 0\n", "val_list"), {},
-                    r"the val list: expected both labels"),
-    "unreadable checkpoint": (lambda r: (r / "bad.pt").write_bytes(b"no"), {"weights": "bad.pt"},
-                              r"bad\.pt: not a readable checkpoint"),
-    "no ViT": (lambda r: common.save_checkpoint(r / "bad.pt", {"model": {"x": torch.ones(1)}}), {
-        "weights": "bad.pt"
-    }, r"bad\.pt: expected a ViT"), "missing checkpoint": (lambda r: None, {
-        "weights": "none.pt"
-    }, r"none\.pt: no such checkpoint"), "only an adapter": (lambda r: common.save_checkpoint(
-        r / "bad.pt", {
-            "adapter": {}, "lora": {}, "sizes": dict(img_size=16, patch_size=4, embed_dim=24, depth=
-                                                     1, num_heads=2)
-        }), {"weights": "bad.pt"}, r"bad\.pt: expected a ViT"),
-    "no class has both labels": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 1 1\n"), {},
-                                 r"the train list: expected both labels"),
-    "listed twice": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 0 1\n0000.png 1 1\n"), {},
-                     r"train_10\.txt: line 3"), "missing list": (lambda r:
-                                                                 (r / "test_list.txt").unlink(), {},
-                                                                 r"test_list\.txt: no such list"),
-    "other classes": (lambda r:
-                      (r / "classes.txt").write_text("Square\n"), {}, r"expected 1 labels a line"),
-    "unwritable folder": (lambda r: (r / "file").write_text(""), {"out": "file/run"}, r"file")
-}
+BAD = {"missing image": (lambda r: (r / "images/0003.png").unlink(), {},
+                         r"train_10\.txt.*4.*0003\.png"), "truncated image":
+       (lambda r: (r / "images/0003.png").write_bytes((r / "images/0003.png").read_bytes()[:100]),
+        {}, r"0003\.png"), "number of labels": (lambda r: spoil_list(r,
+    "0000.png 0 1\n0001.png 1 1\n0002.png 1\n"), {}, r"train_10\.txt.*3"), "label 2":
+       (lambda r: spoil_list(r, "0000.png 0 1\n0001.png 2 1\n"), {}, r"train_10\.txt.*2"),
+       "empty list": (lambda r: spoil_list(r, ""), {}, r"train_10\.txt"), "no positive":
+       (lambda r: spoil_list(r, "0000.png 0 0\n0001.png 0 0\n", "val_list"), {},
+        r"the val list: expected both labels"), "unreadable checkpoint":
+       (lambda r: (r / "bad.pt").write_bytes(b"no"), {"weights": "bad.pt"},
+        r"bad\.pt: not a readable checkpoint"), "no ViT":
+       (lambda r: common.save_checkpoint(r / "bad.pt", {"model": {"x": torch.ones(1)}}),
+        {"weights": "bad.pt"}, r"bad\.pt: expected a ViT"), "missing checkpoint": (lambda r: None,
+    {"weights": "none.pt"}, r"none\.pt: no such checkpoint"), "only an adapter":
+       (lambda r: common.save_checkpoint(r / "bad.pt", {"adapter": {}, "lora": {},
+                                                        "sizes": dict(img_size=16, patch_size=4,
+    embed_dim=24, depth= 1, num_heads=2)}), {"weights": "bad.pt"}, r"bad\.pt: expected a ViT"),
+       "no class has both labels": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 1 1\n"), {},
+                                    r"the train list: expected both labels"), "listed twice":
+       (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 0 1\n0000.png 1 1\n"), {},
+        r"train_10\.txt: line 3"), "missing list": (lambda r: (r / "test_list.txt").unlink(), {},
+                                                    r"test_list\.txt: no such list"),
+       "other classes": (lambda r: (r / "classes.txt").write_text("Square\n"), {},
+                         r"expected 1 labels a line"), "unwritable folder":
+       (lambda r: (r / "file").write_text(""), {"out": "file/run"}, r"file")}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -674,9 +636,8 @@ def test_compare_refuses_what_it_does_not_know_before_any_run(easy, tmp_path, op
 def test_prediction_needs_a_finished_run_and_images(easy, tmp_path):
     finetune.finetune(config(easy, tmp_path / "run", method="linear", steps=1))
     saved, images = common.load_checkpoint(tmp_path / "run/best.pt"), str(easy / "images")
-    common.save_checkpoint(
-        tmp_path / "headless.pt",
-        saved | {"model": {n: t for n, t in saved["model"].items() if n != "head.bias"}})
+    common.save_checkpoint(tmp_path / "headless.pt", saved | {"model": {n: t for n,
+        t in saved["model"].items() if n != "head.bias"}})
     common.save_checkpoint(tmp_path / "sizeless.pt",
                            {n: v for n, v in saved.items() if n != "sizes"})
     common.save_checkpoint(tmp_path / "bare.pt", {"model": saved["model"]})
@@ -712,35 +673,10 @@ def test_weights_of_another_width_and_changed_weights_are_refused(easy, tmp_path
         finetune.load_run(tmp_path)
 
 
-def test_pretraining_refuses_a_csv_without_the_columns(easy, tmp_path):
-    root = shutil.copytree(easy, tmp_path / "root")
-    (root / "training.csv").write_text("image,text\n0000.png,clear\n")
-    with pytest.raises(common.InputError, match=r"training\.csv: line 1: .*image_path") as error:
-        mrm.pretrain(mrm.MRMConfig(data="csv", root=str(root), out=str(root / "run"), device="cpu"))
-    assert "\n" not in str(error.value) and not (root / "run").exists()
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [(dict(word_ratio=2.0), r"--word-ratio: expected a number in \(0, 1\], found 2"),
-     (dict(word_ratio=-1.0), r"--word-ratio: expected a number in \(0, 1\], found -1"),
-     (dict(word_ratio=0.0), r"--word-ratio: expected a number in \(0, 1\], found 0"),
-     (dict(mask_ratio=0.99),
-      "--mask-ratio: expected .* leaves 1 to 35 of 36 patches visible, found 0.99"),
-     (dict(mask_ratio=0.0), r"--mask-ratio: expected a number in \(0, 1\), found 0"),
-     (dict(mask_ratio=-0.5), r"--mask-ratio: expected a number in \(0, 1\), found -0.5")],
-    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "")
-def test_pretraining_refuses_ratios_that_hide_nothing_or_everything(tmp_path, options, message):
-    with pytest.raises(common.InputError, match=message):
-        mrm.pretrain(mrm.MRMConfig(out=str(tmp_path / "run"), device="cpu", **options))
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_script_prints_one_line_and_exits_with_2(tmp_path):
-    run = subprocess.run([
-        sys.executable, REPOSITORY / "finetune.py", "--data", "covid", "--root", "nowhere",
-        "--split", "covid1"
-    ], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, REPOSITORY / "finetune.py", "--data", "covid", "--root",
+                          "nowhere", "--split", "covid1"], cwd=tmp_path, capture_output=True,
+                         text=True)
     assert (run.returncode == 2 and run.stderr.startswith("error: ") and
             run.stderr.count("\n") == 1), run.stderr
 
@@ -781,12 +717,10 @@ def test_the_loss_reaches_what_is_trained_and_nothing_else(method, fresh):
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(easy, tmp_path):
-    runs = [
-        finetune.finetune(
-            config(easy, tmp_path / str(size), method="full", steps=3, evaluations=3, batch_size=16,
-                   accumulate=16 // size, min_crop=1.0, dtype="fp32", optimizer="sgd", lr=0.02))
-        for size in (16, 4)
-    ]
+    runs = [finetune.finetune(config(easy, tmp_path / str(size), method="full", steps=3,
+                                     evaluations=3, batch_size=16, accumulate=16 // size,
+                                     min_crop=1.0, dtype="fp32", optimizer="sgd", lr=0.02)) for size
+            in (16, 4)]
     lines = [log_of(tmp_path / str(size)) for size in (16, 4)]
     for name in ("loss", "val_loss"):
         assert [line[name] for line in lines[0]] == pytest.approx([line[name] for line in lines[1]],
@@ -860,20 +794,17 @@ def test_commands_know_the_base_of_an_adapter(easy, tmp_path, command):
     finetune.finetune(config(easy, tmp_path / "run", method="lora", steps=1))
     saved = common.load_checkpoint(tmp_path / "run/base.pt")
     for name, change in (("other", 0.1), ("nearly", 1e-6)):
-        changed = {
-            n: t + change if n == "blocks.0.norm1.weight" else t for n, t in saved["model"].items()
-        }
+        changed = {n: t + change if n == "blocks.0.norm1.weight" else t for n,
+                   t in saved["model"].items()}
         common.save_checkpoint(tmp_path / f"{name}.pt", saved | {"model": changed})
         with pytest.raises(common.InputError,
                            match=f"{name}.pt are not the weights this adapter was trained on"):
-            command(
-                lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt"),
-                                weights=str(tmp_path / f"{name}.pt")))
+            command(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt"),
+                                    weights=str(tmp_path / f"{name}.pt")))
     common.save_checkpoint(tmp_path / "wrapped.pt",
                            {"state_dict": {"module." + n: t for n, t in saved["model"].items()}})
-    command(
-        lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt"),
-                        weights=str(tmp_path / "wrapped.pt")))
+    command(lora.LoRAConfig(adapter=str(tmp_path / "run/adapter.pt"),
+                            weights=str(tmp_path / "wrapped.pt")))
 
 
 def test_white_minus_1_and_missing_images_reach_the_whole_run(easy, tmp_path, capsys):
@@ -906,10 +837,8 @@ def test_parts_that_share_patients_are_warned_of(easy, tmp_path, capsys):
     shutil.copytree(easy, root)
     for part, first, seen in (("train_list", 0, 0), ("val_list", 60, 4), ("test_list", 90, 0)):
         lines = (root / f"{part}.txt").read_text().splitlines()
-        names = [
-            f"{first + i:08d}_{part[0]}00.png".replace("_t", "_1").replace("_v", "_2")
-            for i in range(len(lines))
-        ]
+        names = [f"{first + i:08d}_{part[0]}00.png".replace("_t", "_1").replace("_v", "_2") for i
+                 in range(len(lines))]
         for name, line in zip(names, lines):
             (root / "images" / line.split()[0]).rename(root / "images" / name)
         (root / f"{part}.txt").write_text("".join(f"{name} {line.split(' ', 1)[1]}\n"
@@ -946,22 +875,19 @@ def test_clipping_bounds_what_a_step_does(easy, tmp_path):
         finetune.finetune(config(easy, tmp_path / str(clip), **options))
         ran[clip] = common.load_checkpoint(tmp_path / str(clip) / "best.pt")["model"]
     common.seed(0)
-    fresh = finetune.build_model(
-        filled(), weights_module.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""),
-        2).state_dict()
+    fresh = finetune.build_model(filled(), weights_module.encoder_sizes({},
+        {"sizes": mrm.MODELS["tiny"]}, ""), 2).state_dict()
     clipped, free = (sum((model[name].double() - x.double()).square().sum()
                          for name, x in fresh.items()).sqrt() for model in ran.values())
     assert clipped.item() == pytest.approx(1e-3, rel=0.01) and free > 0.01
 
 
 def test_a_run_uses_the_rates_of_its_layers(easy, tmp_path):
-    finetune.finetune(
-        config(easy, tmp_path, steps=1, evaluations=1, layer_decay=1e-6, lr=0.1, weight_decay=0.0,
-               warmup=1.0))
+    finetune.finetune(config(easy, tmp_path, steps=1, evaluations=1, layer_decay=1e-6, lr=0.1,
+                             weight_decay=0.0, warmup=1.0))
     common.seed(0)
-    fresh = finetune.build_model(
-        filled(), weights_module.encoder_sizes({}, {"sizes": mrm.MODELS["tiny"]}, ""),
-        2).state_dict()
+    fresh = finetune.build_model(filled(), weights_module.encoder_sizes({},
+        {"sizes": mrm.MODELS["tiny"]}, ""), 2).state_dict()
     ran = common.load_checkpoint(tmp_path / "best.pt")["model"]
     moved = {name: (ran[name] - tensor).abs().max().item() for name, tensor in fresh.items()}
     assert moved["head.weight"] > 1e-3 and moved["blocks.0.mlp.fc1.weight"] < 1e-5
@@ -1038,14 +964,12 @@ def test_paired_differences_against_resampling_by_hand():
     rng, differences = np.random.default_rng(1), []
     for _ in range(1000):
         take = rng.integers(len(scores), size=len(scores))
-        differences.append(
-            roc_auc_score(labels[take, 0], better[take, 0]) -
-            roc_auc_score(labels[take, 0], scores[take, 0]))
+        differences.append(roc_auc_score(labels[take, 0], better[take, 0])
+                           - roc_auc_score(labels[take, 0], scores[take, 0]))
     low, high = (float(number) for number in line[4].strip("[]").split(","))
     assert (low, high) == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=0.006)
-    assert float(line[3]) == pytest.approx(
-        roc_auc_score(labels[:, 0], better[:, 0]) - roc_auc_score(labels[:, 0], scores[:, 0]),
-        abs=6e-4)
+    assert float(line[3]) == pytest.approx(roc_auc_score(labels[:, 0], better[:, 0])
+                                           - roc_auc_score(labels[:, 0], scores[:, 0]), abs=6e-4)
     spread = np.std(
         [roc_auc_score(labels[t, 0], scores[t, 0]) for t in rng.integers(300, size=(300, 300))])
     assert high - low < 2 * spread  # unpaired, it would be more than 5 times the spread

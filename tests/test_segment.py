@@ -158,10 +158,8 @@ def test_segmentation_loss_against_its_equations():
     logits, masks = torch.tensor(logits), torch.tensor(masks)
     assert segment.segmentation_loss(logits, masks).item() == pytest.approx(expected)
     one = segment.segmentation_loss(logits[:, :1], masks).item()
-    assert one == pytest.approx(
-        segment.segmentation_loss(logits * torch.tensor([1, 0])[:, None, None], masks).item()
-        - 0.4 * segment.segmentation_loss(0 * logits[:, :1], masks).item()
-    )
+    assert one == pytest.approx(segment.segmentation_loss(logits * torch.tensor([1, 0])[:, None,
+        None], masks).item() - 0.4 * segment.segmentation_loss(0 * logits[:, :1], masks).item())
 
 
 def test_each_dice_against_a_plain_formula():
@@ -181,20 +179,16 @@ def test_each_dice_against_a_plain_formula():
     assert len(some) < len(each) and any(dice == 1 for dice in each) and 0 in each
     assert scores["dice"][0] == pytest.approx(np.mean(some))
     assert scores["dice_all"][0] == pytest.approx(np.mean(each))
-    assert scores["dice_official"][0] == pytest.approx(
-        (2 * both / either + 2 * off / either_off) / 2
-    )
+    assert scores["dice_official"][0] == pytest.approx((2 * both / either + 2
+                                                        * off / either_off) / 2)
     rng, draws = np.random.default_rng(5), []
     for _ in range(2000):
         rows = rng.integers(len(each), size=len(each))
-        draws.append(
-            [
-                np.mean([each[i] for i in rows if truth[i].any()]),
-                np.mean([each[i] for i in rows]),
-                ((found & truth)[rows].sum() / (found[rows].sum() + truth[rows].sum()))
-                + (~found & ~truth)[rows].sum() / ((~found[rows]).sum() + (~truth[rows]).sum()),
-            ]
-        )
+        draws.append([np.mean([each[i] for i in rows if truth[i].any()]),
+                      np.mean([each[i] for i in rows]),
+                      ((found & truth)[rows].sum() / (found[rows].sum() + truth[rows].sum()))
+                      + (~found & ~truth)[rows].sum() / ((~found[rows]).sum()
+                                                         + (~truth[rows]).sum())])
     for values, expected in zip(scores.values(), np.array(draws).T, strict=True):
         ours, theirs = (np.percentile(x, [2.5, 97.5]) for x in (values[1:], expected))
         assert ours == pytest.approx(theirs, abs=0.02)
@@ -206,17 +200,12 @@ def test_each_dice_against_a_plain_formula():
 def test_threshold_and_smallest_area_are_the_best_of_all():
     logits, masks = blobs(seed=3)
     chosen = segment.choose_threshold(logits, masks)
-    best = max(
-        segment.dice_scores(
-            segment.count_pixels(segment.find_pixels(logits, t / 10, area), masks), 144
-        )["dice_all"][0]
-        for t in range(1, 10)
-        for area in (0, 1, 2, 3, 5, 6, 8, 9, 12, 15)
-    )
+    best = max(segment.dice_scores(segment.count_pixels(segment.find_pixels(logits, t / 10, area),
+                                                        masks), 144)["dice_all"][0] for t
+               in range(1, 10) for area in (0, 1, 2, 3, 5, 6, 8, 9, 12, 15))
     assert chosen["dice"] == pytest.approx(best)
-    counts = segment.count_pixels(
-        segment.find_pixels(logits, chosen["threshold"], chosen["smallest"]), masks
-    )
+    counts = segment.count_pixels(segment.find_pixels(logits, chosen["threshold"],
+                                                      chosen["smallest"]), masks)
     assert segment.dice_scores(counts, 144)["dice_all"][0] == pytest.approx(best)
     assert chosen["smallest"] > 0  # the noise in empty images makes it worth something
 
