@@ -290,19 +290,17 @@ def write_lists(folder, rng, patients):
 
 
 @contextlib.contextmanager
-def new_folder(path, replace=False):
+def new_folder(path):
     """Gives an empty folder to fill, which becomes `path` only when all went well."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-            new, old = Path(temporary, "new"), Path(temporary, "old")
+            new = Path(temporary, "new")
             new.mkdir()
             yield new
-            if replace and path.exists():
-                os.rename(path, old)
             os.rename(new, path)
     except OSError as error:
-        if replace or not path.exists():  # else another process has made it meanwhile
+        if not path.exists():  # else another process has made it meanwhile
             raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
@@ -310,17 +308,16 @@ def write_demo_records(out, patients=2400, size=128, seed=0):
     """Draws the demo records into the folder `out`, in the published formats. Returns the folder.
 
     There are about 2.5 films a patient: images/, masks/ (of pneumothoraces), the lists train_1.txt
-    to test_list.txt, training.csv, classes.txt, patients.csv and demo.json (the arguments). Demo
-    records at `out` are replaced; `out` appears only when it is complete. Raises InputError for a
-    folder that cannot be written or holds something else, and for fewer patients or pixels."""
+    to test_list.txt, training.csv, classes.txt, patients.csv and demo.json (the arguments). `out`
+    appears only when it is complete. Raises InputError for a folder that cannot be written or holds
+    anything but the demo pairs, and for fewer patients or pixels."""
     out = Path(os.path.abspath(out))
     if patients < 50 or size < 32:
         raise InputError("demo", "at least 50 patients and 32 pixels", f"{patients} and {size}")
-    with new_folder(out, replace=True) as new:
-        if out.exists() and not (out / "demo.json").exists():
-            if out.is_file() or {path.name for path in out.iterdir()} - {"pairs"}:
-                raise InputError(out, "a demo or no folder", "other files; data of your own "
-                                 "needs --data as well as --root")
+    if out.is_file() or out.exists() and {path.name for path in out.iterdir()} - {"pairs"}:
+        raise InputError(out, "no folder", "one with other files or another demo; data of your own "
+                         "needs --data as well as --root")
+    with new_folder(out) as new:
         for name in ("images", "masks"):
             (new / name).mkdir()
         draw = functools.partial(draw_patient, new, seed, size)
