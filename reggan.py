@@ -18,22 +18,20 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
                    moved G(a) ==> warp ==> flow ==> R       R learns to move G(a) onto b
     smoothness     flow ==> R                               R learns to bend little
     D's own        verdict ==> D; G(a) is detached          D learns to tell b from G(a)
-    What reaches R runs on through G(a) to G: R may ask G for an image that is easier to move.
 
-Level n. To know what is true, one takes aligned pairs and moves a and b apart. Each is read at
-positions T(p) of its own, by a random map T of the pixels p = (y, x), c being the middle pixel:
+What reaches R runs on through G(a) to G: R may ask G for an image that is easier to move. G cannot
+learn how b was moved, because a does not show it. But it may learn a motion that all pairs share,
+since R takes it back; more/improved.py forbids that.
+
+Level n moves aligned pairs apart, so that the true motion is known. a and b are each read at
+positions T(p), by a random map T of their own of the pixels p = (y, x); c is the middle pixel:
 
     T(p) = c + t + M (p - c)        M turns by at most n degrees and zooms by at most 2n %,
                                     t shifts by at most 2n % of the sides; all of them uniform
-    moved a[p] = a[Ta(p)]           moved b[p] = b[Tb(p)]
-    the flow that R should find:    flow(p) = Ta^-1(Tb(p)) - p
+    moved a[p] = a[Ta(p)] and moved b[p] = b[Tb(p)], so R should find flow(p) = Ta^-1(Tb(p)) - p
 
 At level 3, 64 x 64 pixels, that is 4 pixels in the mean. At level 0 one small T (1 degree, 2 %)
 moves both. --elastic s adds a smooth bending of s % of the sides to T. See `data.misalign`.
-
-G cannot learn how b was moved: that is random, and a, which is all that G sees, does not show it.
-A motion that all pairs share is another matter: G may make it and R take it back. And where a shows
-its own motion, as a zoom does, G can undo a part of it. more/improved.py takes both freedoms away.
 
     python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
     python reggan.py --host cycle --no-reg --noise 3 --root DIR --paper
@@ -41,17 +39,16 @@ its own motion, as a zoom does, G can undo a part of it. more/improved.py takes 
     python reggan.py --translate DIR --weights RUN
     python -m more.nicegan              # another host; more.improved: other losses, another R
 
-The default is the paper's method in small networks; --paper takes the paper's networks and
-schedule. tests/departures.md lists what differs from the official code, and why.
+The default is the paper's method in small networks; --paper takes the paper's. What differs from
+the official code, and why: tests/departures.md
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. A flow says where each pixel reads:
-warp(image, flow)[p] = image[p + flow(p)]. One batch of the demo:
-    a, b   (8, 1, 64, 64)
-    G      (8, 8, 64, 64), (8, 16, 32, 32) through the residual blocks, (8, 8, 64, 64); G(a) as a
-    D      (8, 8, 32, 32), (8, 16, 16, 16), (8, 32, 8, 8), (8, 64, 7, 7), (8, 1, 6, 6), mean (8, 1)
-    R      G(a) beside b (8, 2, 64, 64), (8, 16, 64, 64), (8, 32, 32, 32), ... (8, 32, 4, 4), bottom
-           (8, 64, 2, 2), the same way up again; flow (8, 2, 64, 64)
+warp(image, flow)[p] = image[p + flow(p)]. One batch of the demo, a and b being (8, 1, 64, 64):
+    G    (8, 8, 64, 64), (8, 16, 32, 32) through the residual blocks, (8, 8, 64, 64); G(a) as a
+    D    (8, 8, 32, 32), (8, 16, 16, 16), (8, 32, 8, 8), (8, 64, 7, 7), (8, 1, 6, 6), mean (8, 1)
+    R    G(a) beside b (8, 2, 64, 64), (8, 16, 64, 64), (8, 32, 32, 32), ... (8, 32, 4, 4),
+         bottom (8, 64, 2, 2), the same way up again; flow (8, 2, 64, 64)
 """
 
 import dataclasses
@@ -169,8 +166,7 @@ def start_at_zero(network, *last):
 
 class Registration(nn.Module):
     """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W); warp(fake, flow) should equal real.
-    `channels` counts those of fake and real together, `width` those of the first level (32 in the
-    paper)."""
+    `channels` counts those of both images, `width` those of the first level (paper: 32)."""
 
     def __init__(self, channels, size, width=32):
         super().__init__()
@@ -222,10 +218,8 @@ def correction(fake, flow, real):
 
 
 def smoothness(flow):
-    """mean (flow[y + 1, x] - flow[y, x])^2 + mean (flow[y, x + 1] - flow[y, x])^2.
-
-    This is the paper's ||grad R||^2. It makes neighbouring pixels move alike, so that R cannot
-    repaint the image."""
+    """mean (flow[y + 1, x] - flow[y, x])^2 + mean (flow[y, x + 1] - flow[y, x])^2, the paper's
+    ||grad R||^2. It makes neighbouring pixels move alike, so that R cannot repaint the image."""
     return flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean()
 
 
@@ -395,9 +389,8 @@ HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle}  # a file of more/ adds i
 def metrics(fake, real):
     """MAE, PSNR and SSIM of fake and real (B, C, H, W) in [-1, 1]: a dict of (B,) tensors.
     With f and r scaled to [0, 1], mae = mean |f - r| and psnr = -10 log10 mean (f - r)^2, at most
-    100, both over the foreground real != -1, as the paper defines them; `foreground` is its share,
-    and without any they are NaN. ssim is that of scikit-image: a 7 x 7 uniform window, sample
-    covariance, K 0.01 and 0.03, mean over all windows."""
+    100, both over the foreground real != -1, as in the paper, and NaN without any; `foreground` is
+    its share. ssim is scikit-image's: uniform windows of 7 x 7, sample covariance, K 0.01, 0.03."""
     f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
     inside = (real != -1).double()
 
@@ -418,19 +411,18 @@ def metrics(fake, real):
             "foreground": inside.mean((1, 2, 3))}
 
 
-def registration_metrics(flow, true_flow, real):
-    """How good flows (B, 2, H, W) in pixels are: a dict of (B,) tensors.
-    registration_error is the mean length of flow - true_flow over the foreground of real, and
-    misalignment that of true_flow; both need a true_flow, which may be None. folding is the share
-    of pixels where p + flow(p) has a Jacobian determinant <= 0 (forward differences): there the
-    flow turns the image over."""
+def registration_metrics(flow, real, true_flow=None):
+    """How good flows (B, 2, H, W) in pixels are: a dict of (B,) tensors. registration_error is the
+    mean length of flow - true_flow over the foreground of real, and misalignment that of true_flow.
+    folding is the share of pixels where p + flow(p) has a Jacobian determinant <= 0 (forward
+    differences): there the flow turns the image over."""
     inside = (real != -1).any(1)  # (B, H, W)
 
     def mean_length(x):
         return (x.norm(dim=1) * inside).sum((1, 2)) / inside.sum((1, 2))
 
     scores = {}
-    if true_flow is not None:  # that of the motion that was added; what else there is adds to it
+    if true_flow is not None:  # of the motion that was added; the pairs may have more
         scores["registration_error"] = mean_length(flow - true_flow)
         scores["misalignment"] = mean_length(true_flow)
     dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]  # (B, 2, H - 1, W - 1)
@@ -459,7 +451,7 @@ class Config(RunConfig):
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
     width: int = option(None, "channels of the first layer", within="[1, 1024]")
-    kernel: int = option(None, "odd side of G's first and last kernels", within="[1, 31]")
+    kernel: int = option(None, "side of G's first and last kernels", choices=[1, 3, 5, 7, 9])
     downs: int = option(None, "times the generator halves the image", within="[0, 4]")
     blocks: int = option(None, "residual blocks of the generator", within="[0, 100]")
     reg_lr: float = option(None, "learning rate of the registration network", within="(0, inf)")
@@ -483,11 +475,10 @@ class Config(RunConfig):
         return {}
 
 
-SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0}
-SMALL |= {"lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50}
-SMALL |= {"correction": 20.0, "smooth": 10.0}
-PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0}
-PAPER |= {"lr": 1e-4, "reg_lr": 1e-4, "decay": False}
+SMALL = {"width": 8, "kernel": 3, "downs": 1, "blocks": 3, "batch_size": 8, "epochs": 100.0,
+         "lr": 4e-3, "reg_lr": 2e-3, "decay": True, "pool": 50, "correction": 20.0, "smooth": 10.0}
+PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "epochs": 80.0,
+         "lr": 1e-4, "reg_lr": 1e-4, "decay": False}
 
 
 def complete(config):
@@ -503,8 +494,6 @@ def complete(config):
     config = fill(config, preset | {"noise": noise, "elastic": 0.0, "out": out})
     if 0 < config.size < 32:
         raise InputError("--size", "0, or 32 pixels or more", config.size)
-    if config.kernel % 2 == 0:
-        raise InputError("--kernel", "an odd number", config.kernel)
     return config
 
 
@@ -585,8 +574,7 @@ class Job:
 
 def save(job, log, best=False):
     """Writes last.pt, and before it best.pt for `load_generator` where these weights are the
-    `best`. Every process calls this, for each has pools of its own, and leaves when best.pt is
-    there."""
+    `best`. Every process calls this, because each has pools of its own."""
     weights = {"model": job.model.state_dict(), "config": options_of(job.config),
                "in_chans": job.pairs.in_chans, "out_chans": job.pairs.out_chans,
                "shape": list(job.pairs.shape)}
@@ -603,7 +591,7 @@ def save(job, log, best=False):
 @torch.no_grad()
 def score(job, aligned, moved):
     """Metrics of G on aligned pairs, since it is used without R, and of R on moved ones: a dict of
-    means over the images of all processes."""
+    means over the images of all processes. An image without foreground is refused."""
     job.model.eval()
     scores = {}
     for pairs in [aligned, moved] if job.config.reg else [aligned]:
@@ -612,23 +600,19 @@ def score(job, aligned, moved):
             with job.autocast():
                 fake = job.model.translate(a)
                 flow = job.model.registration(fake, b) if pairs is moved else None
-            if pairs is moved:
-                values = registration_metrics(flow, flows[0] if flows else None, b)
-            else:
-                values = metrics(fake, b)
+            values = metrics(fake, b) if flow is None else registration_metrics(flow, b, *flows)
             for name, column in values.items():
                 scores.setdefault(name, []).extend(column.tolist())
     job.model.train()
     parts, means = from_all(scores, job.world), {}
     for name in parts[0]:  # where images are few, another process may have got none
         means[name] = statistics.fmean(x for part in parts for x in part.get(name, ()))
-    advice = "--rescale LO,HI says which values become -1 and 1"
+    folder, advice = aligned.folder / "B", "--rescale LO,HI says which values become -1 and 1"
     if math.isnan(means["mae"]):
-        raise InputError(aligned.folder / "B", "values above -1, the background",
-                         f"an image without any; {advice}")
+        raise InputError(folder, "values above -1, the background", f"an image of -1; {advice}")
     if job.best == math.inf and means["foreground"] == 1 and job.rank == 0:  # once a run
-        warn(f"{aligned.folder / 'B'}: no pixel is background, which is exactly -1, so that MAE "
-             f"and PSNR are over whole images; {advice}")
+        warn(f"{folder}: no pixel is background, which is exactly -1, so that MAE and PSNR are "
+             f"over whole images; {advice}")
     return means
 
 
@@ -813,21 +797,20 @@ def compare(config):
     """The paper's table: every row of --hosts at every level with every seed, each a run of its own
     in OUT/cells. Writes OUT/table.csv, a line a run, and table.md, a line a method at a level, with
     means and standard deviations over the seeds. Returns table.csv as dicts."""
-    out, cells, table = Path(config.out or complete(config).out + "-compare"), {}, []
+    out, cells = Path(config.out or complete(config).out + "-compare"), {}
     seeds = range(config.seed, config.seed + config.seeds)
-    rows = itertools.product(seeds, config.levels.split(","), config.hosts.split(","))
-    for number, level, row in rows:
+    levels, hosts = config.levels.split(","), config.hosts.split(",")
+    for number, level, row in itertools.product(seeds, levels, hosts):
         cells[f"{row}_{level}_{number}"] = cell_config(config, row, level, number)
     _, rank, _ = join(config)
+    table, methods, lines = [], {}, []
     for name, result in run_cells(out / "cells", cells, train):
         row, level, number = name.split("_")
         table.append({"row": row, "level": level, "seed": int(number)} | result)
+        methods.setdefault((level, row), []).append(result)
     names = list(dict.fromkeys(name for line in table for name in line))
-    methods, lines = {}, []
-    for line in table:
-        methods.setdefault((line["level"], line["row"]), []).append(line)
     for key, runs in methods.items():
-        values = [[line[name] for line in runs if name in line] for name in MEASURES]
+        values = [[result[name] for result in runs if name in result] for name in MEASURES]
         lines.append([*key, *map(mean_and_deviation, values, MEASURES.values())])
     header = ["level", "method", "PSNR, dB", "MAE", "SSIM", "registration error, px", "folding"]
     if rank == 0:
