@@ -39,16 +39,15 @@ moves both. --elastic s adds a smooth bending of s % of the sides to T. See `dat
     python reggan.py --translate DIR --weights RUN
     python -m more.nicegan              # another host; more.improved: other losses, another R
 
-The default is the paper's method in small networks; --paper takes the paper's. What differs from
-the official code, and why: tests/departures.md
+The default has small networks, --paper the paper's. Departures and why: tests/departures.md
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. A flow says where each pixel reads:
 warp(image, flow)[p] = image[p + flow(p)]. One batch of the demo, a and b being (8, 1, 64, 64):
     G    (8, 8, 64, 64), (8, 16, 32, 32) through the residual blocks, (8, 8, 64, 64); G(a) as a
     D    (8, 8, 32, 32), (8, 16, 16, 16), (8, 32, 8, 8), (8, 64, 7, 7), (8, 1, 6, 6), mean (8, 1)
-    R    G(a) beside b (8, 2, 64, 64), (8, 16, 64, 64), (8, 32, 32, 32), ... (8, 32, 4, 4),
-         bottom (8, 64, 2, 2), the same way up again; flow (8, 2, 64, 64)
+    R    G(a) and b (8, 2, 64, 64), (8, 16, 64, 64), (8, 32, 32, 32), ... (8, 32, 4, 4), bottom
+         (8, 64, 2, 2), the same way up again; flow (8, 2, 64, 64)
 """
 
 import dataclasses
@@ -338,7 +337,6 @@ class NC(nn.Module):
 
 class Pix2Pix(NC):
     """Isola et al. 2017: D sees (a, b) side by side, and an L1 loss trusts the pairs.
-
     adversarial + 100 mean |G(a) - b|"""
 
     pooled = False
@@ -357,9 +355,7 @@ class Pix2Pix(NC):
 
 class Cycle(NC):
     """CycleGAN (Zhu et al. 2017): G from A to B, F from B to A, and there and back is the identity.
-
     adversarial + 10 (mean |F(G(a)) - a| + mean |G(F(b)) - b|)
-
     Some seeds learn to invert the image, and F inverts it back: no loss here forbids that."""
 
     def __init__(self, config, in_chans, out_chans):
@@ -397,14 +393,10 @@ def metrics(fake, real):
     def mean(x):
         return (x * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))
 
-    def window(x):
-        return F.avg_pool2d(x, 7, stride=1)  # (B, C, H - 6, W - 6)
-
-    mf, mr = window(f), window(r)
+    windows = (F.avg_pool2d(x, 7, stride=1) for x in (f, r, f * f, r * r, f * r))
+    mf, mr, ff, rr, fr = windows  # (B, C, H - 6, W - 6) each
     unbiased = 49 / 48  # of the covariance over the 49 pixels of a window
-    vf = unbiased * (window(f * f) - mf * mf)
-    vr = unbiased * (window(r * r) - mr * mr)
-    vfr = unbiased * (window(f * r) - mf * mr)
+    vf, vr, vfr = (unbiased * x for x in (ff - mf * mf, rr - mr * mr, fr - mf * mr))
     ssim = (2 * mf * mr + 1e-4) * (2 * vfr + 9e-4) / ((mf**2 + mr**2 + 1e-4) * (vf + vr + 9e-4))
     psnr = -10 * mean((f - r).square()).clamp(min=1e-10).log10()
     return {"ssim": ssim.mean((1, 2, 3)), "mae": mean((f - r).abs()), "psnr": psnr,
@@ -436,16 +428,14 @@ def registration_metrics(flow, real, true_flow=None):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
-    """The options, and what follows from them. A file of more/ that has other options, another R or
-    more losses derives its own class, and passes it to `main`."""
+    """A file of more/ with other options, another R or more losses derives its own from this."""
 
     script: ClassVar = "reggan"
     changes: ClassVar = {}  # of the preset SMALL
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=HOSTS)
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
-    noise: float = option(None, "level of the added motion (default: demo 3, own pairs none)",
-                          within="[0, 25]")
+    noise: float = option(None, "level of motion (default: 3, own pairs none)", within="[0, 25]")
     elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 25]")
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
@@ -482,8 +472,7 @@ PAPER = {"width": 64, "kernel": 7, "downs": 2, "blocks": 9, "batch_size": 1, "ep
 
 
 def complete(config):
-    """`config` with the preset's value for every option that was not typed. Raises InputError for
-    options that are out of range or do not go together."""
+    """`config` with the preset's value for every option that was not typed, and checked."""
     preset = SMALL | config.changes | (PAPER if config.paper else {})
     if config.paper and config.host == "nc" and config.reg:
         preset["pool"] = 0  # the official NC + R keeps no old fakes
@@ -534,10 +523,11 @@ def all_pairs(config):
 
 
 class Job:
-    """Everything that a run consists of: pairs, networks, optimisers, pools, counters."""
+    """All that a run consists of: pairs, networks, optimisers, pools, counters; with --resume as
+    `save` wrote them."""
 
     def __init__(self, config, device, rank=0, world=1):
-        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.device, self.rank, self.world = device, rank, world
         self.pairs, self.val, self.test = all_pairs(config)
         names = [part.names for part in (self.pairs, self.val[0], self.test[0])]
         self.facts = {"names_of_the_pairs": names, "number_of_processes": world,
@@ -557,19 +547,17 @@ class Job:
         self.per_epoch = math.ceil(math.ceil(len(self.pairs) / world) / self.share)  # steps
         self.steps = number_of_steps(config, self.per_epoch, 1)
         self.step, self.best = 0, math.inf
-
-    def settle(self, saved):
-        """Chooses the type of the products, and goes on from what `save` wrote, if `saved`."""
-        self.config = with_dtype(self.config, self.device, self.world, saved)
-        self.autocast = autocast_for(self.config, self.device)
-        self.scaler = scaler_for(self.config, self.device)
-        if not saved:
-            return
-        pools = restore(saved, self.rank, model=self.model, opt_g=self.opt_g, opt_d=self.opt_d,
-                        scaler=self.scaler)
-        for side, images in pools.items():
-            self.pools[side].images = [image.to(self.device) for image in images]
-        self.step, self.best = saved["step"], saved["best"]
+        saved = last_state(config, self.steps, **self.facts)
+        self.history = saved and saved["history"]
+        self.config = with_dtype(config, device, world, saved)
+        self.autocast = autocast_for(self.config, device)
+        self.scaler = scaler_for(self.config, device)
+        if saved:
+            pools = restore(saved, rank, model=self.model, opt_g=self.opt_g, opt_d=self.opt_d,
+                            scaler=self.scaler)
+            for side, images in pools.items():
+                self.pools[side].images = [image.to(device) for image in images]
+            self.step, self.best = saved["step"], saved["best"]
 
 
 def save(job, log, best=False):
@@ -607,12 +595,13 @@ def score(job, aligned, moved):
     parts, means = from_all(scores, job.world), {}
     for name in parts[0]:  # where images are few, another process may have got none
         means[name] = statistics.fmean(x for part in parts for x in part.get(name, ()))
-    folder, advice = aligned.folder / "B", "--rescale LO,HI says which values become -1 and 1"
+    where, advice = aligned.folder / "B", "--rescale LO,HI says which values become -1 and 1"
     if math.isnan(means["mae"]):
-        raise InputError(folder, "values above -1, the background", f"an image of -1; {advice}")
+        found = f"an image without any; {advice}"
+        raise InputError(where, "values above -1, the background", found)
     if job.best == math.inf and means["foreground"] == 1 and job.rank == 0:  # once a run
-        warn(f"{folder}: no pixel is background, which is exactly -1, so that MAE and PSNR are "
-             f"over whole images; {advice}")
+        warn(f"{where}: no pixel is background, which is exactly -1: MAE and PSNR are over whole "
+             f"images; {advice}")
     return means
 
 
@@ -650,9 +639,8 @@ def loop(job, log):
                 log.curves(config.host, {"losses": list(losses), "MAE on val": ["val_mae"]})
                 if job.rank == 0:
                     draw(job, log.out / "progress.png", job.val[-1], note=f"epoch {epoch:g}: ")
-                    shown = ("mae", "psnr", "ssim", "registration_error", "misalignment")
-                    shown = [f"{name} {scores[name]:.4g}" for name in shown if name in scores]
-                    print(f"epoch {epoch:g}: val", ", ".join([*shown, str(batches)]), flush=True)
+                    shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                    print(f"epoch {epoch:g}: val {shown}; {batches}", flush=True)
                 # Val chooses the weights. A GAN's losses cannot, since G's loss rises when D gets
                 # better; and the test must not, or it would flatter what it chose.
                 best = scores["mae"] < job.best
@@ -663,15 +651,12 @@ def loop(job, log):
 
 def train(config):
     """Trains one host at one misalignment level and tests it. Returns what result.json holds."""
-    config, start = complete(config), time.time()
+    start = time.time()
     device, rank, world = join(config)
-    config = even_batch(config, world)
-    job = Job(config, device, rank, world)
-    saved = last_state(config, job.steps, **job.facts)
-    job.settle(saved)
+    job = Job(even_batch(complete(config), world), device, rank, world)
     config = job.config
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
-    log = RunLog(config.out, config, rank, saved and saved["history"], start)
+    log = RunLog(config.out, config, rank, job.history, start)
     if rank == 0:
         motion = "none, the pairs are used as they are, those of val and test as aligned"
         if config.noise is not None:
@@ -716,8 +701,8 @@ def draw(job, path, pairs, rows=1, note=""):
     two and, with R, G(A) as R moves it and the difference that is left. Differences are drawn twice
     as bright as they are; below each row stand their means, in units of the range of B."""
     target = "B: target" if job.config.noise is None else "B: target, misaligned"
-    titles, pictures = ["A: input", target, "G(A): translation", "|G(A) - B|"], []
-    captions = []
+    titles = ["A: input", target, "G(A): translation", "|G(A) - B|"]
+    pictures, captions = [], []
     if job.config.reg:
         titles += ["G(A) moved by R", "|moved G(A) - B|"]
     job.model.eval()
@@ -764,8 +749,7 @@ def load_generator(path, config_class=Config):
 
 @torch.no_grad()
 def translate_folder(config):
-    """Writes the translation of every image of --translate into --out, with the same name, format
-    and bit depth."""
+    """Writes the translation of every image of --translate to --out, in its format and depth."""
     if not config.weights:
         raise InputError("--translate needs --weights: a run's folder or a Reg-GAN netG_A2B.pth")
     model, trained, in_chans = load_generator(config.weights, type(config))
@@ -809,9 +793,10 @@ def compare(config):
         table.append({"row": row, "level": level, "seed": int(number)} | result)
         methods.setdefault((level, row), []).append(result)
     names = list(dict.fromkeys(name for line in table for name in line))
+    digits = {"psnr": 2, "mae": 4, "ssim": 4, "registration_error": 2, "folding": 4}
     for key, runs in methods.items():
-        values = [[result[name] for result in runs if name in result] for name in MEASURES]
-        lines.append([*key, *map(mean_and_deviation, values, MEASURES.values())])
+        values = [[result[name] for result in runs if name in result] for name in digits]
+        lines.append([*key, *map(mean_and_deviation, values, digits.values())])
     header = ["level", "method", "PSNR, dB", "MAE", "SSIM", "registration error, px", "folding"]
     if rank == 0:
         write_csv(out / "table.csv", names, [[line.get(n, "") for n in names] for line in table])
@@ -820,12 +805,8 @@ def compare(config):
     return table
 
 
-MEASURES = {"psnr": 2, "mae": 4, "ssim": 4, "registration_error": 2, "folding": 4}  # digits
-
-
 def cell_config(config, row, level, number):
-    """The configuration of the run of a row and a level with seed `number`. Raises InputError for
-    an unknown row or level."""
+    """The configuration of one run of a comparison. Refuses an unknown row or level."""
     host, reg = row.removesuffix("+r"), row.endswith("+r")
     if host not in HOSTS:
         raise InputError("--hosts", f"{', '.join(HOSTS)}, with +r for registration", row)

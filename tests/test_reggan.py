@@ -137,24 +137,24 @@ def test_metrics_against_scikit_image():
 def test_registration_metrics_of_known_flows():
     real = torch.zeros(1, 1, 8, 8)
     shift = torch.full((1, 2, 8, 8), 3.0)
-    scores = reggan.registration_metrics(torch.zeros_like(shift), shift, real)
+    scores = reggan.registration_metrics(torch.zeros_like(shift), real, shift)
     assert (scores["registration_error"].item() == scores["misalignment"].item() == pytest.approx(
         3 * 2**0.5))
     assert scores["folding"].item() == 0
     flow = torch.ones(1, 2, 8, 8)
     flow[..., :2, :] = 50.0
     real[..., :2, :] = -1  # the background does not count
-    scores = reggan.registration_metrics(flow, shift, real)
+    scores = reggan.registration_metrics(flow, real, shift)
     assert scores["registration_error"].item() == pytest.approx(2 * 2**0.5)
-    assert reggan.registration_metrics(flow, None, real).keys() == {"folding"}
+    assert reggan.registration_metrics(flow, real).keys() == {"folding"}
     y = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
     fold = torch.cat([-2 * y, torch.zeros(1, 1, 8, 8)], 1)  # p -> -p along y
-    assert reggan.registration_metrics(fold, fold, real)["folding"].item() == 1
+    assert reggan.registration_metrics(fold, real, fold)["folding"].item() == 1
     x = y.transpose(2, 3)
     for along_y, along_x, folds in ((-1.5 * y, 0 * x, 1), (2 * x, 2 * y, 1), (2 * x, -2 * y, 0),
                                     ):  # -0.5, -3, 5
         flow = torch.cat([along_y, along_x], 1)
-        assert reggan.registration_metrics(flow, flow, real)["folding"].item() == folds
+        assert reggan.registration_metrics(flow, real, flow)["folding"].item() == folds
 
 
 def test_the_true_displacement_registers_the_pair():
@@ -692,7 +692,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
      ({"width": 0}, r"--width: expected a number in \[1, 1024\], found 0"),
      ({"size": 20}, r"--size: expected 0, or 32 pixels or more, found 20"),
      ({"size": -1}, r"--size: expected a number in \[0, 4096\], found -1"),
-     ({"kernel": 4}, r"--kernel: expected an odd number, found 4"),
      ({"downs": 9}, r"--downs: expected a number in \[0, 4\], found 9"),
      ({"blocks": -1}, r"--blocks: expected a number in \[0, 100\], found -1"),
      ({"elastic": -1.0}, r"--elastic: expected a number in \[0, 25\], found -1"),
@@ -1179,7 +1178,6 @@ def test_own_pairs_stay_as_they_are_unless_asked(root, capsys):
 
 def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
     run = reggan.Job(config(drawn, noise=3.0), torch.device("cpu"))
-    run.settle(None)
     aligned, moved = run.val
 
     def whole(pairs):
@@ -1191,7 +1189,7 @@ def test_g_is_judged_on_aligned_pairs_and_r_on_moved_ones(drawn):
         expected = reggan.metrics(run.model.translate(a), b)
         a, b, true = whole(moved)
         flow = run.model.registration(run.model.translate(a), b)
-        expected |= reggan.registration_metrics(flow, true, b)
+        expected |= reggan.registration_metrics(flow, b, true)
     expected = {name: values.mean().item() for name, values in expected.items()}
     assert scores == pytest.approx(expected, rel=1e-4) and run.model.training
 
@@ -1315,7 +1313,6 @@ def test_a_loss_that_is_not_finite_is_noticed_at_its_step_and_the_last_checkpoin
 def test_weights_that_are_not_finite_are_not_saved(drawn, tmp_path):
     c = config(drawn, out=str(tmp_path / "run"))
     run = reggan.Job(c, torch.device("cpu"))
-    run.settle(None)
     log = common.RunLog(tmp_path / "run", c)
     reggan.save(run, log)
     before = (tmp_path / "run" / "last.pt").read_bytes()
@@ -1373,6 +1370,6 @@ def test_two_processes_that_share_a_batch_are_one_with_the_whole(drawn, tmp_path
 
 def test_an_epoch_of_two_processes_takes_every_pair(root):
     """3 pairs, 2 in each process: one step an epoch."""
-    c = reggan.complete(small(root, batch_size=4))
+    c = reggan.complete(small(root, batch_size=4, dtype="fp32"))
     for rank in (0, 1):
         assert reggan.Job(c, torch.device("cpu"), rank, 2).per_epoch == 1
