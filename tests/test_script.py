@@ -1,9 +1,8 @@
-"""Tests of support/script.py: options, start-up, checkpoints, logs, speed, signals, pictures; every kind of
+"""support/script.py: options, start-up, checkpoints, logs, speed, signals, pictures; every kind of
 bad input has its one line."""
 
 import argparse
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -24,23 +23,23 @@ from PIL import Image
 from support import script as common
 from support.script import InputError
 
-
-def one_line(error):
-    """The message, after checking that it is one line."""
-    assert "\n" not in str(error.value)
-    return str(error.value)
+REPOSITORY, CPU = Path(common.__file__).parents[1], torch.device("cpu")
 
 
 def fails(call, *parts):
+    """`call()` raises an InputError of one line in which all the parts stand."""
     with pytest.raises(InputError) as error:
         call()
+    assert "\n" not in str(error.value)
     for part in parts:
-        assert str(part) in one_line(error), str(error.value)
+        assert str(part) in str(error.value), str(error.value)
 
 
-class Evil:
-    def __reduce__(self):
-        return (Path.touch, (Path(self.__dict__["path"]),))
+def run_python(code, *arguments, check=True, **options):
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True,
+                          text=True, cwd=REPOSITORY, **options)
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +52,8 @@ class Config(common.RunConfig):
 
 def test_parse_config(capsys):
     assert common.parse_config(Config, []) == Config()
-    config = common.parse_config(
-        Config, "--rank 8 --flip --no-kernels --out runs/x --share .1 --kind b".split()
-    )
+    typed = "--rank 8 --flip --no-kernels --out runs/x --share .1 --kind b"
+    config = common.parse_config(Config, typed.split())
     assert config == Config(rank=8, flip=True, kernels=False, out="runs/x", share=0.1, kind="b")
     with pytest.raises(SystemExit):
         common.parse_config(Config, ["--help"])
@@ -67,11 +65,11 @@ def test_parse_config(capsys):
         assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("size, parts, steps_take", [(32, 4, 32), (8, 3, 6), (32, 12, 24), (2, 4, 4)])
-def test_a_batch_is_shared_evenly(capsys, monkeypatch, size, parts, steps_take):
-    assert common.even_batch(Config(batch_size=size), parts).batch_size == steps_take
-    said = f"WARNING: --batch-size {size}: steps take {steps_take} images" in capsys.readouterr().err
-    assert said == (size != steps_take)
+@pytest.mark.parametrize("size, parts, even", [(32, 4, 32), (8, 3, 6), (32, 12, 24), (2, 4, 4)])
+def test_a_batch_is_shared_evenly(capsys, monkeypatch, size, parts, even):
+    assert common.even_batch(Config(batch_size=size), parts).batch_size == even
+    warned = f"WARNING: --batch-size {size}: steps take {even} images" in capsys.readouterr().err
+    assert warned == (size != even)
     monkeypatch.setenv("RANK", "1")  # of several processes one speaks
     common.even_batch(Config(batch_size=size), parts)
     assert not capsys.readouterr().err
@@ -98,13 +96,6 @@ def test_a_driver_without_cuda_is_said_once(monkeypatch, capsys, driver, torch_s
     common.join(Config(device="cpu"))
     said = capsys.readouterr().err
     assert said.count("\n") == said.count("an NVIDIA driver is here, but torch") == lines
-
-
-def run_python(code, *arguments, check=True, **options):
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True,
-                          text=True, cwd=Path(common.__file__).parents[1], **options)
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.mark.parametrize("script", ["mrm", "finetune", "reggan", "more.segment", "more.improved"])
@@ -150,14 +141,25 @@ def test_a_killed_worker_ends_the_run_in_one_line(way):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError, EOFError])
-def test_a_worker_that_is_gone_while_it_hands_over_a_batch_is_one_line(error, capsys):
-    def main():
-        raise error
+def raising(error):
+    raise error
 
-    with pytest.raises(SystemExit) as ended:
-        common.run_script(main)
-    assert ended.value.code == 2 and "was killed" in capsys.readouterr().err
+
+@pytest.mark.parametrize("error, line", [
+    (InputError("a.txt: line 3: wrong"), "error: a.txt: line 3: wrong\n"),
+    (ConnectionResetError(), "use fewer --workers\n"), (EOFError(), "use fewer --workers\n")])
+def test_an_error_of_the_user_or_of_a_worker_is_one_line(error, line, capsys):
+    """A worker that is gone while it hands over a batch leaves one of the last two errors."""
+    with pytest.raises(SystemExit) as stop:
+        common.run_script(lambda: raising(error))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.endswith(line) and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), ValueError()])
+def test_other_errors_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        common.run_script(lambda: raising(error))
 
 
 @pytest.mark.parametrize("code", [0, 143])
@@ -175,21 +177,6 @@ def test_the_process_group_is_left_at_the_end_and_after_a_signal(monkeypatch, co
     assert calls == [1]
 
 
-def test_run_script_lets_other_errors_through():
-    for error in (RuntimeError("shapes"), ValueError()):
-        with pytest.raises(type(error)):
-            common.run_script(lambda: (_ for _ in ()).throw(error))
-
-
-def test_run_script_prints_one_line_and_exits_with_2(capsys):
-    def main():
-        raise InputError("a.txt: line 3: wrong")
-
-    with pytest.raises(SystemExit) as stop:
-        common.run_script(main)
-    assert stop.value.code == 2 and capsys.readouterr().err == "error: a.txt: line 3: wrong\n"
-
-
 def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
     path = tmp_path / "sub" / "a.bin"
     common.atomic_write(path, lambda file: file.write(b"old"))
@@ -201,73 +188,70 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path):
     with pytest.raises(ZeroDivisionError):
         common.atomic_write(path, crash)
     assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
-    fails(
-        lambda: common.atomic_write(path / "below", lambda file: None),
-        path / "below",
-        "cannot be written",
-    )
+    fails(lambda: common.write_text(path / "below", ""), path / "below", "cannot be written")
 
 
-def test_atomic_write_keeps_the_old_checkpoint_on_a_full_disk(tmp_path):
-    resource = pytest.importorskip("resource")
-    code = f"""if True:
-        import resource, signal, torch; from support import script as common
-        common.save_checkpoint({str(tmp_path / "a.pt")!r}, {{"model": torch.ones(2)}})
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(tmp_path):
+    pytest.importorskip("resource")
+    code = """if True:
+        import resource, signal, sys, torch
+        from support.script import run_script, save_checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-        state = {{"model": torch.ones(10**6)}}
-        common.run_script(lambda: common.save_checkpoint({str(tmp_path / "a.pt")!r}, state))"""
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=Path(common.__file__).parents[1],
-    )
-    assert (
-        run.returncode == 2 and run.stderr.count("\n") == 1 and "cannot be written" in run.stderr
-    ), run.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"] and common.load_checkpoint(
-        tmp_path / "a.pt"
-    )["model"].shape == (2,)
-
-
-def test_checkpoints(tmp_path):
+        run_script(lambda: save_checkpoint(sys.argv[1], {"model": torch.ones(10**6)}))"""
     path = tmp_path / "a.pt"
-    state = {
-        "model": {"w": torch.randn(3, 4)},
-        "step": 7,
-        "random": torch.get_rng_state(),
-        "args": argparse.Namespace(lr=0.1),
-    }
+    common.save_checkpoint(path, {"model": torch.ones(2)})
+    done = run_python(code, path, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot be written" in done.stderr and list(tmp_path.iterdir()) == [path]
+    assert common.load_checkpoint(path)["model"].shape == (2,)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_checkpoints(tmp_path):
+    path, model = tmp_path / "a.pt", {"w": torch.randn(3, 4)}
+    state = {"model": model, "step": 7, "random": torch.get_rng_state()}
     expected = torch.rand(3)
-    common.save_checkpoint(path, state)
+    common.save_checkpoint(path, state | {"args": argparse.Namespace(lr=0.1)})
     loaded = common.load_checkpoint(path)
-    assert (
-        torch.equal(loaded["model"]["w"], state["model"]["w"])
-        and loaded["step"] == 7
-        and loaded["args"].lr == 0.1
-    )
+    assert torch.equal(loaded["model"]["w"], model["w"])
+    assert loaded["step"] == 7 and loaded["args"].lr == 0.1
     torch.set_rng_state(loaded["random"])
     assert torch.equal(torch.rand(3), expected)
-
     whole = path.read_bytes()
-    for wrong in (b"", whole[: len(whole) // 2], b"not a checkpoint"):
+    for wrong in (b"", whole[: len(whole) // 2], b"not a checkpoint", pickle.dumps([1, 2])):
         path.write_bytes(wrong)
         fails(lambda: common.load_checkpoint(path), path, "not a readable checkpoint")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "no checkpoint")
+    fails(lambda: common.load_checkpoint(path), path, "not a readable checkpoint")
     fails(lambda: common.load_checkpoint(tmp_path / "none.pt"), "none.pt: no such checkpoint")
     fails(lambda: common.load_checkpoint(tmp_path), tmp_path)
     torch.save([1, 2], path)
     fails(lambda: common.load_checkpoint(path), path, "expected a dict", "list")
 
 
+class Evil:
+    """Unpickled, it makes the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_checkpoint_runs_no_code(tmp_path):
-    evil = Evil()
-    evil.path = str(tmp_path / "owned")
-    torch.save({"model": evil}, tmp_path / "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps({"model": evil}))
-    for name in ("a.pt", "b.pt"):
-        fails(lambda: common.load_checkpoint(tmp_path / name), name)
+def test_a_checkpoint_runs_no_code_and_nobody_is_told_how_to_make_it(tmp_path):
+    evil, path = {"model": Evil(tmp_path / "owned")}, tmp_path / "a.pt"
+    for state in (evil, torch.nn.Linear(2, 2)):
+        torch.save(state, path)
+        with pytest.raises(InputError, match="a.pt: refused: it holds code to run") as error:
+            common.load_checkpoint(path)
+        advice = ("weights_only", "trust", "safe_globals", "likely succeed")
+        assert not any(word in str(error.value) for word in advice)
+    path.write_bytes(pickle.dumps(evil))
+    fails(lambda: common.load_checkpoint(path), path)
     assert not (tmp_path / "owned").exists()
 
 
@@ -281,18 +265,15 @@ def test_run_log(tmp_path):
     assert common.read_json(tmp_path / "run/result.json") == {"auroc": 0.5}
     common.RunLog(tmp_path / "other", Config(), rank=1).line(step=1)
     assert not (tmp_path / "other").exists()
-    (tmp_path / "file").write_text("")
-    fails(
-        lambda: common.RunLog(tmp_path / "file", Config()), tmp_path / "file", "cannot be written"
-    )
-    (tmp_path / "broken.json").write_text('{"a": 1,\n')
-    fails(lambda: common.read_json(tmp_path / "broken.json"), "broken.json", "line 2")
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    fails(lambda: common.read_json(tmp_path / "deep.json"), "deep.json: not readable as JSON")
-    fails(lambda: common.read_json(tmp_path / "none.json"), "none.json: no such file")
-
-
-CPU = torch.device("cpu")
+    path = tmp_path / "file"
+    for wrong, *parts in (("{", "not readable as JSON", "line 1"), ("[" * 100_000, "as JSON")):
+        path.write_text(wrong)
+        fails(lambda: common.read_json(path), path, *parts)
+    fails(lambda: common.read_json(tmp_path / "none"), "none: no such file")
+    fails(lambda: common.RunLog(path, Config()), path, "cannot be written")
+    (tmp_path / "run/log.jsonl").unlink()
+    (tmp_path / "run/log.jsonl").mkdir()
+    fails(lambda: log.line(step=1), "log.jsonl: cannot be written")
 
 
 def product_type(config):
@@ -339,7 +320,8 @@ def test_a_resumed_run_and_a_cell_take_over_the_recorded_type(tmp_path, monkeypa
     saved = {"config": common.options_of(Config(dtype="fp32"))}
     assert common.with_dtype(Config(), CPU, saved=saved).dtype == "fp32"
     common.check_same(saved["config"], Config(), "last.pt")
-    fails(lambda: common.check_same(saved["config"], Config(dtype="bf16"), "last.pt"), "--dtype bf16")
+    bf16 = Config(dtype="bf16")
+    fails(lambda: common.check_same(saved["config"], bf16, "last.pt"), "--dtype bf16")
     ran = []
 
     def run(config):
@@ -362,9 +344,8 @@ def test_the_progress_line_shows_the_speed(capsys):
         next(timed)
         assert step == 1 + timed.images // 8
     line = capsys.readouterr().err.split("\r")[-1]
-    speed, waiting = re.search(
-        r"train: 100%.* 22/22 .* (\d+\.\d) images/s, (\d+) % waiting for data", line
-    ).groups()
+    pattern = r"train: 100%.* 22/22 .* (\d+\.\d) images/s, (\d+) % waiting for data"
+    speed, waiting = re.search(pattern, line).groups()
     assert 0 < float(speed) <= 800 and int(waiting) > 30
     assert list(timed.steps(0, 3, "train", 1)) == [0, 1, 2] and capsys.readouterr().err == ""
 
@@ -372,17 +353,11 @@ def test_the_progress_line_shows_the_speed(capsys):
 def test_save_grid(tmp_path):
     red, grey = torch.zeros(3, 20, 30), torch.full((20, 30), 0.5)
     red[0] = 1
-    common.save_grid(
-        tmp_path / "g.png",
-        [[red, grey], [grey[None]]],
-        ["red", "grey"],
-        ["a report " * 20, ""],
-        scale=2,
-    )
+    common.save_grid(tmp_path / "g.png", [[red, grey], [grey[None]]], ["red", "grey"],
+                     ["a report " * 20, ""], scale=2)
     picture = np.asarray(Image.open(tmp_path / "g.png"))
-    assert (picture == [255, 0, 0]).all(-1).sum() == 40 * 60 and (picture == [128] * 3).all(
-        -1
-    ).sum() >= 2 * 40 * 60
+    assert (picture == [255, 0, 0]).all(-1).sum() == 40 * 60
+    assert (picture == [128] * 3).all(-1).sum() >= 2 * 40 * 60
     assert (picture[0] == 255).all() and (picture[-1] == 255).all() and (picture[:, 0] == 255).all()
     assert (picture.sum(-1) < 200).sum() > 100  # text
     common.save_grid(tmp_path / "h.png", [[grey]])
@@ -418,8 +393,8 @@ def test_save_plot(tmp_path):
 
 @pytest.mark.parametrize("values, expected", [
     ([0, 1], [0, 0.2, 0.4, 0.6, 0.8, 1]), ([3, 97], [0, 20, 40, 60, 80, 100]),
-    ([0, 4800], [0, 1000, 2000, 3000, 4000, 5000]), ([0.71, 0.79], [0.7, 0.72, 0.74, 0.76, 0.78, 0.8]),
-    ([-1, 4], [-1, 0, 1, 2, 3, 4]), ([], [0, 0.2, 0.4, 0.6, 0.8, 1])])
+    ([0.71, 0.79], [0.7, 0.72, 0.74, 0.76, 0.78, 0.8]), ([-1, 4], [-1, 0, 1, 2, 3, 4]),
+    ([], [0, 0.2, 0.4, 0.6, 0.8, 1])])
 def test_ticks_are_round(values, expected):
     assert common.ticks(values) == pytest.approx(expected, abs=1e-12)
 
@@ -436,47 +411,13 @@ def test_ticks_are_around_any_values():
         assert min(abs(mantissa - k) for k in (1, 2, 5)) < 1e-4 or span < 1e-7
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_a_checkpoint_that_would_run_code_is_refused_without_advice(tmp_path):
-    evil = Evil()
-    evil.path = str(tmp_path / "owned")
-    for state, code in (
-        ({"model": evil}, "touch"),
-        (torch.nn.Linear(2, 2), "torch.nn"),
-    ):
-        torch.save(state, tmp_path / "a.pt")
-        fails(
-            lambda: common.load_checkpoint(tmp_path / "a.pt"),
-            "a.pt: refused: it holds code to run",
-            "tensors",
-        )
-        with pytest.raises(InputError) as error:
-            common.load_checkpoint(tmp_path / "a.pt")
-        assert not any(
-            word in str(error.value)
-            for word in ("weights_only", "trust", "safe_globals", "likely succeed")
-        )
-    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
-        archive.writestr("a.txt", "no checkpoint")
-    fails(lambda: common.load_checkpoint(tmp_path / "a.pt"), "a.pt: not a readable checkpoint")
-    (tmp_path / "a.pt").write_bytes(pickle.dumps([1, 2]))
-    fails(lambda: common.load_checkpoint(tmp_path / "a.pt"), "a.pt")
-
-
-def test_a_log_that_cannot_be_written_is_one_line(tmp_path):
-    log = common.RunLog(tmp_path / "run", Config())
-    (tmp_path / "run/log.jsonl").mkdir()
-    fails(lambda: log.line(step=1), "log.jsonl: cannot be written")
-
-
 def test_errors_are_one_line_and_short():
     assert str(InputError("a\nb", "c\r\nd", "e\x85f")) == "a b: expected c d, found e f"
     assert len(str(InputError("x" * 10**6))) < 1000
 
 
 STOPPED = """
-import sys, time
-sys.path.insert(0, {repository!r})
+import time
 from support import script as common
 def save(steps):
     print("saved", steps, flush=True)
@@ -491,17 +432,15 @@ with common.Saving(save, seconds=1e9) as saving:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(number):
-    code = STOPPED.format(repository=str(Path(common.__file__).parents[1]))
-    run = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
     assert run.stdout.readline() == "running\n"
     run.send_signal(number)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 128 + number and "Traceback" not in err and "once more" in err
-    assert re.fullmatch(
-        r"saved (\d+)\nstopped after step \1: the same command with --resume goes on\n", out
-    )
+    saved, stopped = out.splitlines()
+    expected = saved.replace("saved", "stopped after step")
+    assert stopped == f"{expected}: the same command with --resume goes on"
 
 
 def test_a_loop_is_saved_every_few_minutes_and_handlers_come_back(monkeypatch):
@@ -543,7 +482,7 @@ def test_one_run_at_a_time_owns_a_folder(tmp_path):
     pytest.importorskip("fcntl")
     out = tmp_path / "run"
     first = subprocess.Popen([sys.executable, "-c", OWNED, str(out), "1"], text=True,
-                             stdout=subprocess.PIPE, cwd=Path(common.__file__).parents[1])
+                             stdout=subprocess.PIPE, cwd=REPOSITORY)
     assert first.stdout.readline() == "writing\n"
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     second = run_python(OWNED, out, 2, check=False)
