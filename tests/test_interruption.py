@@ -78,11 +78,11 @@ def run(script, root, out, **options):
         small = dict(steps=9, batch_size=2, noise=2.0, width=4, blocks=1, pool=3)
         reggan.train(improved.Config(**small | options))
         return
-    options = dict(data="csv", steps=12, batch_size=4) | options
+    options = dict(data="csv", batch_size=4) | options
     if script == "mrm":
-        mrm.pretrain(mrm.MRMConfig(holdout=8, **options))
+        mrm.pretrain(mrm.MRMConfig(**dict(holdout=8, steps=8) | options))
     else:
-        tune = dict(weights="scratch", lora=True, evaluations=3)
+        tune = dict(weights="scratch", lora=True, evaluations=3, steps=12)
         finetune.finetune(finetune.FinetuneConfig(**tune | options))
 
 
@@ -144,8 +144,9 @@ def kill_many(script, root, kills, seed):
     folder, rng = root.parent, random.Random(seed)
     began = time.time()
     code = outcome(attempt(script, root, folder / "whole"))
+    took = time.time() - began
     assert code == 0, (folder / "output.txt").read_text()[-3000:]
-    whole, took = state(folder / "whole"), time.time() - began
+    whole = state(folder / "whole")
     count = dict(kills=0, runs=0, lost=0, corrupt=0, stray=0, different=0)
     out, step, tries = folder / "run0", 0, 0
     while count["kills"] < kills or tries:
