@@ -32,6 +32,7 @@ import os
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
@@ -57,10 +58,6 @@ from support.weights import encoder_sizes, load_encoder, read_weights
 # Model, loss, optimiser, learning rate
 
 
-def train_all(model, config):
-    """Everything learns, as it does in a new model."""
-
-
 def train_head(model, config):
     """fc_norm and the head alone learn."""
     for name, parameter in model.named_parameters():
@@ -74,7 +71,7 @@ def train_lora(model, config, targets="qv"):
 
 # What --method may be: each function freezes what does not learn. lora-qkv and lora-all go beyond
 # the paper, whose LoRA stands beside q and v
-METHODS = {"full": train_all, "linear": train_head, "lora": train_lora}
+METHODS = {"full": lambda model, config: None, "linear": train_head, "lora": train_lora}
 METHODS |= {f"lora-{name}": functools.partial(train_lora, targets=name)
             for name in lora.TARGETS if name != "qv"}
 
@@ -88,12 +85,9 @@ def choose_parameters(model, config):
 
 
 def build_model(config, sizes, classes, tensors=None):
-    """A ViT of the given weights (None: a random start) with `classes` outputs, frozen as
-    `config.method` says. Raises InputError for weights or sizes that do not fit."""
-    try:
-        model = vit.ViT(**sizes, num_classes=classes, drop_path=config.drop_path, pool=config.pool)
-    except ValueError as error:
-        raise InputError(f"{config.weights}: {error}") from None
+    """A ViT of the given weights (None: a random start) with an output for each of `classes`,
+    frozen as `config.method` says."""
+    model = vit.ViT(**sizes, num_classes=len(classes), drop_path=config.drop_path, pool=config.pool)
     # As in both papers. A head near 0 gives every finding a probability of 1/2 and passes hardly
     # any gradient down: it learns first, before its noise could reach the pretrained blocks
     nn.init.normal_(model.head.weight, std=2e-5)
@@ -132,12 +126,10 @@ PROBE_LR = 1e-2  # peak learning rate of the head while it learns alone
 
 
 def set_rates(optimizer, config, step, steps):
-    """Gives each group its learning rate of `step`: it rises along a line, then falls along a
-    cosine.
-
-    It rises slowly because large steps for a head that knows nothing yet would spoil the pretrained
-    blocks. With `probe` the head learns alone first, for the same reason: on a few dozen labels the
-    blocks would otherwise follow the noise of a random head (Kumar et al., 2022)."""
+    """Gives each group its learning rate of `step`. It rises along a line, then falls along a
+    cosine: large first steps, of a head that knows nothing yet, would spoil the pretrained blocks.
+    With `probe` the head learns alone first, for the same reason: on a few dozen labels the blocks
+    would otherwise follow the noise of a random head (Kumar et al., 2022)."""
     alone = round(config.probe * steps)
     first = step < alone
     step, steps = (step, alone) if first else (step - alone, steps - alone)
@@ -253,38 +245,38 @@ def trained_tensors(model):
             if name not in frozen}
 
 
-def train(config, model, parts, steps, saved, facts, log, device, world, targets, criterion, score):
+def train(run, targets, criterion, score):
     """The training loop. Returns scores, step and trained tensors of the state that is best on val.
-    facts: what a resumed run, `saved`, must have alike. (mrm.py and reggan.py have other loops.)
-    targets(images, rows) -> (images, targets): what the model sees of a batch of the training set,
-    whose rows those are, and what criterion(logits, targets), the loss, compares its output with.
-    score(outputs, part): what is logged of the validation list; its first number chooses."""
+    run: by `prepare`. targets(images, rows) -> (images, targets): what the model sees of a batch,
+    `rows` of the training set, and what criterion(logits, targets), the loss, compares its output
+    with. score(outputs, part): what is logged of the val list; its first number chooses."""
+    config, model, parts, log, world = run.config, run.model, run.parts, run.log, run.world
     train_set, optimizer = parts["train"].images, optimizer_by_layer(model, config)
-    autocast, scaler = autocast_for(config, device), scaler_for(config, device)
+    autocast, scaler = autocast_for(config, run.device), scaler_for(config, run.device)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    step, losses, best = 0, [], None
+    step, losses, best, every = 0, [], None, max(1, run.steps // config.evaluations)
     seed_rank(config.seed, log.rank)
-    if saved:
-        restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
-        step, losses, best = saved["step"], saved["losses"], saved["best"]
-    passes = config.accumulate
-    batches = Timed(data.train_batches(
-        train_set, config.batch_size // (world * passes), step * passes, steps * passes,
-        config.seed, log.rank, world, config.workers), device, world)
+    if run.saved:
+        restore(run.saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
+        step, losses, best = (run.saved[name] for name in ("step", "losses", "best"))
+    passes, share = config.accumulate, config.batch_size // (world * config.accumulate)
+    batches = data.train_batches(train_set, share, step * passes, run.steps * passes, config.seed,
+                                 log.rank, world, config.workers)
+    batches = Timed(batches, run.device, world)
 
     def save(step):
-        save_state(log, config, world, facts | {
+        save_state(log, config, world, run.facts | {
             "model": trained_tensors(model), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), "step": step, "losses": losses, "best": best})
 
     model.train()
     with Saving(save, world) as saving:
-        for step in batches.steps(step, steps, config.method, log.rank):
-            set_rates(optimizer, config, step, steps)
+        for step in batches.steps(step, run.steps, config.method, log.rank):
+            set_rates(optimizer, config, step, run.steps)
             loss_of_step, seen = 0, []
             for _ in range(passes):
                 images, rows = next(batches)
-                images, wanted = targets(images.to(device, non_blocking=True), rows)
+                images, wanted = targets(images.to(run.device, non_blocking=True), rows)
                 with autocast():
                     logits = parallel(data.normalize(images, config.mean, config.std))
                 # The loss is float32: its gradient, probability - label, is near 0 for most
@@ -300,14 +292,14 @@ def train(config, model, parts, steps, saved, facts, log, device, world, targets
             scaler.update()
             optimizer.zero_grad()
             losses.append(average(loss_of_step, world).item())
-            if (step + 1) % max(1, steps // config.evaluations) == 0 or step + 1 == steps:
+            if (step + 1) % every == 0 or step + 1 == run.steps:
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
-                outputs = predict(model, parts["val"].images, config, device, log.rank, world)
+                outputs = predict(model, parts["val"].images, config, run.device, log.rank, world)
                 chosen_by, *others = scores = score(outputs, parts["val"])
                 log.line(step=step + 1, loss=np.mean(losses), **scores, **batches.speed())
                 log.curves("fine-tuning", {"loss": ["loss", *others], "score on val": [chosen_by]},
-                           config.probe and (config.probe * steps, "the blocks join the head"))
+                           config.probe and (config.probe * run.steps, "the blocks join the head"))
                 losses.clear()
                 if best is None or scores[chosen_by] > best[chosen_by]:
                     best = scores | {"step": step + 1, "trained": trained_tensors(model)}
@@ -337,8 +329,7 @@ class TuneConfig(RunConfig):
     uncertain: str = option(None, "what a label of -1 becomes: 1, 0 or unknown (default: refused; "
                             "CheXpert's: ones)", choices=UNCERTAIN)
     skip_bad: bool = option(False, "leave out listed images that are missing or cannot be read")
-    white: int = option(None, "white of every 16-bit image (default: by its own bits)",
-                        within="[1, 65535]")
+    white: int = option(None, "white of 16-bit images (default: by its bits)", within="[1, 65535]")
     rank: int = option(None, "rank of LoRA", within="[1, inf)")
     alpha: float = option(None, "LoRA is scaled by alpha / rank", within="(0, inf)")
     dropout: float = recipe_value("dropout on the input of LoRA's A", within="[0, 1)")
@@ -391,7 +382,8 @@ class FinetuneConfig(TuneConfig):
 # What a run needs: lists, images, weights, recipe
 
 DEMO_INITS = ("mrm", "image-only", "report-only")  # what `fill_weights` makes
-SCRATCH = ("scratch", *(f"scratch-{preset}" for preset in mrm.MODELS))  # random starts
+# Random starts, and whose sizes they have
+SCRATCH = {"scratch": "tiny"} | {f"scratch-{preset}": preset for preset in mrm.MODELS}
 
 
 def read_lists(config):
@@ -400,9 +392,6 @@ def read_lists(config):
     root = str(data.demo_root(config.root)) if config.data == "demo" else config.root
     parts, classes = data.read_parts(config.data, root, config.split, config.ratio,
                                      config.uncertain, config.skip_bad)
-    if len(parts["val"].names) < 20:
-        warn(f"{len(parts['val'].names)} validation images choose the model, which is "
-             "little more than chance")
     for one, other in itertools.combinations(parts, 2):
         both = sum(data.seen(parts[other].owners, data.marks(parts[one].owners)))
         if both:
@@ -413,6 +402,9 @@ def read_lists(config):
 
 def load_images(parts, config):
     """Gives each part its images, decoded into memory where they fit."""
+    for name, part in parts.items():
+        if not any({0.0, 1.0} <= set(column) for column in part.labels.T.tolist()):
+            raise InputError(f"the {name} list", "both labels of at least one class", "one in each")
     for name, part in parts.items():
         side, how = round(config.img_size / config.test_share), {"crop": config.img_size}
         if name == "train":
@@ -444,7 +436,7 @@ def starting_weights(config, classes=None):
     """What a run starts from: (tensors by name or None for a random start, all that the file
     holds). fc_norm and head are left out where the file does not name `classes` in their order."""
     if config.weights in SCRATCH:
-        preset = config.weights.removeprefix("scratch").removeprefix("-") or "tiny"
+        preset = SCRATCH[config.weights]
         return None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}
     path = checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
     tensors, held = read_weights(path)
@@ -489,80 +481,87 @@ def fill_cell(config):
                          "ratio": 10 if config.data == "demo" else 100})
 
 
-def finetune(config):
-    """Trains, chooses on the validation list, tests once. Returns the content of result.json.
-    Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
-    predictions.csv and curves.png in `config.out`. Raises InputError for what the user
-    gave and cannot be used."""
-    start = time.time()
+def prepare(config, read, recipe, build, load):
+    """All that the loop and the results of a run need, by name; `config` has every option filled.
+    What depends on the task: read(config) gives the lists and classes, recipe(config, tensors,
+    held, count) the options and the sizes of the ViT, build(config, sizes, classes, tensors) the
+    model; load(parts, config) reads the images. Nothing is written before all this is accepted."""
+    began = time.time()
     device, rank, world = join(config)
     config = fill_cell(config)
-    parts, classes = read_lists(config)
+    parts, classes = read(config)
+    count = len(parts["train"].names)
     config = fill_weights(config)  # last, since it may pretrain for minutes
-    for name, part in parts.items():
-        if not any({0.0, 1.0} <= set(column) for column in part.labels.T.tolist()):
-            raise InputError(f"the {name} list", "both labels of at least one class", "one in each")
     tensors, held = starting_weights(config, classes)
-    config, sizes = take_recipe(config, tensors, held, len(parts["train"].names))
+    config, sizes = recipe(config, tensors, held, count)
     config = even_batch(config, world * config.accumulate)
-    steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
+    steps = number_of_steps(config, count, config.batch_size)
     seed(config.seed)  # here, because pretraining the demo MRM must not change this run
-    model = build_model(config, sizes, len(classes), tensors).to(device)
-    facts = facts_of(parts, classes, model, world)
-    saved = last_state(config, steps, **facts)
-    config = with_dtype(config, device, world, saved, sizes["embed_dim"])
-    load_images(parts, config)
-    log = RunLog(config.out, config, rank, saved and saved["history"], start)
-    describe(config, model, parts, steps, device, held, log)
-    labels = parts["train"].labels.to(device)
-    best = train(config, model, parts, steps, saved, facts, log, device, world,
-                 lambda images, rows: (images, labels[rows.to(device)]), label_loss, score_labels)
-    about = {"classes": classes, "pool": config.pool, "test_side": parts["test"].images.size}
-    save_best(config, model, parts, best, sizes, tensors, held, log, about)
-    scores = predict(model, parts["test"].images, config, device, rank, world).numpy()
-    return write_results(config, model, parts, classes, scores, best, log)
-
-
-def facts_of(parts, classes, model, world):
-    """What a resumed run must have alike: the lists, the classes, the processes, the weights."""
+    try:
+        model = build(config, sizes, classes, tensors).to(device)
+    except ValueError as error:  # sizes that do not divide
+        raise InputError(f"{config.weights}: {error}") from None
     lists = [(part.names, part.labels.tolist(), part.masks) for part in parts.values()]
-    return {"lists_and_classes": hashlib.sha256(repr((lists, classes)).encode()).hexdigest(),
-            "number_of_processes": world, "weights": lora.fingerprint(model.state_dict())}
+    facts = {"lists_and_classes": hashlib.sha256(repr((lists, classes)).encode()).hexdigest(),
+             "number_of_processes": world, "weights": lora.fingerprint(model.state_dict())}
+    saved = last_state(config, steps, **facts)  # the run that is resumed must have these facts
+    config = with_dtype(config, device, world, saved, sizes["embed_dim"])
+    load(parts, config)
+    log = RunLog(config.out, config, rank, saved and saved["history"], began)
+    run = SimpleNamespace(config=config, parts=parts, classes=classes, model=model, sizes=sizes,
+                          tensors=tensors, held=held, steps=steps, saved=saved, facts=facts,
+                          log=log, device=device, world=world)
+    describe(run)
+    return run
 
 
-def describe(config, model, parts, steps, device, held, log):
+def describe(run):
     """Says what is about to be trained, how much of the model that is, and whether the weights were
     trained on images or patients of the test list. Writes split.csv: how a table is divided."""
+    config, parts, log, count = run.config, run.parts, run.log, lora.count_parameters(run.model)
     if log.rank > 0:
         return
     write_csv(log.out / "split.csv", ["image", "split"],
               [[name, part] for part, listed in parts.items() for name in listed.names])
-    count, images = lora.count_parameters(model), len(parts["train"].names)
     share = 100 * count["lora"] / (count["total"] - count["head"])
-    print(f"{config.method} on {images} images of {config.data} ({config.ratio} %): trainable "
-          f"{count['trainable']:,} of {count['total']:,} (LoRA {count['lora']:,} = {share:.2f} % "
-          f"of the backbone, head {count['head']:,}); {steps} steps of {config.batch_size}, "
-          f"{device}")
-    seen = data.seen(parts["test"].owners, set(held.get("trained_on", ())))
+    print(f"{config.method} on {len(parts['train'].names)} images of {config.data} "
+          f"({config.ratio} %): trainable {count['trainable']:,} of {count['total']:,} "
+          f"(LoRA {count['lora']:,} = {share:.2f} % of the backbone, head {count['head']:,}); "
+          f"{run.steps} steps of {config.batch_size}, {run.device}")
+    seen = data.seen(parts["test"].owners, set(run.held.get("trained_on", ())))
     if any(seen):
         warn(f"{config.weights}: {sum(seen)} of {len(seen)} test images are of a patient that "
              "was trained on before; test scores of other patients may be lower")
 
 
-def save_best(config, model, parts, best, sizes, tensors, held, log, about):
-    """Puts the state that was best on val into `model`, and writes adapter.pt or best.pt: with it
+def finetune(config):
+    """Trains, chooses on the validation list, tests once. Returns the content of result.json.
+    Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
+    predictions.csv and curves.png in `config.out`."""
+    run = prepare(config, read_lists, take_recipe, build_model, load_images)
+    labels, test_set = run.parts["train"].labels.to(run.device), run.parts["test"].images
+    best = train(run, lambda images, rows: (images, labels[rows.to(run.device)]),
+                 label_loss, score_labels)
+    save_best(run, best, pool=run.config.pool, test_side=test_set.size)
+    scores = predict(run.model, test_set, run.config, run.device, run.log.rank, run.world)
+    return write_results(run, best, scores.numpy())
+
+
+def save_best(run, best, **about):
+    """Puts the state that was best on val into the model, and writes adapter.pt or best.pt: with it
     all that `load_run` needs. An adapter whose base is a random start brings it along."""
+    config, model, log, tensors = run.config, run.model, run.log, run.tensors
     model.load_state_dict(best["trained"], strict=False)
-    own = data.marks(parts["train"].owners)
-    about = about | {"script": config.script, "sizes": sizes, "mean": config.mean,
-                     "std": config.std, "white": config.white,
-                     "trained_on": sorted({*own, *held.get("trained_on", ())})}
+    own = data.marks(run.parts["train"].owners)
+    about |= {"script": config.script, "sizes": run.sizes, "classes": run.classes,
+              "mean": config.mean, "std": config.std, "white": config.white,
+              "trained_on": sorted({*own, *run.held.get("trained_on", ())})}
     if log.rank == 0 and lora.lora_layers(model):
         base, state = config.weights, model.state_dict()
         if tensors is None:
             base = log.out / "base.pt"
             tensors = {name: state[name] for name in state if lora.part_of(name) == "backbone"}
-            save_checkpoint(base, {"model": tensors, "sizes": sizes})
+            save_checkpoint(base, {"model": tensors, "sizes": run.sizes})
         lora.save_adapter(log.out / "adapter.pt", model, weights=os.path.abspath(base),
                           weights_from_here=os.path.relpath(base, log.out),
                           base_fingerprint=lora.fingerprint(tensors), **about)
@@ -570,32 +569,32 @@ def save_best(config, model, parts, best, sizes, tensors, held, log, about):
         save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
 
 
-def run_facts(config, model, parts, best, log):
+def run_facts(run, best):
     """What result.json holds beside the test scores."""
-    last, count = log.history[-1], lora.count_parameters(model)
+    config, last, count = run.config, run.log.history[-1], lora.count_parameters(run.model)
     given = ("ratio", "method", "weights", "batch_size", "lr")
     measured = ("images_per_second", "share_waiting_for_data")
     return {name: value for name, value in best.items() if name not in ("step", "trained")} | {
         "best_step": best["step"], "split": config.split or config.data, "steps": last["step"],
         **{name: getattr(config, name) for name in given},
-        "images": {name: len(part.names) for name, part in parts.items()},
+        "images": {name: len(part.names) for name, part in run.parts.items()},
         **{f"{name}_parameters": count[name] for name in ("trainable", "lora", "head", "total")},
-        **{name: last[name] for name in measured}, "seconds": time.time() - log.start}
+        **{name: last[name] for name in measured}, "seconds": time.time() - run.log.start}
 
 
-def write_results(config, model, parts, classes, scores, best, log):
+def write_results(run, best, scores):
     """Writes result.json and predictions.csv, and prints the AUROCs, from the logits (n, k) of the
     test list. Returns the content of result.json."""
-    labels = parts["test"].labels.numpy()
+    log, names, labels = run.log, run.parts["test"].names, run.parts["test"].labels.numpy()
     mean, (low, high), per_class = auroc(scores, labels)
-    named = dict(zip(classes, per_class))
+    named = dict(zip(run.classes, per_class))
     result = {"auroc": mean, "auroc_ci": (low, high),
               "auroc_per_class": {name: value and value[0] for name, value in named.items()},
               "auroc_per_class_ci": {name: value and value[1:] for name, value in named.items()},
-              **run_facts(config, model, parts, best, log)}
+              **run_facts(run, best)}
     if log.rank > 0:
         return result
-    write_predictions(log.out, parts["test"].names, classes, 1 / (1 + np.exp(-scores)), labels)
+    write_predictions(log.out, names, run.classes, 1 / (1 + np.exp(-scores)), labels)
     for name, value in named.items():
         text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
         print(f"  {name:20s} {text}")
@@ -620,25 +619,25 @@ def load_run(folder, script="finetune", make=None):
     make(all that it holds, sizes of the ViT) makes another network than a classifier. Raises
     InputError for any other file than adapter.pt or best.pt, and for base weights that changed."""
     path = checkpoint_file(folder, "adapter.pt", "best.pt")
-    saved = load_checkpoint(path)
-    maker = saved.get("script", script)
-    if not {"sizes", "mean", "std"} <= saved.keys() or maker != script:
-        found = f"one of {command_of(maker)}" if maker != script else f"entries {sorted(saved)[:6]}"
+    held = load_checkpoint(path)
+    maker = held.get("script", script)
+    if not {"sizes", "mean", "std"} <= held.keys() or maker != script:
+        found = f"one of {command_of(maker)}" if maker != script else f"entries {sorted(held)[:6]}"
         raise InputError(path, f"the adapter.pt or best.pt of a run of {command_of(script)}", found)
-    sizes = encoder_sizes({}, saved, path)
-    model = make(saved, sizes) if make else vit.ViT(
-        **sizes, num_classes=len(saved["classes"]), pool=saved["pool"])
-    if "adapter" in saved:
-        base, tensors = lora.read_base(path, saved)
+    sizes = encoder_sizes({}, held, path)
+    model = make(held, sizes) if make else vit.ViT(
+        **sizes, num_classes=len(held["classes"]), pool=held["pool"])
+    if "adapter" in held:
+        base, tensors = lora.read_base(path, held)
         load_encoder(model, tensors, base)
         lora.load_adapter(model, path)
         lora.merge_lora(model)
     else:
-        lost = [name for name in lora.lora_state_dict(model) if name not in saved["model"]]
+        lost = [name for name in lora.lora_state_dict(model) if name not in held["model"]]
         if lost:  # a random head would predict without a word
             raise InputError(path, f"{lost[0]} of a fine-tuning run", "none")
-        load_encoder(model, saved["model"], path)
-    return model.eval(), saved
+        load_encoder(model, held["model"], path)
+    return model.eval(), held
 
 
 def open_run(config, make=None):
@@ -646,23 +645,23 @@ def open_run(config, make=None):
     paths of the images, their names below the folder `config.predict`)."""
     if config.weights is None:
         raise InputError(f"--predict needs --weights RUN, a run of {command_of(config.script)}")
-    model, saved = load_run(config.weights, config.script, make)
-    config = fill(config, {"out": "runs/predict", "mean": saved["mean"], "std": saved["std"]})
+    model, held = load_run(config.weights, config.script, make)
+    config = fill(config, {"out": "runs/predict", "mean": held["mean"], "std": held["std"]})
     device, _, _ = join(config)
-    config = with_dtype(config, device, width=saved["sizes"]["embed_dim"])
+    config = with_dtype(config, device, width=held["sizes"]["embed_dim"])
     check_apart(config.out, config.predict)
     paths = data.list_images(config.predict)
     names = [Path(path).relative_to(config.predict).as_posix() for path in paths]
-    return config, device, model.to(device), saved, paths, names
+    return config, device, model.to(device), held, paths, names
 
 
 def predict_folder(config):
     """Writes OUT/predictions.csv for every image below the folder `config.predict`."""
-    config, device, model, saved, paths, names = open_run(config)
-    images = data.ImageSet(paths, saved.get("test_side", model.img_size), crop=model.img_size,
-                           white=saved.get("white"))
+    config, device, model, held, paths, names = open_run(config)
+    images = data.ImageSet(paths, held.get("test_side", model.img_size), crop=model.img_size,
+                           white=held.get("white"))
     scores = predict(model, images, config, device)
-    write_predictions(config.out, names, saved["classes"], scores.sigmoid().tolist())
+    write_predictions(config.out, names, held["classes"], scores.sigmoid().tolist())
     print(f"{len(paths)} images: {Path(config.out) / 'predictions.csv'}")
 
 
@@ -671,7 +670,7 @@ def predict_folder(config):
 
 
 def list_cells(config):
-    """The cells of a comparison: {name: ((init, method, percent of labels), configuration)}. Raises
+    """The cells of a comparison, {name: configuration}; `weights` is one of --inits. Raises
     InputError for a name that is not known or comes twice, before any run."""
     for typed in ("lora", "method", "ratio", "weights"):
         if getattr(config, typed):
@@ -684,14 +683,11 @@ def list_cells(config):
         if not differ or not set(given) <= set(allowed[name]):
             expected = f"names that differ, of {', '.join(allowed[name])}"
             raise InputError(f"--{name}", expected, ",".join(given))
-    cells, seeds = {}, range(config.seed, config.seed + config.seeds)
-    for ratio, init, method, number in itertools.product(
-            lists["ratios"], lists["inits"], lists["methods"], seeds):
-        cells[f"{Path(init).name}-{method}-{ratio}-{number}"] = (
-            (init, method, ratio), dataclasses.replace(
-                config, weights=None if init in DEMO_INITS else init, method=method,
-                ratio=int(ratio), seed=number))
-    return cells
+    seeds = range(config.seed, config.seed + config.seeds)
+    return {f"{Path(init).name}-{method}-{ratio}-{number}": dataclasses.replace(
+                config, weights=init, method=method, ratio=int(ratio), seed=number)
+            for ratio, init, method, number in itertools.product(
+                lists["ratios"], lists["inits"], lists["methods"], seeds)}
 
 
 def read_draws(path, classes):
@@ -707,19 +703,22 @@ def compare(config):
     weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
     cells = list_cells(dataclasses.replace(config, compare=False))
+    asked = {name: dataclasses.replace(cell, weights=None) if cell.weights in DEMO_INITS else cell
+             for name, cell in cells.items()}  # config.json has the folder of the demo's weights
 
-    def run(config):  # named here: the weights that config.json holds are those of the seed
-        finetune(dataclasses.replace(config, weights=cells[Path(config.out).name][0][0]))
+    def run(config):
+        finetune(dataclasses.replace(config, weights=cells[Path(config.out).name].weights))
 
-    for name, result in run_cells(out, {name: cells[name][1] for name in cells}, run):
+    for name, result in run_cells(out, asked, run):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
-        rows.setdefault(cells[name][0], []).append((result, draws))
+        row = Path(cells[name].weights).name, result["method"], result["ratio"]
+        rows.setdefault(row, []).append((result, draws))
     header = ["pretraining", "method", "labels %", "test AUROC", "each seed", "lr", "trained %",
               "training images"]
     table = []
-    for (init, method, ratio), runs in rows.items():
+    for row, runs in rows.items():
         scores, first = [result["auroc"] for result, _ in runs], runs[0][0]
-        table.append([Path(init).name, method, ratio, mean_and_deviation(scores, 3),
+        table.append([*row, mean_and_deviation(scores, 3),
                       " ".join(f"{score:.3f}" for score in scores), f"{first['lr']:g}",
                       f"{100 * first['trainable_parameters'] / first['total_parameters']:.2f}",
                       first["images"]["train"]])
@@ -737,9 +736,8 @@ def compare_rows(a, b, first, second):
     gains = [x["auroc"] - y["auroc"] for (x, _), (y, _) in zip(first, second)]
     draws = np.mean([x - y for (_, x), (_, y) in zip(first, second)], axis=0)
     low, high = np.nanpercentile(draws, [2.5, 97.5])
-    names = [" ".join([Path(init).name, method]) for init, method, _ in (a, b)]
-    return [a[2], *names, f"{np.mean(gains):+.3f}", f"[{low:+.3f}, {high:+.3f}]",
-            f"{sum(np.array(gains) > 0)} of {len(gains)}"]
+    return [a[2], " ".join(a[:2]), " ".join(b[:2]), f"{np.mean(gains):+.3f}",
+            f"[{low:+.3f}, {high:+.3f}]", f"{sum(np.array(gains) > 0)} of {len(gains)}"]
 
 
 def main(config_class=FinetuneConfig, description=__doc__):

@@ -17,9 +17,7 @@ Shapes: B batch, n samples, D width, H and W pixels.
 """
 
 import dataclasses
-import functools
 import math
-import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,9 +32,7 @@ import finetune
 from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
-    InputError, RunLog, atomic_write, even_batch, fill, join, last_state, number_of_steps, option,
-    parse_config, run_script, save_grid, seed, with_dtype, write_csv,
-)
+    InputError, atomic_write, fill, join, option, parse_config, run_script, save_grid, write_csv)
 from support.weights import encoder_sizes, load_encoder
 from vit import ViT
 
@@ -218,7 +214,7 @@ PAPER = SMALL | dict(steps=20000, lr=2e-5, channels=768, img_size=512, drop_path
 
 
 def read_lists(config):
-    """The parts of `finetune.read_lists` with the files of their masks. The demo has no file where
+    """`finetune.read_lists` with the files of the masks, the one class. The demo has no file where
     its labels say that there is no pneumothorax."""
     parts, classes = finetune.read_lists(config)
     root = data.demo_root(config.root) if config.data == "demo" else config.root
@@ -233,7 +229,7 @@ def read_lists(config):
     empty = [i for i, mask in enumerate(train.masks) if mask is None]
     few = empty[:: max(1, len(empty) // max(1, len(shown)))]  # about as many as there are masks
     train.keep(sorted(shown + few))
-    return parts
+    return parts, ["mask"]
 
 
 def image_alone(pairs, generator=None):
@@ -242,9 +238,9 @@ def image_alone(pairs, generator=None):
 
 
 def load_images(parts, config):
-    """Gives each part its images, decoded into memory where they fit, and returns the masks of val
-    and test as their images have them: {name: bool (n, H, W)}."""
-    side, masks = config.img_size, {}
+    """Gives each part its images, decoded into memory where they fit, and val and test their masks
+    as the images have them, `truth`: bool (n, H, W)."""
+    side = config.img_size
     for name, part in parts.items():
         how = (2 * side, config.augment, config.seed) if name == "train" else (side,)
         part.images = data.ImageSet(part.paths, *how, masks=part.masks, white=config.white)
@@ -252,22 +248,34 @@ def load_images(parts, config):
         if name == "train":
             continue
         batches = data.eval_batches(part.images, 64)
-        masks[name] = torch.cat([pairs[:, 1] > 0.5 for pairs, _ in batches])
-        if not masks[name].any():
+        part.truth = torch.cat([pairs[:, 1] > 0.5 for pairs, _ in batches])
+        if not part.truth.any():
             raise InputError(f"the {name} list", "a mask that is not empty", "none")
         part.images.augment = image_alone  # a model that is tested sees no mask
-    return masks
 
 
-def score_masks(masks, logits, part):
-    """What the validation list, with its masks (n, H, W), says of a model: first the best
-    `dice_all`, which chooses, with the threshold and the smallest area that give it."""
-    chosen = choose_threshold(logits[:, 0], masks)
-    return {"val_dice": chosen.pop("dice"),
-            "val_loss": segmentation_loss(logits, masks[:, None].float()).item(), **chosen}
+def score_masks(logits, part):
+    """What the validation list says of a model: first the best `dice_all`, which chooses, with the
+    threshold and the smallest area that give it."""
+    chosen = choose_threshold(logits[:, 0], part.truth)
+    loss = segmentation_loss(logits, part.truth[:, None].float()).item()
+    return {"val_dice": chosen.pop("dice"), "val_loss": loss, **chosen}
 
 
-def build_model(config, sizes, tensors=None):
+def take_preset(config, tensors, held, count):
+    """`finetune.take_recipe` of a segmentation."""
+    sizes = encoder_sizes(tensors, held, config.weights, config.num_heads)
+    preset = {"img_size": 2 * sizes["img_size"],  # an outline needs more pixels than a finding
+              "num_heads": sizes["num_heads"], "mean": held.get("mean"), "std": held.get("std")}
+    config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
+    _, _, world = join(config)
+    if config.batch_size < 2 * world * config.accumulate:  # batch norm needs images that differ
+        raise InputError("--batch-size", "two images or more in a pass", config.batch_size)
+    return config, sizes | {"img_size": config.img_size}
+
+
+def build_model(config, sizes, classes=None, tensors=None):
+    """`finetune.build_model` of a segmentation."""
     model = UPerNet(config.channels, **sizes, drop_path=config.drop_path)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
@@ -277,54 +285,32 @@ def build_model(config, sizes, tensors=None):
 def segment(config):
     """Trains, chooses on the validation list, tests once. Returns the content of result.json.
     Leaves in `config.out` what `finetune.finetune` does, and overlays.png."""
-    start = time.time()
-    device, rank, world = join(config)
-    config = finetune.fill_cell(fill(config, {"ratio": 100}))
-    parts = read_lists(config)
-    config = finetune.fill_weights(config)
-    tensors, held = finetune.starting_weights(config)
-    sizes = encoder_sizes(tensors, held, config.weights, config.num_heads)
-    preset = {"img_size": 2 * sizes["img_size"], "num_heads": sizes["num_heads"],
-              "mean": held.get("mean"), "std": held.get("std")}
-    config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
-    parts_of_batch = world * config.accumulate
-    config = even_batch(config, parts_of_batch)
-    if config.batch_size < 2 * parts_of_batch:  # batch norm needs images that differ
-        raise InputError("--batch-size", "two images or more in a pass", config.batch_size)
-    sizes = sizes | {"img_size": config.img_size}  # an outline needs more pixels than a finding
-    steps = number_of_steps(config, len(parts["train"].names), config.batch_size)
-    seed(config.seed)
-    model = build_model(config, sizes, tensors).to(device)
-    facts = finetune.facts_of(parts, ["mask"], model, world)
-    saved = last_state(config, steps, **facts)
-    config = with_dtype(config, device, world, saved, sizes["embed_dim"])
-    masks = load_images(parts, config)
-    log = RunLog(config.out, config, rank, saved and saved["history"], start)
-    finetune.describe(config, model, parts, steps, device, held, log)
-    best = finetune.train(config, model, parts, steps, saved, facts, log, device, world,
-                          lambda pairs, rows: (pairs[:, :1], pairs[:, 1:]), segmentation_loss,
-                          functools.partial(score_masks, masks["val"]))
-    about = {"segment": {"channels": config.channels, "threshold": best["threshold"],
-                         "smallest": best["smallest"]}}
-    finetune.save_best(config, model, parts, best, sizes, tensors, held, log, about)
-    logits = finetune.predict(model, parts["test"].images, config, device, rank, world)[:, 0]
-    facts = finetune.run_facts(config, model, parts, best, log)
-    return write_results(config, parts["test"], masks["test"], logits, facts, log)
+    run = finetune.prepare(fill(config, {"ratio": 100}), read_lists, take_preset, build_model,
+                           load_images)
+    best = finetune.train(run, lambda pairs, rows: (pairs[:, :1], pairs[:, 1:]), segmentation_loss,
+                          score_masks)
+    chosen = {name: best[name] for name in ("threshold", "smallest")}
+    finetune.save_best(run, best, segment=chosen | {"channels": run.config.channels})
+    logits = finetune.predict(run.model, run.parts["test"].images, run.config, run.device,
+                              run.log.rank, run.world)
+    return write_results(run, best, logits[:, 0])
 
 
-def write_results(config, part, truth, logits, facts, log):
+def write_results(run, best, logits):
     """Writes result.json, predictions.csv (pixels of each image) and overlays.png, and prints the
-    Dices, from the masks and logits (n, H, W) of the test list, at `config.img_size` pixels a side.
-    Returns the content of result.json, whose areas count pixels of all images."""
+    Dices, from the logits (n, H, W) of the test list, at --img-size pixels a side. Returns the
+    content of result.json, whose areas count pixels of all images."""
+    part, log, side = run.parts["test"], run.log, run.config.img_size
+    facts = finetune.run_facts(run, best)
     found = find_pixels(logits, facts["threshold"], facts["smallest"])
-    counts = both, predicted, true = count_pixels(found, truth)
+    counts = both, predicted, true = count_pixels(found, part.truth)
     result, summary = {}, []
-    for name, values in dice_scores(counts, config.img_size**2, 1000).items():
+    for name, values in dice_scores(counts, side**2, 1000).items():
         interval = np.nanpercentile(values[1:], [2.5, 97.5]).tolist()
         result |= {name: float(values[0]), f"{name}_ci": interval}
         summary.append("%s %.3f [%.3f, %.3f]" % (name, values[0], *interval))
     result |= {"area_error": float(np.abs(predicted - true).mean()),
-               "images_with_mask": int((true > 0).sum()), "pixels": config.img_size**2, **facts}
+               "images_with_mask": int((true > 0).sum()), "pixels": side**2, **facts}
     if log.rank > 0:
         return result
     write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
@@ -335,10 +321,10 @@ def write_results(config, part, truth, logits, facts, log):
     for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
         image = part.images[i][0].expand(3, -1, -1)
         rows.append([image] + [torch.where(mask[i], 0.55 * image + 0.45 * red, image)
-                               for mask in (truth, found)])
+                               for mask in (part.truth, found)])
         captions.append(f"{name}: Dice {dice[i]:.3f}")
     save_grid(log.out / "overlays.png", rows, ("X-ray", "truth", "prediction"), captions,
-              max(1, 256 // config.img_size))
+              max(1, 256 // side))
     print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
           f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
     log.json("result.json", result)
@@ -349,18 +335,18 @@ def write_results(config, part, truth, logits, facts, log):
 # Prediction
 
 
-def make_network(saved, sizes):
-    """The untrained network of a finished run, whose file holds `saved`."""
-    return UPerNet(saved["segment"]["channels"], **sizes)
+def make_network(held, sizes):
+    """The untrained network of a finished run, of what its file holds."""
+    return UPerNet(held["segment"]["channels"], **sizes)
 
 
 def predict_folder(config):
     """Writes OUT/NAME.png for every image below the folder `config.predict`: 0 or 255 in an image
     of the size of its X-ray."""
-    config, device, model, saved, paths, names = finetune.open_run(config, make_network)
-    threshold, smallest = (saved["segment"][name] for name in ("threshold", "smallest"))
+    config, device, model, held, paths, names = finetune.open_run(config, make_network)
+    threshold, smallest = (held["segment"][name] for name in ("threshold", "smallest"))
     images = data.ImageSet(paths, model.img_size, image_alone, masks=[None] * len(paths),
-                           white=saved.get("white"))
+                           white=held.get("white"))
     logits = finetune.predict(model, images, config, device)
     for path, name, logit in zip(paths, names, logits):
         full = F.interpolate(logit[None], data.read_image(path).shape[1:], mode="bilinear")[0]

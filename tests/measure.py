@@ -113,7 +113,7 @@ def vit_step(method, images, dtype):
     recipe = recipe_for(RECIPES, "medpeft", method, "nih", 1, 0) | {"rank": 4}
     config = fill(finetune.FinetuneConfig(method=method), recipe)
     sizes = {name: value for name, value in mrm.BASE.items() if name in ENCODER_SIZES}
-    model = finetune.build_model(config, sizes, 14).train()
+    model = finetune.build_model(config, sizes, range(14)).train()
     optimizer = finetune.optimizer_by_layer(model, config)
     inputs, targets = torch.rand(images, 1, 224, 224), torch.rand(images, 14).round()
 
@@ -357,14 +357,14 @@ def real(covid, nih, folder):
 class UNet(nn.Module):
     """Ronneberger et al., 2015: five levels of two 3 x 3 convolutions with norms."""
 
-    def __init__(self, img_size, norm, width=9):
+    def __init__(self, img_size, width=9):
         super().__init__()
         self.img_size, self.blocks = img_size, nn.ModuleList()  # no blocks of a ViT
         self.register_buffer("cls_token", torch.zeros(1, 1, 1), persistent=False)  # as narrow
         widths = [width * 2**level for level in range(5)]
 
         def two(i, o):
-            return nn.Sequential(segment.ConvNorm(i, o, 3, norm), segment.ConvNorm(o, o, 3, norm))
+            return nn.Sequential(segment.ConvNorm(i, o, 3), segment.ConvNorm(o, o, 3))
 
         self.down = nn.ModuleList(two(i, o) for i, o in zip([1, *widths], widths))
         self.up = nn.ModuleList(two(i + o, i) for i, o in zip(widths, widths[1:]))
@@ -384,7 +384,7 @@ def unet(out, *options):
     """UPerNet's place: no auxiliary head, one rate for all layers; options of more.segment."""
     command = ["--weights", "scratch", "--out", out, *options]
     config = replace(parse_config(segment.SegmentConfig, command), layer_decay=1.0)
-    with mock.patch.object(segment, "build_model", lambda c, *_: UNet(c.img_size, c.norm)):
+    with mock.patch.object(segment, "build_model", lambda c, *_: UNet(c.img_size)):
         segment.segment(config)
 
 
