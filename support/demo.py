@@ -1,7 +1,8 @@
 """Draws X-rays (films), reports and brains for a newcomer without data. Nobody needs to read this.
 
-    python -m support.demo # draws the records and the pairs; the scripts do it on first use
+    python -m support.demo      # draws the records and the pairs; the scripts do it on first use
 """
+
 import contextlib
 import dataclasses
 import functools
@@ -236,15 +237,6 @@ def write_report(rng, findings):
     return ", ".join(clauses)
 
 
-def skip_wording(rng, findings):
-    """Draws as many numbers as once chose the words of longer reports, so that the films of a
-    patient's later visits stay the same to the byte."""
-    absent = len(FINDINGS) - len(findings)
-    wordings = sum(2 if finding.grade == 1 else 3 for finding in findings.values())
-    rng.permutation(absent)
-    rng.integers(2, size=wordings + absent - (absent + 1) // 4)
-
-
 # --------------------------------------------------------------------------------------------------
 # The folder of the demo records
 
@@ -262,7 +254,11 @@ def draw_patient(folder, seed, size, patient):
             Image.fromarray(mask).save(folder / "masks" / name, compress_level=1)
         report = write_report(np.random.default_rng([seed, patient, 1 + visit]), findings)
         rows.append((name, list(findings), report))
-        skip_wording(rng, findings)
+        # Longer reports once took these numbers; without them the next visit would look otherwise
+        absent = len(FINDINGS) - len(findings)
+        words = sum(2 if finding.grade == 1 else 3 for finding in findings.values())
+        rng.permutation(absent)
+        rng.integers(2, size=words + absent - (absent + 1) // 4)
     return rows
 
 
@@ -311,7 +307,7 @@ def write_demo_records(out, patients=2400, size=128, seed=0):
     to test_list.txt, training.csv, classes.txt, patients.csv and demo.json (the arguments). `out`
     appears only when it is complete. Raises InputError for a folder that cannot be written or holds
     anything but the demo pairs, and for fewer patients or pixels."""
-    out = Path(os.path.abspath(out))
+    out = Path(out).absolute()
     if patients < 50 or size < 32:
         raise InputError("demo", "at least 50 patients and 32 pixels", f"{patients} and {size}")
     if out.is_file() or out.exists() and {path.name for path in out.iterdir()} - {"pairs"}:

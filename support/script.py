@@ -2,8 +2,6 @@
 
 Nothing here knows a data set, a model or a loss. What cannot be used is refused by an InputError,
 in one line that says what was expected and found, in which file and line.
-
-The sections: errors and options; start-up; files; a run and its resumption; comparisons; pictures.
 """
 
 import argparse
@@ -36,8 +34,8 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; the message is one line that a user can act on. Either
-    InputError(message), or InputError(where, expected, found): "where: expected ..., found ..."."""
+    """Something the user gave is wrong. The message is one line that a user can act on:
+    InputError(message), or InputError(where, expected, found)."""
 
     def __init__(self, where, expected=None, found=None):
         if expected is not None:
@@ -71,18 +69,14 @@ class RunConfig:
     resume: bool = option(False, "go on from OUT/last.pt", free=True)
     seed: int = option(0, "seed of every random choice of the run", within="[0, 4294967295]")
     steps: int = option(None, "optimiser steps, instead of the preset's epochs", within="[1, inf)")
-    epochs: float = option(None, "passes over the data, instead of the preset's steps",
-                           within="(0, inf)")
-    batch_size: int = option(None, "samples of a step, of all processes and passes together",
-                             within="[1, inf)")
+    epochs: float = option(None, "passes over the data, instead of steps", within="(0, inf)")
+    batch_size: int = option(None, "samples of a step, of all processes", within="[1, inf)")
     lr: float = option(None, "peak learning rate", within="(0, inf)")
     device: str = option("auto", "cuda, mps or cpu; auto takes the first there is", free=True)
     dtype: str = option("auto", "type of the products; auto measures which one is faster",
                         choices=["auto", "fp32", "bf16", "fp16"])
-    workers: int = option(0, "processes that read images (0: this one)", within="[0, 64]",
-                          free=True)
-    kernels: bool = option(True, "Triton kernels on CUDA; --no-kernels runs the torch references",
-                           free=True)
+    workers: int = option(0, "processes that read images; 0: none", within="[0, 64]", free=True)
+    kernels: bool = option(True, "Triton kernels on CUDA, not torch's references", free=True)
 
 
 def options_of(config):
@@ -112,11 +106,11 @@ def parse_config(config_class, argv=None, description=None):
         if "default" not in text:
             shown = {None: "the preset's", "": "none"}.get(field.default, field.default)
             text += f" (default: {shown})"
-        kwargs = {"type": field.type, "choices": choices}
+        kind = {"type": field.type, "choices": choices}
         if field.type is bool:
-            kwargs = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag_of(field), default=field.default, help=text.replace("%", "%%"),
-                            **kwargs)
+            kind = {"action": argparse.BooleanOptionalAction}
+        text = text.replace("%", "%%")
+        parser.add_argument(flag_of(field), default=field.default, help=text, **kind)
     config = config_class(**vars(parser.parse_args(argv)))
     check_ranges(config)
     return config
@@ -153,8 +147,8 @@ def number_of_steps(config, samples, per_step):
 
 
 def even_batch(config, parts):
-    """`config` with a batch that `parts`, processes times passes of a step, share evenly: at most
-    as large as it was, unless a part would have no image."""
+    """`config` with a batch that `parts`, processes x passes of a step, share evenly: not a larger
+    one, unless a part would have no image."""
     size = max(1, config.batch_size // parts) * parts
     if size != config.batch_size:
         warn(f"--batch-size {config.batch_size}: steps take {size} images, which {parts} parts "
@@ -214,14 +208,14 @@ def join(config):
         os.environ["MEDVISION_NO_KERNELS"] = "1"
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = [name for name, here in (("cuda", cuda), ("mps", mps), ("cpu", True)) if here]
+    there = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     name = there[0] if config.device == "auto" else config.device
     if name not in there:
         raise InputError("--device", "auto, cuda, mps or cpu with that hardware present", name)
-    device = torch.device(name)
     if config.device == "auto" and not cuda and shutil.which("nvidia-smi"):
         warn_once(f"an NVIDIA driver is here, but torch {torch.__version__} cannot use the GPU: it "
                   "is built without CUDA or for a newer driver")
+    device = torch.device(name)
     if name == "cuda":
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
@@ -243,23 +237,21 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def with_dtype(config, device, world=1, saved=None, width=NARROW):
     """`config` with --dtype auto replaced by a type: that of the resumed run `saved`, else what is
     faster here for a ViT of this `width`. All processes take what the first one measures."""
-    dtype = config.dtype
-    if dtype == "auto" and saved:
-        dtype = saved["config"]["dtype"]
-    if dtype == "auto":
-        narrow = device.type == "cpu" and width < NARROW
-        dtype = "fp32" if narrow else from_all(fastest_type(device), world)[0]
+    dtype = saved["config"]["dtype"] if saved and config.dtype == "auto" else config.dtype
+    if dtype == "auto" and (device.type == "mps" or device.type == "cpu" and width < NARROW):
+        dtype = "fp32"  # on MPS nothing was measured
+    elif dtype == "auto":
+        dtype = from_all(fastest_type(device), world)[0]
     return dataclasses.replace(config, dtype=dtype)
 
 
 @functools.cache
 def fastest_type(device):
     """Times a product of each type. The first that is 1.2 times as fast as float32 wins: bf16, and
-    on CUDA fp16, which needs scaled gradients. (float32 on MPS, where nothing was measured.)"""
-    names = {"cpu": ["fp32", "bf16"], "cuda": ["fp32", "bf16", "fp16"]}.get(device.type, [])
-    side, times = 512 if device.type == "cpu" else 4096, {}
-    # The processor's own time leaves out what other programs take; a GPU has the clock's alone
-    clock = time.process_time if device.type == "cpu" else time.time
+    on CUDA fp16, which needs scaled gradients."""
+    names, side, clock, times = ["fp32", "bf16", "fp16"], 4096, time.time, {}
+    if device.type == "cpu":  # a processor's own time leaves out what other programs take
+        names, side, clock = ["fp32", "bf16"], 512, time.process_time
     for name in 12 * names:
         if times.get(name, 0) < 0.1:  # a processor that emulates bfloat16 shows it the first time
             matrix, began = torch.ones(side, side, dtype=TYPES[name], device=device), clock()
@@ -472,10 +464,10 @@ def check_apart(out, *sources):
 
 
 class RunLog:
-    """The folder `out` of a run: config.json at the start, log.jsonl, result.json, by rank 0 alone.
-    Made once nothing can be refused any more, since a new run removes the checkpoints and the
-    result of an earlier one there; `history` are the lines of the run that is resumed. `start` is
-    the time that seconds count from (default: now). One run at a time owns the folder."""
+    """The folder `out` of a run, which one run at a time owns and rank 0 alone writes: config.json
+    at the start, log.jsonl, result.json. Made once nothing can be refused any more, since a new run
+    removes the files of an earlier one. history: the lines of the run that is resumed; start: the
+    time that seconds count from."""
 
     def __init__(self, out, config, rank=0, history=None, start=None):
         self.out, self.rank, self.start = Path(out), rank, start or time.time()
@@ -500,8 +492,8 @@ class RunLog:
             write_json(self.out / name, value)
 
     def line(self, **values):
-        """Adds a line to the history and rewrites log.jsonl. The steps after a checkpoint, which
-        a resumed run takes again, leave no second line."""
+        """Adds a line to the history and rewrites log.jsonl: the steps after a checkpoint, which a
+        resumed run takes again, leave no second line."""
         self.history.append(values | {"seconds": round(time.time() - self.start, 2)})
         if self.rank == 0:
             write_text(self.out / "log.jsonl", "".join(
@@ -553,9 +545,8 @@ def check_finite(step, paths, rows, scaler, loss, gradient):
     """Raises InputError, with the step and the images of the batch (`rows` of `paths`), for a loss
     or gradient that is not finite. It runs before the update, so that weights and checkpoint stay
     good. In float16 a gradient may overflow: `scaler` skips that step and halves its scale."""
-    values = {"loss": loss, "gradient": gradient}
-    for name in ["loss", "gradient"] if scaler.get_scale() <= 1 else ["loss"]:
-        if not torch.isfinite(values[name]).all():
+    for name, value in (("loss", loss), ("gradient", gradient)):
+        if not value.isfinite().all() and (name == "loss" or scaler.get_scale() <= 1):
             files = ", ".join([str(paths[row]) for row in rows[:8]] + ["..."] * (len(rows) > 8))
             raise InputError(f"step {step}: the {name} is not finite; lower --lr, use --dtype fp32 "
                              f"or look at the images of the batch: {files}")
@@ -570,9 +561,9 @@ def check_weights(log, step, weights):
 
 
 def save_state(log, config, world, state, own=None):
-    """Writes OUT/last.pt: `state`, whose entries `model` and `step` every script has, and all that
-    --resume needs beside it. Every process calls this, because each adds its random state and what
-    else it alone holds (`own`)."""
+    """Writes OUT/last.pt: `state`, in which every script has `model` and `step`, and what --resume
+    needs beside it. Every process calls this: each adds its random state and what it alone holds
+    (`own`)."""
     check_weights(log, state["step"], state["model"])
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     ranks = from_all({"torch": torch.get_rng_state(), "cuda": cuda, "own": own}, world)
@@ -630,8 +621,8 @@ class Saving:
             for step in ...:
                 saving.after(step + 1)
 
-    The first signal lets the step end, saves, and leaves with the shell's code for that signal
-    (130 or 143); a second one leaves at once. Under torchrun the processes agree on the step."""
+    The first signal lets the step end, saves, and leaves with the shell's code for it (130 or 143);
+    a second one leaves at once. Under torchrun the processes agree on the step."""
 
     def __init__(self, save, world=1, seconds=180):
         self.save, self.world, self.seconds = save, world, seconds

@@ -1,6 +1,12 @@
 """The tokenizer of reports: byte-pair encoding trained on the reports at hand and run by tiktoken.
 
-Shapes: B batch, n reports, L tokens of a report.
+Reports are put in lower case, since case says little in them, and runs of white space become one
+space. A word is a run of letters (any character beyond ASCII is a letter), of digits, or of
+punctuation, with the space before it; no token crosses words. In scripts without spaces (Chinese,
+Japanese, Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256 bytes, the
+merges, then the special tokens.
+
+Shapes: n reports, L tokens of a report.
 """
 
 import base64
@@ -14,12 +20,6 @@ import torch
 
 from support.script import InputError, atomic_write, read_text
 
-# A byte-level byte-pair encoding, trained on the reports at hand and run by tiktoken. Reports are
-# put in lower case, since case says little in them, and runs of white space become one space. A
-# word is a run of letters (any character beyond ASCII is a letter), of digits, or of punctuation,
-# with the space before it; no token crosses words. In scripts without spaces (Chinese, Japanese,
-# Thai, Lao, Burmese, Khmer) each character is a word. The vocabulary is the 256 bytes, the merges,
-# then the special tokens.
 UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef"
             "\U00020000-\U0003ffff")
 WORD = (rf" ?[{UNSPACED}]| ?[^\x00-@\[-`{{-\x7f{UNSPACED}]+| ?[0-9]+"
@@ -40,10 +40,9 @@ def make_encoding(merges):
 
 
 def train_tokenizer(reports, vocab_size):
-    """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens.
-    Merges the most frequent pair of neighbours within words, ties to the smaller ids, until the
-    vocabulary, special tokens included, is full or no pair occurs twice. Returns a
-    tiktoken.Encoding."""
+    """Learns a byte-pair encoding (Sennrich et al. 2016) of at most `vocab_size` tokens, special
+    ones included: merges the most frequent pair of neighbours within words, ties to the smaller
+    ids, until none occurs twice. Returns a tiktoken.Encoding."""
     if vocab_size < 256 + len(SPECIAL):
         expected = f"at least {256 + len(SPECIAL)}, the bytes and {', '.join(SPECIAL)}"
         raise InputError("vocabulary size", expected, vocab_size)
