@@ -36,11 +36,11 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart, check_finite,
-    checkpoint_file, command_of, even_batch, fill, from_all, join, last_state, load_checkpoint,
-    markdown_table, mean_and_deviation, number_of_steps, option, parse_config, restore, run_cells,
-    run_script, save_checkpoint, save_state, scaler_for, seed, seed_rank, warn, with_dtype,
-    write_csv, write_text,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart,
+    check_finite, checkpoint_file, command_of, draw_curves, even_batch, fill, from_all, join,
+    last_state, load_checkpoint, markdown_table, mean_and_deviation, number_of_steps, option,
+    parse_config, restore, run_cells, run_script, save_checkpoint, save_state, scaler_for, seed,
+    seed_rank, warn, with_dtype, write_csv, write_text,
 )
 import numpy as np
 import torch
@@ -298,8 +298,9 @@ def train(run, targets, criterion, score):
                 outputs = predict(model, parts["val"].images, config, run.device, log.rank, world)
                 chosen_by, *others = scores = score(outputs, parts["val"])
                 log.line(step=step + 1, loss=np.mean(losses), **scores, **batches.speed())
-                log.curves("fine-tuning", {"loss": ["loss", *others], "score on val": [chosen_by]},
-                           config.probe and (config.probe * run.steps, "the blocks join the head"))
+                draw_curves(
+                    log, "fine-tuning", {"loss": ["loss", *others], "score on val": [chosen_by]},
+                    config.probe and (config.probe * run.steps, "the blocks join the head"))
                 losses.clear()
                 if best is None or scores[chosen_by] > best[chosen_by]:
                     best = scores | {"step": step + 1, "trained": trained_tensors(model)}

@@ -64,9 +64,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite, even_batch,
-    fill, join, last_state, number_of_steps, option, parse_config, restore, run_script, save_grid,
-    save_state, scaler_for, seed, seed_rank, with_dtype,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite,
+    draw_curves, even_batch, fill, join, last_state, number_of_steps, option, parse_config,
+    restore, run_script, save_grid, save_state, scaler_for, seed, seed_rank, with_dtype,
 )
 import torch
 import torch.nn as nn
@@ -552,7 +552,7 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}
                 speed, heldout = batches.speed(), heldout_losses(model, records, config, autocast)
                 log.line(**line, lr_of_step=lr, **speed, **heldout)
-                log.curves("MRM pretraining", {
+                draw_curves(log, "MRM pretraining", {
                     f"{loss} loss": [f"{loss}_loss", f"heldout_{loss}_loss"]
                     for loss in ("image", "report")})
                 save(step + 1)

@@ -64,10 +64,10 @@ from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
     InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_maker,
-    check_weights, checkpoint_file, even_batch, fill, from_all, join, last_state, load_checkpoint,
-    markdown_table, mean_and_deviation, number_of_steps, option, options_of, parse_config, restore,
-    run_cells, run_script, save_checkpoint, save_grid, save_state, scaler_for, seed, seed_rank,
-    warn, with_dtype, write_csv, write_text)
+    check_weights, checkpoint_file, draw_curves, even_batch, fill, from_all, join, last_state,
+    load_checkpoint, markdown_table, mean_and_deviation, number_of_steps, option, options_of,
+    parse_config, restore, run_cells, run_script, save_checkpoint, save_grid, save_state,
+    scaler_for, seed, seed_rank, warn, with_dtype, write_csv, write_text)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -636,7 +636,7 @@ def loop(job, log):
                 scores = score(job, *job.val)
                 log.line(step=job.step, epoch=epoch, val=scores, val_mae=scores["mae"],
                          **batches.speed())
-                log.curves(config.host, {"losses": list(losses), "MAE on val": ["val_mae"]})
+                draw_curves(log, config.host, {"losses": list(losses), "MAE on val": ["val_mae"]})
                 if job.rank == 0:
                     draw(job, log.out / "progress.png", job.val[-1], note=f"epoch {epoch:g}: ")
                     shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())

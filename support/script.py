@@ -499,11 +499,6 @@ class RunLog:
             write_text(self.out / "log.jsonl", "".join(
                 json.dumps(line, default=float) + "\n" for line in self.history))
 
-    def curves(self, title, panels, mark=None):
-        """Draws OUT/curves.png: numbers of the history over the steps. See `save_plot`."""
-        if self.rank == 0:
-            save_plot(self.out / "curves.png", self.history, panels, title, mark)
-
 
 class Timed:
     """Hands out `batches` and measures how fast a loop takes them and how long it waits; as a
@@ -741,15 +736,17 @@ def ticks(values):
     return step * np.arange(math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6) + 1)
 
 
-def save_plot(path, lines, panels, title, mark=None):
-    """Writes a PNG of numbers in the `lines` of a log over their "step", in panels {label: names of
-    the numbers} below each other. What is not finite is left out. mark: (step, what happens)."""
+def draw_curves(log, title, panels, mark=None):
+    """Draws OUT/curves.png: numbers of the history of a RunLog over the steps, in panels {label:
+    names} below each other. What is not finite is left out. mark: (step, what happens there)."""
+    if log.rank > 0:
+        return
     font, left, width, height = ImageFont.load_default(12), 75, 450, 220
     canvas = Image.new("RGB", (left + width + 210, 55 + len(panels) * (height + 50)), "white")
     draw, top, curves = ImageDraw.Draw(canvas), 45, {}
     draw.text((left + width / 2, 8), title, "black", font, "ma")
     for name in sum(map(list, panels.values()), []):
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in log.history if name in line]
         points = np.array(points, float).reshape(-1, 2)
         curves[name] = points[np.isfinite(points).all(1)]
     xs = ticks([x for points in curves.values() for x in points[:, 0]])
@@ -780,4 +777,4 @@ def save_plot(path, lines, panels, title, mark=None):
             draw.text((left + width + 30, y), name, "black", font, "lm")
         top += height + 50
     draw.text((left + width / 2, top - 30), "step", "black", font, "ma")
-    atomic_write(path, lambda file: canvas.save(file, "PNG"))
+    atomic_write(log.out / "curves.png", lambda file: canvas.save(file, "PNG"))

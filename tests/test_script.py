@@ -370,24 +370,25 @@ def pixels_of(path, colour):
     return np.argwhere(np.abs(np.asarray(Image.open(path)).astype(int) - colour).sum(-1) < 60)
 
 
-def test_save_plot(tmp_path):
+def test_draw_curves(tmp_path):
     lines = [{"step": step, "loss": loss} for step, loss in enumerate([4, 3, None, math.nan, 1])]
     lines[0] |= {"val": 0.5, "flat": 1}
     lines[4] |= {"val": 0.8, "flat": 1}
     lines[2]["point"] = 2.0
+    log, path = common.RunLog(tmp_path, Config(), history=lines), tmp_path / "curves.png"
+    for panels in ({"nothing": []}, {"empty": ["empty"]}, {"y": ["flat"]}):
+        common.draw_curves(log, "title", panels)
     panels = {"loss": ["loss", "empty", "point"], "AUROC": ["val"]}
-    common.save_plot(tmp_path / "p.png", lines, panels, "title", (2, "LoRA joins"))
-    for nothing in ({"nothing": []}, {"empty": ["empty"]}, {"y": ["flat"]}):
-        common.save_plot(tmp_path / "q.png", lines, nothing, "title")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.png", "q.png"]
-    blue = pixels_of(tmp_path / "p.png", [31, 119, 180])
+    common.draw_curves(log, "title", panels, (2, "LoRA joins"))
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "config.json", "curves.png"}
+    blue = pixels_of(path, [31, 119, 180])
     blue = blue[blue[:, 1] < 530]  # without the legends
     above, below = blue[blue[:, 0] < 290], blue[blue[:, 0] > 310]  # two panels below each other
     for panel, rises in ((above, False), (below, True)):
         left, right = panel[panel[:, 1].argmin()], panel[panel[:, 1].argmax()]
         assert abs(left[1] - 75) <= 2 and abs(right[1] - 525) <= 2  # steps 0 and 4 of 0 to 4
         assert (right[0] < left[0]) == rises and len(panel) > 300
-    marked = pixels_of(tmp_path / "p.png", [0x55] * 3)
+    marked = pixels_of(path, [0x55] * 3)
     assert np.bincount(marked[:, 1], minlength=310)[299:303].max() > 400  # in the middle, twice
 
 
