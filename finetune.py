@@ -298,9 +298,8 @@ def train(run, targets, criterion, score):
                 outputs = predict(model, parts["val"].images, config, run.device, log.rank, world)
                 chosen_by, *others = scores = score(outputs, parts["val"])
                 log.line(step=step + 1, loss=np.mean(losses), **scores, **batches.speed())
-                draw_curves(
-                    log, "fine-tuning", {"loss": ["loss", *others], "score on val": [chosen_by]},
-                    config.probe and (config.probe * run.steps, "the blocks join the head"))
+                draw_curves(log, "fine-tuning", {"loss": ["loss", *others], "on val": [chosen_by]},
+                            config.probe and (config.probe * run.steps, "the blocks join the head"))
                 losses.clear()
                 if best is None or scores[chosen_by] > best[chosen_by]:
                     best = scores | {"step": step + 1, "trained": trained_tensors(model)}
