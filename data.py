@@ -54,10 +54,10 @@ def kind_of(path):
 def read_pixels(path, short_side=None, grey=False, mask=False):
     """The numbers of an image file as they are stored: (array (H, W) or (H, W, 3), full scale).
 
-    Full scale is the number that stands for white: 255 or 65535 in a PNG, JPEG, TIFF or BMP; 1 in
-    DICOM, which `read_dicom` scales; None in .npy and NIfTI, whose numbers may mean anything. A
-    JPEG is decoded at the smallest of 1/8, 1/4, 1/2 of its size whose shorter side is not below
-    `short_side`, and as grey where `grey`. Of a `mask` a palette's indices are read."""
+    Full scale is the number of white: 255 or 65535 in a PNG, JPEG, TIFF or BMP; 1 in DICOM, which
+    `read_dicom` scales; None in .npy and NIfTI, whose numbers may mean anything. A JPEG is decoded
+    at the smallest of 1/8, 1/4, 1/2 of its size whose shorter side is not below `short_side`, and
+    as grey where `grey`. Of a `mask` a palette's indices are read."""
     kind, white = kind_of(path), None
     try:
         if kind == "npy":
@@ -68,13 +68,14 @@ def read_pixels(path, short_side=None, grey=False, mask=False):
             pixels = np.asanyarray(read_nifti(path).dataobj)
         else:
             pixels, white = read_picture(path, short_side, grey, mask)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except ImportError as error:
+        raise InputError(f"{path}: {error}: pip install 'pydicom>=3' nibabel") from None
     except Exception as error:  # a damaged file raises one of a dozen types, by its decoder
-        first, *hints = str(error).strip().splitlines() or [type(error).__name__]
-        reason = "; ".join([*map(str.strip, hints), first])  # pydicom names a decoder to install
+        reason = " ".join(str(error).split()) or type(error).__name__
         expected = "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image"
         raise InputError(path, expected, reason) from None
     while pixels.ndim > 2 and pixels.shape[-1] == 1:
@@ -104,11 +105,9 @@ def read_picture(path, short_side, grey, mask):
         raise InputError(path, "a mask without transparency", f"mode {picture.mode}")
     if mask and picture.mode == "P":
         return np.array(picture), 255
-    if picture.mode == "F":
-        return np.array(picture), None
-    if picture.mode.startswith("I"):  # PIL's own conversion to 8 bits would clip 16 to white
+    if picture.mode[0] in "FI":  # PIL's own conversion to 8 bits would clip 16 to white
         pixels = np.array(picture)
-        if pixels.min() < 0 or pixels.max() > 65535:
+        if picture.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
             return pixels, None
         return pixels.astype(np.uint16), 65535
     mode = "L" if grey or picture.mode in ("1", "L", "LA") else "RGB"
@@ -117,13 +116,11 @@ def read_picture(path, short_side, grey, mask):
 
 def read_dicom(path):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
-    They pass through the modality LUT and the VOI LUT or window. Black and white are the ends of
-    the window or, without one, those of `limits`. Padding is black; MONOCHROME1 is inverted."""
-    try:
-        import pydicom
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    except ImportError:
-        raise InputError(f"{path}: DICOM needs pydicom: pip install 'pydicom>=3'") from None
+    They pass through the modality LUT and the VOI LUT or window, whose ends, or else those of
+    `limits`, are black and white. Padding is black; MONOCHROME1 is inverted."""
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
     record = pydicom.dcmread(path, force=True)
     kind, frames = record.get("PhotometricInterpretation"), int(record.get("NumberOfFrames") or 1)
     if frames > 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
@@ -147,17 +144,15 @@ def read_dicom(path):
 
 
 def read_nifti(path):
-    try:
-        import nibabel
-    except ImportError:
-        raise InputError(f"{path}: NIfTI needs nibabel: pip install nibabel") from None
+    import nibabel
+
     return nibabel.load(path)
 
 
 def limits(values):
-    """What becomes black and white where no file says so: all but the 0.5 % darkest and brightest
-    numbers lie between them, so that no dead pixel and no burned-in marker decides. Where these
-    lie in [0, 1], give or take 0.01, they are 0 and 1."""
+    """What becomes black and white where no file says so: the 0.5 % darkest and brightest numbers
+    lie outside, so that no dead pixel and no burned-in marker decides. They are 0 and 1 where both
+    lie in [0, 1], give or take 0.01."""
     beyond = values.size // 200
     ordered = np.partition(values, [beyond, values.size - 1 - beyond], axis=None)
     low, high = float(ordered[beyond]), float(ordered[values.size - 1 - beyond])
@@ -212,8 +207,8 @@ def pixel_hash(path):
 
 
 def list_images(folder):
-    """Every image below a folder, sorted paths. Linked folders are followed, each folder once. The
-    number of other files is said."""
+    """The sorted paths of all images below a folder. Linked folders are followed, each folder once.
+    Warns of other files."""
 
     def stop(error):
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
@@ -251,14 +246,13 @@ def read_header(path):
 
 def read_csv(path, columns):
     """The rows of a CSV as (line at which it begins, value of each of `columns`)."""
-    header, reader = read_header(path), csv.reader(io.StringIO(read_text(path)), strict=True)
+    header, line = read_header(path), 1
+    reader = csv.reader(io.StringIO(read_text(path)), strict=True)
     if [header.count(name) for name in columns] != [1] * len(columns):
         found = ", ".join(header) or "an empty file"
         raise InputError(f"{path}: line 1", f"the columns {', '.join(columns)}, each once", found)
-    places, line = [header.index(name) for name in columns], 1
+    places = [header.index(name) for name in columns]
     try:
-        next(reader)
-        line = reader.line_num + 1
         for row in reader:
             # A quote that is not closed takes in the rows up to the next one
             swallowed = any(split_ending(text.split(",")[0].strip())[1]
@@ -267,7 +261,7 @@ def read_csv(path, columns):
                 found = "a row in a field of it" if swallowed else f"{len(row)} fields"
                 expected = f"{len(header)} fields, text with commas in double quotes"
                 raise InputError(f"{path}: line {line}", expected, found)
-            if row:
+            if row and line > 1:
                 yield line, *(row[place].strip() for place in places)
             line = reader.line_num + 1
     except csv.Error as error:
@@ -283,17 +277,17 @@ def plain_name(name):
 def image_keys(root, names):
     """What identifies the image of each name or path: its path below the root, without a leading
     images/ and without the ending. An absolute name may lead there through a link."""
-    folder, direct, linked = os.path.abspath(root or "."), os.path.normpath, os.path.realpath
-    places = [real(os.path.join(folder, below)) + os.sep for below in ("images", "")
-              for real in (direct, linked)]
-
-    def key(name):
-        path = os.path.join(folder, plain_name(str(name)))
-        tails = (real(path)[len(place) :] for real in (direct, linked) for place in places
-                 if real(path).startswith(place))
-        return split_ending(next(tails, path))[0]
-
-    return list(map(key, names))
+    folder, forms, keys = os.path.abspath(root or "."), (os.path.normpath, os.path.realpath), []
+    places = [form(os.path.join(folder, below)) + os.sep for below in ("images", "")
+              for form in forms]
+    for name in names:
+        path = key = os.path.join(folder, plain_name(str(name)))
+        for form, place in itertools.product(forms, places):
+            if form(path).startswith(place):
+                key = form(path)[len(place) :]
+                break
+        keys.append(split_ending(key)[0])
+    return keys
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,27 +348,28 @@ def demo_root(root="", pairs=False):
 
 def read_parts(data, root, split="", ratio=100, uncertain=None, skip_bad=False):
     """A labelled data set: ({"train", "val", "test": Part}, classes), with `ratio` percent of the
-    training labels. Lists go before a table. uncertain: what a label of -1 means (UNCERTAIN); None
-    refuses it, but for CheXpert's, which are ones as in the papers. skip_bad: images that are
-    missing or cannot be read are left out, and counted."""
+    training labels. Lists go before a table. uncertain: what -1 means (UNCERTAIN); None refuses it,
+    but CheXpert's are ones as in the papers. skip_bad: images that are missing or cannot be read
+    are left out, with a warning."""
     root, parts, values = Path(root or "."), {}, LABELS
     if uncertain or data == "chexpert":
         values = LABELS | dict.fromkeys(("-1", "-1.0"), UNCERTAIN[uncertain or "ones"])
     table = max(root.glob(TABLES.get(data, "no table")), default=None)
-    if table and not (root / "val_list.txt").exists():
+    if table and not split and not (root / "val_list.txt").exists():
         listed, classes = read_table(data, table, ratio, values), table_classes(data, table)
     else:
         listed, classes = read_lists(data, root, split, ratio, values)
-    for part, (names, labels, source) in listed.items():
+    for name, (names, labels, source) in listed.items():
         paths = find_images(data, root, names, source, not skip_bad)
-        parts[part] = Part(names, paths, labels, identify(root, names))
-        wrong = [reason for _, reason in over_images(pixel_hash, paths)] if skip_bad else []
-        if any(wrong):
-            parts[part].keep([i for i, reason in enumerate(wrong) if not reason])
-            count = f"{len(paths) - len(parts[part].names)} of {len(paths)} images of {part}"
-            warn(f"{source}: {count} are left out, the first: {next(filter(None, wrong))}")
-        if not parts[part].names:
-            raise InputError(source, f"images of the part {part}", "none")
+        part = parts[name] = Part(names, paths, labels, identify(root, names))
+        reasons = [reason for _, reason in over_images(pixel_hash, paths)] if skip_bad else []
+        wrong = list(filter(None, reasons))
+        if wrong:
+            part.keep([i for i, reason in enumerate(reasons) if not reason])
+            warn(f"{source}: {len(wrong)} of {len(paths)} images of {name} are left out, the first:"
+                 f" {wrong[0]}")
+        if not part.names:
+            raise InputError(source, f"images of the part {name}", "none")
     return parts, classes
 
 
@@ -382,16 +377,15 @@ def read_lists(data, root, split, ratio, values):
     """The lists of a data set: ({part: (names, labels float32 (n, k), file)}, classes)."""
     names = {"train": "train_list.txt" if ratio == 100 else f"train_{ratio}.txt",
              "val": "val_list.txt", "test": "test_list.txt"}
-    folder, listed = root, {}
+    folder, listed = root / split, {}
     if data == "covid":  # splits/covid1/train.txt, or covid1/iscovid_train.txt as first published
-        folder = next((f for f in (root / "splits" / split, root / split) if f.is_dir()), root)
-        names = {part: next((f.name for f in folder.glob(f"*{part}.txt")), f"{part}.txt")
-                 for part in names}
-    elif split:
-        raise InputError(f"--data {data}", "no --split", f"{split}; the data with splits: covid")
+        folder = root / "splits" / split if (root / "splits" / split).is_dir() else folder
+        names = {part: name.replace("_list", "") for part, name in names.items()}
+        names = {part: next((path.name for path in folder.glob(f"*{name}")), name)
+                 for part, name in names.items()}
     for part, name in names.items():
         path = folder / name
-        if not path.is_file() or (ratio != 100 and data == "covid"):
+        if not path.is_file():
             there = ", ".join(sorted(os.listdir(folder))[:12]) if folder.is_dir() else "nothing"
             needs = f"which --data {data} --split {split or 'none'} --ratio {ratio} needs"
             raise InputError(f"{path}: no such list, {needs}; {folder} holds {there}")
@@ -402,27 +396,25 @@ def read_lists(data, root, split, ratio, values):
     if (root / "classes.txt").exists():
         classes = [line for _, line in read_lines(root / "classes.txt")]
     classes = classes or [f"class {i + 1}" for i in range(count)]
-    if len(set(classes)) < len(classes):
-        raise InputError(root / "classes.txt", "each class once", ", ".join(classes))
     for _, labels, path in listed.values():
-        if labels.shape[1] != len(classes):
-            expected = f"{len(classes)} labels a line, of {', '.join(classes)}"
+        if not labels.shape[1] == len(classes) == len(set(classes)):
+            expected = f"{len(classes)} labels a line, of different classes ({', '.join(classes)})"
             raise InputError(path, expected, labels.shape[1])
     return listed, classes
 
 
 def split_line(line):
     """`name l1 ... lk` or `name,l1,...,lk` as (name, labels): numbers at the end are labels, and a
-    name may hold spaces."""
-    fields = line.replace(",", " ").split()[1:]
-    labels = list(itertools.takewhile({*LABELS, "-1", "-1.0"}.__contains__, fields[::-1]))[::-1]
-    return plain_name(re.split(r"[\s,]+", line[::-1], maxsplit=len(labels))[-1][::-1]), labels
+    name before labels may hold spaces."""
+    found = re.fullmatch(r"(.+?)((?:[\s,]+(?:0|0\.0|-?1|-?1\.0))+),*", line)
+    name, labels = found.groups() if found else (re.split(r"[\s,]", line)[0], "")
+    return plain_name(name), labels.replace(",", " ").split()
 
 
 def read_list(path, values=LABELS):
-    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)). Another number of
-    labels than in the first line, a label that is not in the dict `values`, and a name listed twice
-    are refused with their line."""
+    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)). Refuses another
+    number of labels than in the first line, a label that is not in the dict `values`, and a name
+    that is listed twice."""
     lines, rows = read_lines(path), {}
     if not lines:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
@@ -443,24 +435,25 @@ def table_classes(data, path):
     if data != "csv":
         return DATASETS[data][1]
     header = read_header(path)
-    classes = [name for name in header[1:] if name not in ("patient", "split")]
-    if header[:1] != ["image"] or not classes or len(set(header)) < len(header):
-        expected = "a header `image,finding,...` of different names, perhaps with patient and split"
+    classes = [name for name in header if name not in ("image", "patient", "split")]
+    if not classes:
+        expected = "a header `image,finding,...`, perhaps with patient and split"
         raise InputError(f"{path}: line 1", expected, ",".join(header) or "an empty file")
     return classes
 
 
 def table_rows(data, path):
-    """The rows of a table as it is published: (where it stands, name, cells of the classes, part or
-    ""), with the parts that NIH and CheXpert publish beside it."""
+    """The rows of a table as it is published: (place, name, cells of the classes, part or ""), with
+    the parts that NIH and CheXpert publish beside it."""
     classes, tests = table_classes(data, path), path.parent / "test_list.txt"
     if data == "nih":
         tests = {text for _, text in read_lines(tests)} if tests.is_file() else ()
         for line, name, findings in read_csv(path, ("Image Index", "Finding Labels")):
             cells = [str(int(c in findings.split("|"))) for c in classes]
             yield f"{path}: line {line}", name, cells, "test" * (name in tests)
-    elif data == "rsna":  # a row for each box
-        for line, name, target in read_csv(path, ("patientId", "Target")):
+    elif data == "rsna":  # a row for each box, so that rows of one image are alike
+        boxes = {tuple(row): line for line, *row in read_csv(path, ("patientId", "Target"))}
+        for (name, target), line in boxes.items():
             yield f"{path}: line {line}", f"stage_2_train_images/{name}.dcm", [target], ""
     elif data == "chexpert":
         files = [(path, ""), (path.with_name("valid.csv"), "test")]
@@ -477,22 +470,18 @@ def table_rows(data, path):
 
 def read_table(data, path, ratio=100, values=LABELS):
     """The table `path` at the root of a data set: {part: (names, labels float32 (n, k), path)}.
-    An image that has no part yet follows the others of its patient, so that no patient is trained
-    and tested on, or is given one by a hash of the patient alone: 70 % train, 10 % val and 20 %
-    test, the same in every run. `ratio`: the percent of the training patients that are taken, by
-    another hash."""
+    An image without a part follows the others of its patient, so that no patient is trained and
+    tested on, or else gets one by a hash of the patient alone: 70 % train, 10 % val, 20 % test, the
+    same in every run. `ratio`: the percent of the training patients taken, by another hash."""
     rows, listed = {}, {"train": ([], []), "val": ([], []), "test": ([], [])}
     for where, name, cells, part in table_rows(data, path):
         name, wrong = plain_name(name), [cell for cell in cells if cell not in values]
         if wrong or part not in ("", *PARTS):
             expected = "labels 0, 1 or blank (-1: see --uncertain), a split train, val or test"
             raise InputError(where, expected, repr(wrong[0] if wrong else part))
-        labels = [values[cell] for cell in cells]
-        if name in rows and data != "rsna":
-            raise InputError(f"{where}: {name!r} is listed before")
         if name in rows:
-            labels = list(map(max, labels, rows[name][0]))
-        rows[name] = labels, PARTS.get(part, "")
+            raise InputError(f"{where}: {name!r} is listed before")
+        rows[name] = [values[cell] for cell in cells], PARTS.get(part, "")
     owners = identify(path.parent, rows)
     unknown = [image for image, patient in owners if not patient and data != "rsna"]
     if unknown and not all(part for _, part in rows.values()):
@@ -518,8 +507,8 @@ def read_table(data, path, ratio=100, values=LABELS):
 
 
 def find_images(data, root, names, source, check=True):
-    """The path of every name in the list or CSV `source`, below the folders of the data set. A name
-    that is missing is refused with its line, or has the first folder where not `check`."""
+    """The path of every name in the list or CSV `source`, below the folders of the data set. A
+    missing one is refused with its line, or lies in the first folder where not `check`."""
     patterns = DATASETS[data][0]
     folders = [str(folder) for pattern in patterns for folder in
                (sorted(Path(root or ".").glob(pattern)) if pattern else [root or "."])]
@@ -579,9 +568,8 @@ PATIENT_TABLES = {  # the later ones decide
 
 def identify(root, names):
     """Whose each image is: (the image, its patient or ""). The patient is named by a table at the
-    root (PATIENT_TABLES) or by the name. The image is its `image_keys`, from the patient's part on:
-    copies of a data set that lie otherwise on disk agree. Drawn images are called like NIH's, and
-    are told apart by "demo "."""
+    root (PATIENT_TABLES) or by the name. The image is its `image_keys`, from the patient's part on,
+    so that copies of a data set in other folders agree. "demo " tells drawn images from NIH's."""
     listed, owners = {}, []
     drawn = "demo " * Path(root or ".", "demo.json").is_file()
     for file, columns in PATIENT_TABLES.items():
@@ -668,10 +656,10 @@ def resize(images, size):
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
-    """A crop of random area (`scale`, of the image's) and aspect, resized to (size, size).
-    images: (B, C, H, W), or a list of (C, H, W) of different sizes; returns (B, C, size, size), a
-    crop of its own for each image. Sampled as torchvision's RandomResizedCrop does: of ten tries
-    the first that fits, else the central crop of the nearest aspect."""
+    """Crops of random area (`scale`, of the image's) and aspect, resized: (B, C, size, size).
+    images: (B, C, H, W), or a list of (C, H, W) of different sizes. Sampled for each image as by
+    torchvision's RandomResizedCrop: of ten tries the first that fits, else the central crop of the
+    nearest aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -690,8 +678,7 @@ def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), ge
 
 def crop_and_flip(images, generator, side, min_crop, flip=False):
     """Random crops (B, C, side, side) of at least the share `min_crop` of each image. `flip`
-    mirrors half of them left-right: not where labels or reports tell left from right. It is no
-    local function: worker processes find it by its name."""
+    mirrors half of them left-right: not where labels or reports tell left from right."""
     images = random_resized_crop(images, side, (min_crop, 1.0), generator=generator)
     if flip:
         chosen = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
@@ -715,10 +702,10 @@ class ImageSet(torch.utils.data.Dataset):
     """Grey images whose shorter side is `size`, as 8 bits, read when they are asked for.
 
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
-    `augment(images, generator=)`, which gets (B, 1, H, W), or a list of (1, H, W) where shapes
-    differ. (seed, draw) seed the generator: neither workers nor resuming change it. Without
-    `augment` they are centre crops of `crop` pixels a side (default: `size`). set[i] is (image, i).
-    With `masks` (`find_masks`) each item is a whole image and its mask, (2, size, size)."""
+    `augment(images, generator=)`, which gets a list of (1, H, W). (seed, draw) seed the generator:
+    neither workers nor resuming change it. Without `augment` they are centre crops of `crop` pixels
+    a side (default: `size`). set[i] is (image, i). With `masks` (`find_masks`) each item is a whole
+    image and its mask, (2, size, size)."""
 
     def __init__(self, paths, size, augment=None, seed=0, masks=None, crop=None, enlarge=True,
                  white=None):
@@ -745,12 +732,9 @@ class ImageSet(torch.utils.data.Dataset):
                 raise IndexError(key)
             return self[[key], 0][0][0], key
         indices, draw = torch.as_tensor(key[0]), key[1]
-        if torch.is_tensor(self.cache):
-            images = self.cache[indices].float() / 255
-        else:
-            kept = self.cache or [None] * len(self)
-            images = [(self.reader(self.items[i]) if kept[i] is None else kept[i]).float() / 255
-                      for i in indices.tolist()]
+        images = [self.reader(self.items[i]) if self.cache is None else self.cache[i]
+                  for i in indices.tolist()]
+        images = [image.float() / 255 for image in images]
         if self.augment is not None:
             return self.augment(images, generator=seeded(self.seed, draw)), indices
         return torch.stack([self.centre(image) for image in images]), indices
@@ -767,13 +751,11 @@ def load_batches(dataset, keys, workers):
         yield from map(dataset.__getitem__, keys)
         return
     try:
-        context = "fork" if sys.platform == "linux" else None
-        options = {"pin_memory": torch.cuda.is_available(), "multiprocessing_context": context}
-        loader = torch.utils.data.DataLoader
-        yield from loader(dataset, None, sampler=keys, num_workers=workers, **options)
+        yield from torch.utils.data.DataLoader(
+            dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
+            multiprocessing_context="fork" if sys.platform == "linux" else None)
     except InputError as error:  # a worker's error arrives with its traceback, the message last
-        message = str(error).strip().split("\n")[-1]
-        raise InputError(message.partition("InputError: ")[2]) from None
+        raise InputError(str(error).rpartition("InputError: ")[2]) from None
 
 
 def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1, workers=0):
@@ -891,9 +873,9 @@ class RandomTransform:
         angle = np.deg2rad(rng.uniform(-degrees, degrees))
         zoom = 1 + rng.uniform(-percent, percent) / 100
         M = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom
-        c, shift = (sides - 1) / 2, rng.uniform(-percent, percent, 2) / 100 * sides
-        self.M, self.back = torch.from_numpy(M).float(), torch.from_numpy(np.linalg.inv(M)).float()
-        self.offset = torch.from_numpy(c + shift - M @ c).float()[:, None]
+        c, t = (sides - 1) / 2, rng.uniform(-percent, percent, 2) / 100 * sides
+        self.M, self.M_inverse = (torch.from_numpy(m).float() for m in (M, np.linalg.inv(M)))
+        self.offset = torch.from_numpy(c + t - M @ c).float()[:, None]  # T(p) = M p + offset + e(p)
         self.e = None
         if elastic:
             knots = rng.normal(0, elastic / 100, (1, 2, 5, 5)) * sides[:, None, None]
@@ -911,7 +893,7 @@ class RandomTransform:
         """The p with T(p) = q, to 0.001 pixels: by iterating p <- M^-1 (q - e(p) - offset)."""
         p = q
         for _ in range(1 if self.e is None else 30):
-            last, p = p, (self.back @ ((q - self.bend(p)).flatten(1) - self.offset)).view_as(q)
+            last, p = p, (self.M_inverse @ ((q - self.bend(p)).flatten(1) - self.offset)).view_as(q)
             if (p - last).abs().max() < 1e-3:
                 break
         return p
@@ -936,7 +918,7 @@ def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
     p = pixel_grid(size)
     if noise == 0:
         ta = RandomTransform(rng, size, 1, 2)
-        tb = copy.copy(ta)
+        tb = copy.copy(ta)  # the same M and t; each image bends by an e of its own
         ta.e, tb.e = (RandomTransform(rng, size, 0, 0, elastic).e for _ in range(2))
     else:
         ta, tb = (RandomTransform(rng, size, noise, 2 * noise, elastic) for _ in range(2))
@@ -958,12 +940,13 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
-        self.names, self.kept, first, ends = list_pairs(folder), {}, None, ([], [])
+        self.names, self.kept, first = list_pairs(folder), {}, None
+        ends_of_a, ends_of_b = [], []  # the darkest and the brightest number of each image
         for name in self.names:
-            pair = self.read(name)
-            for side, image in zip(ends, pair):
-                side.append(torch.stack([image.min(), image.max()]))
-            a, b = (fit_square(image, self.size) for image in pair)
+            a, b = self.read(name)
+            ends_of_a.append(torch.stack([a.min(), a.max()]))
+            ends_of_b.append(torch.stack([b.min(), b.max()]))
+            a, b = fit_square(a, self.size), fit_square(b, self.size)
             if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = a, b
             first = first or (a.shape, b.shape)
@@ -977,20 +960,21 @@ class Pairs(torch.utils.data.Dataset):
                 axes, other = (aff2axcodes(affine)[:2] for affine in affines)
                 if axes != other:  # one would be learnt as the mirror image of the other
                     raise InputError(self.folder / "B" / name, f"the axes {axes}, as its A", other)
-        for side, span, images in zip("AB", self.rescale, ends):
-            check_range(self.folder / side, images, span)
+        check_range(self.folder / "A", ends_of_a, self.rescale[0])
+        check_range(self.folder / "B", ends_of_b, self.rescale[1])
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):
         return len(self.names)
 
     def read(self, name):
-        places = ((self.folder / side / name, span) for side, span in zip("AB", self.rescale))
-        return [read_slice(path, span) for path, span in places]
+        return [read_slice(self.folder / side / name, span)
+                for side, span in zip("AB", self.rescale)]
 
     def __getitem__(self, keys):
-        """The batch of a list of (epoch, index): each part of the items stacked to (B, C, H, W)."""
-        return [torch.stack(parts) for parts in zip(*(self.item(*key) for key in keys))]
+        """The batch of a list of (epoch, index): [a, b] or [a, b, flow], each (B, C, H, W)."""
+        items = [self.item(epoch, index) for epoch, index in keys]
+        return [torch.stack(tensors) for tensors in zip(*items)]
 
     def item(self, epoch, index):
         name = self.names[index]

@@ -602,7 +602,7 @@ def test_a_refused_run_leaves_the_one_before_it_alone(easy, finished):
     (dict(epochs=1.0), "--steps and --epochs: expected one"),
     (dict(img_size=33), "img_size 33 must be a multiple"),
     (dict(method="lora", rank=-1), r"--rank: expected a number in \[1, inf\), found -1"),
-    (dict(split="covid1"), "expected no --split"),
+    (dict(split="covid1"), "no such list, which --data demo --split covid1"),
     (dict(lr=1e30, steps=6, evaluations=6), "expected finite scores"),
     (dict(resume=True), r"last\.pt: no such checkpoint")])
 def test_options_that_cannot_be_used_are_one_line(easy, tmp_path, options, message):
