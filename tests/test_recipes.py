@@ -9,17 +9,13 @@ from support.recipes import RECIPES, recipe_for
 from support.script import InputError
 
 # FACTS of "Less Could Be Better": learning rate and rank with 1, 10 and 100 % of the labels
-ON_MRM = {
-    "nih": [(0.05, 4), (0.05, 8), (0.2, 32)],
-    "chexpert": [(0.02, 4), (0.05, 16), (0.01, 32)],
-    "rsna": [(0.01, 4), (0.01, 32), (0.01, 32)],
-}
+ON_MRM = {"nih": [(0.05, 4), (0.05, 8), (0.2, 32)],
+          "chexpert": [(0.02, 4), (0.05, 16), (0.01, 32)],
+          "rsna": [(0.01, 4), (0.01, 32), (0.01, 32)]}
 # FACTS of MRM: steps, warm-up and rate
-STEPS = {
-    "nih": [(3000, 50, 3e-2), (30000, 500, 3e-3), (200000, 5000, 3e-3)],
-    "rsna": [(2000, 50, 3e-3), (10000, 200, 5e-4), (50000, 2000, 5e-4)],
-    "chexpert": [(2000, 150, 3e-3), (60000, 1500, 5e-4), (200000, 15000, 5e-4)],
-}
+STEPS = {"nih": [(3000, 50, 3e-2), (30000, 500, 3e-3), (200000, 5000, 3e-3)],
+         "rsna": [(2000, 50, 3e-3), (10000, 200, 5e-4), (50000, 2000, 5e-4)],
+         "chexpert": [(2000, 150, 3e-3), (60000, 1500, 5e-4), (200000, 15000, 5e-4)]}
 
 
 def has(recipe, **values):

@@ -17,14 +17,9 @@ from support.tokenizer import (
 
 REAL = Path(__file__).resolve().parents[1] / "../shared/openi/reports.txt"
 TEXTS = [
-    "The heart is normal in size. The lungs are clear.",
-    "Small left pleural effusion; no pneumothorax.",
-    "2.5 cm nodule, right upper lobe (RUL).",
-    "Épanchement pleural gauche.\n\nNo   edema",
-    "心影增大 <mask> <pad>",
-    "aaaa aaaaa aa abab ababab",
-    "the the the theth",
-]
+    "The heart is normal in size. The lungs are clear.", "aaaa aaaaa aa abab ababab",
+    "Small left pleural effusion; no pneumothorax.", "2.5 cm nodule, right upper lobe (RUL).",
+    "Épanchement pleural gauche.\n\nNo   edema", "心影增大 <mask> <pad>", "the the the theth"]
 
 
 def generator():
