@@ -415,33 +415,6 @@ def test_errors_are_one_line_and_short():
     assert len(str(InputError("x" * 10**6))) < 1000
 
 
-STOPPED = """
-import time
-from support import script as common
-def save(steps):
-    print("saved", steps, flush=True)
-with common.Saving(save, seconds=1e9) as saving:
-    for step in range(10**6):
-        time.sleep(0.01)
-        if step == 3:
-            print("running", flush=True)
-        saving.after(step + 1)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(number):
-    run = subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    assert run.stdout.readline() == "running\n"
-    run.send_signal(number)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and "Traceback" not in err and "once more" in err
-    saved, stopped = out.splitlines()
-    expected = saved.replace("saved", "stopped after step")
-    assert stopped == f"{expected}: the same command with --resume goes on"
-
-
 def test_a_loop_is_saved_every_few_minutes_and_handlers_come_back(monkeypatch):
     saved, before, clock = [], signal.getsignal(signal.SIGTERM), [0.0]
     monkeypatch.setattr(common.time, "time", lambda: clock[0])
@@ -452,6 +425,16 @@ def test_a_loop_is_saved_every_few_minutes_and_handlers_come_back(monkeypatch):
             saving.after(step + 1)
     assert signal.getsignal(signal.SIGTERM) == before
     assert saved == [4, 8, 12, 16, 20]  # every 200 seconds, the first step that is beyond 180
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch):
+    """What the first one does: tests/test_interruption.py."""
+    left = []
+    monkeypatch.setattr(common.os, "_exit", left.append)
+    with common.Saving(None):
+        for expected in ([], [130]):
+            signal.raise_signal(signal.SIGINT)
+            assert left == expected
 
 
 def test_a_new_run_leaves_no_file_of_the_one_before_it(tmp_path):
