@@ -1,15 +1,13 @@
 """RegGAN beyond the paper: three losses and another R, worth 3.2 dB at level 5.
 
-    python -m more.improved             # and all other options of reggan.py
-    python -m more.improved --compare
+    python -m more.improved             # and all other options of reggan.py, such as --compare
 
 The paper's losses leave G free to move an image as long as R moves it back, and G is used without
 R. Three more losses take that freedom away, and another R finds larger motion in fewer steps.
 
-A loss of your own is a file like this one: a Config derived from reggan.Config, with an option for
-its weight and a method `added_losses`, which returns weighted losses by name. They are added to
-what G and R minimise in runs that have R. The method `registration` makes R, and `changes` are new
-defaults of the options.
+A loss of your own is a file like this one. It derives a Config from reggan.Config, with an option
+for the weight and a method `added_losses`, which returns weighted losses by name; where a run has
+R, G and R minimise them too. `registration` makes R, `changes` are new defaults of the options.
 
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W) in pixels, dy then dx.
 """
@@ -21,10 +19,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import reggan
+from data import pixel_grid
 from kernels import warp
 from more import nicegan  # another host
 from reggan import Residual, halvings, leaky_conv, mean_over_processes, start_at_zero
-from support.script import InputError, option, run_script
+from support.script import option, run_script
 
 
 class CoarseToFine(nn.Module):
@@ -39,7 +38,6 @@ class CoarseToFine(nn.Module):
         for level in range(halvings(size)):
             first = leaky_conv(9 + w if level else 9, w)
             self.blocks.append(nn.Sequential(*first, Residual(w), nn.LeakyReLU(0.2, True)))
-        for block in self.blocks:
             self.heads.append(nn.Conv2d(w, 2, 3, padding=1))
         start_at_zero(self, *self.heads)
 
@@ -71,31 +69,27 @@ def percent(flow):
 
 
 def random_motion(images, spread=0.1, mirrored=True):
-    """A random affine flow for each image: (B, 2, H, W) in pixels.
-    Each entry of its matrix varies by `spread`, its shift by half of `spread` of the sides
-    (standard deviations). `mirrored` turns y over half of the time, and x half of the time."""
+    """A random affine flow for each image: (B, 2, H, W) in pixels. The entries of its matrix have
+    the standard deviation `spread`, its shift half of `spread` times the sides. `mirrored` turns y
+    over half of the time, and x half of the time."""
     (B, _, H, W), at = images.shape, {"device": images.device}
-    axes = [torch.arange(side, **at) - (side - 1) / 2 for side in (H, W)]
-    position = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, H, W) from the middle
+    sides, one = torch.tensor((H, W), **at).view(2, 1, 1), torch.eye(2, **at)
+    position = pixel_grid((H, W)).to(images.device) - (sides - 1) / 2  # (2, H, W) from the middle
     mirror = torch.randint(2, (B, 2, 1), **at) * 2 - 1 if mirrored else torch.ones(B, 2, 1, **at)
-    one = torch.eye(2, **at)
     matrix = mirror * (one + spread * torch.randn(B, 2, 2, **at)) - one  # (B, 2, 2)
-    shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * torch.tensor((H, W), **at).view(2, 1, 1)
+    shift = spread / 2 * torch.randn(B, 2, 1, 1, **at) * sides
     return torch.einsum("bij,jhw->bihw", matrix, position) + shift
 
 
 def running_mean(mean, flow, rate=0.01):
     """m = 0.99 mean + 0.01 (mean of the batch's flows, in % of the sides): (2, H, W). The drift
-    loss is mean m^2.
-
-    Misalignment is zero in the mean, but the paper's losses do not know that: if G shifts or zooms
-    every image alike, R undoes it, and G, which is used without R, stays wrong."""
+    loss is mean m^2. Misalignment is zero in the mean, but the paper's losses do not know that: if
+    G shifts every image alike, R undoes it, and G, which is used without R, stays wrong."""
     return torch.lerp(mean, percent(flow).mean(0), rate)
 
 
 def synthetic_loss(registration, real):
     """mean |R(real, warp(real, u)) - u|, in % of the sides, for a random affine flow u.
-
     From the likeness of two heads alone R soon learns shifts and zooms, but less than half of a
     rotation, because heads are round. Here the motion is known."""
     motion = random_motion(real, mirrored=False)
@@ -104,7 +98,6 @@ def synthetic_loss(registration, real):
 
 def equivariance_loss(model, a, fake):
     """mean |G(warp(a, u)) - warp(G(a), u)| for a random affine flow u.
-
     G must do the same wherever the image lies, so it cannot see how far an image was zoomed and
     undo a part of it."""
     motion = random_motion(a)
@@ -117,16 +110,15 @@ class Config(nicegan.Config):
     changes = {"reg_net": "coarse", "reg_lr": 8e-3, "correction": 100.0, "drift": 100.0,
                "synthetic": 3.0, "equivariance": 30.0}
     host: str = option("nc", "the translation method", choices=reggan.HOSTS)
+    paper: bool = option(False, "", typed=False)  # that is reggan.py
     reg_net: str = option(None, "R: the paper's or coarse to fine", choices=["unet", "coarse"])
     drift: float = option(None, "weight of the squared mean flow, % of sides", within="[0, inf)")
     synthetic: float = option(None, "weight of R's error on known motion, %", within="[0, inf)")
     equivariance: float = option(None, "weight of |G(moved a) - moved G(a)|", within="[0, inf)")
 
     def registration(self, out_chans, size):
-        if self.reg_net == "unet":
-            R = super().registration(out_chans, size)
-        else:
-            R = CoarseToFine(size, max(16, self.width // 2))
+        unet, width = self.reg_net == "unet", max(16, self.width // 2)
+        R = super().registration(out_chans, size) if unet else CoarseToFine(size, width)
         if self.drift:
             R.register_buffer("mean", torch.zeros(2, *size))  # see running_mean
         return R
@@ -144,12 +136,6 @@ class Config(nicegan.Config):
         if self.equivariance:
             losses["equivariance"] = self.equivariance * equivariance_loss(model, a, fake)
         return losses
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.paper:
-            raise InputError("--paper is an option of reggan.py; here --width 64 --kernel 7 "
-                             "--downs 2 --blocks 9 are the paper's networks")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """NICE-GAN as a host of RegGAN: the discriminators' encoders serve the generators.
 
-    python -m more.nicegan             # and all other options of reggan.py
-    python -m more.nicegan --compare
+    python -m more.nicegan             # and all other options of reggan.py, such as --compare
 
 Chen et al., "Reusing Discriminators for Encoding", CVPR 2020: G needs an encoder and D has one, so
 G decodes what D's encoder makes of an image. tests/departures.md says what is simpler here.
 
-A host of your own is a file like this one. It has
- 1. a class with networks netG... and netD... and the three methods that `reggan.NC` describes; a
-    subclass of NC, Pix2Pix or Cycle has most of them already,
- 2. a line that registers it: reggan.HOSTS["name"] = Class,
- 3. a Config derived from reggan.Config, whose `script` names the file and whose `host` is the new
-    default, and `reggan.main(Config, __doc__)`.
-R, its losses, training, metrics and comparison come with it; reggan.py does not know the file.
+A host of your own is a file like this one. R, training, metrics and comparison come with it.
+ 1. A class has the networks and the three methods that `reggan.NC` describes; a subclass of NC,
+    Pix2Pix or Cycle has most of them already. Its name is added: reggan.HOSTS["name"] = Class.
+ 2. A Config is derived from reggan.Config: `script` names the file, `host` is the new default.
+ 3. `reggan.main(Config, __doc__)` runs it.
 
-Shapes: B batch, C channels, H x W pixels, w width of the first layer.
+Shapes: B batch, C channels, H x W pixels, h x w pixels of an encoding, width of the first layer.
 """
 
 import dataclasses
@@ -33,15 +30,15 @@ from support.script import InputError, option, run_script
 
 class LayerInstanceNorm(nn.Module):
     """(rho instance norm + (1 - rho) layer norm) gamma + beta, with a learnt rho for each channel.
-
     gamma and beta are learnt too or, where the norm is `adaptive`, arguments."""
 
-    def __init__(self, width, rho, adaptive):
+    def __init__(self, width, rho, adaptive=False):
         super().__init__()
-        self.rho, self.instance = nn.Parameter(torch.full((1, width, 1, 1), rho)), InstanceNorm()
+        shape = 1, width, 1, 1
+        self.rho, self.instance = nn.Parameter(torch.full(shape, rho)), InstanceNorm()
         if not adaptive:
-            self.gamma = nn.Parameter(torch.ones(1, width, 1, 1))
-            self.beta = nn.Parameter(torch.zeros(1, width, 1, 1))
+            self.gamma = nn.Parameter(torch.ones(shape))
+            self.beta = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x, gamma=None, beta=None):
         if gamma is None:
@@ -73,16 +70,15 @@ class NiceGenerator(nn.Module):
         super().__init__()
         w = width * 2**downs
         self.enter = nn.Sequential(Reflect(1), nn.Conv2d(2 * width, w, 3))
-        self.norm = LayerInstanceNorm(w, 0.1, adaptive=False)
+        self.norm = LayerInstanceNorm(w, 0.1)
         self.style = nn.Sequential(nn.Linear(w, w), nn.ReLU(True), nn.Linear(w, 2 * w))
         self.blocks = nn.ModuleList(NiceResidual(w) for _ in range(blocks))
         up = []
-        for level in range(downs, 0, -1):
-            i = width * 2**level
+        for i in [width * 2**level for level in range(downs, 0, -1)]:
             up += [Reflect(1), nn.Conv2d(i, 2 * i, 3), nn.PixelShuffle(2)]
-            up += [LayerInstanceNorm(i // 2, 0.1, adaptive=False), nn.ReLU(True)]
-        last = LastConv(width, out_chans, kernel)
-        self.up = nn.Sequential(*up, Reflect(kernel // 2), last, nn.Tanh())
+            up += [LayerInstanceNorm(i // 2, 0.1), nn.ReLU(True)]
+        up += [Reflect(kernel // 2), LastConv(width, out_chans, kernel), nn.Tanh()]
+        self.up = nn.Sequential(*up)
 
     def forward(self, z, size):
         x = F.relu(self.norm(self.enter(z)))  # (B, w, h, w)
@@ -104,19 +100,18 @@ class NiceDiscriminator(nn.Module):
             return spectral_norm(nn.Conv2d(i, o, kernel, stride, 1))
 
         leaky = nn.LeakyReLU(0.2)
-        first = conv(in_chans, w)
-        second = conv(w, 2 * w) if downs == 2 else conv(w, 2 * w, 3, 1)
-        self.encoder = nn.Sequential(first, leaky, second, leaky)
+        second = (4, 2) if downs == 2 else (3, 1)
+        self.encoder = nn.Sequential(conv(in_chans, w), leaky, conv(w, 2 * w, *second), leaky)
         self.cam = spectral_norm(nn.Linear(4 * w, 1, bias=False))
         self.merge = nn.Conv2d(4 * w, 2 * w, 1)
         self.share = nn.Parameter(torch.zeros(()))
         self.shared = nn.Sequential(conv(2 * w, 4 * w), leaky)
         self.local = nn.Sequential(conv(4 * w, 8 * w, 3, 1), leaky, conv(8 * w, 1, 3, 1))
-        coarse = [conv(4 * w, 8 * w), leaky, conv(8 * w, 16 * w), leaky]
-        self.overall = nn.Sequential(*coarse, conv(16 * w, 1, 3, 1))
+        self.overall = nn.Sequential(conv(4 * w, 8 * w), leaky, conv(8 * w, 16 * w), leaky,
+                                     conv(16 * w, 1, 3, 1))
 
     def encode(self, x):
-        """(encoding (B, 2w, h, w) in which attention weighs the channels, activation (B, 1))."""
+        """(encoding (B, 2 width, h, w), channels weighed by attention, activation (B, 1))."""
         H, W = x.shape[-2:]
         x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
         pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)  # (B, 4w)
@@ -133,9 +128,7 @@ class NiceDiscriminator(nn.Module):
 
 class Nice(nn.Module):
     """Both directions as in CycleGAN, but the discriminators' encoders serve the generators. Only
-    the discriminators' losses train the encoders.
-
-    adversarial + 10 cycle + 10 identity"""
+    the discriminators' losses train the encoders. adversarial + 10 cycle + 10 identity"""
 
     pooled = False
 
