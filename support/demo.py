@@ -429,14 +429,14 @@ def demo_pairs(root, size=64, slices=4, subjects=(("train", 30), ("val", 5), ("t
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     out: str = option("demo", "folder to draw the demo records and pairs into")
-    seed: int = option(0, "seed of the drawing", within="[0, inf)")
     patients: int = option(2400, "patients, about 2.5 films each")
 
 
-def draw_demo(config):
-    root = write_demo_records(config.out, config.patients, seed=config.seed)
-    print(f"drawn: {root} and {demo_pairs(root, seed=config.seed)}")
+def main():
+    config = parse_config(DemoConfig, description=__doc__)
+    root = write_demo_records(config.out, config.patients)
+    print(f"drawn: {root} and {demo_pairs(root)}")
 
 
 if __name__ == "__main__":
-    run_script(lambda: draw_demo(parse_config(DemoConfig, description=__doc__)))
+    run_script(main)

@@ -432,8 +432,8 @@ def checkpoint_file(path, *names):
 
 
 def lock(folder):
-    """Takes a folder for this process, until the returned file is closed or the process dies, in
-    whatever way. Refuses a folder that another process has taken."""
+    """Takes a folder for this process, until the returned file is closed or the process dies.
+    Refuses a folder that another process has taken."""
     try:
         import fcntl
 
@@ -442,10 +442,10 @@ def lock(folder):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
-        found = "one into which another run is writing; wait for its end, or give another --out"
-        raise InputError(folder, "a folder that no other run is using", found) from None
-    except (ImportError, OSError):  # Windows; a file system without locks; or one without a place,
-        return None  # as writing there will say
+        raise InputError(folder, "a folder that no other run is using", "one that is written to; "
+                         "wait, or give another --out") from None
+    except (ImportError, OSError):  # Windows; no locks there; or no place, as writing will say
+        return None
 
 
 RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl")
