@@ -5,15 +5,12 @@
 CUDA tensors run the Triton kernels and all others run the references: one signature, the same
 gradients. `use_kernels(False)` or MEDVISION_NO_KERNELS=1 (the scripts' --no-kernels) sends every
 tensor to the references. So do an older GPU, no C compiler, a driver or a tile that does not fit,
-and one line on stderr says why. With TRITON_INTERPRET=1, set before the first import, the kernels
-run on CPU tensors when called by name (`lora_linear_triton`, `warp_triton`): slowly, but a debugger
-can step through them.
+and one line on stderr says why. With TRITON_INTERPRET=1, set before the first import, a debugger
+can step through the kernels on CPU tensors, called by name (`lora_linear_triton`, `warp_triton`).
 
-Both are plain autograd functions. torch.compile breaks its graph there; the kernels know no fake
-tensors; asking them for a second or a forward-mode derivative raises RuntimeError.
-
-`kernels.lora_linear` is the function; `from kernels.lora_linear import ...` reaches the other names
-of its file. In a notebook reload the file (`sys.modules["kernels.warp"]`), then `kernels`.
+Both are plain autograd functions: torch.compile breaks its graph there, and the kernels have
+neither fake tensors nor second or forward-mode derivatives (RuntimeError). `kernels.lora_linear` is
+the function; a notebook reloads its file, sys.modules["kernels.lora_linear"], and then `kernels`.
 """
 import os
 import sys
@@ -35,7 +32,6 @@ if ABSENT:  # the kernels stay functions that nobody calls
 
 
 def jit(**options):
-    """`triton.jit` where there is Triton."""
     return triton.jit(**options) if triton else lambda kernel: kernel
 
 

@@ -3,22 +3,22 @@
     python -m kernels.bench             # a LoRA layer, twelve of them as in a step, and a warp
     python -m kernels.bench --all       # more ranks, flows and sizes
 
-Each row is a forward or a forward and a backward pass (`both`), under autocast, as in training:
+A row is a forward or a forward and a backward pass (`both`), under autocast, as in training:
 
     GPU ms    median by the GPU's clock, its cache overwritten before each run (do_bench)
-    wall ms   median by the processor's clock, which sees what it takes to start the kernels, too
+    wall ms   median by the processor's clock, with what it takes to start the kernels
     MiB       the peak of the memory that the pass allocates
     times     wall ms by that of the first contender
 
-A contender runs three times before it is timed, which compiles and tunes it. None is timed whose
-result or gradients, without dropout, err more than twice as much as the reference's, beyond
-rounding. Without a CUDA GPU nothing is claimed about the kernels: the references are timed at a
-small size. With TRITON_INTERPRET=1 the kernels run at a tiny one, to try this file.
+Three runs before it compile and tune. None is timed whose result or gradients, without dropout, err
+more than twice as much as the reference's, beyond rounding. Without a CUDA GPU the references are
+timed at a small size; with TRITON_INTERPRET=1 the kernels run too, at a tiny one, to try this file.
 """
 import argparse
+import functools
 import os
 import statistics
-import time
+import timeit
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +34,13 @@ DTYPE = torch.bfloat16 if AMPERE else torch.float16 if CUDA else torch.float32
 QV, SCALE = (True, False, True), 8.0  # q and v of a fused qkv
 
 
-def frozen(x, W, b, A, B, p):
-    return F.linear(x, W, b)
-
-
 def peft_form(x, W, b, A, B, p):
     """A frozen product and two small ones for each of q and v, which are added to its columns."""
-    R, parts = B.shape[1], list(F.linear(x, W, b).chunk(3, dim=-1))
-    dropped = F.dropout(x, p)
-    for part, A_g, B_g in zip((0, 2), A.split(R), B.chunk(2)):
-        parts[part] = parts[part] + SCALE * F.linear(F.linear(dropped, A_g), B_g)
-    return torch.cat(parts, dim=-1)
+    q, k, v = F.linear(x, W, b).chunk(3, dim=-1)
+    dropped, (A_q, A_v), (B_q, B_v) = F.dropout(x, p), A.chunk(2), B.chunk(2)
+    q = q + SCALE * F.linear(F.linear(dropped, A_q), B_q)
+    v = v + SCALE * F.linear(F.linear(dropped, A_v), B_v)
+    return torch.cat((q, k, v), dim=-1)
 
 
 def lora_by(function):
@@ -53,12 +49,11 @@ def lora_by(function):
 
 def grid_sample(image, flow):
     """The usual spatial transformer: an identity grid, a normalisation, F.grid_sample."""
-    H, W = image.shape[-2:]
-    rows = torch.arange(H, dtype=flow.dtype, device=flow.device).unsqueeze(1)
-    cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
-    grid = torch.stack(((cols + flow[:, 1]) * (2 / (W - 1)) - 1,
-                        (rows + flow[:, 0]) * (2 / (H - 1)) - 1), dim=-1)
-    return F.grid_sample(image, grid, padding_mode="border", align_corners=True)
+    B, _, H, W = image.shape
+    identity = torch.eye(2, 3, device=DEVICE).expand(B, 2, 3)
+    grid = F.affine_grid(identity, image.shape, align_corners=True)                # (B, H, W, 2)
+    moves = torch.stack((flow[:, 1] * (2 / (W - 1)), flow[:, 0] * (2 / (H - 1))), dim=-1)
+    return F.grid_sample(image, grid + moves, padding_mode="border", align_corners=True)
 
 
 def contenders_of():
@@ -67,7 +62,8 @@ def contenders_of():
     x, image = torch.randn(64, 64, device=DEVICE), torch.randn(1, 1, 16, 16, device=DEVICE)
     lora_linear(x, x.repeat(3, 1), None, x[:8], x.repeat(2, 1)[:, :4], SCALE, QV)
     warp(image, image.expand(1, 2, 16, 16))
-    lora = {"frozen": frozen, "PEFT's form": peft_form, "reference": lora_by(lora_linear_reference)}
+    lora = {"frozen": lambda x, W, b, A, B, p: F.linear(x, W, b), "PEFT's form": peft_form,
+            "reference": lora_by(lora_linear_reference)}
     warps = {"grid_sample": grid_sample, "reference": warp_reference,
              "exact grid_sample": warp_by_grid_sample}
     if CUDA:
@@ -77,30 +73,12 @@ def contenders_of():
     return lora, warps
 
 
-def measure(run, repeats):
-    """The medians (GPU ms or None, wall ms, MiB or None) of `run`."""
-    wait, gpu, mib, times = torch.cuda.synchronize if CUDA else lambda: None, None, None, []
-    for _ in range(3):
-        run()
-    wait()
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-        gpu = triton.testing.do_bench(run, return_mode="median") if triton else None
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    return gpu, statistics.median(times), mib
-
-
-def run_both(function, inputs, dy):
-    """The result, and the gradients of all inputs that want one."""
-    with torch.autocast(DEVICE, DTYPE, enabled=CUDA and dy.dtype != torch.float64):
+def passes(function, inputs, dy=None):
+    """The result and, with its gradient dy, those of all inputs that want one."""
+    with torch.autocast(DEVICE, DTYPE, enabled=CUDA and inputs[0].dtype != torch.float64):
         y = function(*inputs)
+    if dy is None:
+        return [y]
     leaves = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
     return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype), allow_unused=True)]
 
@@ -110,10 +88,10 @@ def check(contenders, inputs, dy, rounding):
     `rounding` of the whole, both against the reference in float64."""
     wide = [x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x
             for x in inputs]
-    truth = run_both(contenders["reference"], wide, dy.double())
-    reference = run_both(contenders["reference"], inputs, dy)
+    truth = passes(contenders["reference"], wide, dy.double())
+    reference = passes(contenders["reference"], inputs, dy)
     for name, function in contenders.items():
-        found = run_both(function, inputs, dy) if name != "frozen" else []
+        found = passes(function, inputs, dy) if name != "frozen" else []
         for i, (a, b, c) in enumerate(zip(found, reference, truth)):
             error, allowed = ((tensor.double() - c).norm() / c.norm() for tensor in (a, b))
             if not error <= 2 * allowed + rounding:
@@ -121,25 +99,35 @@ def check(contenders, inputs, dy, rounding):
                                      f"{i or 'result'}, the reference's is {allowed:.3g}")
 
 
+def measure(run, repeats):
+    """The medians [GPU ms or None, wall ms, MiB or None] of `run`."""
+    gpu, mib, wait = None, None, torch.cuda.synchronize if CUDA else lambda: None
+    for _ in range(3):
+        run()
+    wait()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        gpu = triton.testing.do_bench(run, return_mode="median") if triton else None
+    seconds = timeit.repeat(lambda: (run(), wait()), number=1, repeat=repeats)
+    return gpu, 1e3 * statistics.median(seconds), mib
+
+
 def table(title, contenders, inputs, dy, repeats):
     """Prints the rows, and a sentence that says which is fastest."""
     print(f"\n{title}\n\n| contender | pass | GPU ms | wall ms | MiB | times |\n{'|---' * 6}|")
-    for kind in ("forward", "both"):
+    for kind, gradient in (("forward", None), ("both", dy)):
         took = {}
         for name, function in contenders.items():
-            def run(function=function):
-                with torch.set_grad_enabled(kind == "both"):
-                    if kind == "both":
-                        return run_both(function, inputs, dy)
-                    with torch.autocast(DEVICE, DTYPE, enabled=CUDA):
-                        return function(*inputs)
-
-            gpu, took[name], mib = measure(run, repeats)
-            times = took[name] / next(iter(took.values()))
+            with torch.set_grad_enabled(kind == "both"):
+                gpu, took[name], mib = measure(lambda: passes(function, inputs, gradient), repeats)
             cells = ["-" if value is None else f"{value:.4g}" for value in (gpu, took[name], mib)]
+            times = took[name] / next(iter(took.values()))
             print(f"| {name} | {kind} | {' | '.join(cells)} | {times:.2f} |", flush=True)
-    (best, ms), (second, more) = sorted(took.items(), key=lambda item: item[1] * (
-        item[0] != "frozen") or torch.inf)[:2]
+    took.pop("frozen", None)  # it does less
+    (best, ms), (second, more) = sorted(took.items(), key=lambda item: item[1])[:2]
     print(f"\nFastest in both directions: {best}, {ms:.4g} ms; then {second}, {more:.4g} ms.")
 
 
@@ -162,8 +150,7 @@ def bench_lora(contenders, rows, width, R, layers, repeats):
 
     if layers > 1:
         dy = dy[:, :width]
-        contenders = {name: lambda *inputs, layer=layer: step(layer, *inputs)
-                      for name, layer in contenders.items()}
+        contenders = {name: functools.partial(step, layer) for name, layer in contenders.items()}
     for p in (0.0, 0.1):
         table(f"LoRA, q and v of {layers} layer(s): {rows} x {width}, rank {R}, dropout {p}",
               contenders, (x, W, b, A, B, p), dy, repeats)
@@ -171,12 +158,10 @@ def bench_lora(contenders, rows, width, R, layers, repeats):
 
 def bench_warp(contenders, B, C, H, W, reach, repeats):
     smooth = F.interpolate(torch.randn(B, 2, 8, 8, device=DEVICE), (H, W), mode="bicubic")
-    inputs = [torch.randn(B, C, H, W, device=DEVICE), reach * smooth.contiguous()]
-    image, flow = (tensor.requires_grad_() for tensor in inputs)
-    dy = torch.randn_like(image)
-    check(contenders, (image, flow), dy, (H + W) * torch.finfo(torch.float32).eps)  # of a position
-    table(f"warp: {B} x {C} x {H} x {W}, flow of {reach} pixels", contenders, (image, flow), dy,
-          repeats)
+    image, dy = torch.randn(2, B, C, H, W, device=DEVICE)
+    inputs = image.requires_grad_(), (reach * smooth.contiguous()).requires_grad_()
+    check(contenders, inputs, dy, (H + W) * torch.finfo(torch.float32).eps)  # of a position
+    table(f"warp: {B} x {C} x {H} x {W}, flow of {reach} pixels", contenders, inputs, dy, repeats)
 
 
 def main(argv=None):
@@ -186,8 +171,7 @@ def main(argv=None):
     everything = parser.parse_args(argv).all
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads, no CUDA"
-    print(f"{name}; torch {torch.__version__}, triton {getattr(triton, '__version__', 'absent')}, "
-          f"{str(DTYPE)[6:]}")
+    print(f"{name}; torch {torch.__version__}, triton {triton and triton.__version__}, {DTYPE}")
     lora, warps = contenders_of()
     rows, width, side, layers, repeats = (
         (64 * 197, 768, 256, 12, 20) if CUDA else (40, 32, 16, 2, 1) if INTERPRETED else

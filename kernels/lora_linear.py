@@ -7,11 +7,10 @@ each adapted part g of the output's columns, with one mask `keep` for all, P[kee
     u_g = s' dy_g B_g           dx = dy W + keep * sum_g u_g A_g
                                 dA_g = u_g^T (keep * x)       dB_g = s' dy_g^T t_g
 
-and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b; x and the small
-t are kept. At ViT-B's qkv and R = 4, x (12608, 768) -> t (12608, 8) -> y (12608, 2304) for a batch
-of 64, the low-rank part adds 0.7 % to the multiplications.
-
-What costs time is memory. MB that a pass has to move there, in 16 bits, with dropout:
+and the other parts are y = x W^T + b. Nothing is computed for the frozen W and b; x and t are kept.
+At ViT-B's qkv, 64 images and R = 4, x (12608, 768) -> t (12608, 8) -> y (12608, 2304), the low-rank
+part adds 0.7 % to the multiplications. What costs time is memory: MB that a pass moves there, in 16
+bits, with dropout:
 
                        forward    backward
     frozen layer            81          81     x, W, y; then dy, W, dx
@@ -22,8 +21,7 @@ One kernel alone would have each tile of y make t again, and draw the mask of al
 12 times at 128 columns a tile. So both directions are split at the rank.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
-R rank, GR = G R. t and u are (M, GR), the groups side by side. A fault in a kernel is followed in
-tests/debug_kernel.md.
+R rank, GR = G R. t and u are (M, GR), the groups side by side.
 """
 import functools
 
@@ -148,54 +146,45 @@ def down_kernel(
     threshold, scale, M,
     WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, GR: tl.constexpr, R: tl.constexpr,
     F_IN: tl.constexpr, F_LOW: tl.constexpr,  # the step in factor to the next column of in, rank
-    PRECISION: tl.constexpr, ROW_TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """t = (keep * x) A^T, or u = s' dy B and dB / s' = dy^T t, or dA = u^T (keep * x), for
-    ROW_TILES tiles of BLOCK_M rows, one after the other."""
+    """t = (keep * x) A^T, or u = s' dy B and dB / s' = dy^T t, or dA = u^T (keep * x), of BLOCK_M
+    rows. The sums of dA and dB over all programs follow."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    part = tl.program_id(1)
+    pid_m, part = tl.program_id(0), tl.program_id(1)
     if ((PARTS >> part) & 1) == 0:
         return
     group = group_of(part, P, PARTS)
-    in_ptr += part * WIDTH
+    first_row, rows_left = pid_m.to(tl.int64) * BLOCK_M, M - pid_m * BLOCK_M
+    in_ptr += first_row * (P * WIDTH) + part * WIDTH
+    in_at = tl.minimum(row, rows_left - 1)[:, None] * (P * WIDTH) + k[None, :]
     factor_at = (group * WIDTH + k[:, None]) * F_IN + r[None, :] * F_LOW
+    low_at = first_row * GR + group * R + row[:, None] * GR + r[None, :]
+    low_mask = (row[:, None] < rows_left) & (r[None, :] < R)
+    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if other_ptr is not None:
-        sums_ptr += tl.program_id(0).to(tl.int64) * GR * WIDTH
-    for tile in range(ROW_TILES):  # one beyond the last row adds zeros
-        pid_m = tl.program_id(0) * ROW_TILES + tile
-        first_row, rows_left = pid_m.to(tl.int64) * BLOCK_M, M - pid_m * BLOCK_M
-        in_at = tl.minimum(row, rows_left - 1)[:, None] * (P * WIDTH) + k[None, :]
-        low_at = first_row * GR + group * R + row[:, None] * GR + r[None, :]
-        low_mask = (row[:, None] < rows_left) & (r[None, :] < R)
-        low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        if other_ptr is not None:
-            other = tl.load(other_ptr + low_at, mask=low_mask, other=0.0)
-            other = other.to(in_ptr.dtype.element_ty)
-        for start in range(0, WIDTH, BLOCK_IN):
-            x = tl.load(in_ptr + first_row * (P * WIDTH) + start + in_at,
-                        mask=k[None, :] < WIDTH - start, other=0.0)
-            factor_mask = (k[:, None] < WIDTH - start) & (r[None, :] < R)
-            if copy_ptr is not None:
-                x = x.to(copy_ptr.dtype.element_ty)
-                tl.store(copy_ptr + first_row * WIDTH + start + in_at, x,
-                         mask=k[None, :] < WIDTH - start)
-            if seed_ptr is not None:
-                keep = keep_tile(seed_ptr, threshold, first_row + row, start, WIDTH, BLOCK_IN)
-                x = tl.where(keep, x, 0.0)
-            if factor_ptr is not None:
-                factor = tl.load(factor_ptr + start * F_IN + factor_at, mask=factor_mask, other=0.0)
-                low = tl.dot(x, factor.to(x.dtype), low, input_precision=PRECISION)
-            if other_ptr is not None:
-                sums = tl.dot(x.T, other, input_precision=PRECISION)
-                if tile > 0:
-                    sums += tl.load(sums_ptr + start * F_IN + factor_at, mask=factor_mask)
-                tl.store(sums_ptr + start * F_IN + factor_at, sums, mask=factor_mask)
+        sums_ptr += pid_m.to(tl.int64) * GR * WIDTH
+        other = tl.load(other_ptr + low_at, mask=low_mask, other=0.0).to(in_ptr.dtype.element_ty)
+    for start in range(0, WIDTH, BLOCK_IN):
+        x = tl.load(in_ptr + start + in_at, mask=k[None, :] < WIDTH - start, other=0.0)
+        factor_mask = (k[:, None] < WIDTH - start) & (r[None, :] < R)
+        if copy_ptr is not None:
+            x = x.to(copy_ptr.dtype.element_ty)
+            tl.store(copy_ptr + first_row * WIDTH + start + in_at, x,
+                     mask=k[None, :] < WIDTH - start)
+        if seed_ptr is not None:
+            keep = keep_tile(seed_ptr, threshold, first_row + row, start, WIDTH, BLOCK_IN)
+            x = tl.where(keep, x, 0.0)
         if factor_ptr is not None:
-            tl.store(low_ptr + low_at, scale * low, mask=low_mask)
-        if ROW_TILES > 1:
-            tl.debug_barrier()  # other threads may add to these sums next
+            factor = tl.load(factor_ptr + start * F_IN + factor_at, mask=factor_mask, other=0.0)
+            low = tl.dot(x, factor.to(x.dtype), low, input_precision=PRECISION)
+        if other_ptr is not None:
+            sums = tl.dot(x.T, other, input_precision=PRECISION)
+            tl.store(sums_ptr + start * F_IN + factor_at, sums, mask=factor_mask)
+    if factor_ptr is not None:
+        tl.store(low_ptr + low_at, scale * low, mask=low_mask)
 
 
 @jit(do_not_specialize=["M", "threshold"])
@@ -260,22 +249,19 @@ def up_kernel(
 # Launches and autograd
 
 
-def tile(m, out, depth, warps, stages):
-    return dict(BLOCK_M=m, BLOCK_OUT=out, BLOCK_IN=depth), dict(num_warps=warps, num_stages=stages)
-
-
-# A layer takes the fastest. Slices of x and w wait in shared memory while the products before them
-# run, on Ampere stages - 1 of them: 128 x 128 x 32 in 16 bits holds 3 (128 x 32 + 32 x 128) 2 =
-# 49,152 bytes: in the forward pass two programs share a multiprocessor of 100 KB (RTX 30 to 50).
-TILES = [tile(128, 256, 64, 8, 3), tile(128, 128, 64, 8, 3), tile(128, 128, 32, 8, 4),
-         tile(64, 128, 64, 4, 4)]
-FLOAT32_TILES = [tile(128, 64, 32, 8, 3), tile(64, 64, 32, 4, 3)]
+# BLOCK_M, BLOCK_OUT, BLOCK_IN, warps, stages of up_kernel. A layer takes the fastest. Slices of x
+# and w wait in shared memory while the products before them run, on Ampere stages - 1 of them:
+# 128 x 128 x 32 in 16 bits holds 3 (128 x 32 + 32 x 128) 2 = 49,152 bytes: in the forward pass two
+# programs share a multiprocessor of 100 KB (RTX 30 to 50).
+TILES = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 4)
+FLOAT32_TILES = (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)
 
 
 @functools.cache
 def autotuned(dtype):
-    tiles = FLOAT32_TILES if dtype == torch.float32 else TILES
-    configs = [triton.Config(tile, **options) for tile, options in tiles]
+    configs = [triton.Config(dict(BLOCK_M=rows, BLOCK_OUT=out, BLOCK_IN=depth), warps, stages)
+               for rows, out, depth, warps, stages in
+               (FLOAT32_TILES if dtype == torch.float32 else TILES)]
     return triton.autotune(configs, key=["DEPTH", "WIDTH", "P", "PARTS", "R"])(up_kernel)
 
 
@@ -284,10 +270,9 @@ def up(*, in_ptr, M, WIDTH, P, **rest):
     def programs(tile):
         return (triton.cdiv(M, tile["BLOCK_M"]) * P * triton.cdiv(WIDTH, tile["BLOCK_OUT"]),)
 
-    if not in_ptr.is_cuda:  # the interpreter
-        rest |= dict(BLOCK_M=32, BLOCK_OUT=32, BLOCK_IN=32)
     kernel = autotuned(in_ptr.dtype) if in_ptr.is_cuda else up_kernel
-    kernel[programs](in_ptr=in_ptr, M=M, WIDTH=WIDTH, P=P, **rest)
+    tile = {} if in_ptr.is_cuda else dict(BLOCK_M=32, BLOCK_OUT=32, BLOCK_IN=32)  # interpreter
+    kernel[programs](in_ptr=in_ptr, M=M, WIDTH=WIDTH, P=P, **tile, **rest)
 
 
 def constants_of(lora_A, lora_B, parts, dropout):
@@ -303,14 +288,6 @@ def padded(rank):
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
-def row_tiles(x, R, G):
-    """How many tiles of 128 rows a program adds up to dA or dB. From rank 32 on the sums of single
-    tiles are as large as x; so 2 or 4 share one, where each multiprocessor keeps a program."""
-    cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    programs = triton.cdiv(len(x), 128) * G
-    return 1 if R < 32 or programs < 2 * cores else 2 if programs < 4 * cores else 4
-
-
 def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout):
     """y (M, N), t (M, GR) float32, and x in the dtype of weight."""
     (M, K), N, P = x.shape, len(weight), len(parts)
@@ -321,7 +298,7 @@ def triton_forward(x, weight, bias, lora_A, lora_B, seed, scale, parts, dropout)
         down_kernel[triton.cdiv(M, 64), 1, triton.cdiv(GR, padded(GR))](
             in_ptr=x, factor_ptr=lora_A, low_ptr=t, copy_ptr=copy, seed_ptr=seed, other_ptr=None,
             sums_ptr=None, threshold=threshold, scale=1.0, M=M, WIDTH=K, P=1, PARTS=1, R=GR,
-            F_IN=1, F_LOW=K, ROW_TILES=1, BLOCK_M=64, BLOCK_IN=128 // weight.element_size(),
+            F_IN=1, F_LOW=K, BLOCK_M=64, BLOCK_IN=128 // weight.element_size(),
             BLOCK_R=padded(GR), **common)
         x = x if copy is None else copy
         up(in_ptr=x, w_ptr=weight, bias_ptr=bias, low_ptr=t, factor_ptr=lora_B, out_ptr=y,
@@ -335,15 +312,15 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
     (M, K), N, P, u = x.shape, len(weight), len(parts), torch.empty_like(t)
     dx, scale = torch.empty_like(x, dtype=dtype) if needs_dx else None, scale / (1 - dropout)
     GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
-    tiles_A, tiles_B = row_tiles(x, R, 1), row_tiles(x, R, sum(parts))
-    dA = t.new_empty(triton.cdiv(M, 128 * tiles_A), *lora_A.shape)
-    dB = t.new_empty(triton.cdiv(M, 128 * tiles_B), *lora_B.shape)
+    # A program's sums, over 128 rows. At the head's sizes each of the two takes 2.4 MB, and 19.5 at
+    # rank 32, written and read once; programs of several row tiles write less, in more registers.
+    dA, dB = (t.new_empty(triton.cdiv(M, 128), *factor.shape) for factor in (lora_A, lora_B))
     blocks = dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)
     with torch.cuda.device_of(x):
         down_kernel[len(dB), P, triton.cdiv(R, padded(R))](
             in_ptr=dy, factor_ptr=lora_B, low_ptr=u, copy_ptr=None, seed_ptr=None, other_ptr=t,
             sums_ptr=dB, threshold=0, scale=scale, M=M, WIDTH=N // P, P=P, PARTS=PARTS, R=R,
-            F_IN=R, F_LOW=1, ROW_TILES=tiles_B, BLOCK_R=padded(R), **blocks, **common)
+            F_IN=R, F_LOW=1, BLOCK_R=padded(R), **blocks, **common)
         if needs_dx:
             up(in_ptr=dy, w_ptr=weight, bias_ptr=None, low_ptr=u, factor_ptr=lora_A, out_ptr=dx,
                seed_ptr=seed, threshold=threshold, scale=1.0, M=M, DEPTH=N, WIDTH=K, P=1, PARTS=1,
@@ -351,7 +328,7 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
         down_kernel[len(dA), 1, triton.cdiv(GR, padded(GR))](
             in_ptr=x, factor_ptr=None, low_ptr=None, copy_ptr=None, seed_ptr=seed, other_ptr=u,
             sums_ptr=dA, threshold=threshold, scale=1.0, M=M, WIDTH=K, P=1, PARTS=1, R=GR,
-            F_IN=1, F_LOW=K, ROW_TILES=tiles_A, BLOCK_R=padded(GR), **blocks, **common)
+            F_IN=1, F_LOW=K, BLOCK_R=padded(GR), **blocks, **common)
     return dx, dA.sum(0).to(lora_A.dtype), dB.sum(0).mul_(scale).to(lora_B.dtype)
 
 
@@ -394,12 +371,12 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     lora_A: (GR, K), lora_B: (G N/P, R): the groups' factors one below the other. scale: alpha / R.
     parts: P truth values, G of them true; part i is columns i N/P to (i+1) N/P.
     dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
-    seed: fixes the mask, a number or a tensor of one, taken modulo 2^31. None draws one from
-    torch's generator of the GPU (kernels) or CPU (reference), which processes must seed apart.
+    seed: fixes the mask, a number or a tensor of one, modulo 2^31. None draws one from torch's
+    generator of the GPU (kernels) or CPU (reference), which processes must seed apart.
     kernels: whether the kernels or the reference run; None leaves it to x and `use_kernels`.
     Returns (..., N) in x's dtype, or autocast's; lora_A, lora_B and under autocast the weight may
-    have any. Raises ValueError for what does not fit, RuntimeError for derivatives in forward mode
-    and, where the kernels run, for second ones.
+    have any. Raises ValueError for what does not fit, RuntimeError for forward-mode derivatives and
+    for second ones of the kernels.
     """
     check(x, weight, bias, lora_A, lora_B, parts, dropout)
     shape, dtype, parts = x.shape, x.dtype, tuple(bool(part) for part in parts)
@@ -443,15 +420,14 @@ lora_linear_triton = functools.partial(lora_linear, kernels=True)  # CPU: with T
 def check(x, weight, bias, lora_A, lora_B, parts, dropout):
     """Raises ValueError with what was expected and what was found."""
     P, G, R = len(parts), sum(map(bool, parts)), lora_B.shape[-1] if lora_B.dim() else 0
-    if G == 0 or not 0 <= dropout < 1:
-        raise ValueError("lora_linear: expected at least one adapted part and dropout in [0, 1), "
-                         f"found {tuple(parts)} and {dropout}")
-    if weight.dim() != 2 or len(weight) % P or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"lora_linear: expected x (..., K) and weight (N, K) with N a multiple of "
-                         f"{P}, found {tuple(x.shape)} and {tuple(weight.shape)}")
+    if G == 0 or not 0 <= dropout < 1 or weight.dim() != 2 or len(weight) % P or x.dim() < 1:
+        raise ValueError("lora_linear: expected at least one adapted part, dropout in [0, 1), "
+                         f"x (..., K) and weight (N, K) with N a multiple of {P}, found "
+                         f"{tuple(parts)}, {dropout}, {tuple(x.shape)} and {tuple(weight.shape)}")
     N, K = weight.shape
-    shapes = dict(x=x.shape, weight=(N, K), bias=(N,), lora_B=(G * N // P, R), lora_A=(G * R, K))
-    for (name, shape), tensor in zip(shapes.items(), (x, weight, bias, lora_B, lora_A)):
+    shapes = (*x.shape[:-1], K), (N, K), (N,), (G * N // P, R), (G * R, K)
+    for name, tensor, shape in zip(("x", "weight", "bias", "lora_B", "lora_A"),
+                                   (x, weight, bias, lora_B, lora_A), shapes):
         if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()
                                    or tensor.device != x.device):
             raise ValueError(f"lora_linear: expected {name} {tuple(shape)}, floating-point, on "

@@ -7,8 +7,7 @@ resampling layer of eq. 4; Jaderberg et al., "Spatial Transformer Networks", Neu
     warp(image, flow)[y, x] = image[Y, X]
     Y = clamp(y + dy, 0, H - 1)        X = clamp(x + dx, 0, W - 1)
 
-read bilinearly from the four pixels around (Y, X): with y0 = floor(Y), x0 = floor(X), fy = Y - y0,
-fx = X - x0
+read bilinearly from four pixels: with y0 = floor(Y), x0 = floor(X), fy = Y - y0, fx = X - x0
 
     out = (1 - fy) ((1 - fx) v00 + fx v01) + fy ((1 - fx) v10 + fx v11)
     d out / d dy = (1 - fx) (v10 - v00) + fx (v11 - v01)        where 0 < y + dy < H - 1, else 0
@@ -25,10 +24,6 @@ On paper, one pixel of a 3 x 3 image with flow[1, 1] = (dy, dx) = (-0.5, 0.5), u
     5   6   6     moves to the left, against the arrows of the flow, since these point from the
     8   9   9     result to the image. The last column reads the border.
 
-In words: a pixel of the result adds its flow to its own place, and clamps that to the image. The
-whole part of the place names four pixels. Their values are gathered, and mixed by the fraction.
-A gather reads where it likes and writes in one place; its gradient, for the image, is a scatter.
-
 The conventions are the same on every path. Positions are in pixels, so that a zero flow is the
 identity and a whole flow a shift, both exactly. A displacement that leaves the image, up to
 infinity, reads the border; its gradient is 0 there and on the border itself, as in F.grid_sample. A
@@ -39,9 +34,8 @@ As separate operations the grid, the sum, its scaling and the clamp are some 10 
 numbers. Here a position lives in registers: with one channel of float32 the forward pass moves 16
 bytes a pixel instead of 80, the backward pass 64 instead of 108, half of them for the scatter.
 
-In reggan.py R predicts the flow. Exercise 3 of tests/exercises.md writes the reference,
-and tests/debug_kernel.md follows a fault in the kernel below.
-
+In reggan.py R predicts the flow. Exercise 3 of tests/exercises.md writes the reference, and
+tests/debug_kernel.md follows a fault in the kernel below.
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W), channel 0 = dy, channel 1 = dx.
 """
 import torch
@@ -57,24 +51,29 @@ FORWARD_BLOCK, BACKWARD_BLOCK, FINISH_BLOCK = 512, 128, 1024
 # Reference
 
 
+def places(flow):
+    """Y and X of the head, (B, 1, H, W) each. `hardtanh` is a clamp that keeps NaN, and whose
+    gradient is 0 on the bounds, too."""
+    H, W = flow.shape[-2:]
+    rows, cols = (torch.arange(n, dtype=flow.dtype, device=flow.device) for n in (H, W))
+    return (F.hardtanh(flow[:, :1] + rows[:, None], 0, H - 1),
+            F.hardtanh(flow[:, 1:] + cols, 0, W - 1))
+
+
 def warp_reference(image, flow):
     """`warp` as the head has it. image (B, C, H, W), flow (B, 2, H, W) of at least float32.
 
     Its gradient, by autograd: g w is added to each of the four pixels that were read, w being its
-    weight (the gradient of `gather` is a scatter); the flow's comes through fy and fx. `hardtanh`
-    is a clamp whose gradient is 0 on the bounds, too.
+    weight (the gradient of `gather` is a scatter); the flow's comes through fy and fx.
     """
-    (B, C, H, W), nan = image.shape, flow.isnan().any(1, keepdim=True)
-    rows = torch.arange(H, dtype=flow.dtype, device=flow.device).unsqueeze(1)
-    cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
-    y = F.hardtanh(flow[:, :1].masked_fill(nan, 0) + rows, 0, H - 1)               # (B, 1, H, W)
-    x = F.hardtanh(flow[:, 1:].masked_fill(nan, 0) + cols, 0, W - 1)
+    (H, W), nan = image.shape[-2:], flow.isnan().any(1, keepdim=True)
+    y, x = places(flow.masked_fill(nan, 0))                                        # (B, 1, H, W)
     y0, x0 = y.long(), x.long()
     y1, x1, fy, fx = (y0 + 1).clamp_max(H - 1), (x0 + 1).clamp_max(W - 1), y - y0, x - x0
 
     def read(y, x):                                                                # (B, C, H, W)
-        places = (y * W + x).expand_as(image).flatten(2)
-        return image.flatten(2).gather(2, places).view_as(image)
+        at = (y * W + x).expand_as(image).flatten(2)
+        return image.flatten(2).gather(2, at).view_as(image)
 
     above = (1 - fx) * read(y0, x0) + fx * read(y0, x1)
     below = (1 - fx) * read(y1, x0) + fx * read(y1, x1)
@@ -89,19 +88,15 @@ def warp_by_grid_sample(image, flow):
     back is exact for every whole x, so the image is put on one if it is not already. Zero padding
     tests every read, so that a NaN position is harmless; padding_mode="border" crashes there.
     """
-    H, W = image.shape[-2:]
+    (H, W), (y, x) = image.shape[-2:], places(flow)
     h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
-    rows = torch.arange(H, dtype=flow.dtype, device=flow.device).unsqueeze(1)
-    cols = torch.arange(W, dtype=flow.dtype, device=flow.device)
-    y = F.hardtanh(flow[:, 0] + rows, 0, H - 1)                                    # (B, H, W)
-    x = F.hardtanh(flow[:, 1] + cols, 0, W - 1)
-    grid = torch.stack((x * (2 / w) + (1 / w - 1), y * (2 / h) + (1 / h - 1)), dim=-1)
+    grid = torch.stack((x * (2 / w) + (1 / w - 1), y * (2 / h) + (1 / h - 1)), -1)
     canvas = image.to(flow.dtype)
     if (h, w) != (H, W):
         canvas = F.pad(canvas, (0, w - W, 0, h - H))                               # (B, C, h, w)
     with torch.autocast(flow.device.type, enabled=False):  # it would round float64
-        out = F.grid_sample(canvas, grid, padding_mode="zeros", align_corners=False)
-    return torch.where(torch.isnan(x + y).unsqueeze(1), torch.nan, out).to(image.dtype)
+        out = F.grid_sample(canvas, grid.squeeze(1), padding_mode="zeros", align_corners=False)
+    return torch.where(torch.isnan(x + y), torch.nan, out).to(image.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,19 +157,16 @@ def forward_kernel(
 # run to run. Integer addition is associative. Each addend is therefore multiplied by a power of
 # two, 2^k, truncated to int64 and added; one last pass divides.
 #
-# Range. Let amax = max |g| over a plane (one pass over g finds it), e its exponent (amax < 2^e) and
-# h = ceil(log2(H W)). An output pixel adds at most amax to one place (its four weights sum to 1),
-# so that at most 2^(h+e) 2^k may gather anywhere. k = 62 - h - e keeps that at 2^62: no flow,
-# however it folds the image, overflows. k stops at 126, where 2^-k is still a normal float32: there
-# amax is below 2^(-64-h) and the quantum is 2^-126.
+# Range. Let amax = max |g| over a plane, e its exponent (amax < 2^e) and h = ceil(log2(H W)). An
+# output pixel adds at most amax to one place (its four weights sum to 1), so that at most
+# 2^(h+e) 2^k may gather anywhere. k = 62 - h - e keeps that at 2^62: no flow, however it folds the
+# image, overflows. k stops at 126, where 2^-k is still a normal float32.
 # On paper: 256 x 256 pixels, amax 0.75. Then h = 16, e = 0 (0.75 < 2^0) and k = 62 - 16 - 0 = 46.
 # An addend g w = 0.3 is 10066330 / 2^25 in float32, and 10066330 * 2^21 as an integer: nothing is
-# lost. A float32 has 24 bits: only an addend below 2^-22 has some under 2^-46, which are cut off.
-# If all 2^16 pixels read one place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
+# lost. If all 2^16 pixels read one place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
 # Error. Truncation loses less than one quantum an addend, 2^-k <= 2^(h-61) amax: 2^-45 amax at
-# 256 x 256, 2^-41 amax at 1024 x 1024. The sum is exact, and rounded once to float32. A float sum
-# of n addends errs by up to n 2^-24 of the partial sums, so that this one is the more accurate for
-# every pixel whose gradient exceeds 2^(h-37) amax (2^-21 amax at 256 x 256).
+# 256 x 256. The sum is exact, and rounded once to float32. A float sum of n addends errs by up to
+# n 2^-24 of the partial sums: more, for every pixel whose gradient exceeds 2^(h-37) amax.
 # Infinity and NaN in g (a loss scaler looks for them) have no integer: they make the image gradient
 # of that plane NaN.
 
@@ -274,8 +266,8 @@ def triton_forward(image, flow):
 def triton_backward(dout, image, flow, needs_image, needs_flow):
     """The gradients of image and flow, None where they are not needed."""
     (B, C, H, W), h = image.shape, (image[0, 0].numel() - 1).bit_length()
-    dimage, dflow = (torch.empty_like(tensor) if needed else None
-                     for tensor, needed in ((image, needs_image), (flow, needs_flow)))
+    dimage = torch.empty_like(image) if needs_image else None
+    dflow = torch.empty_like(flow) if needs_flow else None
     amax = total = None
     if needs_image:
         amax = torch.linalg.vector_norm(dout, torch.inf, dim=(2, 3), dtype=torch.float32)  # (B, C)
@@ -292,8 +284,6 @@ def triton_backward(dout, image, flow, needs_image, needs_flow):
 
 
 class TritonFunction(torch.autograd.Function):
-    """The kernels. image in float32, float16 or bfloat16, flow in float32."""
-
     @staticmethod
     def forward(ctx, image, flow):
         ctx.save_for_backward(image, flow)
@@ -338,16 +328,10 @@ def warp(image, flow):
 
 def check(image, flow):
     """Raises ValueError with what was expected and what was found."""
-    if image.dim() != 4 or 0 in image.shape:
-        raise ValueError("warp: expected image (B, C, H, W) without empty dimensions, found "
-                         f"{tuple(image.shape)}")
-    B, _, H, W = image.shape
-    if flow.shape != (B, 2, H, W):
-        raise ValueError(f"warp: expected flow {(B, 2, H, W)} for image {tuple(image.shape)}, "
-                         f"found {tuple(flow.shape)}")
-    if not image.is_floating_point() or not flow.is_floating_point():
-        raise ValueError(f"warp: expected floating-point image and flow, found {image.dtype} and "
-                         f"{flow.dtype}")
-    if image.device != flow.device:
-        raise ValueError(f"warp: expected image and flow on one device, found {image.device} and "
-                         f"{flow.device}")
+    shape = (image.shape[0], 2, *image.shape[2:]) if image.dim() == 4 else None
+    if (flow.shape != shape or 0 in image.shape or image.device != flow.device
+            or not image.is_floating_point() or not flow.is_floating_point()):
+        raise ValueError(
+            "warp: expected image (B, C, H, W), not empty, and flow (B, 2, H, W), both "
+            f"floating-point and on one device, found {tuple(image.shape)}, {image.dtype}, on "
+            f"{image.device}, and {tuple(flow.shape)}, {flow.dtype}, on {flow.device}")
