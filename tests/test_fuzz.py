@@ -13,39 +13,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import write_dicom
 
-from support import tokenizer as tokenizer_module
-from support import script as common
 import data
 import lora
-from support.script import InputError
+from support import tokenizer
+from support.script import InputError, load_checkpoint, read_json
 
 COUNT = int(os.environ.get("MEDVISION_FUZZ", 2000))
 SEED = int(os.environ.get("MEDVISION_FUZZ_SEED", 0))
-PIECES = (
-    b"",
-    b"\0",
-    b"\xff",
-    b"\n",
-    b'"',
-    b",",
-    b" ",
-    b"../",
-    b"/etc/passwd",
-    b"-1",
-    b"nan",
-    b"1e999",
-    b"0" * 30,
-    b"\xff\xfe",
-    b"\r",
-    b"{",
-    b"[" * 3000,
-    b"(",
-    b"\\",
-    "é影".encode(),
-    b"\x80\x02}",
-    b"cos\nsystem\n",
-)
+PIECES = (b"", b"\0", b"\xff", b"\n", b'"', b",", b" ", b"../", b"/etc/passwd", b"-1", b"nan",
+          b"1e999", b"0" * 30, b"\xff\xfe", b"\r", b"{", b"[" * 3000, b"(", b"\\", "é影".encode(),
+          b"\x80\x02}", b"cos\nsystem\n")
 
 
 def mutate(content, rng, other):
@@ -59,9 +38,8 @@ def mutate(content, rng, other):
         if kind == 0:
             content[place : place + 1] = bytes([rng.integers(256)])
         elif kind == 1:
-            content[place : place + 1] = bytes(
-                [(content[place] ^ 1 << rng.integers(8)) if content else 0]
-            )
+            bit = 1 << int(rng.integers(8))
+            content[place : place + 1] = bytes([byte ^ bit for byte in content[place : place + 1]])
         elif kind == 2:
             content[place : place + int(rng.integers(9))] = PIECES[rng.integers(len(PIECES))]
         elif kind == 3:
@@ -107,65 +85,39 @@ def write_samples(root):
     def adapter(path):
         lora.load_adapter(model(), path)
 
+    def patients(path):
+        list(data.read_csv(path, ("image_path", "patient_id")))
+
     samples = {
-        "list.txt": names,
-        "training.csv": records,
-        "patients.csv": lambda path: list(data.read_csv(path, ("image_path", "patient_id"))),
-        "run.json": common.read_json,
-        "t.tiktoken": tokenizer_module.load_tokenizer,
-        "zip.pt": common.load_checkpoint,
-        "old.pt": common.load_checkpoint,
-        "adapter.pt": adapter,
-        "grey.png": image,
-        "colour.png": piece,
-        "deep.png": image,
-        "mask.png": mask,
-        "a.jpg": image,
-        "a.tif": piece,
-        "float.tif": image,
-        "a.bmp": mask,
-        "a.npy": image,
-        "slice.npy": piece,
-    }
-    (root / "images").mkdir()
-    for name in "ab":
-        Image.fromarray(pixels).save(root / f"images/{name}.png")
+        "list.txt": names, "training.csv": records, "patients.csv": patients, "run.json": read_json,
+        "t.tiktoken": tokenizer.load_tokenizer, "zip.pt": load_checkpoint,
+        "old.pt": load_checkpoint, "adapter.pt": adapter, "grey.png": image, "colour.png": piece,
+        "deep.png": image, "mask.png": mask, "a.jpg": image, "a.tif": piece, "float.tif": image,
+        "a.bmp": mask, "a.npy": image, "slice.npy": piece}
     (root / "list.txt").write_text("a.png 0 1 1\nb.png 1 0 0\n./images/a.png 0 0 0\n")
     (root / "training.csv").write_text(
         "study,image_path,report_content\n"
-        '1,a.png,"The heart is normal, the ""lungs"" are clear.\nNo effusion."\n2,b.png,Edema.\n'
-    )
+        '1,a.png,"The heart is normal, the ""lungs"" are clear.\nNo effusion."\n2,b.png,Edema.\n')
     (root / "patients.csv").write_text("image_path,patient_id\na.png,1\nb.png,2\n")
     (root / "run.json").write_text('{"lr": 0.1, "names": ["a", "b"], "none": null, "step": 12}\n')
-    tokenizer_module.save_tokenizer(
-        tokenizer_module.train_tokenizer(["the heart is normal", "the lungs are clear"] * 3, 270),
-        root / "t.tiktoken",
-    )
-    state = {
-        "model": {"w": torch.randn(3, 4), "b": torch.arange(5)},
-        "step": 3,
-        "args": argparse.Namespace(lr=0.1),
-        "config": {"lr": 0.1},
-    }
+    reports = ["the heart is normal", "the lungs are clear"] * 3
+    tokenizer.save_tokenizer(tokenizer.train_tokenizer(reports, 270), root / "t.tiktoken")
+    state = {"model": {"w": torch.randn(3, 4), "b": torch.arange(5)}, "step": 3,
+             "args": argparse.Namespace(lr=0.1), "config": {"lr": 0.1}}
     torch.save(state, root / "zip.pt")
     torch.save(state, root / "old.pt", _use_new_zipfile_serialization=False)
-    torch.save(
-        {
-            "adapter": lora.lora_state_dict(model()),
-            "lora": {"rank": 2, "alpha": 32.0, "dropout": 0.0, "targets": {"0": (True,)}},
-        },
-        root / "adapter.pt",
-    )
+    about = {"rank": 2, "alpha": 32.0, "dropout": 0.0, "targets": {"0": (True,)}}
+    torch.save({"adapter": lora.lora_state_dict(model()), "lora": about}, root / "adapter.pt")
+    (root / "images").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(pixels).save(root / "grey.png")
-    Image.fromarray(np.dstack([pixels] * 3)).save(root / "colour.png")
-    Image.fromarray(deep).save(root / "deep.png")
-    Image.fromarray(pixels > 99).save(root / "mask.png")
-    Image.fromarray(pixels).save(root / "a.jpg", exif=exif)
-    Image.fromarray(pixels).save(root / "a.tif", compression="tiff_lzw")
-    Image.fromarray(pixels / np.float32(255)).save(root / "float.tif")
-    Image.fromarray(pixels).save(root / "a.bmp")
+    for name, array, options in (
+            ("images/a.png", pixels, {}), ("images/b.png", pixels, {}), ("grey.png", pixels, {}),
+            ("colour.png", np.dstack([pixels] * 3), {}), ("deep.png", deep, {}),
+            ("mask.png", pixels > 99, {}), ("a.jpg", pixels, {"exif": exif}), ("a.bmp", pixels, {}),
+            ("a.tif", pixels, {"compression": "tiff_lzw"}),
+            ("float.tif", pixels / np.float32(255), {})):
+        Image.fromarray(array).save(root / name, **options)
     np.save(root / "a.npy", deep)
     np.save(root / "slice.npy", pixels.astype(np.float32))
     try:
@@ -177,17 +129,8 @@ def write_samples(root):
     except ImportError:
         pass
     try:
-        from test_data import write_dicom
-
-        write_dicom(
-            root / "a.dcm",
-            deep,
-            PixelPaddingValue=0,
-            WindowCenter=2000,
-            WindowWidth=3000,
-            RescaleSlope=1,
-            RescaleIntercept=0,
-        )
+        write_dicom(root / "a.dcm", deep, PixelPaddingValue=0, WindowCenter=2000, WindowWidth=3000,
+                    RescaleSlope=1, RescaleIntercept=0)
         samples |= {"a.dcm": image}
     except ImportError:
         pass
@@ -213,11 +156,9 @@ def test_damaged_files_are_read_or_refused_in_one_message(tmp_path, capsys):
                 samples[name](path)
         except InputError as error:
             refused += 1
-            if str(error).count("\n") > 1 or len(str(error)) > 1500:
-                escaped.append(
-                    f"{SEED}, {i}, {name}: a message of {len(str(error))} characters: "
-                    f"{str(error)[:200]}"
-                )
+            said = str(error)
+            if "\n" in said or len(said) > 1500:
+                escaped.append(f"{SEED}, {i}, {name}: {len(said)} characters: {said[:200]}")
         except BaseException as error:
             escaped.append(f"{SEED}, {i}, {name}: {type(error).__name__}: {str(error)[:200]}")
             if isinstance(error, KeyboardInterrupt):
@@ -226,7 +167,4 @@ def test_damaged_files_are_read_or_refused_in_one_message(tmp_path, capsys):
     assert not escaped, "\n".join([f"{len(escaped)} of {COUNT}", *escaped[:40]])
     assert refused > COUNT / 4
     if COUNT > 2000:
-        print(
-            f"{COUNT} damaged files from seed {SEED}: {refused} refused, "
-            f"{COUNT - refused} read, none escaped"
-        )
+        print(f"{COUNT} damaged files from seed {SEED}: {refused} refused, {COUNT - refused} read")
