@@ -296,14 +296,12 @@ def image_keys(root, names):
 NIH_CLASSES = [
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
     "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
-    "Hernia",
-]
+    "Hernia"]
 CHEXPERT_CLASSES = ["Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"]
 DATASETS = {  # the folders of the images, and the classes, which ROOT/classes.txt replaces
     "demo": (["images"], None), "csv": (["images", ""], None), "rsna": ([""], ["Pneumonia"]),
     "nih": (["images", "images_*/images", "all_classes", ""], NIH_CLASSES),
-    "chexpert": ([""], CHEXPERT_CLASSES), "covid": (["images"], None),
-}
+    "chexpert": ([""], CHEXPERT_CLASSES), "covid": (["images"], None)}
 TABLES = {"csv": "labels.csv", "nih": "Data_Entry_2017*.csv", "chexpert": "train.csv",
           "rsna": "stage_2_train_labels.csv"}
 PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -330,14 +328,11 @@ class Part:
         self.labels = self.labels[rows]
 
 
-def demo_root(root="", pairs=False):
-    """The folder of the demo records (default: demo), or of the demo pairs in it, drawn on first
-    use. Under torchrun one process draws the records."""
+def demo_root(root=""):
+    """The folder of the demo records (default: demo), drawn on first use, by one process."""
     from support import demo  # only here, so that real data needs nothing of the drawing
 
     root, rank = Path(root or "demo"), int(os.environ.get("RANK", 0))
-    if pairs:
-        return demo.demo_pairs(root)
     if rank == 0 and not (root / "demo.json").exists():
         print(f"drawing the demo records into {root}")
         demo.write_demo_records(root)
@@ -456,9 +451,9 @@ def table_rows(data, path):
         for (name, target), line in boxes.items():
             yield f"{path}: line {line}", f"stage_2_train_images/{name}.dcm", [target], ""
     elif data == "chexpert":
-        files = [(path, ""), (path.with_name("valid.csv"), "test")]
-        for file, part in files if files[1][0].is_file() else files[:1]:
-            for line, name, *cells in read_csv(file, ("Path", *classes)):
+        for file, part in ((path, ""), (path.with_name("valid.csv"), "test")):
+            rows = read_csv(file, ("Path", *classes)) if file.is_file() else ()
+            for line, name, *cells in rows:
                 name = re.sub(r"^CheXpert-v1\.0[^/]*/", "", name)  # the small set or the large one
                 yield f"{file}: line {line}", name, cells, part
     else:
@@ -489,13 +484,12 @@ def read_table(data, path, ratio=100, values=LABELS):
              f"{unknown[0]}: one who has several may be in train and in test. A column `patient`, "
              "or ROOT/patients.csv (image_path,patient_id), names them")
     part_of = {group: part for group, (_, part) in zip(units(owners), rows.values()) if part}
+    share = 0.8 if "test" in part_of.values() else 1.0  # then the others are train and val alone
     for group, (name, (labels, part)) in zip(units(owners), rows.items()):
         digest = hashlib.sha256(group.encode()).digest()
         chance, other = (int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in (0, 8))
-        if "test" in part_of.values():  # the others are divided into train and val
-            chance *= 0.8
-        part = part or part_of.get(group) or (
-            "train" if chance < 0.7 else "val" if chance < 0.8 else "test")
+        drawn = "train" if share * chance < 0.7 else "val" if share * chance < 0.8 else "test"
+        part = part or part_of.get(group) or drawn
         if part != "train" or other < ratio / 100:
             listed[part][0].append(name)
             listed[part][1].append(labels)
@@ -642,8 +636,8 @@ def normalize(images, mean=None, std=None):
 
 
 def resize(images, size):
-    """Resizes images (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or to an int for
-    the shorter side: antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's. The
+    """Resizes images (B, C, H, W) or (C, H, W), uint8 or in [0, 1], to (h, w), or to an int for the
+    shorter side: antialiased bicubic (Keys, a = -1/2, widened where it reduces), as PIL's. The
     second of two channels is a mask, which takes the nearest pixel and so keeps its two values."""
     if isinstance(size, int):
         size = [round(side * size / min(images.shape[-2:])) for side in images.shape[-2:]]

@@ -72,10 +72,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (
-    Pairs, check_range, demo_root, list_slices, parse_rescale, read_slice, write_slice)
+from data import Pairs, check_range, list_slices, parse_rescale, read_slice, write_slice
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
+from support.demo import demo_pairs
 
 # --------------------------------------------------------------------------------------------------
 # The networks, with Reg-GAN's state-dict keys: generator G, discriminator D, registration R
@@ -503,7 +503,7 @@ def trainable(module, *prefixes):
 def all_pairs(config):
     """(training pairs, val, test). val and test are (aligned, moved): the pairs as they are judge
     G, and those moved as in training judge R. Without test/, test is val."""
-    root = Path(config.root or demo_root(pairs=True))
+    root = Path(config.root or demo_pairs("demo"))
 
     def pairs(part, noise, with_flow=True):
         return Pairs(root / part, noise, config.elastic, config.seed, config.size, config.rescale,
