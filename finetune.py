@@ -76,8 +76,11 @@ METHODS |= {f"lora-{name}": functools.partial(train_lora, targets=name)
             for name in lora.TARGETS if name != "qv"}
 
 
-def choose_parameters(model, config):
-    """Freezes what `config.method` does not train. Returns the model."""
+def adapt(model, config, tensors=None):
+    """Loads the given weights (None: a random start) and freezes what `config.method` does not
+    train. Returns the model."""
+    if tensors is not None:
+        load_encoder(model, tensors, config.weights)
     if config.method not in METHODS:  # else a forgotten entry would train everything
         raise InputError("--method", f"one of {', '.join(METHODS)}", config.method)
     METHODS[config.method](model, config)
@@ -85,15 +88,12 @@ def choose_parameters(model, config):
 
 
 def build_model(config, sizes, classes, tensors=None):
-    """A ViT of the given weights (None: a random start) with an output for each of `classes`,
-    frozen as `config.method` says."""
+    """A ViT with an output for each of `classes`, of the given weights, ready to be trained."""
     model = vit.ViT(**sizes, num_classes=len(classes), drop_path=config.drop_path, pool=config.pool)
     # As in both papers. A head near 0 gives every finding a probability of 1/2 and passes hardly
     # any gradient down: it learns first, before its noise could reach the pretrained blocks
     nn.init.normal_(model.head.weight, std=2e-5)
-    if tensors is not None:
-        load_encoder(model, tensors, config.weights)
-    return choose_parameters(model, config)
+    return adapt(model, config, tensors)
 
 
 def label_loss(logits, labels):
@@ -337,8 +337,7 @@ class TuneConfig(RunConfig):
     weight_decay: float = recipe_value("weight decay of the optimiser", within="[0, inf)")
     layer_decay: float = recipe_value("learning rate of a block / of the next", within="(0, 1]")
     warmup: float = recipe_value("share of the steps in which the rate rises", within="[0, 1]")
-    probe: float = option(None, "share of the steps, at the start, in which fc_norm and the head "
-                          "learn alone", within="[0, 1)")
+    probe: float = option(None, "share of the steps, first, for the head alone", within="[0, 1)")
     drop_path: float = recipe_value("chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     flip: bool = option(None, "flip training images left-right at random")
@@ -367,15 +366,13 @@ class FinetuneConfig(TuneConfig):
     test_share: ClassVar = 1.0  # of the shorter side of a test image: the side of its central crop
     recipe: str = option(None, "whose values the options take (default: mrm for a ViT-B on the "
                          "papers' data, else small)", choices=["mrm", "medpeft", "small"])
-    pool: int = option(1, "the head sees a mean of each of n x n regions, so that it knows places",
-                       within="[1, inf)")
+    pool: int = option(1, "the head sees the means of n x n regions, not one", within="[1, inf)")
     compare: bool = option(False, "run methods x inits x ratios x seeds, and stop", free=True)
     methods: str = option("linear,lora,lora-all,full", "for --compare", free=True)
     ratios: str = option("1,10,100", "for --compare", free=True)
-    inits: str = option("mrm", "for --compare: of mrm, image-only, report-only (the demo's), "
-                        "scratch, checkpoints and run folders", free=True)
-    seeds: int = option(3, "for --compare: seeds, from --seed on, of fine-tuning and of the demo's "
-                        "pretraining", within="[1, inf)", free=True)
+    inits: str = option("mrm", "for --compare: mrm, image-only, report-only (made of the demo "
+                        "with each seed), scratch, checkpoints, run folders", free=True)
+    seeds: int = option(3, "for --compare: seeds, from --seed on", within="[1, inf)", free=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -462,8 +459,6 @@ def take_recipe(config, tensors, held, count):
     named = {name: sizes[name] for name in ("img_size", "num_heads")}
     config = fill(config, stated | named | recipe_for(
         config.recipes, config.recipe, config.method, config.data, config.ratio, count))
-    if (config.mean is None) != (config.std is None):
-        raise InputError("--mean and --std", "both, or none for each image's own", "one of them")
     print(f"recipe: {config.recipe} for {config.method}; config.json has its values")
     return config, sizes | {"img_size": config.img_size}
 
@@ -494,6 +489,8 @@ def prepare(config, read, recipe, build, load):
     config = fill_weights(config)  # last, since it may pretrain for minutes
     tensors, held = starting_weights(config, classes)
     config, sizes = recipe(config, tensors, held, count)
+    if (config.mean is None) != (config.std is None):
+        raise InputError("--mean and --std", "both, or none for each image's own", "one of them")
     config = even_batch(config, world * config.accumulate)
     steps = number_of_steps(config, count, config.batch_size)
     seed(config.seed)  # here, because pretraining the demo MRM must not change this run
@@ -508,30 +505,22 @@ def prepare(config, read, recipe, build, load):
     config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load(parts, config)
     log = RunLog(config.out, config, rank, saved and saved["history"], began)
-    run = SimpleNamespace(config=config, parts=parts, classes=classes, model=model, sizes=sizes,
-                          tensors=tensors, held=held, steps=steps, saved=saved, facts=facts,
-                          log=log, device=device, world=world)
-    describe(run)
-    return run
-
-
-def describe(run):
-    """Says what is about to be trained, how much of the model that is, and whether the weights were
-    trained on images or patients of the test list. Writes split.csv: how a table is divided."""
-    config, parts, log, count = run.config, run.parts, run.log, lora.count_parameters(run.model)
-    if log.rank > 0:
-        return
-    write_csv(log.out / "split.csv", ["image", "split"],
-              [[name, part] for part, listed in parts.items() for name in listed.names])
-    share = 100 * count["lora"] / (count["total"] - count["head"])
-    print(f"{config.method} on {len(parts['train'].names)} images of {config.data} "
-          f"({config.ratio} %): trainable {count['trainable']:,} of {count['total']:,} "
-          f"(LoRA {count['lora']:,} = {share:.2f} % of the backbone, head {count['head']:,}); "
-          f"{run.steps} steps of {config.batch_size}, {run.device}")
-    seen = data.seen(parts["test"].owners, set(run.held.get("trained_on", ())))
+    if rank == 0:
+        number = lora.count_parameters(model)
+        write_csv(log.out / "split.csv", ["image", "split"],
+                  [[name, part] for part, listed in parts.items() for name in listed.names])
+        share = 100 * number["lora"] / (number["total"] - number["head"])
+        print(f"{config.method} on {count} images of {config.data} ({config.ratio} %): trainable "
+              f"{number['trainable']:,} of {number['total']:,} (LoRA {number['lora']:,} = "
+              f"{share:.2f} % of the backbone, head {number['head']:,}); {steps} steps of "
+              f"{config.batch_size}, {device}")
+    seen = data.seen(parts["test"].owners, set(held.get("trained_on", ())))
     if any(seen):
         warn(f"{config.weights}: {sum(seen)} of {len(seen)} test images are of a patient that "
              "was trained on before; test scores of other patients may be lower")
+    return SimpleNamespace(config=config, parts=parts, classes=classes, model=model, sizes=sizes,
+                           tensors=tensors, held=held, steps=steps, saved=saved, facts=facts,
+                           log=log, device=device, world=world)
 
 
 def finetune(config):
@@ -539,17 +528,17 @@ def finetune(config):
     Leaves config.json, log.jsonl, last.pt, adapter.pt (LoRA) or best.pt, result.json,
     predictions.csv and curves.png in `config.out`."""
     run = prepare(config, read_lists, take_recipe, build_model, load_images)
-    labels, test_set = run.parts["train"].labels.to(run.device), run.parts["test"].images
+    labels = run.parts["train"].labels.to(run.device)
     best = train(run, lambda images, rows: (images, labels[rows.to(run.device)]),
                  label_loss, score_labels)
-    save_best(run, best, pool=run.config.pool, test_side=test_set.size)
-    scores = predict(run.model, test_set, run.config, run.device, run.log.rank, run.world)
+    scores = test_best(run, best, pool=run.config.pool, test_side=run.parts["test"].images.size)
     return write_results(run, best, scores.numpy())
 
 
-def save_best(run, best, **about):
-    """Puts the state that was best on val into the model, and writes adapter.pt or best.pt: with it
-    all that `load_run` needs. An adapter whose base is a random start brings it along."""
+def test_best(run, best, **about):
+    """Puts the state that was best on val into the model, writes adapter.pt or best.pt, with all
+    that `load_run` needs, and returns the model's output for the test list. An adapter whose base
+    is a random start brings it along."""
     config, model, log, tensors = run.config, run.model, run.log, run.tensors
     model.load_state_dict(best["trained"], strict=False)
     own = data.marks(run.parts["train"].owners)
@@ -567,6 +556,7 @@ def save_best(run, best, **about):
                           base_fingerprint=lora.fingerprint(tensors), **about)
     elif log.rank == 0:
         save_checkpoint(log.out / "best.pt", {"model": model.state_dict(), **about})
+    return predict(model, run.parts["test"].images, config, run.device, log.rank, run.world)
 
 
 def run_facts(run, best):
@@ -713,9 +703,8 @@ def compare(config):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         row = Path(cells[name].weights).name, result["method"], result["ratio"]
         rows.setdefault(row, []).append((result, draws))
-    header = ["pretraining", "method", "labels %", "test AUROC", "each seed", "lr", "trained %",
-              "training images"]
-    table = []
+    table, header = [], ["pretraining", "method", "labels %", "test AUROC", "each seed", "lr",
+                         "trained %", "training images"]
     for row, runs in rows.items():
         scores, first = [result["auroc"] for result, _ in runs], runs[0][0]
         table.append([*row, mean_and_deviation(scores, 3),

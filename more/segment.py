@@ -33,7 +33,7 @@ from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
     InputError, atomic_write, fill, join, option, parse_config, run_script, save_grid, write_csv)
-from support.weights import encoder_sizes, load_encoder
+from support.weights import encoder_sizes
 from vit import ViT
 
 # --------------------------------------------------------------------------------------------------
@@ -277,9 +277,7 @@ def take_preset(config, tensors, held, count):
 def build_model(config, sizes, classes=None, tensors=None):
     """`finetune.build_model` of a segmentation."""
     model = UPerNet(config.channels, **sizes, drop_path=config.drop_path)
-    if tensors is not None:
-        load_encoder(model, tensors, config.weights)
-    return finetune.choose_parameters(model, config)
+    return finetune.adapt(model, config, tensors)
 
 
 def segment(config):
@@ -290,9 +288,7 @@ def segment(config):
     best = finetune.train(run, lambda pairs, rows: (pairs[:, :1], pairs[:, 1:]), segmentation_loss,
                           score_masks)
     chosen = {name: best[name] for name in ("threshold", "smallest")}
-    finetune.save_best(run, best, segment=chosen | {"channels": run.config.channels})
-    logits = finetune.predict(run.model, run.parts["test"].images, run.config, run.device,
-                              run.log.rank, run.world)
+    logits = finetune.test_best(run, best, segment=chosen | {"channels": run.config.channels})
     return write_results(run, best, logits[:, 0])
 
 
@@ -301,8 +297,7 @@ def write_results(run, best, logits):
     Dices, from the logits (n, H, W) of the test list, at --img-size pixels a side. Returns the
     content of result.json, whose areas count pixels of all images."""
     part, log, side = run.parts["test"], run.log, run.config.img_size
-    facts = finetune.run_facts(run, best)
-    found = find_pixels(logits, facts["threshold"], facts["smallest"])
+    found = find_pixels(logits, best["threshold"], best["smallest"])
     counts = both, predicted, true = count_pixels(found, part.truth)
     result, summary = {}, []
     for name, values in dice_scores(counts, side**2, 1000).items():
@@ -310,7 +305,8 @@ def write_results(run, best, logits):
         result |= {name: float(values[0]), f"{name}_ci": interval}
         summary.append("%s %.3f [%.3f, %.3f]" % (name, values[0], *interval))
     result |= {"area_error": float(np.abs(predicted - true).mean()),
-               "images_with_mask": int((true > 0).sum()), "pixels": side**2, **facts}
+               "images_with_mask": int((true > 0).sum()), "pixels": side**2,
+               **finetune.run_facts(run, best)}
     if log.rank > 0:
         return result
     write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
@@ -325,8 +321,8 @@ def write_results(run, best, logits):
         captions.append(f"{name}: Dice {dice[i]:.3f}")
     save_grid(log.out / "overlays.png", rows, ("X-ray", "truth", "prediction"), captions,
               max(1, 256 // side))
-    print("test " + ", ".join(summary) + f"; threshold {facts['threshold']} and an area of at "
-          f"least {facts['smallest']} pixels, chosen on val; {facts['seconds']:.0f} s; {log.out}")
+    print("test " + ", ".join(summary) + f"; threshold {best['threshold']} and an area of at "
+          f"least {best['smallest']} pixels, chosen on val; {result['seconds']:.0f} s; {log.out}")
     log.json("result.json", result)
     return result
 

@@ -79,13 +79,12 @@ def test_upernet_against_its_equations():
     head, maps = upernet().head, torch.randn(4, 2, 24, 6, 6)
     a, b, c, d = maps
 
-    def block(x, layer):
-        kernel = layer[0].weight
-        x, bn = F.conv2d(x, kernel, padding=kernel.shape[2] // 2), layer[1]
-        return F.relu(normed(x, bn))
-
     def normed(x, layer):
         return F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias)
+
+    def block(x, layer):
+        kernel = layer[0].weight
+        return F.relu(normed(F.conv2d(x, kernel, padding=kernel.shape[2] // 2), layer[1]))
 
     def up(x, side):
         return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
@@ -143,9 +142,8 @@ def test_segmentation_loss_against_its_equations():
         focal, dice = [], []
         for x, y in zip(logits[:, channel], masks[:, 0]):
             p = 1 / (1 + np.exp(-x))
-            for a, b in zip(p.ravel(), y.ravel()):
-                q = a if b else 1 - a
-                focal.append(-0.5 * (1 - q) ** 2 * np.log(q))
+            q = np.where(y, p, 1 - p)
+            focal.append(np.mean(-0.5 * (1 - q) ** 2 * np.log(q)))
             dice.append(1 - (2 * (p * y).sum() + 1) / ((p * p).sum() + y.sum() + 1))
         expected += weight * (2 * np.mean(focal) + np.mean(dice))
     logits, masks = torch.tensor(logits), torch.tensor(masks)
@@ -195,7 +193,8 @@ def test_threshold_and_smallest_area_are_the_best_of_all():
         return segment.dice_scores(counts, 144)["dice_all"][0]
 
     chosen = segment.choose_threshold(logits, masks)
-    best = max(dice(t / 10, area) for t in range(1, 10) for area in range(16))
+    areas = (0, 1, 2, 3, 5, 6, 8, 9, 12, 15)
+    best = max(dice(t / 10, area) for t in range(1, 10) for area in areas)
     assert chosen["dice"] == pytest.approx(best)
     assert dice(chosen["threshold"], chosen["smallest"]) == pytest.approx(best)
     assert chosen["smallest"] > 0  # the noise in empty images makes it worth something
@@ -214,6 +213,11 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, monkeyp
     left = {path.name for path in (tmp_path / "whole").iterdir()}
     best = "adapter.pt" if "lora" in options else "best.pt"
     assert {"config.json", "log.jsonl", "result.json", "overlays.png", best} <= left
+    weights, out = str(tmp_path / "whole"), str(tmp_path / "masks")
+    segment.predict_folder(SegmentConfig(predict=str(holes / "images"), weights=weights, out=out,
+                                         device="cpu"))
+    mask = np.asarray(Image.open(tmp_path / "masks/0001.png"))  # of the size of its image
+    assert mask.shape == (40, 60) and set(np.unique(mask)) <= {0, 255}
 
     def stop_after_two(log, config, world, state):
         save(log, config, world, state)
@@ -228,15 +232,6 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, monkeyp
     a, b = (common.load_checkpoint(tmp_path / name / "last.pt")["model"]
             for name in ("whole", "part"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_prediction_writes_a_mask_of_the_size_of_each_film(holes, tmp_path):
-    segment.segment(run(holes, tmp_path / "run", lora=True))
-    segment.predict_folder(SegmentConfig(
-        predict=str(holes / "images"), weights=str(tmp_path / "run"), out=str(tmp_path / "masks"),
-        device="cpu"))
-    mask = np.asarray(Image.open(tmp_path / "masks/0001.png"))
-    assert mask.shape == (40, 60) and set(np.unique(mask)) <= {0, 255}
 
 
 def predicted(folder, settings, holes):
@@ -308,6 +303,7 @@ def test_only_options_that_segmentation_uses():
 @pytest.mark.parametrize("options, message", [
     (dict(masks="none"), "none/0000.png: no such mask .24 of 24"),
     (dict(batch_size=2, accumulate=2), "--batch-size: expected two images or more"),
+    (dict(mean=0.0), "--mean and --std: expected both, or none"),
     (dict(img_size=33), "scratch: img_size 33 must be a multiple of patch_size")])
 def test_what_cannot_be_used_is_one_line(holes, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
