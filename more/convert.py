@@ -5,9 +5,9 @@
     python -m more.convert shrink --root DIR --size 512 --out NEW     # smaller copies of the images
 
 `weights` reads Hugging Face's ViT and DINOv2 (RAD-DINO), OpenCLIP's with timm's ViT (BiomedCLIP)
-and timm's with LayerScale, which goes into the linear layer before it, exactly:
-gamma * (W x + b) = (gamma W) x + gamma b. An encoder that computes otherwise is refused by a name.
-No file holds the epsilon of LayerNorm, which is 1e-6 here and 1e-12 in Hugging Face's ViT.
+and timm's with LayerScale, which goes into the layer before it: gamma (W x + b) = (gamma W) x +
+gamma b. An encoder that computes otherwise is refused by a name. No file holds the epsilon of
+LayerNorm, which is 1e-6 here and 1e-12 in Hugging Face's ViT.
 
 `shrink` keeps names, formats and bits, so that lists and tables stay valid. Images that are small
 already, DICOM, .npy, NIfTI and files that are no images are copied as they are.

@@ -5,7 +5,6 @@
     python tests/measure.py limits           # steps of ViT-B/16 beside their products alone
     python tests/measure.py memory           # peak memory of ViT-B/16, full against LoRA
     python tests/measure.py step             # a NC + R step, the official code against ours
-    python tests/measure.py motions RUN      # the share of each kind of motion that a run's R finds
     python tests/measure.py bound SEED       # NC at level 5 with the true flow in R's place
     python tests/measure.py unet OUT ...     # a U-Net in UPerNet's place; options of more.segment
     python tests/measure.py lungs COVID DIR  # writes the lists of COVID's lung masks into DIR
@@ -44,7 +43,7 @@ import vit
 from kernels import cpu
 from more import improved, segment
 from support.recipes import RECIPES, recipe_for
-from support.script import fill, load_checkpoint, parse_config, seeded, write_csv
+from support.script import fill, parse_config, seeded, write_csv
 from support.weights import ENCODER_SIZES
 
 
@@ -253,33 +252,7 @@ def step(rounds=3, size=256):
 
 
 # --------------------------------------------------------------------------------------------------
-# What R finds, and what a perfect R would reach
-
-
-@torch.no_grad()
-def motions(run, rounds=20):
-    """The slope of R's flow on the true flow in shift, zoom and rotation (1 is all of it), for a
-    run of more.improved: affine fits to both over the foreground of misaligned pairs of val."""
-    state = load_checkpoint(Path(run, "best.pt"))
-    config = improved.Config(**{n: v for n, v in state["config"].items() if n != "script"})
-    model = reggan.build(config, state["in_chans"], state["out_chans"], state["shape"])
-    model.load_state_dict(state["model"])
-    model.eval()
-    pairs = reggan.all_pairs(config)[1][1]
-    y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in pairs.shape), indexing="ij")
-    plane, fits = torch.stack((torch.ones_like(y), y, x), -1).flatten(0, 1), []  # (H W, 3)
-    for epoch in range(int(rounds)):
-        a, b, true = pairs[[(epoch, index) for index in range(len(pairs))]]
-        flows = torch.stack((model.registration(model.translate(a), b), true), 1).flatten(3)
-        for pair, inside in zip(flows.mT, (b != -1).any(1).flatten(1)):  # pair (2, H W, 2)
-            corners = plane[inside].expand(2, -1, -1)
-            fits.append(torch.linalg.lstsq(corners, pair[:, inside]).solution)
-    found, true = torch.stack(fits, 1)  # (n, 3, 2) each
-    parts = {"shift": lambda fit: fit[:, 0], "zoom": lambda fit: fit[:, 1, 0] + fit[:, 2, 1],
-             "rotation": lambda fit: fit[:, 2, 0] - fit[:, 1, 1]}
-    for name, part in parts.items():
-        share = (part(found) * part(true)).sum() / part(true).square().sum()
-        print(f"{name} {share:.2f}")
+# What a perfect R would reach
 
 
 class TrueFlow(improved.CoarseToFine):
@@ -388,7 +361,7 @@ def unet(out, *options):
         segment.segment(config)
 
 
-COMMANDS = (pixels, speedrun, limits, memory, step, motions, bound, unet, lungs, real)
+COMMANDS = (pixels, speedrun, limits, memory, step, bound, unet, lungs, real)
 
 if __name__ == "__main__":
     command = {function.__name__: function for function in COMMANDS}.get(" ".join(sys.argv[1:2]))

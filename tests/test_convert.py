@@ -17,6 +17,8 @@ from support.weights import encoder_sizes, load_encoder, read_weights
 from vit import ViT
 
 D, PATCH, SIDE, HEADS = 12, 4, 3, 3
+NAMES = [(("layernorm_before", "layernorm_after"), ("intermediate.dense", "output.dense")),
+         (("norm1", "norm2"), ("mlp.fc1", "mlp.fc2"))]  # of norms and MLP: ViT's and DINOv2's
 
 
 def hugging_face(dinov2):
@@ -28,8 +30,7 @@ def hugging_face(dinov2):
         "embeddings.patch_embeddings.projection.weight": (D, 3, PATCH, PATCH),
         "embeddings.patch_embeddings.projection.bias": (D,),
         "layernorm.weight": (D,), "layernorm.bias": (D,)}
-    norms = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
-    mlp = ("mlp.fc1", "mlp.fc2") if dinov2 else ("intermediate.dense", "output.dense")
+    norms, mlp = NAMES[dinov2]
     for at in ("encoder.layer.0.", "encoder.layer.1."):
         weights = {f"attention.attention.{part}": (D, D) for part in ("query", "key", "value")}
         weights |= {"attention.output.dense": (D, D), mlp[0]: (4 * D, D), mlp[1]: (D, 4 * D)}
@@ -49,9 +50,7 @@ def their_tokens(t, images):
     def norm(x, name):
         return F.layer_norm(x, (D,), t[name + ".weight"], t[name + ".bias"], 1e-6)
 
-    dinov2 = "encoder.layer.0.norm1.weight" in t
-    norms = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
-    mlp = ("mlp.fc1", "mlp.fc2") if dinov2 else ("intermediate.dense", "output.dense")
+    norms, mlp = NAMES["encoder.layer.0.norm1.weight" in t]
     at = "embeddings.patch_embeddings.projection."
     x = F.conv2d(images.expand(-1, 3, -1, -1), t[at + "weight"], t[at + "bias"], stride=PATCH)
     x = torch.cat([t["embeddings.cls_token"].expand(len(x), -1, -1), x.flatten(2).mT], 1)
@@ -96,25 +95,29 @@ def test_other_layouts_compute_what_they_say(tmp_path, dinov2, wrapping):
         start = wrapping if wrapping.endswith(".") else ""
         tensors = {start + name: tensor for name, tensor in tensors.items()}
         save_checkpoint(path, tensors | {"text.token_embedding.weight": torch.ones(4, 4)})
+    with pytest.raises(InputError, match="expected another place than .*weights"):
+        convert.weights(convert.ConvertConfig(source=str(path), out=str(path)))
     model, expected = converted(path), their_tokens(theirs, images)
     atol = network_rounding(model, lambda: model.tokens(images))
     torch.testing.assert_close(model.tokens(images), expected, atol=atol, rtol=0)
 
 
+WHOLE, FOREIGN = "expected a ViT with whole layers", "expected no such tensor"
+
+
 @pytest.mark.parametrize("name, shape, message", [
-    ("embeddings.register_tokens", (1, 4, 12), "register_tokens: expected no such tensor"),
-    ("encoder.layer.0.mlp.weights_in.weight", (1,), "blocks.0.mlp.weights_in.weight: expected no"),
-    ("embeddings.distillation_token", (1,), "distillation_token: expected no such tensor"),
-    ("encoder.layer.0.attention.attention.q_norm.weight", (1,), "blocks.0.attn.q_norm.weight: exp"),
-    ("cls_token", (1,), "expected a ViT with whole layers, found two tensors cls_token"),
-    ("ln_pre.weight", (1,), "ln_pre.weight: expected no such tensor"),
-    ("encoder.layer.0.layer_scale1.lambda1", (5,), "expected a ViT with whole layers"),
-    ("encoder.layer.1.layer_scale2.lambda1", (), "expected a ViT with whole layers"),
+    ("embeddings.register_tokens", (1, 4, 12), f"register_tokens: {FOREIGN}"),
+    ("encoder.layer.0.mlp.weights_in.weight", (1,), f"blocks.0.mlp.weights_in.weight: {FOREIGN}"),
+    ("embeddings.distillation_token", (1,), f"distillation_token: {FOREIGN}"),
+    ("encoder.layer.0.attention.attention.q_norm.weight", (1,), f"attn.q_norm.weight: {FOREIGN}"),
+    ("cls_token", (1,), f"{WHOLE}, found two tensors cls_token"),
+    ("ln_pre.weight", (1,), f"ln_pre.weight: {FOREIGN}"),
+    ("encoder.layer.0.layer_scale1.lambda1", (5,), WHOLE),
+    ("encoder.layer.1.layer_scale2.lambda1", (), WHOLE),
     ("encoder.layer.0.attention.attention.key.weight", (11, 12), "the encoder does not fit"),
-    ("encoder.layer.0.attention.attention.value.bias", None, "expected a ViT with whole layers"),
-    ("encoder.layer.1.mlp.fc2.bias", None, "expected a ViT with whole layers"),
-    ("encoder.layer.0.attention.output.dense.weight", (7, 12), "expected a ViT with whole layers"),
-])
+    ("encoder.layer.0.attention.attention.value.bias", None, WHOLE),
+    ("encoder.layer.1.mlp.fc2.bias", None, WHOLE),
+    ("encoder.layer.0.attention.output.dense.weight", (7, 12), WHOLE)])
 def test_encoders_that_compute_otherwise_or_in_part_are_refused(tmp_path, name, shape, message):
     tensors = hugging_face(True)
     tensors.pop(name, None)
@@ -124,13 +127,6 @@ def test_encoders_that_compute_otherwise_or_in_part_are_refused(tmp_path, name, 
     with pytest.raises(InputError, match=f"w.pt: .*{message}"):
         converted(tmp_path / "w.pt")
     assert not (tmp_path / "new.pt").exists()
-
-
-def test_an_output_does_not_replace_its_source(tmp_path):
-    path = tmp_path / "new.pt"
-    save_checkpoint(path, hugging_face(True))
-    with pytest.raises(InputError, match="expected another place than .*new.pt"):
-        converted(path)
 
 
 def test_unreadable_safetensors_are_one_line(tmp_path, monkeypatch):
@@ -150,12 +146,10 @@ def test_unreadable_safetensors_are_one_line(tmp_path, monkeypatch):
 
 def siim_mask(text, width, height):
     """As the competition's own code decodes a row."""
-    mask, position = np.zeros(width * height), 0
-    numbers = [int(number) for number in text.split()]
+    mask, position, numbers = np.zeros(width * height), 0, list(map(int, text.split()))
     for start, length in zip(numbers[0::2], numbers[1::2]):
-        position += start
-        mask[position : position + length] = 255
-        position += length
+        mask[position + start : position + start + length] = 255
+        position += start + length
     return mask.reshape(width, height).T
 
 
