@@ -29,7 +29,7 @@ import reggan
 from more import improved
 from support import script as common
 
-SCRIPTS = ("mrm", "finetune", "reggan")
+SCRIPTS = {"mrm": mrm, "finetune": finetune, "reggan": reggan}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # --------------------------------------------------------------------------------------------------
@@ -221,9 +221,9 @@ def test_signals_end_the_step_save_and_go_on(tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_float16_run_goes_on_with_its_scale(tmp_path, monkeypatch, script):
     """4 steps are 2, a checkpoint, and 2; the scale doubles after every second step."""
-    root, module = tmp_path / "data", {"mrm": mrm, "finetune": finetune, "reggan": reggan}[script]
+    root = tmp_path / "data"
     write_data(script, root)
-    monkeypatch.setattr(module, "scaler_for", lambda config, device: torch.amp.GradScaler(
+    monkeypatch.setattr(SCRIPTS[script], "scaler_for", lambda config, device: torch.amp.GradScaler(
         device.type, 2.0**8, growth_interval=2, enabled=config.dtype == "fp16"))
 
     def part(out, dtype="fp16"):
@@ -255,6 +255,18 @@ def test_a_float16_run_goes_on_with_its_scale(tmp_path, monkeypatch, script):
     if script == "finetune":
         way = [(whole[0][name] - exact[name]).norm() for name in exact if "last.pt" in name]
         assert 0 < torch.stack(way).norm() < 0.1 * 4 * 0.1 * 0.01
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_step_that_overflows_is_skipped_and_halves_the_scale(tmp_path, monkeypatch, script):
+    write_data(script, tmp_path / "data")
+    monkeypatch.setattr(SCRIPTS[script], "scaler_for",
+                        lambda *_: torch.amp.GradScaler("cpu", 2.0**60))
+    for steps in (1, 3):
+        run(script, tmp_path / "data", tmp_path / f"{steps}", steps=steps, dtype="fp16")
+    one, three = (common.load_checkpoint(tmp_path / f"{steps}/last.pt") for steps in (1, 3))
+    assert (one["scaler"]["scale"], three["scaler"]["scale"]) == (2.0**59, 2.0**57)
+    assert all(torch.equal(three["model"][name], one["model"][name]) for name in one["model"])
 
 
 if __name__ == "__main__":
