@@ -81,8 +81,8 @@ def kernels_run(operation, function, tensors, *rest):
     except Exception as error:  # whatever it is, the reference gives the same numbers
         FAILED.add(place)
         why = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        print(f"{operation}: no Triton kernels on {place[1]}, the torch reference runs: {why}",
-              file=sys.stderr, flush=True)
+        print(f"\n{operation}: no Triton kernels on {place[1]}, the torch reference runs: {why}",
+              file=sys.stderr, flush=True)  # below a progress bar
         return False
     TRIED.add(case)
     return True

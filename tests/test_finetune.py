@@ -26,6 +26,7 @@ import mrm
 from support import recipes
 import vit
 from finetune import FinetuneConfig
+from test_kernels import CUDA, FAILURES, needs_triton, stand_in
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -907,3 +908,19 @@ def test_paired_differences_against_resampling_by_hand():
     assert float(line[3]) == pytest.approx(gain, abs=6e-4)
     spread = np.std([theirs(scores, take) for take in draws[:300]])
     assert high - low < 2 * spread  # unpaired, it would be more than 5 times the spread
+
+
+@needs_triton
+@pytest.mark.skipif(CUDA, reason="a stand-in for a GPU")
+@pytest.mark.parametrize("failure", ["sm_75", "compiler", "forward"])
+def test_the_main_job_ends_where_kernels_fail(easy, finished, tmp_path, monkeypatch, capsys, failure):
+    """An old GPU, no compiler, too little shared memory: one line, and the same predictions."""
+    why, *device = FAILURES[failure]
+    stand_in(monkeypatch, *device)
+    words = "--lora --weights scratch --steps 4 --evaluations 2 --batch-size 16 --probe 0 --device cpu"
+    folders = ["--root", str(easy), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words.split(), *folders])
+    finetune.main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no Triton kernels" in line]
+    assert len(lines) == 1 and lines[0].startswith("lora_linear: ") and why in lines[0]
+    assert predictions(tmp_path) == predictions(finished)

@@ -761,12 +761,19 @@ def test_dispatch(monkeypatch):
     assert wants_triton(on_gpu)
 
 
-def stand_in(monkeypatch, capability=(8, 6)):
-    """CPU tensors count as those of a GPU, on which the interpreter runs the kernels."""
-    for name, file in sys.modules.items():
-        if name in ("kernels.lora_linear", "kernels.warp"):
-            monkeypatch.setattr(file, "wants_triton", lambda tensor: True)
+def stand_in(monkeypatch, capability=(8, 6), direction=None, error=None):
+    """CPU tensors count as those of a GPU, on which the interpreter runs the kernels, or which
+    raises error() in the forward or backward direction."""
+
+    def fail(*args, **kwargs):
+        raise error()
+
+    for name in ("kernels.lora_linear", "kernels.warp"):
+        monkeypatch.setattr(sys.modules[name], "wants_triton", lambda tensor: True)
+        if error:
+            monkeypatch.setattr(sys.modules[name], f"triton_{direction}", fail)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "ABSENT", "no Triton" if direction == "absent" else "")
     monkeypatch.setattr(kernels, "TRIED", set())
     monkeypatch.setattr(kernels, "FAILED", set())
 
@@ -795,34 +802,26 @@ def out_of_resources():
     return OutOfResources(98304, 65536, "shared memory")
 
 
+FAILURES = {  # what fails: what the line on stderr says, and how stand_in makes it
+    "sm_75": ("compute capability 8.0 (Ampere) or newer, found 7.5", (7, 5)),
+    "compiler": ("C compiler", (8, 6), "forward", lambda: RuntimeError("Failed to find C compiler.")),
+    "forward": ("out of resource: shared memory", (8, 6), "forward", out_of_resources),
+    "backward": ("out of resource: shared memory", (8, 6), "backward", out_of_resources),
+    "absent": ("no Triton", (8, 6), "absent"),
+}
+
+
 @needs_triton
 @pytest.mark.skipif(CUDA, reason="a stand-in for a GPU")
-@pytest.mark.parametrize(
-    "capability, direction, error, why",
-    [
-        ((7, 5), None, None, "expected a GPU of compute capability 8.0 (Ampere) or newer, found 7.5"),
-        ((8, 6), "forward", lambda: RuntimeError("Failed to find C compiler."), "C compiler"),
-        ((8, 6), "forward", out_of_resources, "out of resource: shared memory"),
-        ((8, 6), "backward", out_of_resources, "out of resource: shared memory"),
-        ((8, 6), "absent", None, "Triton is not installed"),
-    ],
-)
-def test_kernels_that_cannot_run_give_way(monkeypatch, capsys, capability, direction, error, why):
+@pytest.mark.parametrize("failure", FAILURES)
+def test_kernels_that_cannot_run_give_way(monkeypatch, capsys, failure):
     """The references run, in both directions, and one line for each operation says why."""
     expected = both_operations()
-    stand_in(monkeypatch, capability)
-
-    def fail(*args, **kwargs):
-        raise error()
-
-    for name in ("kernels.lora_linear", "kernels.warp"):
-        if error:
-            monkeypatch.setattr(sys.modules[name], f"triton_{direction}", fail)
-    if direction == "absent":
-        monkeypatch.setattr(kernels, "ABSENT", "Triton is not installed")
+    why, *device = FAILURES[failure]
+    stand_in(monkeypatch, *device)
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(both_operations(), expected))
-    lines = capsys.readouterr().err.splitlines()
+    lines = list(filter(None, capsys.readouterr().err.splitlines()))
     for line, operation in zip(lines, ("lora_linear", "warp")):
         assert line.startswith(f"{operation}: no Triton kernels on cpu, the torch reference runs")
         assert why in line
@@ -832,12 +831,7 @@ def test_kernels_that_cannot_run_give_way(monkeypatch, capsys, capability, direc
 @needs_triton
 @pytest.mark.skipif(CUDA, reason="a stand-in for a GPU")
 def test_memory_that_runs_out_does_not_turn_the_kernels_off(monkeypatch):
-    stand_in(monkeypatch)
-
-    def fail(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(sys.modules["kernels.warp"], "triton_forward", fail)
+    stand_in(monkeypatch, (8, 6), "forward", lambda: torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(torch.OutOfMemoryError):
         warp(*small_warp())
     assert not kernels.FAILED
