@@ -1111,6 +1111,109 @@ def test_pairs_whose_numbers_mean_something_else_ask_for_their_range(tmp_path, p
     fails(lambda: data.Pairs(wide, size=40), wide / "A", "--rescale")
 
 
+@pytest.mark.parametrize("name, kind, channels", [
+    ("s.npy", np.float16, 1), ("s.npy", np.float16, 3), ("u.npy", np.uint8, 1),
+    ("u.npy", np.uint8, 3), ("d.png", np.uint16, 1), ("l.png", np.uint8, 1), ("l.png", np.uint8, 3),
+    ("j.jpg", np.uint8, 1), ("j.jpg", np.uint8, 3), ("v.nii.gz", np.int16, 1)])
+def test_a_slice_is_written_as_it_was_read(tmp_path, photo, name, kind, channels):
+    """Read, written by the identity, read again: same type, range and values, to one step of the
+    depth (JPEG: 12)."""
+    path, out, grey = tmp_path / name, tmp_path / "out" / name, photo[:40, :36] / 255
+    image = grey if channels == 1 else np.stack([grey, grey[::-1], grey[:, ::-1]], -1)
+    top = 1 if kind == np.float16 else np.iinfo(kind).max
+    stored = image.astype(kind) if top == 1 else (image * top).round().astype(kind)
+    if name == "v.nii.gz":
+        nifti(path, stored)
+    else:
+        save(path, stored, **{"quality": 95, "subsampling": 0} if name == "j.jpg" else {})
+    read = data.read_slice(path, (0, top))
+    step = {"j.jpg": 12 / 255, "s.npy": 2e-3}.get(name, 1.5 / top)
+    assert read.shape == (channels, 40, 36)
+    assert np.abs((read.numpy().transpose(1, 2, 0).squeeze() + 1) / 2 - image).max() < step
+    data.write_slice(out, read, path, (0, top))
+    assert (data.read_slice(out, (0, top)) - read).abs().max() < 2 * step
+    if name.endswith(".png"):
+        assert Image.open(out).mode == Image.open(path).mode
+    if name == "v.nii.gz":
+        import nibabel
+
+        one, two = nibabel.load(path), nibabel.load(out)
+        assert two.get_data_dtype() == np.float32 and one.shape == two.shape
+        assert (one.affine == two.affine).all()
+
+
+def smooth():
+    """A random smooth image (1, 64, 64)."""
+    coarse = torch.randn(1, 1, 6, 6, generator=seeded(3))
+    return F.interpolate(coarse, (64, 64), mode="bicubic", align_corners=True)[0].tanh()
+
+
+@pytest.mark.parametrize("noise, elastic", [(3, 0.0), (5, 0.0), (0, 3.0), (3, 3.0)])
+def test_the_true_displacement_registers_the_pair(noise, elastic):
+    """f(a')[p + flow] = b' with f the identity: a and b are one image, misaligned apart."""
+    image, inner = smooth(), np.s_[..., 14:-14, 14:-14]
+    a, b, flow = data.misalign(image, image, np.random.default_rng(1), noise, elastic)
+    registered = data.warp(a[None], flow[None])[0]
+    assert (registered - b)[inner].abs().mean() < 0.1 * (a - b)[inner].abs().mean()
+
+
+def test_a_level_is_degrees_of_rotation_and_twice_as_many_percent_of_shift_and_zoom():
+    """Images of the coordinates show where each pixel comes from; a fit of the middle gives M and
+    the shift. The extremes of 300 draws lie just inside the bounds."""
+    side, level, found = 48, 4, []
+    middle = np.s_[:, 16:32, 16:32]
+    p = torch.from_numpy(np.mgrid[:side, :side] - (side - 1) / 2).float()
+    plane = F.pad(p[middle].flatten(1), (0, 0, 0, 1), value=1.0).T  # (pixels, 3): y, x, 1
+    for seed in range(300):
+        moved, _ = data.misalign(p / 30, p / 30, np.random.default_rng(seed), level, 0, False)
+        source = 30 * moved[middle].flatten(1).T
+        fit = torch.linalg.lstsq(plane.double(), source.double()).solution  # (3, 2)
+        zoom, angle = 1 / fit[:2].det().sqrt(), torch.atan2(fit[0, 1], fit[0, 0]).rad2deg()
+        found.append([abs(angle), 100 * abs(zoom - 1), *(100 * fit[2].abs() / side)])
+    highest = torch.tensor(found).amax(0)
+    bounds = torch.tensor([level, 2 * level, 2 * level, 2 * level])
+    assert (highest < bounds + 1e-2).all() and (highest > 0.97 * bounds).all(), highest
+
+
+def test_level_zero_moves_both_alike_and_the_global_generators_are_left_alone():
+    image, state, numpy_state = smooth(), torch.get_rng_state(), np.random.get_state()[1].copy()
+    a, b, flow = data.misalign(image, image, np.random.default_rng(1), 0)
+    assert torch.equal(a, b) and flow.abs().max() < 1e-3 and not torch.equal(a, image)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    """A folder of 6 random pairs."""
+    root, rng = tmp_path_factory.mktemp("six"), np.random.default_rng(0)
+    for i in range(6):
+        for side in "AB":
+            save(root / side / f"{i}.npy", rng.uniform(-1, 1, (32, 32)))
+    return root
+
+
+def test_pairs_move_otherwise_in_every_epoch_and_alike_however_they_are_read(six, monkeypatch):
+    options = dict(noise=3, elastic=2, seed=1)
+    pairs, short = data.Pairs(six, **options), data.Pairs(six, **options, with_flow=False)
+    monkeypatch.setattr(data.Pairs, "KEPT_BYTES", 0)
+    from_disk, first = data.Pairs(six, **options), pairs.item(0, 1)
+    assert pairs.kept and not from_disk.kept and len(first) == 3 and len(short.item(0, 1)) == 2
+    for other in (pairs, short, from_disk):
+        assert all(map(torch.equal, first, other.item(0, 1)))
+    assert not torch.equal(first[0], pairs.item(1, 1)[0])
+
+
+def test_batches_of_pairs_resume_and_divide(six):
+    pairs = data.Pairs(six, noise=2)
+    everything = list(pairs.batches(4, epochs=2, shuffle=True))
+    assert [len(a) for a, *_ in everything] == [4, 2, 4, 2]
+    (last,) = pairs.batches(4, epochs=2, shuffle=True, start=3)
+    assert torch.equal(everything[3][0], last[0])
+    shares = [list(pairs.batches(4, rank=rank, world=2)) for rank in (0, 1)]
+    assert sum(len(a) for share in shares for a, *_ in share) == len(pairs)
+
+
 # ---- Real data
 
 

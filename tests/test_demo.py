@@ -118,6 +118,16 @@ def test_records_join_the_pairs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["records"]
 
 
+def test_pairs_of_the_parts_share_no_subject_and_are_always_the_same(tmp_path):
+    parts = ("train", 2), ("val", 1), ("test", 1)
+    one, two = (demo_pairs(tmp_path / name, size=64, subjects=parts) for name in "xy")
+    subjects = [{path.name.split("_")[0] for path in (one / part / "A").iterdir()}
+                for part, _ in parts]
+    assert len(set.union(*subjects)) == sum(map(len, subjects)) == 4 and digest(one) == digest(two)
+    for image in map(np.load, one.rglob("*.npy")):
+        assert image.min() == -1 and image.max() <= 1
+
+
 def test_labels_follow_from_the_reports(demo):
     labels = read_list(demo, "train_list")
     for row in read_csv(demo / "training.csv"):

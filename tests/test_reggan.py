@@ -16,7 +16,6 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-import data
 import reggan
 from kernels import warp
 from more import improved, nicegan
@@ -151,45 +150,6 @@ def test_registration_metrics_of_known_flows():
                                     (2 * x, -2 * y, 0)):  # determinants -1, -0.5, -3, 5
         flow = torch.cat([along_y, along_x], 1)
         assert reggan.registration_metrics(flow, real)["folding"].item() == folds
-
-
-def test_the_true_displacement_registers_the_pair():
-    """f(a')[p + flow] = b' with f the identity: a and b are one image, misaligned apart."""
-    image = smooth_image(1, 3, 64)[0]
-    for noise, elastic in ((3, 0.0), (5, 0.0), (0, 3.0), (3, 3.0)):
-        a, b, flow = data.misalign(image, image, np.random.default_rng(1), noise, elastic)
-        inner = np.s_[..., 14:-14, 14:-14]
-        before = (a - b)[inner].abs().mean()
-        after = (warp(a[None], flow[None])[0] - b)[inner].abs().mean()
-        assert after < 0.1 * before
-
-
-def test_a_level_is_degrees_of_rotation_and_twice_as_many_percent_of_shift_and_zoom():
-    """Images of the coordinates show where each pixel comes from; a fit of the middle gives M and
-    the shift. The extremes of 300 draws lie just inside the bounds."""
-    side, level, found = 48, 4, []
-    middle = (slice(None), slice(16, 32), slice(16, 32))
-    p = torch.stack(torch.meshgrid(*[torch.arange(side) - (side - 1) / 2] * 2, indexing="ij"))
-    plane = F.pad(p[middle].flatten(1), (0, 0, 0, 1), value=1.0).T  # (pixels, 3): y, x, 1
-    for seed in range(300):
-        moved, _ = data.misalign(p / 30, p / 30, np.random.default_rng(seed), level, 0, False)
-        source = 30 * moved[middle].flatten(1).T
-        fit = torch.linalg.lstsq(plane.double(), source.double()).solution  # (3, 2)
-        zoom, angle = 1 / fit[:2].det().sqrt(), torch.atan2(fit[0, 1], fit[0, 0]).rad2deg()
-        found.append([abs(angle), 100 * abs(zoom - 1), *(100 * fit[2].abs() / side)])
-    highest = torch.tensor(found).amax(0)
-    bounds = torch.tensor([level, 2 * level, 2 * level, 2 * level])
-    assert (highest < bounds + 1e-2).all() and (highest > 0.97 * bounds).all(), highest
-
-
-def test_level_zero_moves_both_alike_and_the_global_generator_is_left_alone():
-    image = smooth_image(1, 3, 64)[0]
-    torch.manual_seed(7)
-    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    a, b, flow = data.misalign(image, image, np.random.default_rng(1), 0)
-    assert torch.equal(a, b) and flow.abs().max() < 1e-3
-    assert (torch.equal(torch.get_rng_state(), state)
-            and (np.random.get_state()[1] == numpy_state).all())
 
 
 def reggan_keys(blocks=9):
@@ -465,57 +425,6 @@ def test_a_run_leaves_its_files(root):
     assert len(saved["ranks"][0]["own"]["B"]) == 2  # the pool is full
 
 
-FORMATS = {
-    "s.npy": np.float16, "u.npy": np.uint8, "d.png": np.uint16, "l.png": np.uint8,
-    "j.jpg": np.uint8, "v.nii.gz": np.int16,
-}
-
-
-def write_image(path, image):
-    """Writes (H, W) or (H, W, 3) in [0, 1] as what the name in FORMATS says, by another library
-    where there is one."""
-    kind = np.dtype(FORMATS[path.name])
-    top = 1 if kind.kind == "f" else np.iinfo(kind).max
-    array = image.astype(kind) if kind.kind == "f" else (image * top).round().astype(kind)
-    if path.name.endswith(".npy"):
-        np.save(path, array)
-    elif ".nii" in path.name:
-        nibabel = pytest.importorskip("nibabel")
-        nibabel.save(nibabel.Nifti1Image(array, np.diag([2.0, 3.0, 1.0, 1.0])), path)
-    else:
-        options = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
-        Image.fromarray(array).save(path, **options)
-    return 0, top
-
-
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_format_comes_back_as_it_went(tmp_path, name, channels):
-    """Read, written by the identity, read again: same name, type, range and values, to one step of
-    the depth (JPEG: 12)."""
-    if channels == 3 and name in ("d.png", "v.nii.gz"):
-        pytest.skip("PIL has no 16-bit colour, and three numbers in NIfTI are slices")
-    image = (smooth_image(channels, 7, 40)[:, 0, :, :36].double().numpy().transpose(
-        1, 2, 0).squeeze() + 1) / 2
-    span = write_image(tmp_path / name, image)
-    read = data.read_slice(tmp_path / name, span)
-    assert read.shape == (channels, 40, 36)
-    tolerance = 12 / 255 if name == "j.jpg" else 2e-3 if name == "s.npy" else 1.5 / span[1]
-    assert np.abs((read.numpy().transpose(1, 2, 0).squeeze() + 1) / 2 - image).max() < tolerance
-    (tmp_path / "out").mkdir()
-    data.write_slice(tmp_path / "out" / name, read, tmp_path / name, span)
-    again = data.read_slice(tmp_path / "out" / name, span)
-    assert (again - read).abs().max() < 2 * tolerance
-    if name.endswith(".png"):
-        assert Image.open(tmp_path / "out" / name).mode == Image.open(tmp_path / name).mode
-    if name == "v.nii.gz":
-        import nibabel
-
-        one, two = (nibabel.load(folder / name) for folder in (tmp_path, tmp_path / "out"))
-        assert (two.get_data_dtype() == np.float32 and (one.affine == two.affine).all()
-                and one.shape == two.shape)
-
-
 def test_colour_is_translated_to_grey_and_other_channels_are_refused(tmp_path):
     for part in ("train", "val"):
         for side, channels in (("A", 3), ("B", 1)):
@@ -715,18 +624,6 @@ def test_steps_instead_of_epochs_and_the_result_says_how_fast_it_was(drawn, tmp_
     assert saved["steps"] == 4 and saved["epochs"] is None and saved["lr"] == reggan.SMALL["lr"]
 
 
-def test_demo_pairs_are_apart_deterministic_and_not_a_lookup(tmp_path):
-    parts = ("train", 2), ("val", 1), ("test", 1)
-    one, two = (demo_drawing.demo_pairs(tmp_path / name, size=64, subjects=parts) for name in "xy")
-    subjects = [{path.name.split("_")[0] for path in (one / part / "A").iterdir()}
-                for part, _ in parts]
-    assert len(set.union(*subjects)) == sum(map(len, subjects))
-    for path in one.rglob("*.npy"):
-        array = np.load(path)
-        assert array.min() == -1 and array.max() <= 1
-        assert (array == np.load(two / path.relative_to(one))).all()
-
-
 # --------------------------------------------------------------------------------------------------
 # Losses of the hosts, batches, the comparison
 
@@ -787,34 +684,6 @@ def test_host_losses_follow_their_formulas(host):
     assert losses.keys() == expected.keys()
     for name, loss in expected.items():
         assert torch.isclose(losses[name], loss, rtol=1e-4), name
-
-
-def test_training_pairs_come_without_the_flow_and_are_kept_in_memory(drawn, monkeypatch):
-    whole, short = (data.Pairs(drawn / "train", noise=2, elastic=2, with_flow=flow)
-                    for flow in (True, False))
-    assert len(short.item(3, 1)) == 2 and all(
-        torch.equal(x, y) for x, y in zip(short.item(3, 1), whole.item(3, 1)))
-    monkeypatch.setattr(data.Pairs, "KEPT_BYTES", 0)
-    from_disk = data.Pairs(drawn / "train", noise=2, elastic=2)
-    assert (whole.kept and not from_disk.kept
-            and all(torch.equal(x, y) for x, y in zip(from_disk.item(3, 1), whole.item(3, 1))))
-
-
-def test_misalignment_is_redrawn_by_epoch_and_the_same_every_time(drawn):
-    pairs = data.Pairs(drawn / "train", noise=3, seed=1)
-    first, again, later = pairs.item(0, 1), pairs.item(0, 1), pairs.item(1, 1)
-    assert all(torch.equal(x, y)
-               for x, y in zip(first, again)) and not torch.equal(first[0], later[0])
-
-
-def test_batches_resume_and_divide(drawn):
-    pairs = data.Pairs(drawn / "train", noise=2)
-    everything = list(pairs.batches(4, epochs=2, shuffle=True))
-    assert [len(batch[0]) for batch in everything] == [4, 2, 4, 2]
-    assert torch.equal(everything[3][0],
-                       next(iter(pairs.batches(4, epochs=2, shuffle=True, start=3)))[0])
-    assert sum(len(batch[0]) for rank in (0, 1)
-               for batch in pairs.batches(4, rank=rank, world=2)) == len(pairs)
 
 
 def test_compare_goes_on_and_writes_tables(drawn, tmp_path, monkeypatch):
