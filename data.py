@@ -407,9 +407,8 @@ def split_line(line):
 
 
 def read_list(path, values=LABELS):
-    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)). Refuses another
-    number of labels than in the first line, a label that is not in the dict `values`, and a name
-    that is listed twice."""
+    """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)). Refuses a line of
+    other than the first one's k labels, a label that `values` lacks, and a name listed twice."""
     lines, rows = read_lines(path), {}
     if not lines:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
@@ -518,8 +517,7 @@ def find_images(data, root, names, source, check=True):
 
 
 def read_reports(path, root):
-    """The records of a training.csv (image_path, report_content): (image paths, reports).
-    A report may be empty."""
+    """The records of a training.csv: (image paths, reports). A report may be empty."""
     rows = list(read_csv(path, ("image_path", "report_content")))
     if not rows or not all(name for _, name, _ in rows):
         raise InputError(path, "an image and its report in each row", "none")
@@ -650,10 +648,9 @@ def resize(images, size):
 
 
 def random_resized_crop(images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), generator=None):
-    """Crops of random area (`scale`, of the image's) and aspect, resized: (B, C, size, size).
-    images: (B, C, H, W), or a list of (C, H, W) of different sizes. Sampled for each image as by
-    torchvision's RandomResizedCrop: of ten tries the first that fits, else the central crop of the
-    nearest aspect."""
+    """Crops of random area (`scale`, of the image's) and aspect, resized: (B, C, size, size), of
+    images (B, C, H, W) or a list of (C, H, W). Each is drawn as by torchvision's RandomResizedCrop:
+    of ten tries the first that fits, else the central crop of the nearest aspect."""
     h, w = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float64).T  # (B,)
     draw = torch.rand(4, len(images), 10, dtype=torch.float64, generator=generator)
     area = (h * w)[:, None] * (scale[0] + (scale[1] - scale[0]) * draw[0])
@@ -772,8 +769,7 @@ def train_batches(dataset, batch_size, start_step, steps, seed, rank=0, world=1,
 
 
 def eval_batches(dataset, batch_size, rank=0, world=1, workers=0):
-    """Each image of this process's share once, in order: (images, indices (B,)); the last batch may
-    be smaller."""
+    """This process's share of the images, each once, in order: (images, indices (B,))."""
     share = range(rank, len(dataset), world)
     keys = [(list(share[i : i + batch_size]), 0) for i in range(0, len(share), batch_size)]
     return load_batches(dataset, keys, workers)
