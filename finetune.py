@@ -259,10 +259,10 @@ def train(run, targets, criterion, score):
     if run.saved:
         restore(run.saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
         step, losses, best = (run.saved[name] for name in ("step", "losses", "best"))
-    passes, share = config.accumulate, config.batch_size // (world * config.accumulate)
-    batches = data.train_batches(train_set, share, step * passes, run.steps * passes, config.seed,
-                                 log.rank, world, config.workers)
-    batches = Timed(batches, run.device, world)
+    passes = config.accumulate
+    batches = Timed(data.train_batches(
+        train_set, config.batch_size // (world * passes), step * passes, run.steps * passes,
+        config.seed, log.rank, world, config.workers), run.device, world)
 
     def save(step):
         save_state(log, config, world, run.facts | {
@@ -684,7 +684,7 @@ def read_draws(path, classes):
     """The bootstrap of the mean AUROC of a run, (R,), from its predictions.csv."""
     rows = data.read_csv(path, [*classes, *(f"label {name}" for name in classes)])
     values = np.array([[value or "nan" for value in values] for _, *values in rows], np.float64)
-    return bootstrap_auroc(values[:, :len(classes)], values[:, len(classes):])[2].mean(0)
+    return bootstrap_auroc(*np.split(values, 2, axis=1))[2].mean(0)
 
 
 def compare(config):

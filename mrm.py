@@ -336,7 +336,7 @@ def read_records(config):
 class Records:
     """The images and encoded reports of a pretraining run."""
 
-    images: data.ImageSet  # of the training records
+    training: data.ImageSet  # the images of the training records
     heldout: torch.Tensor  # images of the held-out records, normalised, on the device
     tokenizer: object
     tokens: torch.Tensor  # (n, L) of all reports, those of the held-out records last
@@ -392,12 +392,12 @@ def load_records(config, paths, reports, device, tokenizer=None):
         # of area `min_crop` and aspect 3/4, needs to have `side` of its own across: 1,157 for 448
         kept = math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
     crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop)
-    images = data.ImageSet(paths[:count], kept, crop, config.seed, enlarge=False,
-                           white=config.white).preload()
+    training = data.ImageSet(paths[:count], kept, crop, config.seed, enlarge=False,
+                             white=config.white).preload()
     heldout = data.ImageSet(paths[count:], side, white=config.white)
     heldout = torch.stack([image for image, _ in heldout]).to(device)
     heldout = data.normalize(heldout, config.mean, config.std)
-    return Records(images, heldout, tokenizer, tokens, word_of)
+    return Records(training, heldout, tokenizer, tokens, word_of)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def heldout_losses(model, records, config, autocast):
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(records.heldout), model.pos_embed.shape[1] - 1, generator=generator)
     noise = noise.to(records.heldout.device)  # (B, N)
-    report = records.report_batch(slice(len(records.images), None), config, generator)
+    report = records.report_batch(slice(len(records.training), None), config, generator)
     with autocast():
         losses = model(records.heldout, report, not config.report_only, config.mask_ratio, noise)
     model.train()
@@ -473,7 +473,7 @@ def pretrain(config):
     facts |= {"arguments": arguments, "mean": config.mean, "std": config.std}
     # By these names fine-tuning knows whether it tests on images that were trained on here
     root = (config.root or "demo") if config.data == "demo" else config.root
-    own = data.marks(data.identify(root, records.images.paths))
+    own = data.marks(data.identify(root, records.training.paths))
     facts["trained_on"] = sorted({*own, *trained_on})
     log = RunLog(config.out, config, rank, saved and saved["history"], start)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -499,7 +499,7 @@ def pretrain(config):
 def run_steps(config, model, records, steps, saved, facts, log, world):
     """The training loop. `saved` is the state that it goes on from, or None."""
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
-    paths = records.images.paths  # a list that takes milliseconds to make
+    paths = records.training.paths  # a list that takes milliseconds to make
     optimizer = make_adamw(model, config, device)
     autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     seed_rank(config.seed, log.rank)
@@ -510,7 +510,7 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
     if world > 1:  # without the image loss the image decoder gets no gradients
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not restoring)
     batches = Timed(data.train_batches(
-        records.images, config.batch_size // (world * passes), step * passes, steps * passes,
+        records.training, config.batch_size // (world * passes), step * passes, steps * passes,
         config.seed, log.rank, world, config.workers), device, world)
 
     def save(step):

@@ -1,10 +1,11 @@
-"""Without a GPU, Triton's interpreter runs the kernels on CPU tensors."""
+"""Without a GPU, Triton's interpreter runs the kernels on CPU tensors. A fixture stops a run."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # before `import torch`
 
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
@@ -52,3 +53,25 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         mend_interpreter()
     except ImportError:  # no Triton here
         pass
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """stopped(run, config, saves=1): run(config), until it has saved its state so many times."""
+    from support import script
+
+    def run_until(run, config, saves=1):
+        save, steps = script.save_checkpoint, []
+
+        def save_and_stop(path, state):
+            save(path, state)
+            if path.name == "last.pt":
+                steps.append(state["step"])
+                if len(steps) == saves:
+                    raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(script, "save_checkpoint", save_and_stop)
+            run(config)
+
+    return run_until

@@ -273,26 +273,12 @@ def test_full_fine_tuning_learns(easy, tmp_path):
     assert result["auroc_per_class"]["Square"] > 0.9
 
 
-def interrupted(monkeypatch, run):
-    """A run that ends right after its first evaluation has been saved."""
-    save = common.save_checkpoint
-
-    def save_and_stop(path, state):
-        save(path, state)
-        if Path(path).name == "last.pt":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "save_checkpoint", save_and_stop)
-        finetune.finetune(run)
-
-
 @pytest.mark.parametrize("options", [
     dict(method="lora"), dict(method="full", optimizer="sgd", lr=0.01), dict(method="linear"),
     dict(method="lora", batch_size=24, accumulate=2)], ids=["lora", "full", "linear", "passes"])
-def test_resume_is_bit_identical(easy, tmp_path, monkeypatch, options):
+def test_resume_is_bit_identical(easy, tmp_path, stopped, options):
     whole = finetune.finetune(config(easy, tmp_path / "whole", **options))
-    interrupted(monkeypatch, config(easy, tmp_path / "part", **options))
+    stopped(finetune.finetune, config(easy, tmp_path / "part", **options))
     assert common.load_checkpoint(tmp_path / "part/last.pt")["step"] == 2
     assert not (tmp_path / "part/result.json").exists()
     part = finetune.finetune(config(easy, tmp_path / "part", resume=True, **options))
@@ -344,7 +330,7 @@ def test_two_processes_predict_every_test_image_once(easy, tmp_path):
     """Under torchrun: one run folder, and what the processes gathered is what one process predicts
     with the saved model."""
     command = "-m torch.distributed.run --standalone --nproc_per_node=2 finetune.py --steps 4"
-    command += f" --evaluations 2 --batch-size 4 --device cpu --lora --weights scratch"
+    command += " --evaluations 2 --batch-size 4 --device cpu --lora --weights scratch"
     command = [*command.split(), "--root", str(easy), "--out", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True,
                           cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -286,7 +286,7 @@ def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
     assert common.load_checkpoint(tmp_path / "last.pt")["mean"] == 0
 
 
-def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path, monkeypatch):
+def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path, stopped):
     whole = mrm.pretrain(record_run(films, tmp_path / "whole"))
     saved = json.loads((tmp_path / "whole/config.json").read_text())
     state = common.load_checkpoint(tmp_path / "whole/last.pt")
@@ -294,16 +294,7 @@ def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path
     assert saved["lr"] == whole["lr"] == pytest.approx(8e-3 * 4 / 256)
     assert {"images_per_second", "share_waiting_for_data", "seconds", "batch_size", "steps",
             "heldout_image_loss", "heldout_report_loss"} <= whole.keys()
-    save = common.save_checkpoint
-
-    def save_and_stop(path, state):
-        save(path, state)
-        if state["step"] == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common, "save_checkpoint", save_and_stop)
-        mrm.pretrain(record_run(films, tmp_path / "part"))
+    stopped(mrm.pretrain, record_run(films, tmp_path / "part"), saves=2)
     part = mrm.pretrain(record_run(films, tmp_path / "part", resume=True))
     losses = [name for name in whole if name.endswith("loss")]
     assert len(losses) == 4 and [part[name] for name in losses] == [whole[name] for name in losses]
@@ -665,7 +656,7 @@ def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
     paths = paths[2:] + paths[:2]
     config = dict(preset="small", holdout=2, image_only=True, device="cpu")
     config = mrm.fill_options(mrm.MRMConfig(**config), world=1)
-    images = mrm.load_records(config, paths, [""] * 4, torch.device("cpu")).images
+    images = mrm.load_records(config, paths, [""] * 4, torch.device("cpu")).training
     shapes = [tuple(images.reader(item).shape) for item in images.items]
     assert shapes == [(1, 1335, 1157), (1, 300, 400)]
     seen, resize = [], data.resize
@@ -676,4 +667,4 @@ def test_crops_of_the_papers_presets_are_not_enlarged(tmp_path, monkeypatch):
     narrow = [min(shape) for shape in seen]
     assert len(seen) == 60 and min(narrow) >= 448 and min(narrow) < 700
     tiny = mrm.fill_options(mrm.MRMConfig(holdout=2, image_only=True), world=1)
-    assert mrm.load_records(tiny, paths, [""] * 4, torch.device("cpu")).images.size == 96
+    assert mrm.load_records(tiny, paths, [""] * 4, torch.device("cpu")).training.size == 96

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from support import demo
 from support import script as common
 from support.script import InputError
 import data
@@ -115,12 +116,10 @@ def test_all_of_upernet_is_trained():
     assert [name for name, p in model.named_parameters() if not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("side", [4, 12, 28])
-def test_upernet_of_any_size_that_the_patches_divide(side):
-    model = upernet(img_size=side, channels=6)
-    assert model(torch.randn(1, 1, side, side)).shape == (1, 1, side, side)
-    with pytest.raises(ValueError, match="multiple of patch_size"):
-        upernet(img_size=side + 1)
+def test_upernet_of_any_size_that_the_patches_divide():
+    for side in (4, 12, 28):
+        images = torch.randn(1, 1, side, side)
+        assert upernet(img_size=side, channels=6)(images).shape == images.shape
 
 
 def blobs(n=40, side=12, seed=0):
@@ -154,35 +153,31 @@ def test_segmentation_loss_against_its_equations():
     assert one == pytest.approx(both - 0.4 * none)
 
 
-def test_each_dice_against_a_plain_formula():
-    logits, masks = blobs()
-    counts = segment.count_pixels(segment.find_pixels(logits, 0.4, 5), masks)
-    found = torch.sigmoid(logits).numpy() > 0.4
-    found[found.sum((1, 2)) < 5] = False
-    truth = masks.numpy()
+def plain_dices(found, truth):
+    """`dice`, `dice_all` and `dice_official` of bool masks (n, H, W)."""
     each = [2 * (a & b).sum() / (a.sum() + b.sum()) if (a | b).any() else 1.0
             for a, b in zip(found, truth)]
     some = [dice for dice, b in zip(each, truth) if b.any()]
-    both, either = (found & truth).sum(), found.sum() + truth.sum()
-    off, either_off = (~found & ~truth).sum(), (~found).sum() + (~truth).sum()
+    halves = [(a & b).sum() / (a.sum() + b.sum()) for a, b in ((found, truth), (~found, ~truth))]
+    return np.mean(some), np.mean(each), sum(halves)
+
+
+def test_each_dice_against_a_plain_formula():
+    logits, masks = blobs()
+    counts = segment.count_pixels(segment.find_pixels(logits, 0.4, 5), masks)
+    found, truth = torch.sigmoid(logits).numpy() > 0.4, masks.numpy()
+    found[found.sum((1, 2)) < 5] = False
     scores = segment.dice_scores(counts, 144, 2000)
-    assert len(some) < len(each) and any(dice == 1 for dice in each) and 0 in each
-    expected = dict(dice=np.mean(some), dice_all=np.mean(each),
-                    dice_official=both / either + off / either_off)
-    assert {name: values[0] for name, values in scores.items()} == pytest.approx(expected)
-    rng, draws = np.random.default_rng(5), []
-    for _ in range(2000):
-        rows = rng.integers(len(each), size=len(each))
-        a, b = found[rows], truth[rows]
-        draws.append([np.mean([each[i] for i in rows if truth[i].any()]),
-                      np.mean([each[i] for i in rows]), (a & b).sum() / (a.sum() + b.sum())
-                      + (~a & ~b).sum() / ((~a).sum() + (~b).sum())])
+    assert list(scores) == ["dice", "dice_all", "dice_official"]
+    points = [values[0] for values in scores.values()]
+    assert points == pytest.approx(plain_dices(found, truth)) and len(set(points)) == 3
+    rows = np.random.default_rng(5).integers(len(found), size=(1000, len(found)))
+    draws = [plain_dices(found[row], truth[row]) for row in rows]
     for values, expected in zip(scores.values(), np.array(draws).T, strict=True):
         ours, theirs = (np.percentile(x, [2.5, 97.5]) for x in (values[1:], expected))
         assert ours == pytest.approx(theirs, abs=0.02)
-    empty = np.zeros((3, 4), int)
-    assert np.isnan(segment.dice_scores(empty, 9)["dice"][0])
-    assert segment.dice_scores(empty, 9)["dice_all"][0] == 1
+    empty = segment.dice_scores(np.zeros((3, 4), int), 9)
+    assert np.isnan(empty["dice"][0]) and empty["dice_all"][0] == 1
 
 
 def test_threshold_and_smallest_area_are_the_best_of_all():
@@ -207,7 +202,7 @@ def run(root, out, **options):
 
 
 @pytest.mark.parametrize("options", [{}, dict(lora=True), dict(method="linear")])
-def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, monkeypatch, options):
+def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, stopped, options):
     whole = segment.segment(run(holes, tmp_path / "whole", **options))
     assert {"dice", "dice_ci", "dice_all", "threshold", "smallest", "area_error"} <= whole.keys()
     left = {path.name for path in (tmp_path / "whole").iterdir()}
@@ -218,16 +213,8 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, monkeyp
                                          device="cpu"))
     mask = np.asarray(Image.open(tmp_path / "masks/0001.png"))  # of the size of its image
     assert mask.shape == (40, 60) and set(np.unique(mask)) <= {0, 255}
-
-    def stop_after_two(log, config, world, state):
-        save(log, config, world, state)
-        if state["step"] == 2:
-            raise KeyboardInterrupt
-
-    save, part = common.save_state, run(holes, tmp_path / "part", **options)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetune, "save_state", stop_after_two)
-        segment.segment(part)
+    part = run(holes, tmp_path / "part", **options)
+    stopped(segment.segment, part)
     segment.segment(dataclasses.replace(part, resume=True))
     a, b = (common.load_checkpoint(tmp_path / name / "last.pt")["model"]
             for name in ("whole", "part"))
@@ -255,8 +242,8 @@ def test_masks_of_any_batch_size_and_of_workers_are_equal(holes, tmp_path, monke
             data, "eval_batches", lambda images, _, *rest, size=size: batches(images, size, *rest))
         found[size] = predicted(tmp_path, run(holes, tmp_path, workers=workers), holes)[0]
     assert found[16].shape == (12, 48, 48) and found[16].std() > 0.1
-    torch.testing.assert_close(found[1], found[16], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found[5], found[16], atol=1e-4, rtol=1e-4)
+    for size in (1, 5):
+        torch.testing.assert_close(found[size], found[16], atol=1e-4, rtol=1e-4)
 
 
 def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_path):
@@ -278,14 +265,12 @@ def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_pat
 
 
 def test_the_demo_has_no_files_where_there_is_no_pneumothorax(tmp_path):
-    from support import demo
-
     root = demo.write_demo_records(tmp_path / "demo", patients=60, size=32)
     options = SegmentConfig(root=str(root), ratio=100)
     parts, _ = segment.read_lists(options)
-    part, where = parts["test"], data.read_lines(root / "classes.txt")
-    column = [name for _, name in where].index("Pneumothorax")
-    train = parts["train"].masks  # of the images without a mask about as many as with one
+    part, train = parts["test"], parts["train"].masks
+    column = [name for _, name in data.read_lines(root / "classes.txt")].index("Pneumothorax")
+    # Of the images without a mask about as many as with one
     shown = sum(mask is not None for mask in train)
     assert shown and len(train) <= 3 * shown
     assert [mask is not None for mask in part.masks] == (part.labels[:, column] == 1).tolist()
@@ -293,11 +278,6 @@ def test_the_demo_has_no_files_where_there_is_no_pneumothorax(tmp_path):
     (root / "masks" / name).unlink()
     with pytest.raises(InputError, match=f"{name}: no such mask"):
         segment.read_lists(options)
-
-
-def test_only_options_that_segmentation_uses():
-    names = {field.name for field in dataclasses.fields(SegmentConfig)}
-    assert names.isdisjoint({"ratios", "methods", "inits", "seeds", "recipe", "pool", "compare"})
 
 
 @pytest.mark.parametrize("options, message", [
@@ -309,6 +289,11 @@ def test_what_cannot_be_used_is_one_line(holes, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         segment.segment(run(holes, tmp_path / "run", **options))
     assert not list(tmp_path.iterdir())
+
+
+def test_only_options_that_segmentation_uses():
+    names = {field.name for field in dataclasses.fields(SegmentConfig)}
+    assert names.isdisjoint({"ratios", "methods", "inits", "seeds", "recipe", "pool", "compare"})
 
 
 def test_upernet_overfits_one_image(holes):
