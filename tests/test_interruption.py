@@ -219,8 +219,8 @@ def test_signals_end_the_step_save_and_go_on(tmp_path, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_float16_run_goes_on_with_its_scale(tmp_path, monkeypatch, script):
-    """4 steps are 2, a checkpoint, and 2; the scale doubles after every second step."""
+def test_a_float16_run_goes_on_with_its_scale(tmp_path, monkeypatch, stopped, script):
+    """4 steps are some, a checkpoint, and the rest; the scale doubles after every second step."""
     root = tmp_path / "data"
     write_data(script, root)
     monkeypatch.setattr(SCRIPTS[script], "scaler_for", lambda config, device: torch.amp.GradScaler(
@@ -231,17 +231,10 @@ def test_a_float16_run_goes_on_with_its_scale(tmp_path, monkeypatch, script):
         run(script, root, tmp_path / out, steps=4, dtype=dtype, **options)
         return state(tmp_path / out)
 
-    def stop(saving, steps):
-        if steps == 2:
-            saving.save(steps)
-            raise KeyboardInterrupt
-
     whole = part("whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common.Saving, "after", stop)
-        part("part")
+    stopped(part, "part", saves=1 if script == "reggan" else 2)  # steps 3 and 2
     half = common.load_checkpoint(tmp_path / "part/last.pt")
-    assert half["step"] == 2 and half["scaler"]["scale"] == 2.0**9
+    assert half["step"] in (2, 3) and half["scaler"]["scale"] == 2.0**9
     assert equal(part("part"), whole)
     ended = [common.load_checkpoint(tmp_path / out / "last.pt") for out in ("whole", "part")]
     assert ended[0]["scaler"] == ended[1]["scaler"] and ended[0]["scaler"]["scale"] == 2.0**10
