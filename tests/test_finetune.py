@@ -312,6 +312,8 @@ def test_resume_refuses_another_runs_state(easy, finished, other):
     expected = rf"last\.pt: expected {flag} .*, as asked for now, found a run with {flag}"
     with pytest.raises(InputError, match=expected):
         finetune.finetune(config(easy, finished, **dict(method="lora", resume=True) | other))
+    with pytest.raises(InputError):
+        finetune.finetune(config(easy, finished, weights=str(finished / "none.pt")))
     assert before == contents(finished)
     finetune.load_run(finished)  # the weights of the finished run are still there
 
@@ -516,17 +518,11 @@ BAD = {  # what spoils a folder, options, message
     "missing image": (lambda r: (r / "images/0003.png").unlink(), {},
                       r"train_10\.txt.*4.*0003\.png"),
     "truncated image": (lambda r: os.truncate(r / "images/0003.png", 100), {}, r"0003\.png"),
-    "number of labels": (lambda r: spoil_list(r, "0000.png 0 1\n0001.png 1 1\n0002.png 1\n"), {},
-                         r"train_10\.txt.*3"),
     "label 2": (lambda r: spoil_list(r, "0000.png 0 1\n0001.png 2 1\n"), {}, r"train_10\.txt.*2"),
-    "empty list": (lambda r: spoil_list(r, ""), {}, r"train_10\.txt"),
     "no positive": (lambda r: spoil_list(r, "0000.png 0 0\n0001.png 0 0\n", "val_list"), {},
                     "the val list: expected both labels"),
     "no class has both labels": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 1 1\n"), {},
                                  "the train list: expected both labels"),
-    "listed twice": (lambda r: spoil_list(r, "0000.png 1 1\n0001.png 0 1\n0000.png 1 1\n"), {},
-                     r"train_10\.txt: line 3"),
-    "missing list": (lambda r: (r / "test_list.txt").unlink(), {}, r"test_list\.txt: no such list"),
     "other classes": (lambda r: (r / "classes.txt").write_text("Square\n"), {},
                       "expected 1 labels a line"),
     "unreadable checkpoint": (lambda r: (r / "bad.pt").write_bytes(b"no"), {"weights": "bad.pt"},
@@ -550,13 +546,6 @@ def test_bad_input_is_one_line_and_leaves_nothing_half_written(easy, tmp_path, c
         finetune.finetune(config(root, **paths))
     assert "\n" not in str(error.value)
     assert not list(root.rglob("*.tmp")) and not (root / "run").exists()
-
-
-def test_a_refused_run_leaves_the_one_before_it_alone(easy, finished):
-    before = contents(finished)
-    with pytest.raises(InputError):
-        finetune.finetune(config(easy, finished, weights=str(finished / "none.pt")))
-    assert before == contents(finished)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -637,8 +626,6 @@ def test_scores_that_are_not_finite_have_no_auroc(bad):
     for function in (finetune.auroc, finetune.mean_auroc):
         with pytest.raises(InputError, match="AUROC: expected finite scores, found 1 that are not"):
             function(scores, labels)
-    with pytest.raises(InputError, match="found 20 that are not"):
-        finetune.mean_auroc(np.full((20, 1), bad), labels[:, :1])
 
 
 @pytest.mark.parametrize("fresh", [True, False])
