@@ -12,25 +12,25 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
                  |                    |
                  +-----------------> warp --> G(a) moved onto b, compared with b
 
-    loss           the way of its gradient, from the loss to what learns
+    loss           the path of its gradient, from the loss to what learns
     adversarial    verdict ==> D, frozen ==> G(a) ==> G     G learns to fool D
     correction     moved G(a) ==> warp ==> G(a) ==> G       G learns to meet b where R moves it
                    moved G(a) ==> warp ==> flow ==> R       R learns to move G(a) onto b
     smoothness     flow ==> R                               R learns to bend little
     D's own        verdict ==> D; G(a) is detached          D learns to tell b from G(a)
 
-What reaches R runs on through G(a) to G: R may ask G for an image that is easier to move. G cannot
-learn how b was moved, because a does not show it. But it may learn a motion that all pairs share,
-since R takes it back; more/improved.py forbids that.
+The gradient that reaches R runs on through G(a) into G: R may ask for an image that is easier to
+move. G cannot learn how b was moved, because a does not show it. But G may learn a motion that all
+pairs share, because R undoes it; more/improved.py forbids that.
 
-Level n moves aligned pairs apart, so that the true motion is known. a and b are each read at
-positions T(p), by a random map T of their own of the pixels p = (y, x); c is the middle pixel:
+Level n: aligned pairs are moved apart, so that the true motion is known. Each image is read at the
+positions T(p) of a random map T of its own; p = (y, x) is a pixel, c the middle of the image.
 
     T(p) = c + t + M (p - c)        M turns by at most n degrees and zooms by at most 2n %,
                                     t shifts by at most 2n % of the sides; all of them uniform
     moved a[p] = a[Ta(p)] and moved b[p] = b[Tb(p)], so R should find flow(p) = Ta^-1(Tb(p)) - p
 
-At level 3, 64 x 64 pixels, that is 4 pixels in the mean. At level 0 one small T (1 degree, 2 %)
+At level 3 and 64 x 64 pixels that is 4 pixels in the mean. At level 0 one small T (1 degree, 2 %)
 moves both. --elastic s adds a smooth bending of s % of the sides to T. See `data.misalign`.
 
     python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
@@ -39,7 +39,7 @@ moves both. --elastic s adds a smooth bending of s % of the sides to T. See `dat
     python reggan.py --translate DIR --weights RUN
     python -m more.nicegan              # another host; more.improved: other losses, another R
 
-The default has small networks, --paper the paper's. Departures and why: tests/departures.md
+The networks are small; --paper takes the paper's. tests/departures.md: what differs, and why.
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. A flow says where each pixel reads:
@@ -130,7 +130,7 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. Each of its verdicts sees
-    70 x 70 pixels; it averages them to one an image, (B, 1)."""
+    70 x 70 pixels; it returns their mean, one number per image, (B, 1)."""
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()
@@ -307,9 +307,9 @@ def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext
 class NC(nn.Module):
     """One direction and the adversarial loss alone; with registration this is RegGAN's "NC + R".
     A host has networks named netG... and netD..., which two optimisers train, and three methods:
-    `translate(a)`; `generator_losses(a, b)` -> (fakes, losses), fakes["B"] being the translation of
-    a and the losses weighted; `discriminator_losses(a, b, fakes)` -> losses, where the fakes are
-    detached and, if `pooled`, mixed with old ones."""
+    `translate(a)`; `generator_losses(a, b)` -> (fakes, weighted losses), where fakes["B"] is the
+    translation of a; `discriminator_losses(a, b, fakes)` -> losses. Its fakes are detached and, if
+    `pooled`, mixed with old ones."""
 
     pooled = True
 
@@ -476,11 +476,10 @@ def complete(config):
     preset = SMALL | config.changes | (PAPER if config.paper else {})
     if config.paper and config.host == "nc" and config.reg:
         preset["pool"] = 0  # the official NC + R keeps no old fakes
-    noise = 3.0
+    preset |= {"noise": 3.0, "elastic": 0.0, "out": "runs/" + config.script.rpartition(".")[2]}
     if config.root:  # own pairs stay as they are, unless asked; None is no motion at all
-        noise = 0.0 if config.elastic else None
-    out = "runs/" + config.script.rpartition(".")[2]
-    config = fill(config, preset | {"noise": noise, "elastic": 0.0, "out": out})
+        preset["noise"] = 0.0 if config.elastic else None
+    config = fill(config, preset)
     if 0 < config.size < 32:
         raise InputError("--size", "0, or 32 pixels or more", config.size)
     return config
@@ -697,9 +696,9 @@ def moved_with_grid(image, flow):
 
 @torch.no_grad()
 def draw(job, path, pairs, rows=1, note=""):
-    """Writes a picture with a row for each of some `pairs`: A, B, G(A), the difference of the last
-    two and, with R, G(A) as R moves it and the difference that is left. Differences are drawn twice
-    as bright as they are; below each row stand their means, in units of the range of B."""
+    """Draws some of the `pairs`, one a row: A, B, G(A), the difference of the last two and, with R,
+    G(A) as R moves it and the difference that is left. Differences are drawn twice as bright as
+    they are. The text below a row has their means, as shares of the range of B."""
     target = "B: target" if job.config.noise is None else "B: target, misaligned"
     titles = ["A: input", target, "G(A): translation", "|G(A) - B|"]
     pictures, captions = [], []
@@ -749,7 +748,7 @@ def load_generator(path, config_class=Config):
 
 @torch.no_grad()
 def translate_folder(config):
-    """Writes the translation of every image of --translate to --out, in its format and depth."""
+    """Translates the images of the folder --translate into --out, in their formats and depths."""
     if not config.weights:
         raise InputError("--translate needs --weights: a run's folder or a Reg-GAN netG_A2B.pth")
     model, trained, in_chans = load_generator(config.weights, type(config))
@@ -778,9 +777,9 @@ def translate_folder(config):
 
 
 def compare(config):
-    """The paper's table: every row of --hosts at every level with every seed, each a run of its own
-    in OUT/cells. Writes OUT/table.csv, a line a run, and table.md, a line a method at a level, with
-    means and standard deviations over the seeds. Returns table.csv as dicts."""
+    """The paper's table: a run in OUT/cells for every row of --hosts, level and seed. Writes the
+    results of all runs to OUT/table.csv, and their means and standard deviations over the seeds to
+    OUT/table.md. Returns the lines of table.csv as dicts."""
     out, cells = Path(config.out or complete(config).out + "-compare"), {}
     seeds = range(config.seed, config.seed + config.seeds)
     levels, hosts = config.levels.split(","), config.hosts.split(",")

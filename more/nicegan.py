@@ -11,7 +11,8 @@ A host of your own is a file like this one. R, training, metrics and comparison 
  2. A Config is derived from reggan.Config: `script` names the file, `host` is the new default.
  3. `reggan.main(Config, __doc__)` runs it.
 
-Shapes: B batch, C channels, H x W pixels, h x w pixels of an encoding, width of the first layer.
+Shapes: B batch, C channels, H x W pixels; an encoding has h x w pixels and 2n channels, where n is
+the `width` of the first layer.
 """
 
 import dataclasses
@@ -64,15 +65,15 @@ class NiceResidual(nn.Module):
 
 
 class NiceGenerator(nn.Module):
-    """Decodes an encoding (B, 2 width, h, w), halved `downs` times, that a discriminator made."""
+    """Decodes an encoding (B, 2n, h, w), halved `downs` times, that a discriminator made."""
 
     def __init__(self, out_chans=1, width=64, blocks=6, downs=2, kernel=7):
         super().__init__()
-        w = width * 2**downs
-        self.enter = nn.Sequential(Reflect(1), nn.Conv2d(2 * width, w, 3))
-        self.norm = LayerInstanceNorm(w, 0.1)
-        self.style = nn.Sequential(nn.Linear(w, w), nn.ReLU(True), nn.Linear(w, 2 * w))
-        self.blocks = nn.ModuleList(NiceResidual(w) for _ in range(blocks))
+        wide = width * 2**downs
+        self.enter = nn.Sequential(Reflect(1), nn.Conv2d(2 * width, wide, 3))
+        self.norm = LayerInstanceNorm(wide, 0.1)
+        self.style = nn.Sequential(nn.Linear(wide, wide), nn.ReLU(True), nn.Linear(wide, 2 * wide))
+        self.blocks = nn.ModuleList(NiceResidual(wide) for _ in range(blocks))
         up = []
         for i in [width * 2**level for level in range(downs, 0, -1)]:
             up += [Reflect(1), nn.Conv2d(i, 2 * i, 3), nn.PixelShuffle(2)]
@@ -81,8 +82,8 @@ class NiceGenerator(nn.Module):
         self.up = nn.Sequential(*up)
 
     def forward(self, z, size):
-        x = F.relu(self.norm(self.enter(z)))  # (B, w, h, w)
-        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)  # (B, w, 1, 1) each
+        x = F.relu(self.norm(self.enter(z)))  # (B, wide, h, w)
+        gamma, beta = self.style(x.mean((2, 3)))[..., None, None].chunk(2, 1)  # (B, wide, 1, 1)
         for block in self.blocks:
             x = block(x, 1 + gamma, beta)
         return self.up(x)[..., : size[0], : size[1]].float()  # (B, C, H, W)
@@ -94,29 +95,29 @@ class NiceDiscriminator(nn.Module):
 
     def __init__(self, in_chans=1, width=64, downs=2):
         super().__init__()
-        self.multiple, w = 2**downs, width
+        self.multiple, n = 2**downs, width
 
         def conv(i, o, kernel=4, stride=2):
             return spectral_norm(nn.Conv2d(i, o, kernel, stride, 1))
 
         leaky = nn.LeakyReLU(0.2)
         second = (4, 2) if downs == 2 else (3, 1)
-        self.encoder = nn.Sequential(conv(in_chans, w), leaky, conv(w, 2 * w, *second), leaky)
-        self.cam = spectral_norm(nn.Linear(4 * w, 1, bias=False))
-        self.merge = nn.Conv2d(4 * w, 2 * w, 1)
+        self.encoder = nn.Sequential(conv(in_chans, n), leaky, conv(n, 2 * n, *second), leaky)
+        self.cam = spectral_norm(nn.Linear(4 * n, 1, bias=False))
+        self.merge = nn.Conv2d(4 * n, 2 * n, 1)
         self.share = nn.Parameter(torch.zeros(()))
-        self.shared = nn.Sequential(conv(2 * w, 4 * w), leaky)
-        self.local = nn.Sequential(conv(4 * w, 8 * w, 3, 1), leaky, conv(8 * w, 1, 3, 1))
-        self.overall = nn.Sequential(conv(4 * w, 8 * w), leaky, conv(8 * w, 16 * w), leaky,
-                                     conv(16 * w, 1, 3, 1))
+        self.shared = nn.Sequential(conv(2 * n, 4 * n), leaky)
+        self.local = nn.Sequential(conv(4 * n, 8 * n, 3, 1), leaky, conv(8 * n, 1, 3, 1))
+        self.overall = nn.Sequential(conv(4 * n, 8 * n), leaky, conv(8 * n, 16 * n), leaky,
+                                     conv(16 * n, 1, 3, 1))
 
     def encode(self, x):
-        """(encoding (B, 2 width, h, w), channels weighed by attention, activation (B, 1))."""
+        """(encoding (B, 2n, h, w), its channels weighed by attention, activation (B, 1))."""
         H, W = x.shape[-2:]
         x = self.encoder(F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate"))
-        pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)  # (B, 4w)
-        weight = self.cam.weight  # (1, 4w)
-        attended = self.merge(torch.cat((x, x), 1) * weight[:, :, None, None])  # (B, 2w, h, w)
+        pooled = torch.cat((x.mean((2, 3)), x.amax((2, 3))), 1)  # (B, 4n)
+        weight = self.cam.weight  # (1, 4n)
+        attended = self.merge(torch.cat((x, x), 1) * weight[:, :, None, None])  # (B, 2n, h, w)
         return F.leaky_relu(x + self.share * attended, 0.2), F.linear(pooled, weight)
 
     def forward(self, x):
@@ -147,7 +148,7 @@ class Nice(nn.Module):
     def generator_losses(self, a, b):
         size = a.shape[-2:]
         with cached():  # one spectral norm for both images that a discriminator sees
-            z = torch.cat((self.netD_A.encode(a)[0], self.netD_B.encode(b)[0]))  # (2B, 2w, h, w)
+            z = torch.cat((self.netD_A.encode(a)[0], self.netD_B.encode(b)[0]))  # (2B, 2n, h, w)
             same_a, fake_a = self.netG_B2A(z, size).chunk(2)  # (B, C, H, W) each
             fake_b, same_b = self.netG_A2B(z, size).chunk(2)
             (verdicts_b, z_b), (verdicts_a, z_a) = self.netD_B(fake_b), self.netD_A(fake_a)
