@@ -24,18 +24,16 @@ REPOSITORY = Path(__file__).parents[1]
 MEASURED = REPOSITORY / "tests" / "readme"
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "tests").glob("*.md")),
          *(MEASURED / name for name in ("results.md", "claims.md", "speedrun.md"))]
-README, RESULTS, CLAIMS = ((path.read_text()) for path in
+README, RESULTS, CLAIMS = (path.read_text() for path in
                            (PAGES[0], MEASURED / "results.md", MEASURED / "claims.md"))
 TABLES = [path for path in sorted(MEASURED.glob("*.md")) if path not in PAGES]
 COMMANDS = [line.split("  #")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.S)
             for line in block.splitlines() if line.startswith("python ")]
-SHORTER = {
-    "mrm.py": "--steps 3",
-    "finetune.py": "--steps 3 --evaluations 1",
-    "reggan.py": "--epochs 1 --width 4 --seeds 1",
-    "more.improved": "--epochs 1 --width 4",
-    "more.segment": "--steps 3 --evaluations 1",
-}
+SHORTER = {"mrm.py": "--steps 3", "finetune.py": "--steps 3 --evaluations 1",
+           "reggan.py": "--epochs 1 --width 4", "more.improved": "--epochs 1 --width 4",
+           "more.segment": "--steps 3 --evaluations 1"}
+COMPARISONS = {"reggan.py": "--seeds 1 --hosts nc,nc+r --levels 3",
+               "finetune.py": "--seeds 1 --ratios 10"}
 
 
 @pytest.fixture(scope="module")
@@ -50,29 +48,19 @@ def folder(tmp_path_factory):
 
 def run(folder, command):
     script, *arguments = shlex.split(command)
-    python = [sys.executable] + (
-        ["-m", arguments.pop(0)] if script == "-m" else [str(REPOSITORY / script)]
-    )
-    done = subprocess.run(
-        python + arguments,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-    )
+    script = [script] if script == "-m" else [str(REPOSITORY / script)]
+    done = subprocess.run([sys.executable, *script, *arguments], cwd=folder, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def shortened(command):
     command = command.removeprefix("python ")
     script = command.removeprefix("-m ").split()[0]
-    if script == "reggan.py" and "--compare" in command:
-        return command + " --epochs 1 --width 4 --seeds 1 --hosts nc,nc+r --levels 3"
-    if script == "finetune.py" and "--compare" in command:
-        return command + " --steps 3 --evaluations 1 --seeds 1 --ratios 10"
-    if script not in SHORTER or "--predict" in command or "--reconstruct" in command:
+    if "--predict" in command or "--reconstruct" in command:
         return command
-    return command + " " + SHORTER[script]
+    steering = COMPARISONS[script] if "--compare" in command else ""
+    return f"{command} {SHORTER.get(script, '')} {steering}"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "kernels.bench" not in c])
@@ -224,7 +212,8 @@ def test_the_claims_about_reggan_follow_from_every_run():
         return statistics.fmean(runs[row, level].values())
 
     moved = ("3", "5", "elastic")
-    least = min(min(values) for b in ("pix2pix", "nc") for values in gains("nc+r", b, moved).values())
+    least = min(min(values) for b in ("pix2pix", "nc")
+                for values in gains("nc+r", b, moved).values())
     assert f"by {least:.1f} dB and more, in every seed" in CLAIMS
     lost = [mean(row, "0") - mean(row, "5") for row in ("nc+r", "pix2pix")]
     assert f"from level 0 to 5 it loses {lost[0]:.1f} dB, Pix2Pix {lost[1]:.1f}" in CLAIMS
