@@ -41,11 +41,8 @@ def test_last_conv_is_torchs_with_its_gradients(k):
     terms = F.conv2d(*positive)  # sums of absolute values
     found = [
         [out, *torch.autograd.grad((out * w).sum(), leaves)]
-        for out, w, leaves in (
-            (ours, weights, inputs),
-            (theirs, weights, inputs),
-            (terms, weights.abs(), positive),
-        )
+        for out, w, leaves in ((ours, weights, inputs), (theirs, weights, inputs),
+                               (terms, weights.abs(), positive))
     ]
     for mine, other, sums in zip(*found):
         assert_rounded(mine, other, sums)
@@ -70,10 +67,8 @@ def test_first_conv_is_torchs_and_changes_the_layout_of_a_single_image_alone():
 
 
 def test_state_dict_keys_are_torchs():
-    for ours, theirs in (
-        (InstanceNorm(), nn.InstanceNorm2d(3)),
-        (Reflect(1), nn.ReflectionPad2d(1)),
-        (FirstConv(3, 2, 7), nn.Conv2d(3, 2, 7)),
-        (LastConv(3, 2, 7), nn.Conv2d(3, 2, 7)),
-    ):
+    for ours, theirs in ((InstanceNorm(), nn.InstanceNorm2d(3)),
+                         (Reflect(1), nn.ReflectionPad2d(1)),
+                         (FirstConv(3, 2, 7), nn.Conv2d(3, 2, 7)),
+                         (LastConv(3, 2, 7), nn.Conv2d(3, 2, 7))):
         assert ours.state_dict().keys() == theirs.state_dict().keys()

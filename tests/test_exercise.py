@@ -238,13 +238,8 @@ def test_a_blanked_function_keeps_signature_and_docstring(tmp_path):
     body = ['        """Says."""', "        # how", "        return x"]
     path.write_text("\n".join(["class A:", "    def f(self, x):", *body, "", "B = 1", ""]))
     assert blank(path, "A.f") == 4
-    assert path.read_text().splitlines()[1:] == [
-        "    def f(self, x):",
-        '        """Says."""',
-        "        raise NotImplementedError",
-        "",
-        "B = 1",
-    ]
+    assert path.read_text().splitlines()[1:] == ["    def f(self, x):", '        """Says."""',
+                                                 "        raise NotImplementedError", "", "B = 1"]
 
 
 def test_the_exercises_on_paper_are_those_of_the_script():
@@ -278,11 +273,6 @@ def test_the_page_on_debugging_prints_what_it_says(tmp_path):
     assert kernel.read_text().count(right) == 1
     kernel.write_text(kernel.read_text().replace(right, wrong))
     (tmp_path / "try.py").write_text(script)
-    done = subprocess.run(
-        [sys.executable, "try.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    done = subprocess.run([sys.executable, "try.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.stdout == printed, done.stderr[-2000:]
