@@ -660,9 +660,9 @@ def run_cells(folder, configs, run):
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
-        others = [read_json(path)["dtype"] for path in Path(folder).glob("*/config.json")]
-        if config.dtype == "auto" and others:  # a measurement of its own might come out otherwise
-            config = dataclasses.replace(config, dtype=others[0])
+        ran = sorted(Path(folder).glob("*/config.json"))
+        if config.dtype == "auto" and ran:  # a measurement of its own might come out otherwise
+            config = dataclasses.replace(config, dtype=read_json(ran[0])["dtype"])
         if (cell / "result.json").exists():
             check_same(read_json(cell / "config.json"), config, cell / "config.json")
         else:
