@@ -333,7 +333,6 @@ class UNet(nn.Module):
     def __init__(self, img_size, width=9):
         super().__init__()
         self.img_size, self.blocks = img_size, nn.ModuleList()  # no blocks of a ViT
-        self.register_buffer("cls_token", torch.zeros(1, 1, 1), persistent=False)  # as narrow
         widths = [width * 2**level for level in range(5)]
 
         def two(i, o):

@@ -886,13 +886,14 @@ def test_paired_differences_against_resampling_by_hand():
 @needs_triton
 @pytest.mark.skipif(CUDA, reason="a stand-in for a GPU")
 @pytest.mark.parametrize("failure", ["sm_75", "compiler", "forward"])
-def test_the_main_job_ends_where_kernels_fail(easy, finished, tmp_path, monkeypatch, capsys, failure):
+def test_the_main_job_ends_where_kernels_fail(
+        easy, finished, tmp_path, monkeypatch, capsys, failure):
     """An old GPU, no compiler, too little shared memory: one line, and the same predictions."""
     why, *device = FAILURES[failure]
     stand_in(monkeypatch, *device)
-    words = "--lora --weights scratch --steps 4 --evaluations 2 --batch-size 16 --probe 0 --device cpu"
-    folders = ["--root", str(easy), "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *words.split(), *folders])
+    words = "finetune.py --lora --weights scratch --steps 4 --evaluations 2 --batch-size 16"
+    more = ["--probe", "0", "--device", "cpu", "--root", str(easy), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words.split() + more)
     finetune.main()
     lines = [line for line in capsys.readouterr().err.splitlines() if "no Triton kernels" in line]
     assert len(lines) == 1 and lines[0].startswith("lora_linear: ") and why in lines[0]
