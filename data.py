@@ -75,7 +75,8 @@ def read_pixels(path, short_side=None, grey=False, mask=False):
     except ImportError as error:
         raise InputError(f"{path}: {error}: pip install 'pydicom>=3' nibabel") from None
     except Exception as error:  # a damaged file raises one of a dozen types, by its decoder
-        reason = " ".join(str(error).split()) or type(error).__name__
+        first, *hints = str(error).strip().splitlines() or [type(error).__name__]
+        reason = "; ".join([*map(str.strip, hints), first])  # pydicom names a decoder to install
         expected = "a complete PNG, JPEG, TIFF, .npy, NIfTI or DICOM image"
         raise InputError(path, expected, reason) from None
     while pixels.ndim > 2 and pixels.shape[-1] == 1:
