@@ -54,12 +54,9 @@ TRIED, FAILED = set(), set()  # (operation, device, what varies), (operation, de
 
 @uncompiled
 def kernels_run(operation, function, tensors, *rest):
-    """Whether function(*tensors, *rest), an operation by its kernels, runs on this device.
-
-    The first call with tensors of these sizes tries it in both directions: what fails then (a
-    compiler, a driver, every tile) would fail within a training step. Triton keeps what it compiles
-    for it. Where it fails, one line says why, and it is not tried again.
-    """
+    """Whether function(*tensors, *rest), an operation by its kernels, runs on this device. The
+    first call with tensors of these sizes tries it in both directions: what fails then (a compiler,
+    a driver, every tile) would fail within a training step. One line says why, once."""
     place = operation, tensors[0].device
     case = (*place, tensors[0].shape[1:], *rest[1:], torch.is_grad_enabled(),
             *((t.shape[-2:], t.dtype, t.requires_grad) for t in tensors[1:] if t is not None))
@@ -68,10 +65,9 @@ def kernels_run(operation, function, tensors, *rest):
     try:
         if ABSENT:
             raise RuntimeError(ABSENT)
-        capability = torch.cuda.get_device_capability(place[1])
-        if capability < (8, 0):
+        if (found := torch.cuda.get_device_capability(place[1])) < (8, 0):
             raise RuntimeError("expected a GPU of compute capability 8.0 (Ampere) or newer, found "
-                               "%d.%d" % capability)
+                               "%d.%d" % found)
         leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
         result = function(*leaves, *rest)
         if result.requires_grad:
@@ -89,7 +85,6 @@ def kernels_run(operation, function, tensors, *rest):
 
 
 def refuse_double_backward(operation):
-    """Raises RuntimeError where a backward pass by the kernels is to be differentiated again."""
     if torch.is_grad_enabled():
         raise RuntimeError(f"{operation}: expected one backward pass, found create_graph=True, and "
                            "the kernels have no second derivative: call kernels.use_kernels(False)")

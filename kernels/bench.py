@@ -10,9 +10,9 @@ A row is a forward or a forward and a backward pass (`both`), under autocast, as
     MiB       the peak of the memory that the pass allocates
     times     wall ms by that of the first contender
 
-Three runs before it compile and tune. None is timed whose result or gradients, without dropout, err
-more than twice as much as the reference's, beyond rounding. Without a CUDA GPU the references are
-timed at a small size; with TRITON_INTERPRET=1 the kernels run too, at a tiny one, to try this file.
+Three runs before it compile and tune. None is timed whose result or gradients err more than twice
+as much as the reference's, beyond rounding. Without a GPU the references are timed at a small size;
+with TRITON_INTERPRET=1 the kernels run too, at a tiny one, to try this file.
 """
 import argparse
 import functools

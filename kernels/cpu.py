@@ -3,8 +3,7 @@
     InstanceNorm   nn.InstanceNorm2d    torch's is 2 to 4 times slower than a group norm, and in
                                         torch 2.13 its gradient is wrong where it receives one in
                                         channels_last
-    Reflect        nn.ReflectionPad2d   under autocast torch's returns float32, and so does all
-                                        that follows it
+    Reflect        nn.ReflectionPad2d   under autocast torch's returns float32, and all that follows
     LastConv       nn.Conv2d            with few output channels the library's kernels stand idle
     FirstConv      nn.Conv2d            convolutions of a single image are a sixth faster in
                                         channels_last

@@ -24,11 +24,10 @@ On paper, one pixel of a 3 x 3 image with flow[1, 1] = (dy, dx) = (-0.5, 0.5), u
     5   6   6     moves to the left, against the arrows of the flow, since these point from the
     8   9   9     result to the image. The last column reads the border.
 
-The conventions are the same on every path. Positions are in pixels, so that a zero flow is the
-identity and a whole flow a shift, both exactly. A displacement that leaves the image, up to
-infinity, reads the border; its gradient is 0 there and on the border itself, as in F.grid_sample. A
-displacement that is NaN gives NaN at that pixel of every channel and passes no gradient: a
-registration network that diverges is seen at once, and no address is ever made from it.
+On every path a zero flow is the identity and a whole flow a shift, both exactly. A displacement
+that leaves the image, up to infinity, reads the border; its gradient is 0 there and on the border
+itself, as in F.grid_sample. A displacement that is NaN gives NaN at that pixel of every channel and
+passes no gradient: a registration network that diverges is seen at once.
 
 As separate operations the grid, the sum, its scaling and the clamp are some 10 passes over B H W
 numbers. Here a position lives in registers: with one channel of float32 the forward pass moves 16
@@ -153,9 +152,9 @@ def forward_kernel(
 #
 # The gradient of the image is a scatter: every output pixel adds g w to the four pixels that it
 # read, and any number of pixels may have read the same one. Float atomics add in the order of
-# arrival, and float addition is not associative, so that F.grid_sample's CUDA backward differs from
-# run to run. Integer addition is associative. Each addend is therefore multiplied by a power of
-# two, 2^k, truncated to int64 and added; one last pass divides.
+# arrival, so that F.grid_sample's CUDA backward differs from run to run. The sum of integers does
+# not depend on the order: each addend is multiplied by 2^k, truncated to int64 and added; one last
+# pass divides.
 #
 # Range. Let amax = max |g| over a plane, e its exponent (amax < 2^e) and h = ceil(log2(H W)). An
 # output pixel adds at most amax to one place (its four weights sum to 1), so that at most
@@ -306,15 +305,12 @@ def warp_triton(image, flow):
 
 
 def warp(image, flow):
-    """Resamples `image` along `flow`: out[b, c, y, x] = image[b, c, y + dy, x + dx].
+    """Resamples `image` along `flow`, bilinearly, with positions clamped to the border:
+    out[b, c, y, x] = image[b, c, y + dy, x + dx]. Gradients reach both.
 
-    The reading is bilinear, and positions are clamped to the border.
     image: (B, C, H, W), any floating dtype; the result has its shape and dtype.
     flow: (B, 2, H, W) in pixels, channel 0 = dy (down), channel 1 = dx (right), from output to
     input. 16-bit flows are read as float32; positions and weights are never rounded to 16 bits.
-    Gradients reach both. Zero flow is the identity exactly; the head of this file says what
-    infinite and NaN displacements do.
-
     Raises ValueError for shapes, dtypes or devices that do not fit, and RuntimeError where the
     kernels are to be differentiated twice or in forward mode.
     """
