@@ -610,14 +610,10 @@ def restore(saved, rank, **parts):
 
 
 class Saving:
-    """Saves a loop every few minutes, and when Ctrl-C or SIGTERM asks the run to stop.
-
-        with Saving(save, world) as saving:     # save(steps) writes the checkpoint
-            for step in ...:
-                saving.after(step + 1)
-
-    The first signal lets the step end, saves, and leaves with the shell's code for it (130 or 143);
-    a second one leaves at once. Under torchrun the processes agree on the step."""
+    """Saves a loop every few minutes, and when Ctrl-C or SIGTERM asks the run to stop: save(steps)
+    writes the checkpoint, `after` ends each step. The first signal lets the step end, saves, and
+    leaves with the shell's code for it (130 or 143); a second one leaves at once. Under torchrun
+    the processes agree on the step."""
 
     def __init__(self, save, world=1, seconds=180):
         self.save, self.world, self.seconds = save, world, seconds
