@@ -481,11 +481,10 @@ class RunLog:
             if self.out.resolve() in (weights, weights.parent) and weights.exists():
                 raise InputError("--out", "another folder than that of --weights", out)
         self.json("config.json", options_of(config))
-        for path in self.out.glob(".*.tmp"):  # left by a run that was killed while it wrote
-            path.unlink()
-        if history is None:
-            for name in RUN_FILES:
-                (self.out / name).unlink(missing_ok=True)
+        old = [*self.out.glob(".*.tmp")]  # left by a run that was killed while it wrote
+        old += [self.out / name for name in RUN_FILES] if history is None else []
+        for path in old:
+            path.unlink(missing_ok=True)
 
     def json(self, name, value):
         if self.rank == 0:
