@@ -413,7 +413,7 @@ def read_list(path, values=LABELS):
     lines, rows = read_lines(path), {}
     if not lines:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
-    count = len(split_line(lines[0][1])[1])
+    count = max(len(split_line(line)[1]) for _, line in lines)
     for number, line in lines:
         name, labels = split_line(line)
         if len(labels) != count or not set(labels) <= set(values):

@@ -382,7 +382,7 @@ def test_read_list(tmp_path):
 
 @pytest.mark.parametrize("text, line", [
     ("a.png 0 1\nb.png 1\n", 2), ("a.png 0\nb.png -1\n", 2), ("a.png 0\nb.png x\n", 2),
-    ("a.png 0\nb.png 1\na.png 0\n", 3), ("", "empty list")])
+    ("a.png 0\nb.png 1\na.png 0\n", 3), ("a.png 11\nb.png 1\n", "line 1:"), ("", "empty list")])
 def test_a_bad_line_of_a_list_is_named(tmp_path, text, line):
     fails(lambda: data.read_list(write(tmp_path / "l.txt", text)), "l.txt", line)
 
@@ -1227,7 +1227,7 @@ class TestShared:
             assert [part.labels.shape for part in parts.values()] == [(n, 1) for n in sizes]
             assert classes == [split[:-1]]
         # Its first line has the label 11
-        fails(lambda: data.read_parts("covid", root, "viral1"), "viral1/test.txt", "line 2")
+        fails(lambda: data.read_parts("covid", root, "viral1"), "viral1/test.txt", "line 1")
 
     def test_reports_less_the_test_part(self):
         paths, reports = data.read_reports(SHARED / "covid/training.csv", SHARED / "covid")
