@@ -324,7 +324,8 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
         if needs_dx:
             up(in_ptr=dy, w_ptr=weight, bias_ptr=None, low_ptr=u, factor_ptr=lora_A, out_ptr=dx,
                seed_ptr=seed, threshold=threshold, scale=1.0, M=M, DEPTH=N, WIDTH=K, P=1, PARTS=1,
-               R=GR, W_IN=K, W_OUT=1, F_LOW=K, F_OUT=1, BLOCK_R=padded(GR), **common)
+               R=GR, W_IN=K, W_OUT=1, F_LOW=K, F_OUT=1, **common,
+               BLOCK_R=padded(GR) if GR <= 64 else 16)  # of 64 each, 128 x 128 would spill
         down_kernel[len(dA), 1, triton.cdiv(GR, padded(GR))](
             in_ptr=x, factor_ptr=None, low_ptr=None, copy_ptr=None, seed_ptr=seed, other_ptr=u,
             sums_ptr=dA, threshold=threshold, scale=1.0, M=M, WIDTH=K, P=1, PARTS=1, R=GR,

@@ -15,7 +15,7 @@ BUDGET = {
     "kernels/bench.py": 190,
     "kernels/cpu.py": 68,
     "kernels/dropout.py": 37,
-    "kernels/lora_linear.py": 435,
+    "kernels/lora_linear.py": 436,
     "kernels/warp.py": 333,
     "lora.py": 340,
     "more/__init__.py": 3,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7644
+TOTAL = 7645
 
 
 def lines_of(name):
