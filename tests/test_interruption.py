@@ -30,7 +30,7 @@ from more import improved
 from support import script as common
 
 SCRIPTS = {"mrm": mrm, "finetune": finetune, "reggan": reggan}
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # --------------------------------------------------------------------------------------------------
 # One run: what it reads, one call that goes on where there is a checkpoint, what it leaves
@@ -203,7 +203,6 @@ def in_a_process_of_its_own(*arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@needs_fork
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, script):
     count = in_a_process_of_its_own(script, tmp_path, 8, 0)
@@ -211,7 +210,6 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, scrip
     assert not count["lost"] + count["corrupt"] + count["stray"] + count["different"], count
 
 
-@needs_fork
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_signals_end_the_step_save_and_go_on(tmp_path, script):
     codes = in_a_process_of_its_own(script, tmp_path, "signals")
