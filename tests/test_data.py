@@ -215,7 +215,8 @@ def test_the_decoder_that_is_missing_is_named(tmp_path):
         record.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
         record["PixelData"].is_undefined_length = True
         record.save_as(path)
-        fails(lambda: data.read_image(path), "a.dcm", "Unable to decompress", "pylibjpeg")
+        with pytest.raises(common.InputError, match="found .*pylibjpeg.*Unable to decompress"):
+            data.read_image(path)  # what to install comes first
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
