@@ -778,12 +778,11 @@ def run_python(*lines, timeout=300, **environment):
 @pytest.mark.skipif(CUDA or triton is None, reason="a stand-in for a GPU without a driver")
 def test_the_references_run_where_triton_finds_no_driver():
     """Triton's own error, of a machine whose driver does not fit."""
-    done = run_python(
-        "import sys, torch, test_kernels",
-        "torch.cuda.get_device_capability = lambda device: (8, 6)",
-        "for name in ('kernels.lora_linear', 'kernels.warp'):",
-        "    sys.modules[name].wants_triton = lambda tensor: True",
-        "for _ in range(2): test_kernels.both_operations()")
+    done = run_python("import sys, torch, test_kernels",
+                      "torch.cuda.get_device_capability = lambda device: (8, 6)",
+                      "for name in ('kernels.lora_linear', 'kernels.warp'):",
+                      "    sys.modules[name].wants_triton = lambda tensor: True",
+                      "for _ in range(2): test_kernels.both_operations()")
     lines = [line for line in done.stderr.splitlines() if "no Triton kernels" in line]
     assert done.returncode == 0 and len(lines) == 2, done.stderr
     assert all("0 active drivers" in line for line in lines)
