@@ -196,7 +196,7 @@ def test_adapter_round_trip(tmp_path):
         common.save_checkpoint(path, saved)
 
 
-def test_of_vit_b_the_papers_count_is_trained_and_saved(tmp_path):
+def test_paper_parameter_count_and_size(tmp_path):
     """'Less Could Be Better': rank 4 on q and v of a ViT-B with 14 classes trains 159,758
     parameters. The adapter is under two percent of the encoder alone."""
     model = lora.add_lora(ViT(in_chans=3, num_classes=14), rank=4)
