@@ -321,20 +321,18 @@ def test_targets_are_read_by_peft_and_from_an_adapter(tmp_path, targets):
 
 
 def damaged(saved, entry):
-    adapter, B = dict(saved["adapter"]), "blocks.0.attn.qkv.lora_B"
-    if entry == "no base":
-        return {name: value for name, value in saved.items() if name != "weights"}
-    if entry == "no LoRA":
-        adapter = {name: tensor for name, tensor in adapter.items() if "lora_" not in name}
-    elif entry == "whole numbers":
-        adapter[B] = adapter[B].long()
-    elif entry == "no B":
-        del adapter[B]
-    elif entry == "short B":
-        adapter[B] = adapter[B][:6]
-    settings = {"settings": {"rank": 2}, "rank": saved["lora"] | {"rank": "two"}, "number": 3,
-                "targets": saved["lora"] | {"targets": 3}}.get(entry, saved["lora"])
-    return saved | {"adapter": 3 if entry == "number" else adapter, "lora": settings}
+    adapter, settings, B = saved["adapter"], saved["lora"], "blocks.0.attn.qkv.lora_B"
+    return saved | {
+        "no base": {"weights": ""},
+        "no LoRA": {"adapter": {n: t for n, t in adapter.items() if "lora_" not in n}},
+        "number": {"adapter": 3, "lora": 3},
+        "whole numbers": {"adapter": adapter | {B: adapter[B].long()}},
+        "settings": {"lora": {"rank": 2}},
+        "rank": {"lora": settings | {"rank": "two"}},
+        "targets": {"lora": settings | {"targets": 3}},
+        "no B": {"adapter": {n: t for n, t in adapter.items() if n != B}},
+        "short B": {"adapter": adapter | {B: adapter[B][:6]}},
+    }[entry]
 
 
 def load_into_model(config):
