@@ -409,13 +409,12 @@ def split_line(line):
 
 def read_list(path, values=LABELS):
     """Reads a list file, `name l1 ... lk` a line: (names, labels float32 (n, k)). Refuses a line of
-    other than the first one's k labels, a label that `values` lacks, and a name listed twice."""
-    lines, rows = read_lines(path), {}
+    fewer labels than others, a label that `values` lacks, and a name listed twice."""
+    rows, lines = {}, [(number, line, *split_line(line)) for number, line in read_lines(path)]
     if not lines:
         raise InputError(path, "a line `name label ...` an image", "an empty list")
-    count = max(len(split_line(line)[1]) for _, line in lines)
-    for number, line in lines:
-        name, labels = split_line(line)
+    count = max(len(labels) for *_, labels in lines)
+    for number, line, name, labels in lines:
         if len(labels) != count or not set(labels) <= set(values):
             expected = f"a name and {count} labels, each 0 or 1 (--uncertain says what -1 is)"
             raise InputError(f"{path}: line {number}", expected, repr(line[:80]))

@@ -719,6 +719,8 @@ def test_a_split_depends_on_the_image_and_says_that_patients_are_unknown(tmp_pat
     parts = read_table("csv", table(tmp_path, "labels.csv", ["image,Edema,split", *rows]))
     assert [listed for listed, _ in parts.values()] == [names[i::3] for i in range(3)]
     assert not capsys.readouterr().err  # nothing is divided here
+    read_table("csv", table(tmp_path, "labels.csv", ["image,Edema,split", "g.png,1,", *rows]))
+    assert "of 201 of 201 images" in capsys.readouterr().err  # one image is
 
 
 def test_minus_1_is_what_the_option_says(tmp_path, folder):
