@@ -972,8 +972,11 @@ def test_resuming_a_finished_run_and_one_with_more_steps(root):
     assert again | {"seconds": 0} == first | {"seconds": 0}
     assert (root / "run" / "log.jsonl").read_text() == log
     more = dataclasses.replace(c, resume=True, steps=6)
+    path = root / "run" / "last.pt"
+    torch.save(common.load_checkpoint(path) | {"best": 0.0}, path)
     reggan.train(more)
-    assert common.load_checkpoint(root / "run" / "last.pt")["step"] == 6
+    saved = common.load_checkpoint(path)
+    assert saved["step"] == 6 and saved["best"] == 0.0  # the best so far is known
     with refused("--steps or --epochs: expected at least the 6 steps that .* found 5 steps"):
         reggan.train(dataclasses.replace(more, steps=5))
     for side in "AB":
