@@ -1,5 +1,4 @@
-"""reggan.py: losses against formulas, metrics against scikit-image, registration, every host,
-resuming, bad input."""
+"""reggan.py and its hosts: losses against formulas, metrics against scikit-image, bad input."""
 
 import dataclasses
 import json
@@ -97,8 +96,7 @@ def smooth_image(n, seed, size=32):
 
 @pytest.fixture
 def root(tmp_path):
-    """A/B folders of 3 training and 2 validation pairs: B is the negative of A, both with
-    background -1 at the rim."""
+    """3 training and 2 val pairs of A and its negative B, both with background -1 at the rim."""
     for part, n, seed in (("train", 3, 0), ("val", 2, 1)):
         for side, sign in (("A", 1), ("B", -1)):
             (tmp_path / part / side).mkdir(parents=True)
@@ -547,8 +545,7 @@ PRESETS = {
     ("improved",): dict(width=8, batch_size=8, epochs=100, reg_net="coarse", lr=4e-3, reg_lr=8e-3,
                         correction=100, smooth=10, drift=100, synthetic=3, equivariance=30),
     ("paper",): dict(width=64, kernel=7, downs=2, blocks=9, batch_size=1, epochs=80, lr=1e-4,
-                     reg_lr=1e-4, correction=20, smooth=10, decay=False, pool=0),
-}
+                     reg_lr=1e-4, correction=20, smooth=10, decay=False, pool=0)}
 
 
 @pytest.mark.parametrize("switch", PRESETS)
@@ -569,8 +566,7 @@ def test_presets_fill_what_was_not_typed_and_nothing_else(switch):
 
 def test_the_papers_hosts_but_nc_with_registration_keep_a_pool():
     pools = {(host, reg): reggan.complete(config_of(paper=True, host=host, reg=reg)).pool
-             for host in ("nc", "cycle")
-             for reg in (True, False)}
+             for host in ("nc", "cycle") for reg in (True, False)}
     assert pools == {("nc", True): 0, ("nc", False): 50, ("cycle", True): 50, ("cycle", False): 50}
 
 
@@ -738,8 +734,7 @@ def moves(loss, *tensors):
 def moved_by(loss, model):
     """The networks among G, R and D that learn from `loss`."""
     parts = {"G": "netG", "R": "registration", "D": "netD"}
-    return {name for name, prefix in parts.items()
-            if moves(loss, *reggan.trainable(model, prefix))}
+    return {name for name, prefix in parts.items() if moves(loss, *reggan.trainable(model, prefix))}
 
 
 FRESH = {"correction": "GR", "smooth": "", "drift": "R", "synthetic": "R", "equivariance": "G"}
