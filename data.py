@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -742,9 +743,12 @@ def load_batches(dataset, keys, workers):
         yield from map(dataset.__getitem__, keys)
         return
     try:
-        yield from torch.utils.data.DataLoader(
+        batches = iter(torch.utils.data.DataLoader(
             dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
-            multiprocessing_context="fork" if sys.platform == "linux" else None)
+            multiprocessing_context="fork" if sys.platform == "linux" else None))
+        if sys.platform != "win32":  # torch's handler of a killed worker raises anywhere, even in
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # clean-up; `batches` finds it, too
+        yield from batches
     except InputError as error:  # a worker's error arrives with its traceback, the message last
         raise InputError(str(error).rpartition("InputError: ")[2]) from None
 
