@@ -118,8 +118,8 @@ def read_picture(path, short_side, grey, mask):
 
 def read_dicom(path):
     """The pixels of a DICOM file as they are meant to be seen, from 0 (black) to 1 (white).
-    They pass through the modality LUT and the VOI LUT or window, whose ends, or else those of
-    `limits`, are black and white. Padding is black; MONOCHROME1 is inverted."""
+    They pass through the modality LUT and the VOI LUT or window. The ends of the window, or without
+    one those of `limits`, are black and white. Padding is black; MONOCHROME1 is inverted."""
     import pydicom
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
@@ -465,9 +465,9 @@ def table_rows(data, path):
 
 def read_table(data, path, ratio=100, values=LABELS):
     """The table `path` at the root of a data set: {part: (names, labels float32 (n, k), path)}.
-    An image without a part follows the others of its patient, so that no patient is trained and
-    tested on, or else gets one by a hash of the patient alone: 70 % train, 10 % val, 20 % test, the
-    same in every run. `ratio`: the percent of the training patients taken, by another hash."""
+    An image without a part follows the others of its patient, so that no patient is in two parts.
+    Where they have none, a hash of the patient decides: 70 % train, 10 % val, 20 % test, the same
+    in every run. `ratio`: the percent of the training patients taken, by another hash."""
     rows, listed = {}, {"train": ([], []), "val": ([], []), "test": ([], [])}
     for where, name, cells, part in table_rows(data, path):
         name, wrong = plain_name(name), [cell for cell in cells if cell not in values]
@@ -527,8 +527,8 @@ def read_reports(path, root):
 
 
 def find_masks(folder, keys, empty=()):
-    """The mask of each image, a file KEY.png (`image_keys`), or None for an empty one, which the
-    indices `empty` alone may be."""
+    """The mask of each image, a file KEY.png (`image_keys`), or None. A file may be lacking for the
+    indices `empty` alone, whose masks are empty."""
     paths = [Path(folder, f"{key}.png") for key in keys]
     lost = [path for i, path in enumerate(paths) if not path.is_file() and i not in empty]
     if lost:
@@ -580,7 +580,8 @@ def identify(root, names):
 
 
 def units(owners):
-    """What may stand in one part of a split alone, for each (image, patient) of `identify`."""
+    """The patient, else the image, of each (image, patient) of `identify`: what no two parts of a
+    split may share."""
     return [patient or image for image, patient in owners]
 
 
@@ -605,7 +606,7 @@ def listed_names(path):
 
 def not_excluded(root, names, path):
     """The indices of the names that are neither in the list or CSV `path` nor of a patient in it.
-    Warns of its names that are of no image and of no patient here."""
+    Warns of names in it that fit no image and no patient here."""
     listed = listed_names(path)
     theirs, ours = identify(root, listed), identify(root, names)
     here = seen(theirs, marks(ours))
@@ -924,10 +925,10 @@ def misalign(a, b, rng, noise, elastic=0.0, with_flow=True):
 class Pairs(torch.utils.data.Dataset):
     """`folder`/A and `folder`/B as pairs (a, b), float32 (C, H, W), or (a, b, flow) with `noise`.
 
-    An item is asked for by (epoch, index): each epoch `misalign` moves it otherwise, by a generator
-    that (seed, epoch, index) fixes; `noise` None leaves the pairs as they are. All files are read
-    once here, so that a bad one is found at once, and kept where they fit in KEPT_BYTES. `size` > 0
-    scales the longer side to it and pads to a square. `with_flow` False saves the flow's time."""
+    An item is asked for by (epoch, index). `misalign` moves it in each epoch by another draw, which
+    (seed, epoch, index) fixes; `noise` None leaves the pairs as they are. All files are read once
+    here, so that a bad one is found at once, and kept where they fit in KEPT_BYTES. `size` > 0
+    scales the longer side to it and pads to a square. Without `with_flow` no flow is computed."""
 
     KEPT_BYTES = 2**30
 

@@ -165,7 +165,7 @@ def weighted_auroc(scores, labels, weights):
 
 
 def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
-    """AUROC of each class, and of each class in each of `resamples` draws of n from the n samples.
+    """AUROC of each class, of all n samples and of `resamples` draws of n samples from them.
 
     scores, labels (n, k). Returns (classes that have both labels, AUROC of each, array (classes,
     resamples)). The draws depend on n, `resamples` and `seed` alone: two models that scored the
@@ -411,8 +411,8 @@ def load_images(parts, config):
 
 def fill_weights(config):
     """`config` with the weights of a run. Where none are given these are the tiny MRM's, pretrained
-    on the demo records on first use. A comparison names DEMO_INITS: of image-only and report-only
-    one of the two losses is trained, and the seed is that of the cell."""
+    on the demo records on first use. A comparison names one of DEMO_INITS, pretrained with the seed
+    of its cell; image-only and report-only train one of the two losses."""
     if config.weights is not None and config.weights not in DEMO_INITS:
         return config
     init, seed = config.weights or "mrm", config.seed if config.weights else 0
@@ -445,8 +445,8 @@ def starting_weights(config, classes=None):
 
 
 def take_recipe(config, tensors, held, count):
-    """(`config` filled from what a run starts from and from its recipe, for `count` training
-    images; the sizes of the ViT)."""
+    """Fills `config` from the weights that a run starts from and from its recipe for `count`
+    training images. Returns (config, sizes of the ViT)."""
     sizes = encoder_sizes(tensors, held, config.weights, config.num_heads)
     published = config.data in PAPER_SETS and config.method in ("full", "lora")
     recipe = config.paper if published and sizes["embed_dim"] == 768 else "small"

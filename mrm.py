@@ -195,7 +195,7 @@ class MRM(ViT):
 
     def image_loss(self, images, prediction, mask):
         """Equation 1: sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n.
-        `hidden` picks what the mask keeps. images (B, C, 2H, 2W); prediction (B, N, (2p)^2 C)."""
+        Only hidden patches are picked. images (B, C, 2H, 2W); prediction (B, N, (2p)^2 C)."""
         hidden = mask.bool()
         target, _, _ = standardize_patches(patchify(images, 2 * self.patch_size)[hidden])
         return (prediction[hidden].float() - target).square().mean()
@@ -388,8 +388,8 @@ def load_records(config, paths, reports, device, tokenizer=None):
         tokens, word_of = encode_reports(tokenizer, reports, sizes["report_length"])
     side = kept = 2 * sizes["img_size"]
     if config.preset not in ("tiny", "mini"):  # these two are meant for small images, short runs
-        # The paper crops the full image. Here an image keeps as many pixels as its smallest crop,
-        # of area `min_crop` and aspect 3/4, needs to have `side` of its own across: 1,157 for 448
+        # The paper crops the full image. Here an image is kept so large that its smallest crop, of
+        # area `min_crop` and aspect 3/4, still has `side` pixels across: 1,157 for 448
         kept = math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
     crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop)
     training = data.ImageSet(paths[:count], kept, crop, config.seed, enlarge=False,
@@ -621,8 +621,8 @@ def draw_restored(model, paths, reports, tokenizer, config, count=6):
 
 def restored_pictures(model, images, config, generator=None):
     """Rows (image, its visible patches, restored) of images (B, C, H, W) in [0, 1], and the latent.
-    The model predicts standardised patches, so that each prediction takes the mean and deviation of
-    its true patch here, which flatters it."""
+    The model predicts standardised patches. Here each prediction takes the mean and deviation of
+    its true patch, so the picture looks better than the prediction is."""
     grey_mean, grey_std = data.statistics(images, config.mean, config.std)
     images = data.normalize(images, config.mean, config.std)
     noise = torch.rand(len(images), model.pos_embed.shape[1] - 1, generator=generator)

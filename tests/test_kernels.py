@@ -61,11 +61,8 @@ QV = (True, False, True)
 # 1, 4, 5, 32, 64 and 80, one to three groups, one row
 CASES = [
     (5, 20, 12, 80, (True,)),  # a rank of two tiles
-    (37, 41, 19, 5, QV),
-    (1, 5, 3, 1, (True,)),
-    (70, 64, 32, 4, QV),
-    (33, 100, 40, 32, (True, True, True)),
-    (40, 70, 50, 64, (False, True)),
+    (37, 41, 19, 5, QV), (1, 5, 3, 1, (True,)), (70, 64, 32, 4, QV),
+    (33, 100, 40, 32, (True, True, True)), (40, 70, 50, 64, (False, True)),
     (140, 20, 6, 33, QV),  # two programs whose sums are added
 ]
 SCALE = 1.7
@@ -930,11 +927,8 @@ def test_kernels_compile(tmp_path):
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize(
-    "case",
-    [(1576, 768, 768, 4, QV), (1576, 768, 768, 32, QV), (333, 200, 72, 16, (True,))],
-    ids=str,
-)
+@pytest.mark.parametrize("case", [
+    (1576, 768, 768, 4, QV), (1576, 768, 768, 32, QV), (333, 200, 72, 16, (True,))], ids=str)
 def test_gpu_lora(case, p, dtype):
     test_lora_kernels(case, p, dtype)  # at sizes that make many tiles
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "data.py": 1072,
+    "data.py": 1073,
     "finetune.py": 744,
     "kernels/__init__.py": 96,
     "kernels/bench.py": 190,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7648
+TOTAL = 7649
 
 
 def lines_of(name):
