@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))  # before `import torch`
+processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))  # pytest -n: they share the cores
+threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())) // processes
+os.environ["OMP_NUM_THREADS"] = str(max(1, threads))  # before `import torch`
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

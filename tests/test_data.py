@@ -1000,9 +1000,8 @@ def test_a_resized_mask_takes_the_nearest_pixel():
 # ---- Pairs
 
 
-@pytest.mark.parametrize(
-    "shape, size",
-    [((192, 192), 32), ((181, 217), 64), ((50, 90), 33), ((40, 40), 100), ((192, 192), 191)])
+@pytest.mark.parametrize("shape, size", [
+    ((192, 192), 32), ((181, 217), 64), ((50, 90), 33), ((40, 40), 100), ((192, 192), 191)])
 def test_the_background_of_a_slice_survives_every_resize(shape, size):
     y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
     slice_ = np.where(np.hypot(x / 0.6, y / 0.5) < 1, 0.3 * np.cos(9 * x) - 0.2, -1)
