@@ -747,8 +747,9 @@ def load_batches(dataset, keys, workers):
         batches = iter(torch.utils.data.DataLoader(
             dataset, None, sampler=keys, num_workers=workers, pin_memory=torch.cuda.is_available(),
             multiprocessing_context="fork" if sys.platform == "linux" else None))
-        if sys.platform != "win32":  # torch's handler of a killed worker raises anywhere, even in
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # clean-up; `batches` finds it, too
+        if sys.platform != "win32":
+            # `batches` finds a killed worker; torch's handler would raise again, even in clean-up
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from batches
     except InputError as error:  # a worker's error arrives with its traceback, the message last
         raise InputError(str(error).rpartition("InputError: ")[2]) from None

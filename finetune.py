@@ -254,12 +254,11 @@ def train(run, targets, criterion, score):
     train_set, optimizer = parts["train"].images, optimizer_by_layer(model, config)
     autocast, scaler = autocast_for(config, run.device), scaler_for(config, run.device)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    step, losses, best, every = 0, [], None, max(1, run.steps // config.evaluations)
+    step, losses, best, passes = 0, [], None, config.accumulate
     seed_rank(config.seed, log.rank)
     if run.saved:
         restore(run.saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
         step, losses, best = (run.saved[name] for name in ("step", "losses", "best"))
-    passes = config.accumulate
     batches = Timed(data.train_batches(
         train_set, config.batch_size // (world * passes), step * passes, run.steps * passes,
         config.seed, log.rank, world, config.workers), run.device, world)
@@ -292,7 +291,7 @@ def train(run, targets, criterion, score):
             scaler.update()
             optimizer.zero_grad()
             losses.append(average(loss_of_step, world).item())
-            if (step + 1) % every == 0 or step + 1 == run.steps:
+            if (step + 1) % max(1, run.steps // config.evaluations) == 0 or step + 1 == run.steps:
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
                 outputs = predict(model, parts["val"].images, config, run.device, log.rank, world)

@@ -289,9 +289,10 @@ def fill_options(config, world):
     Raises InputError for options that contradict each other."""
     preset, sizes = dict(PRESETS[config.preset]), MODELS[config.preset]
     batch = config.batch_size or preset["batch_size"]
-    preset["lr"] = preset.pop("base_lr") * batch / 256  # the linear scaling rule (Goyal et al.)
+    config = even_batch(dataclasses.replace(config, batch_size=batch), world * config.accumulate)
+    # The linear scaling rule (Goyal et al.)
+    preset["lr"] = preset.pop("base_lr") * config.batch_size / 256
     config = fill(config, RECORDS | {"out": "runs/mrm"} | preset)
-    config = even_batch(config, world * config.accumulate)
     patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")
@@ -499,8 +500,7 @@ def pretrain(config):
 def run_steps(config, model, records, steps, saved, facts, log, world):
     """The training loop. `saved` is the state that it goes on from, or None."""
     device, passes, every = records.heldout.device, config.accumulate, max(1, steps // 20)
-    paths = records.training.paths  # a list that takes milliseconds to make
-    optimizer = make_adamw(model, config, device)
+    optimizer, paths = make_adamw(model, config, device), records.training.paths
     autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     seed_rank(config.seed, log.rank)
     step, parallel, restoring = 0, model, not config.report_only

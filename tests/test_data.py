@@ -3,6 +3,7 @@ and pydicom; every kind of bad input has its one line."""
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -602,6 +603,7 @@ def test_a_truncated_image_ends_a_run_with_its_line(paths, tmp_path):
         with pytest.raises(common.InputError) as error:
             list(data.eval_batches(image_set, 2, workers=workers))
         assert str(error.value).startswith(f"{bad}: expected a complete")  # no traceback before it
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # torch's would raise a second time
 
 
 def test_image_sets_and_batches_work_where_workers_are_spawned(paths, tmp_path):
@@ -843,7 +845,8 @@ def test_units_are_patients_where_they_are_known(folder):
     assert len(set(copies)) == 1
     write(folder / "labels.csv",
           "image,Edema,patient\na0.png,1,p1\nc1.png,0,\n00000013_005.png,1,p9\n")
-    assert units("a0.png", "c1.png", "00000013_005.png") == ["p1", "c1", "p9"]
+    write(folder / "records.csv", "image_path,patient_id\na0.png,r1\nc1.png,r2\n")  # blank: r2
+    assert units("a0.png", "c1.png", "00000013_005.png") == ["p1", "r2", "p9"]
     write(folder / "patients.csv", "image,patient\na0.png,1\n")
     fails(lambda: units("a0.png"), "patients.csv", "image_path, patient_id")
     write(folder / "demo.json", "{}")  # drawn images are called like NIH's

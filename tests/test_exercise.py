@@ -82,7 +82,8 @@ def test_blanked_functions_fail_and_the_solutions_of_the_others_pass(tmp_path, b
         assert tally(own, words) == expected, (number, own)
 
 
-FAULTS = {"zero_grad of G": ("opt_g.zero_grad()\n", ""), "zero_grad of D": ("opt_d.zero_grad()\n", ""),
+FAULTS = {"zero_grad of G": ("opt_g.zero_grad()\n", ""),
+          "zero_grad of D": ("opt_d.zero_grad()\n", ""),
           "pool": ("pools[side](fake.detach())", "fake.detach()"), "detach": (".detach())", ")"),
           "R's losses": ("losses |= registration", "_ = registration"), "nothing": ("", "")}
 
@@ -202,7 +203,8 @@ def test_the_singular_values_of_an_adapter(tmp_path, monkeypatch):
 def test_attention_is_the_networks_own():
     """Exercise 18: rows sum to 1, and the weights times v are what the network attends."""
     torch.manual_seed(0)
-    model, images, names = ViT(32, 8, 1, 32, 2, 2, num_classes=3).eval(), torch.randn(2, 1, 32, 32), {}
+    model = ViT(32, 8, 1, 32, 2, 2, num_classes=3).eval()
+    images, names = torch.randn(2, 1, 32, 32), {}
     exec(solution(18).split("if __name__")[0], names)
     found = names["attention"](model, images)
     x = model.blocks[0](model.add_class_token(model.embed(images)))

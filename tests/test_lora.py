@@ -340,14 +340,12 @@ def load_into_model(config):
 
 
 @pytest.mark.parametrize("command", [lora.merge, lora.export_peft, load_into_model])
-@pytest.mark.parametrize(
-    "entry, message",
-    [("no base", "its base weights .* are not there; give them with --weights"),
-     ("no LoRA", "expected an adapter"), ("number", "expected an adapter"),
-     ("whole numbers", "expected an adapter"), ("settings", "expected an adapter"),
-     ("rank", r"does not fit"), ("targets", r"does not fit"), ("no B", r"does not fit"),
-     ("short B", r"does not fit")],
-)
+@pytest.mark.parametrize("entry, message", [
+    ("no base", "its base weights .* are not there; give them with --weights"),
+    ("no LoRA", "expected an adapter"), ("number", "expected an adapter"),
+    ("whole numbers", "expected an adapter"), ("settings", "expected an adapter"),
+    ("rank", r"does not fit"), ("targets", r"does not fit"), ("no B", r"does not fit"),
+    ("short B", r"does not fit")])
 def test_damaged_adapters_end_a_command_with_one_line(tmp_path, command, entry, message):
     common.save_checkpoint(tmp_path / "base.pt", {"model": vit().state_dict()})
     path = tmp_path / "adapter.pt"

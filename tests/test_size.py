@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "data.py": 1073,
-    "finetune.py": 744,
+    "data.py": 1074,
+    "finetune.py": 743,
     "kernels/__init__.py": 96,
     "kernels/bench.py": 190,
     "kernels/cpu.py": 68,
@@ -46,14 +46,11 @@ def test_a_file_stays_within_its_budget(name):
     assert len(lines_of(name)) <= BUDGET[name] and max(map(len, lines_of(name))) <= 100
 
 
-LONGEST = 61  # lines of a function outside kernels/, where a tile is not cut in two; 60 is the aim
-
-
 @pytest.mark.parametrize("name", [name for name in BUDGET if not name.startswith("kernels/")])
 def test_functions_are_short(name):
     for place in ast.walk(ast.parse((ROOT / name).read_text())):
         if isinstance(place, ast.FunctionDef):
-            assert place.end_lineno - place.lineno < LONGEST, place.name
+            assert place.end_lineno - place.lineno < 60, place.name
 
 
 def test_every_file_has_a_budget_and_the_sum_has_one():
