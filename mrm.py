@@ -288,11 +288,11 @@ def fill_options(config, world):
     """The configuration that runs: `config` with the preset's values and the peak learning rate.
     Raises InputError for options that contradict each other."""
     preset, sizes = dict(PRESETS[config.preset]), MODELS[config.preset]
-    batch = config.batch_size or preset["batch_size"]
-    config = even_batch(dataclasses.replace(config, batch_size=batch), world * config.accumulate)
-    # The linear scaling rule (Goyal et al.)
-    preset["lr"] = preset.pop("base_lr") * config.batch_size / 256
+    base_lr = preset.pop("base_lr")
     config = fill(config, RECORDS | {"out": "runs/mrm"} | preset)
+    config = even_batch(config, world * config.accumulate)
+    # The linear scaling rule (Goyal et al.)
+    config = fill(config, {"lr": base_lr * config.batch_size / 256})
     patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
     if config.image_only and config.report_only:
         raise InputError("--image-only and --report-only exclude each other")

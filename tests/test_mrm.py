@@ -254,9 +254,9 @@ def log_of(folder):
 
 def test_typed_options_win_over_the_preset():
     filled = mrm.fill_options(mrm.MRMConfig(), world=1)
-    found = filled.steps, filled.epochs, filled.batch_size, filled.vocab_size
-    assert found == (4800, None, 32, 800)
-    assert filled.lr == pytest.approx(8e-3 * 32 / 256) and filled.mean is None is filled.std
+    found = filled.steps, filled.epochs, filled.batch_size, filled.vocab_size, filled.mean
+    assert found == (4800, None, 32, 800, None) and filled.std is None
+    assert filled.lr == pytest.approx(8e-3 * 32 / 256)
     typed = dict(warmup=0.0, min_crop=0.5, mask_ratio=0.25, word_ratio=0.25, vocab_size=300,
                  batch_size=16, weight_decay=0.0)
     filled = mrm.fill_options(mrm.MRMConfig(preset="base", epochs=3, **typed), world=2)
@@ -264,10 +264,9 @@ def test_typed_options_win_over_the_preset():
     assert (filled.steps, filled.epochs) == (None, 3)
     assert filled.lr == pytest.approx(1.5e-4 * 16 / 256)
     # The batch is that of a step: neither processes nor passes change it or the rate
-    for passes, world in ((4, 1), (1, 4), (2, 8)):
+    for passes, world, batch in ((4, 1, 32), (1, 4, 32), (2, 8, 32), (3, 4, 24)):
         filled = mrm.fill_options(mrm.MRMConfig(accumulate=passes), world=world)
-        assert filled.lr == pytest.approx(8e-3 * 32 / 256) and filled.batch_size == 32
-    assert mrm.fill_options(mrm.MRMConfig(accumulate=3), world=4).batch_size == 24
+        assert filled.lr == pytest.approx(8e-3 * batch / 256) and filled.batch_size == batch
     assert mrm.fill_options(mrm.MRMConfig(lr=0.5), world=1).lr == 0.5  # the typed peak wins
     assert mrm.fill_options(mrm.MRMConfig(mean=0.0, std=1.0), world=1).mean == 0.0  # 0 means 0
     with pytest.raises(InputError, match="--mean and --std: expected both"):
