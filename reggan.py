@@ -637,7 +637,7 @@ def loop(job, log):
                          **batches.speed())
                 draw_curves(log, config.host, {"losses": list(losses), "MAE on val": ["val_mae"]})
                 if job.rank == 0:
-                    draw(job, log.out / "progress.png", job.val[-1], note=f"epoch {epoch:g}: ")
+                    draw(job, log.out / "progress.gif", job.val[-1], note=f"epoch {epoch:g}: ")
                     shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
                     print(f"epoch {epoch:g}: val {shown}; {batches}", flush=True)
                 # Val chooses the weights. A GAN's losses cannot, since G's loss rises when D gets

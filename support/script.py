@@ -26,7 +26,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def lock(folder):
         return None
 
 
-RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl")
+RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl", "progress.gif")
 
 
 def check_apart(out, *sources):
@@ -694,7 +694,7 @@ def place_words(caption, font, width, line):
 
 
 def save_grid(path, rows, titles=("",), captions=None, scale=1):
-    """Writes a PNG of images of one size in rows and columns.
+    """Writes a PNG of images of one size in rows and columns; a .gif gets them as one more frame.
     rows: lists of images, (H, W), (1, H, W) or (3, H, W) in [0, 1], drawn `scale` times as large;
     titles: one a column; captions: one a row, wrapped below it: a text, or words (text, colour)."""
     font, gap, line = ImageFont.load_default(12), 8, 16
@@ -716,7 +716,12 @@ def save_grid(path, rows, titles=("",), captions=None, scale=1):
         for (x, y), word, colour in text:
             draw.text((gap + x, top + H + y), word, colour, font)
         top += height
-    atomic_write(path, lambda file: canvas.save(file, "PNG"))
+    path, frames = Path(path), [canvas]
+    if path.suffix == ".gif" and path.exists():
+        with Image.open(path) as earlier:
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(earlier)] + frames
+    options = {"save_all": True, "append_images": frames[1:], "duration": 500, "loop": 0}
+    atomic_write(path, lambda file: frames[0].save(file, path.suffix[1:], **options))
 
 
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]

@@ -135,7 +135,7 @@ def test_links_and_named_files_exist(page):
         assert made or any((place / name).exists() for place in places), name
 
 
-MADE = {"try.py", "mine.py", "more/gdl.py", "translation.png", "progress.png", "curves.png",
+MADE = {"try.py", "mine.py", "more/gdl.py", "translation.png", "progress.gif", "curves.png",
         "reconstruction.png", "train_1.txt", "DIR/classes.txt"}  # by a run, or by the reader
 
 

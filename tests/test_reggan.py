@@ -415,7 +415,7 @@ def test_a_run_leaves_its_files(root):
     """That a run which is stopped goes on bit for bit: test_interruption.py."""
     result = reggan.train(small(root, epochs=4, pool=2))
     files = {"config.json", "log.jsonl", "last.pt", "best.pt", "result.json", "curves.png",
-             "progress.png", "translation.png"}
+             "progress.gif", "translation.png"}
     assert files <= {path.name for path in (root / "run").iterdir()}
     assert json.loads((root / "run" / "result.json").read_text()) == result
     assert {"mae", "psnr", "ssim", "host", "registration", "noise", "foreground"} <= result.keys()

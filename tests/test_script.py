@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from support import script as common
 from support.script import InputError
@@ -360,6 +360,11 @@ def test_save_grid(tmp_path):
     assert (picture.sum(-1) < 200).sum() > 100  # text
     common.save_grid(tmp_path / "h.png", [[grey]])
     assert Image.open(tmp_path / "h.png").size == (46, 52)
+    for shade in (0.0, 0.5, 1.0):
+        common.save_grid(tmp_path / "g.gif", [[torch.full((20, 30), shade)]])
+    with Image.open(tmp_path / "g.gif") as film:
+        frames = [frame.convert("L").getpixel((20, 30)) for frame in ImageSequence.Iterator(film)]
+    assert frames == [0, 128, 255]
     fails(lambda: common.save_grid(tmp_path / "g.png/x.png", [[grey]]), "cannot be written")
 
 

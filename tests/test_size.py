@@ -29,12 +29,12 @@ BUDGET = {
     "support/__init__.py": 8,
     "support/demo.py": 442,
     "support/recipes.py": 100,
-    "support/script.py": 775,
+    "support/script.py": 780,
     "support/tokenizer.py": 123,
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7649
+TOTAL = 7654
 
 
 def lines_of(name):
