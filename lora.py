@@ -15,19 +15,19 @@ In plain torch these are eight lines. `LoRALinear` computes the same for several
 
 Why q and v: attention's weights depend on q and k through their product alone, so that adapting q
 suffices to change where a token looks. Adapting v changes what it takes from there. Why alpha / r:
-B A is a sum over r directions. Where they learn alike the sum grows as r. Dividing by r keeps its
-size, so that one alpha serves every rank. The papers' alpha is 32, which makes the factor 8 at
-rank 4. Why B = 0: the layer starts as the plain one. A must not be 0 as well, because the gradient
-of each has the other as a factor, and neither would ever learn.
+B A is a sum over r directions. If all of them learn the same, the sum is r times as large. Dividing
+by r keeps its size, so that one alpha serves every rank: the papers' 32 is a factor of 8 at rank 4.
+Why B = 0: the layer starts as the plain one. A must not be 0 as well, because the gradient of each
+has the other as a factor, and neither would ever learn.
 
 Why it saves memory: a trained number needs a gradient and AdamW's two averages, a frozen one none
 of them, and of a ViT-B 0.19 % is trained. Most activations stay, because the gradient still passes
 through every block. The peak falls by 27 % with 8 images a step and by 15 % with 64, as measured in
 tests/readme/results.md. An adapter's file is below 2 % of the model's.
 
-One batch of the demo, rank 4: x (32, 37, 128) -> t = x A^T (32, 37, 8), four numbers for q and four
-for v -> t B^T (32, 37, 256), added to the q and v columns of x W^T + b (32, 37, 384). A (8, 128)
-and B (256, 4) are 2,048 numbers; W has 49,152.
+One batch of the demo, rank 4: x (32, 37, 128) -> x A^T (32, 37, 8), which is t_q and t_v of four
+numbers each -> t_q B_q^T and t_v B_v^T, (32, 37, 128) each, which are added to the q and the v
+columns of x W^T + b (32, 37, 384). A (8, 128) and B (256, 4) are 2,048 numbers; W has 49,152.
 
     python lora.py merge --adapter runs/finetune/adapter.pt      # base + adapter -> one plain ViT
     python lora.py export-peft --adapter runs/finetune/adapter.pt --out DIR    # Hugging Face's peft
@@ -79,7 +79,7 @@ class LoRALinear(nn.Linear):
         nn.init.uniform_(self.lora_A, -(in_features**-0.5), in_features**-0.5)
 
     def forward(self, x):
-        """x (..., in) -> (..., out)."""
+        """x (..., in) -> (..., out): `reference_forward` in kernels/lora_linear.py, six lines."""
         if self.merged:
             return super().forward(x)
         dropout = self.dropout if self.training else 0.0
@@ -100,7 +100,7 @@ class LoRALinear(nn.Linear):
 # Adding it to a model, and merging
 
 # Which layers of a ViT are adapted: the paper's q and v, and beyond it (finetune.py --method
-# lora-qkv, lora-all) q, k and v, or all linear layers. A layer's own name stands before its parts.
+# lora-qkv, lora-all) q, k and v, or all linear layers. {last name of a layer: which parts of it}
 TARGETS = {"qv": {"qkv": (True, False, True)}, "qkv": {"qkv": (True, True, True)},
            "all": {"qkv": (True, True, True), "proj": (True,), "fc1": (True,), "fc2": (True,)}}
 SETTINGS = ("rank", "alpha", "dropout", "targets")  # add_lora's, which an adapter file holds
@@ -115,9 +115,8 @@ def part_of(name):
 
 def add_lora(model, rank=4, alpha=32, dropout=0.1, targets=TARGETS["qv"]):
     """Puts LoRA on the linear layers whose last name is in `targets` (name -> parts) and freezes
-    the backbone, so that LoRA, fc_norm and head are trained. The layers keep their weights and
-    their state-dict keys. Returns the model, changed in place. Raises ValueError if no layer has
-    such a name or the model holds LoRA already."""
+    the backbone: LoRA, fc_norm and head are trained; weights and keys stay. Returns the model,
+    changed in place. Raises ValueError if no layer has such a name or one holds LoRA already."""
     found = [(name, layer) for name, layer in model.named_modules()
              if name.rpartition(".")[2] in targets and isinstance(layer, nn.Linear)]
     if not found:
@@ -159,7 +158,8 @@ def count_parameters(model):
     for name, parameter in model.named_parameters():
         count[part_of(name)] += parameter.numel()
         count["trainable"] += parameter.numel() * parameter.requires_grad
-    return count | {"total": count.pop("backbone") + count["head"]}
+    count["total"] = count.pop("backbone") + count["head"]
+    return count
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,8 +308,8 @@ def export_peft(config):
 
 def import_medpeft(config):
     """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT, which is the
-    base too, because its frozen weights have drifted a little from MRM's. Its code fixes alpha 32,
-    dropout 0.1 and q and v. Raises InputError for other checkpoints."""
+    base too: its code lets frozen weights drift (tests/departures.md). It fixes alpha 32, dropout
+    0.1 and q and v. Raises InputError for other checkpoints."""
     tensors, _ = read_weights(config.weights)
     adapter = {n: t.float() for n, t in tensors.items() if part_of(n) != "backbone" and is_plain(t)}
     ranks = {n for name in adapter if name.endswith("lora_B") for n in adapter[name].shape[-1:]}

@@ -1,4 +1,4 @@
-"""MRM, masked record modeling: a ViT learns from radiographs and reports of which parts are hidden.
+"""MRM, masked record modeling: a ViT learns from X-rays and reports whose hidden parts it restores.
 
 Paper: Zhou et al., "Advancing Radiograph Representation Learning with Masked Record Modeling",
 ICLR 2023.
@@ -26,12 +26,12 @@ hidden in the report. Fine-tuning keeps the encoder alone.
                                       v
     report with hidden words --> REPORT DECODER --> the hidden words -- (2) report loss
 
-The image decoder works at twice the encoder's resolution: the latent has to hold finer detail than
-the encoder was shown, at a quarter of the patches that showing it would take. The report decoder
-gets one vector, so that what the words need must stand in the mean of the patches. A classifier's
-head sees such a mean later, over all patches. Both leave the class token out, to which the image
-decoder may attend; it is there because MAE's and timm's weights have it. Both losses weigh 1, as in
-the paper.
+The image decoder restores twice the resolution that the encoder was shown: the latent has to hold
+finer detail than its input, and the encoder sees a quarter of the patches that a full-size input
+would have. The report decoder gets one vector, the mean of the patches, so that this mean must hold
+what the words need: later it is what a classifier's head sees, over all patches. Neither uses the
+class token. It exists because MAE's and timm's weights have one; the image decoder may attend to
+it. Both losses weigh 1, as in the paper.
 
     (1) image loss  = sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n
     (2) report loss = -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
@@ -161,7 +161,7 @@ class MRM(ViT):
     def encode(self, images, mask_ratio, noise=None):
         """Encodes a random subset of the patches of images (B, C, H, W): MAE's masking.
         The patches with the lowest noise (B, N) stay visible; None draws it. Returns latent
-        (B, 1 + V, D), mask (B, N) with 1 = hidden, and ids_restore (B, N)."""
+        (B, 1 + V, D), behind the last norm, mask (B, N) with 1 = hidden, and ids_restore (B, N)."""
         # 1. Positions are added before the patches change their places
         x = self.embed(images)  # (B, N, D)
         B, N, D = x.shape
@@ -185,7 +185,7 @@ class MRM(ViT):
         x = self.decoder_embed(latent)  # (B, 1 + V, d), d the decoder's width
         B, N = ids_restore.shape
         # Every hidden patch enters as the same learned token, which only its position tells apart
-        hidden = self.mask_token.expand(B, N + 1 - x.shape[1], -1).to(x.dtype)
+        hidden = self.mask_token.expand(B, N - x[:, 1:].shape[1], -1).to(x.dtype)  # (B, N - V, d)
         patches = torch.cat([x[:, 1:], hidden], dim=1)  # (B, N, d) in shuffled order
         patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, x.shape[2]))  # in order
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (B, 1 + N, d)
@@ -204,21 +204,21 @@ class MRM(ViT):
         """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches).
         A record without a report, which is padding alone, has no part in it."""
         rows = ~padding.all(1)  # (B,)
-        if not rows.any():  # several processes wait until each parameter has a gradient: here 0
+        if not rows.any():  # without a gradient, a 0, other processes would wait for ever
             rows[0], padding = True, torch.zeros_like(padding)
         logits = self.report_decoder(latent[rows, 1:], inputs[rows], hidden[rows], padding[rows])
         if len(logits) == 0:
             return logits.float().sum()
         return F.cross_entropy(logits.float(), tokens[hidden])
 
-    def forward(self, images, report=None, restoring=True, mask_ratio=0.75, noise=None):
+    def forward(self, images, report=None, restore_image=True, mask_ratio=0.75, noise=None):
         """The two losses of a batch of records, of images (B, C, 2H, 2W) and reports.
         report is (tokens, inputs, hidden, padding), each (B, L): the true ids, the ids with the
         mask token at hidden words, and as bools the hidden tokens and those beyond the end. Without
-        `restoring` there is no image loss, without `report` no report loss: it is 0."""
+        `restore_image` the image loss is 0, without `report` the report loss."""
         latent, mask, ids_restore = self.encode(half_size(images), mask_ratio, noise)
         image_loss = report_loss = latent.new_zeros(())
-        if restoring:
+        if restore_image:
             image_loss = self.image_loss(images, self.decode_image(latent, ids_restore), mask)
         if report is not None:
             report_loss = self.report_loss(latent, *report)
@@ -341,7 +341,7 @@ class Records:
     heldout: torch.Tensor  # images of the held-out records, normalised, on the device
     tokenizer: object
     tokens: torch.Tensor  # (n, L) of all reports, those of the held-out records last
-    word_of: torch.Tensor  # (n, L): the number of the word that a token belongs to
+    word_of: torch.Tensor  # (n, L): the word that a token belongs to, by number; -1 beyond the end
 
     def report_batch(self, rows, config, generator=None):
         """The reports `rows` as `MRM.forward` takes them, with newly drawn hidden words."""
@@ -387,13 +387,13 @@ def load_records(config, paths, reports, device, tokenizer=None):
         elif tokenizer is None:
             tokenizer = train_tokenizer(reports[:count], config.vocab_size)
         tokens, word_of = encode_reports(tokenizer, reports, sizes["report_length"])
-    side = kept = 2 * sizes["img_size"]
+    side = stored = 2 * sizes["img_size"]
     if config.preset not in ("tiny", "mini"):  # these two are meant for small images, short runs
         # The paper crops the full image. Here an image is kept so large that its smallest crop, of
         # area `min_crop` and aspect 3/4, still has `side` pixels across: 1,157 for 448
-        kept = math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
+        stored = math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
     crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop)
-    training = data.ImageSet(paths[:count], kept, crop, config.seed, enlarge=False,
+    training = data.ImageSet(paths[:count], stored, crop, config.seed, enlarge=False,
                              white=config.white).preload()
     heldout = data.ImageSet(paths[count:], side, white=config.white)
     heldout = torch.stack([image for image, _ in heldout]).to(device)
@@ -407,7 +407,7 @@ def load_records(config, paths, reports, device, tokenizer=None):
 
 def decays(name, parameter):
     """Whether weight decay acts on a parameter: it does on weights of linear maps and embeddings,
-    and not on biases, norms, positions, the class or mask token (MAE's fine-tuning)."""
+    and not on biases, norms, sin-cos positions, the class or mask token (MAE's fine-tuning)."""
     return parameter.ndim > 1 and name not in ("cls_token", "mask_token", "pos_embed")
 
 
@@ -503,12 +503,12 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
     optimizer, paths = make_adamw(model, config, device), records.training.paths
     autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     seed_rank(config.seed, log.rank)
-    step, parallel, restoring = 0, model, not config.report_only
+    step, parallel, with_image = 0, model, not config.report_only
     if saved:
         step = saved["step"]
         restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
     if world > 1:  # without the image loss the image decoder gets no gradients
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not restoring)
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not with_image)
     batches = Timed(data.train_batches(
         records.training, config.batch_size // (world * passes), step * passes, steps * passes,
         config.seed, log.rank, world, config.workers), device, world)
@@ -535,7 +535,7 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
                 # Only the multiplications run in bfloat16. The losses are float32, because
                 # bfloat16's two or three digits would round away what one step gains
                 with autocast():
-                    both = parallel(images, report, restoring, config.mask_ratio)
+                    both = parallel(images, report, with_image, config.mask_ratio)
                 scaler.scale(sum(both) / passes).backward()  # equation 3
                 losses += torch.stack(both).detach() / passes
                 seen += rows.tolist()
@@ -656,7 +656,7 @@ def reconstruct(config):
     or on those of --root."""
     if not config.weights:
         raise InputError("--reconstruct needs --weights RUN, the folder of a run of this script, "
-                         "such as the main job's runs/mrm-demo")
+                         "such as runs/mrm-demo, which python finetune.py --lora leaves")
     tensors, held = read_weights(config.weights)
     if not {"arguments", "config"} <= held.keys() or "decoder_pred.weight" not in tensors:
         raise InputError(config.weights, "an MRM checkpoint of this script", "no decoders")

@@ -19,21 +19,22 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
     smoothness     flow ==> R                               R learns to bend little
     D's own        verdict ==> D; G(a) is detached          D learns to tell b from G(a)
 
-The gradient that reaches R runs on through G(a) into G: R may ask for an image that is easier to
-move. G cannot learn how b was moved, because a does not show it. But G may learn a motion that all
-pairs share, because R undoes it; more/improved.py forbids that.
+Both gradients that reach R run on through G(a), which is not detached, into G: R may ask for an
+image that is easier to move. G cannot learn how b was moved, because a does not show it. But G may
+learn a motion that all pairs share, because R undoes it; more/improved.py forbids that.
 
-Level n: aligned pairs are moved apart, so that the true motion is known. Each image is read at the
-positions T(p) of a random map T of its own; p = (y, x) is a pixel, c the middle of the image.
+Level n (--noise n): aligned pairs are moved apart, so that the true motion is known. Each image is
+read at T(p), by a random map T of its own; p = (y, x) is a pixel, c the middle of the image.
 
     T(p) = c + t + M (p - c)        M turns by at most n degrees and zooms by at most 2n %,
                                     t shifts by at most 2n % of the sides; all of them uniform
-    moved a[p] = a[Ta(p)] and moved b[p] = b[Tb(p)], so R should find flow(p) = Ta^-1(Tb(p)) - p
+    moved a[p] = a[Ta(p)] and moved b[p] = b[Tb(p)]. R should find flow(p) = Ta^-1(Tb(p)) - p, since
+    moved a[p + flow(p)] = a[Ta(Ta^-1(Tb(p)))] = a[Tb(p)] lies as moved b[p] = b[Tb(p)] does
 
 At level 3 and 64 x 64 pixels that is 4 pixels in the mean. At level 0 one small T (1 degree, 2 %)
 moves both. --elastic s adds a smooth bending of s % of the sides to T. See `data.misalign`.
 
-    python reggan.py                    # NC + R on the demo pairs, which are drawn on first use
+    python reggan.py                    # NC (G and D alone) + R on demo pairs, drawn on first use
     python reggan.py --host cycle --no-reg --noise 3 --root DIR --paper
     python reggan.py --compare --levels 0,3,5,elastic --seeds 3
     python reggan.py --translate DIR --weights RUN
@@ -44,7 +45,7 @@ The networks are small; --paper takes the paper's. tests/departures.md: what dif
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. A flow says where each pixel reads:
 warp(image, flow)[p] = image[p + flow(p)]. One batch of the demo, a and b being (8, 1, 64, 64):
-    G    (8, 8, 64, 64), (8, 16, 32, 32) through the residual blocks, (8, 8, 64, 64); G(a) as a
+    G    (8, 8, 64, 64), (8, 16, 32, 32) in the residual blocks, (8, 8, 64, 64); G(a) as large as a
     D    (8, 8, 32, 32), (8, 16, 16, 16), (8, 32, 8, 8), (8, 64, 7, 7), (8, 1, 6, 6), mean (8, 1)
     R    G(a) and b (8, 2, 64, 64), (8, 16, 64, 64), (8, 32, 32, 32), ... (8, 32, 4, 4), bottom
          (8, 64, 2, 2), the same way up again; flow (8, 2, 64, 64)
@@ -129,8 +130,8 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. Each of its verdicts sees
-    70 x 70 pixels; it returns their mean, one number per image, (B, 1)."""
+    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. Each verdict sees 70 x 70
+    pixels. It returns their mean, (B, 1), which the losses square, as in Reg-GAN's code."""
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()
@@ -188,7 +189,7 @@ class Registration(nn.Module):
         for block in self.down:
             skips.append(block(x))
             x = F.max_pool2d(skips[-1], 2)
-        x = self.bottom(x)  # (B, w, h, w), 2 or 3 pixels high or wide
+        x = self.bottom(x)  # (B, 2 * width, ...), 2 or 3 pixels high or wide
         for block, skip in zip(self.up, reversed(skips)):
             x = F.interpolate(x, skip.shape[2:], mode="bilinear")
             x = block(torch.cat((x, skip), 1))
@@ -354,9 +355,9 @@ class Pix2Pix(NC):
 
 
 class Cycle(NC):
-    """CycleGAN (Zhu et al. 2017): G from A to B, F from B to A, and there and back is the identity.
-    adversarial + 10 (mean |F(G(a)) - a| + mean |G(F(b)) - b|)
-    Some seeds learn to invert the image, and F inverts it back: no loss here forbids that."""
+    """CycleGAN (Zhu et al. 2017): G from A to B, H from B to A, and there and back is the identity.
+    adversarial + 10 (mean |H(G(a)) - a| + mean |G(H(b)) - b|)
+    Some seeds learn to invert the image, and H inverts it back: no loss here forbids that."""
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
@@ -522,8 +523,7 @@ def all_pairs(config):
 
 
 class Job:
-    """All that a run consists of: pairs, networks, optimisers, pools, counters; with --resume as
-    `save` wrote them."""
+    """A run's pairs, networks, optimisers, pools and counters; with --resume as `save` wrote."""
 
     def __init__(self, config, device, rank=0, world=1):
         self.device, self.rank, self.world = device, rank, world

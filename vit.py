@@ -13,7 +13,7 @@ One batch of the demo: X-rays (32, 1, 48, 48) -> 36 patches of 8 x 8 pixels (32,
 (32, 4, 37, 32) each -> (32, 37, 128) -> mean of the patch tokens (32, 128) -> 7 logits (32, 7)
 
 Paper: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; sin-cos positions as in MAE.
-Next: mrm.py. Shapes: B batch, N patches, D width, p pixels a side of a patch, C channels."""
+Next: mrm.py. Shapes: B batch, N or n patches, D width, p pixels a side of a patch, C channels."""
 import math
 
 import torch
@@ -42,8 +42,8 @@ def unpatchify(patches, p, channels=1):
 
 
 def sincos_positions(dim, side):
-    """Fixed 2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first.
-    Four quarters of `dim` hold sin x, cos x, sin y and cos y at falling frequencies, as in MAE."""
+    """2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first; MRM keeps them
+    fixed. Four quarters of `dim` hold sin x, cos x, sin y, cos y at falling frequencies (MAE)."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, found {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)
@@ -72,10 +72,10 @@ class Attention(nn.Module):
         B, N, _ = x.shape
         return self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x, mask=None):
-        """x (B, N, D); mask (B, 1, 1, N) bool: which tokens are attended to (None: all)."""
+    def forward(self, x, attended=None):
+        """x (B, N, D); attended (B, 1, 1, N) bool: to which tokens the others look (None: all)."""
         q, k, v = self.heads(x)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
         return self.proj(out.transpose(1, 2).flatten(2))  # heads side by side again: (B, N, D)
 
 
@@ -114,8 +114,8 @@ class Block(nn.Module):
         kept = torch.empty(len(x), 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep)
         return x * kept / keep
 
-    def forward(self, x, mask=None):
-        x = x + self.drop(self.attn(self.norm1(x), mask))
+    def forward(self, x, attended=None):
+        x = x + self.drop(self.attn(self.norm1(x), attended))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 

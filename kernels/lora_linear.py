@@ -1,7 +1,7 @@
 """A linear layer with a low-rank update: LoRA's forward and backward passes in two kernels.
 
 Hu et al., "LoRA", ICLR 2022, eq. 3, on parts of a fused projection, as q and v of a ViT's qkv. For
-each adapted part g of the output's columns, with one mask `keep` for all, P[keep] = 1 - p,
+each adapted part g of the output's columns, with one mask for all, keep = 1 with probability 1 - p,
 
     t_g = (keep * x) A_g^T      y_g = x W_g^T + b_g + s' t_g B_g^T          s' = s / (1 - p)
     u_g = s' dy_g B_g           dx = dy W + keep * sum_g u_g A_g
@@ -14,11 +14,12 @@ bits, with dropout:
 
                        forward    backward
     frozen layer            81          81     x, W, y; then dy, W, dx
-    two kernels            101         150     x once more for t; then dy for u, x for dA
+    two kernels            101         150     x once more for t; then dy of q and v, x, 10 of sums
     PEFT's form            401         478     D(x), x A^T, its product with B^T, the sum with y
 
 One kernel alone would have each tile of y make t again, and draw the mask of all of its rows again:
-12 times at 128 columns a tile. So both directions are split at the rank.
+12 times at 128 columns a tile. So both directions make the thin product (t, u) in a kernel of its
+own and store it: two launches forward; backward three, since dA needs all of u.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R. t and u are (M, GR), the groups side by side.
@@ -100,19 +101,21 @@ def plain_down_kernel(
 #     program 1   x[4:5, 0:8]       x[4:5, 8:16]      x[4:5, 16:20] ....      -> t[4:5, 0:2]
 #                 3 rows too many   3 rows too many   and 4 columns too many
 #
-# Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored. A
-# tile of t has 16 columns, the least that tl.dot takes, of which 14 are 0.
+# Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored; in
+# a sum over rows they meet zeros. A tile of t has 16 columns, the least that tl.dot takes, of which
+# 14 are 0.
 #
 # The two kernels serve both directions. down_kernel goes from `in` to the rank, and up_kernel, the
 # large product, starts from there.
 #                in   factor of down_kernel   low   factor of up_kernel   out   sums of down_kernel
 #     forward    x    lora_A                  t     lora_B                y
-#     backward   dy   lora_B                  u     lora_A                dx    dB, and dA from x
+#     backward   dy   lora_B                  u     lora_A                dx    dB, of dy and t
+#                x    none                                                      dA, of x and u
 #
 # The tiles of y with the program of up_kernel that makes each, for q and v of a fused qkv. PARTS
 # has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
 # their place in t, lora_A and lora_B. Tiles with a + start from the low-rank product. The programs
-# go down 8 rows before they go right, so that those of one time share rows of x and W in the cache.
+# go down 8 rows before they go right: those that run together share rows of x and W in the cache.
 #     part             0 = q                 1 = k                 2 = v
 #     bit of PARTS     1: group 0            0: no group           1: group 1
 #     starts from      t_0 B_0^T             0                     t_1 B_1^T
@@ -140,7 +143,7 @@ def down_kernel(
     factor_ptr,  # lora_A, lora_B, or None
     low_ptr,  # (M, GR) float32: t or u, written if there is a factor
     copy_ptr,  # (M, K) or None, written: x in the dtype of the large product
-    seed_ptr,  # a number, or None without dropout
+    seed_ptr,  # one number, from which each pass draws the same mask; None without dropout
     other_ptr,  # (M, GR) float32 or None: u or t
     sums_ptr,  # (programs, *factor) float32, written if there is another: parts of dA or dB
     threshold, scale, M,
@@ -212,6 +215,7 @@ def up_kernel(
     part, first_col = pid_n // (TILES // P), pid_n % (TILES // P) * BLOCK_OUT
     first_row, rows_left = pid_m.to(tl.int64) * BLOCK_M, M - pid_m * BLOCK_M
     in_row, inside = tl.minimum(row, rows_left - 1)[:, None], col[None, :] < WIDTH - first_col
+    # The low-rank product comes first: scale and mask act on it alone, in the one accumulator.
     out = tl.zeros((BLOCK_M, BLOCK_OUT), tl.float32)
     if (PARTS >> part) & 1:
         group = group_of(part, P, PARTS)
@@ -312,7 +316,7 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
     (M, K), N, P, u = x.shape, len(weight), len(parts), torch.empty_like(t)
     dx, scale = torch.empty_like(x, dtype=dtype) if needs_dx else None, scale / (1 - dropout)
     GR, R, PARTS, threshold, common = constants_of(lora_A, lora_B, parts, dropout)
-    # A program's sums, over 128 rows. At the head's sizes each of the two takes 2.4 MB, and 19.5 at
+    # A program's sums, over 128 rows. At the sizes above each of the two takes 2.4 MB, and 19.5 at
     # rank 32, written and read once; programs of several row tiles write less, in more registers.
     dA, dB = (t.new_empty(triton.cdiv(M, 128), *factor.shape) for factor in (lora_A, lora_B))
     blocks = dict(BLOCK_M=128, BLOCK_IN=128 // weight.element_size(), num_warps=8)

@@ -51,7 +51,7 @@ FORWARD_BLOCK, BACKWARD_BLOCK, FINISH_BLOCK = 512, 128, 1024
 
 
 def places(flow):
-    """Y and X of the head, (B, 1, H, W) each. `hardtanh` is a clamp that keeps NaN, and whose
+    """Y and X of the formula, (B, 1, H, W) each. `hardtanh` is a clamp that keeps NaN, and whose
     gradient is 0 on the bounds, too."""
     H, W = flow.shape[-2:]
     rows, cols = (torch.arange(n, dtype=flow.dtype, device=flow.device) for n in (H, W))
@@ -60,7 +60,7 @@ def places(flow):
 
 
 def warp_reference(image, flow):
-    """`warp` as the head has it. image (B, C, H, W), flow (B, 2, H, W) of at least float32.
+    """`warp` by the formula above. image (B, C, H, W), flow (B, 2, H, W) of at least float32.
 
     Its gradient, by autograd: g w is added to each of the four pixels that were read, w being its
     weight (the gradient of `gather` is a scatter); the flow's comes through fy and fx.
@@ -164,8 +164,8 @@ def forward_kernel(
 # An addend g w = 0.3 is 10066330 / 2^25 in float32, and 10066330 * 2^21 as an integer: nothing is
 # lost. If all 2^16 pixels read one place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
 # Error. Truncation loses less than one quantum an addend, 2^-k <= 2^(h-61) amax: 2^-45 amax at
-# 256 x 256. The sum is exact, and rounded once to float32. A float sum of n addends errs by up to
-# n 2^-24 of the partial sums: more, for every pixel whose gradient exceeds 2^(h-37) amax.
+# 256 x 256. The sum is exact, and rounded once to float32. So n addends err by n 2^(h-61) amax at
+# most; a float sum by n 2^-24 of its partial sums, which is more once these exceed 2^(h-37) amax.
 # Infinity and NaN in g (a loss scaler looks for them) have no integer: they make the image gradient
 # of that plane NaN.
 

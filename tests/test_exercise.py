@@ -85,7 +85,8 @@ def test_blanked_functions_fail_and_the_solutions_of_the_others_pass(tmp_path, b
 FAULTS = {"zero_grad of G": ("opt_g.zero_grad()\n", ""),
           "zero_grad of D": ("opt_d.zero_grad()\n", ""),
           "pool": ("pools[side](fake.detach())", "fake.detach()"), "detach": (".detach())", ")"),
-          "R's losses": ("losses |= registration", "_ = registration"), "nothing": ("", "")}
+          "R's losses": ("losses |= registration", "_ = registration"), "nothing": ("", ""),
+          "A's pool": ("pools[side]", 'pools["B"]'), "update": ("scaler.update()\n", "")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -94,7 +95,8 @@ def test_the_judge_of_exercise_5_sees_faults(monkeypatch, fault):
     assert FAULTS[fault][0] in code
     code = code.replace(FAULTS[fault][0], FAULTS[fault][1]) if fault != "nothing" else code
     names = dict(vars(reggan))
-    header = "def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=None):\n"
+    header = ("def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext, "
+              "scaler=torch.amp.GradScaler(enabled=False)):\n")
     exec(header + "".join(f"    {line}\n" for line in code.splitlines()), names)
     monkeypatch.setattr(reggan, "training_step", names["training_step"])
     words = EXERCISES[5][3].split(" or ")

@@ -42,6 +42,9 @@ def test_masking_hides_the_noisiest_patches_and_ignores_their_pixels():
     patches[mask == 1] = 99.0
     again, _, _ = model.encode(vit.unpatchify(patches, 4), 0.75, noise)
     assert torch.equal(latent, again)
+    latent, mask, _ = model.encode(images, 0.7)  # 4.8 patches are 4, any of them
+    assert latent.shape[1] == 1 + 4 and mask.sum(1).tolist() == [12, 12]
+    assert mask.dtype == torch.float32 and not torch.equal(mask[0], mask[1])
     # with nothing hidden, encode is the plain ViT in a shuffled order: the class token is the same
     full, mask, restore = model.encode(images, 0.0, noise)
     whole = model.norm(model.tokens(images))
@@ -155,7 +158,7 @@ def test_the_report_sees_the_image():
     noise = torch.rand(3, 16)
     first, second = (model(x, report, noise=noise)[1].item() for x in (images, -images))
     assert first != second
-    model(images, report, restoring=False, noise=noise)[1].backward()
+    model(images, report, restore_image=False, noise=noise)[1].backward()
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
@@ -403,8 +406,8 @@ def test_both_losses_reach_the_encoder_and_each_its_own_decoder_only(fresh):
     decoder = {"decoder_embed", "mask_token", "decoder_blocks", "decoder_norm", "decoder_pred"}
     losses = model(images, report, noise=noise)
     assert parts_with_gradient(model, losses[0]) == encoder | decoder
-    for restoring in (True, False):
-        loss = model(images, report, restoring, noise=noise)[1]
+    for restore_image in (True, False):
+        loss = model(images, report, restore_image, noise=noise)[1]
         assert parts_with_gradient(model, loss) == encoder | {"report_decoder"}
     for parameter in model.report_decoder.parameters():
         assert parameter.grad is not None and parameter.grad.any()

@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1074,
-    "finetune.py": 743,
+    "finetune.py": 747,
     "kernels/__init__.py": 96,
     "kernels/bench.py": 190,
     "kernels/cpu.py": 68,
     "kernels/dropout.py": 37,
-    "kernels/lora_linear.py": 436,
+    "kernels/lora_linear.py": 440,
     "kernels/warp.py": 333,
     "lora.py": 340,
     "more/__init__.py": 3,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7654
+TOTAL = 7662
 
 
 def lines_of(name):
