@@ -94,7 +94,7 @@ def build_model(config, sizes, classes, tensors=None):
     """A ViT with an output for each of `classes`, of the given weights, ready to be trained."""
     model = vit.ViT(**sizes, num_classes=len(classes), drop_path=config.drop_path, pool=config.pool)
     # As in both papers. A head near 0 gives every finding a probability of 1/2 and passes hardly
-    # any gradient down: it learns first, before its noise could reach the pretrained blocks
+    # any gradient down: it learns first, before what it does not know could change the blocks
     nn.init.normal_(model.head.weight, std=2e-5)
     return adapt(model, config, tensors)
 
@@ -150,7 +150,8 @@ def weighted_auroc(scores, labels, weights):
     """Area under the ROC curve of one class for R weightings of the samples: a bootstrap draw, with
     replacement, weighs each sample by how often it was drawn.
 
-    AUROC = P(score of a positive > score of a negative) + P(equal) / 2, the Mann-Whitney statistic.
+    AUROC = P(score of a positive > score of a negative) + P(equal) / 2, the Mann-Whitney statistic:
+    for positives 3, 1 and negatives 2, 1 two of four pairs are won and one is tied, 2.5 / 4.
     scores, labels (n,), weights (R, n) -> (R,), NaN where a weighting leaves one label only. A
     label of NaN does not count. Raises InputError for scores that are not finite."""
     if not np.isfinite(scores).all():
@@ -193,7 +194,8 @@ def auroc(scores, labels, resamples=1000, seed=0):
     """Mean and per-class AUROC with 95 % percentile bootstrap intervals over samples.
 
     scores, labels (n, k). Returns (mean, (low, high), k entries (auroc, low, high)). A class with
-    one label present has the entry None and no part in the mean. The mean of no class is NaN."""
+    one label present has the entry None and no part in the mean; draws that leave one count in no
+    interval of it. The mean of no class is NaN."""
     defined, points, draws = bootstrap_auroc(scores, labels, resamples, seed)
     per_class = [None] * scores.shape[1]
     if not defined:
@@ -328,7 +330,7 @@ class TuneConfig(RunConfig):
     weights: str = option(None, "checkpoint, run folder or scratch[-PRESET] (default: a demo MRM)")
     method: str = option(None, "what learns (default: full)", choices=METHODS)
     lora: bool = option(False, "short for --method lora", free=True)
-    uncertain: str = option(None, "what a label of -1 becomes: 1, 0 or unknown (default: refused; "
+    uncertain: str = option(None, "what a label of -1 becomes; ignore: unknown (default: refused; "
                             "CheXpert's: ones)", choices=UNCERTAIN)
     skip_bad: bool = option(False, "leave out listed images that are missing or cannot be read")
     white: int = option(None, "white of 16-bit images (default: by its bits)", within="[1, 65535]")

@@ -165,18 +165,18 @@ class MRM(ViT):
         # 1. Positions are added before the patches change their places
         x = self.embed(images)  # (B, N, D)
         B, N, D = x.shape
-        visible = int(N * (1 - mask_ratio))
+        visible = int(N * (1 - mask_ratio))  # V, as MAE rounds it
         # 2. Every patch draws a number. Sorting them shuffles the patches: ids_shuffle[k] is the
-        #    patch at place k
+        #    patch at place k. Noise .6 .1 .9 .3 gives 1 3 0 2
         if noise is None:
             noise = torch.rand(B, N, device=x.device)
         ids_shuffle = noise.argsort(dim=1)  # (B, N)
-        # 3. Sorting the permutation inverts it: ids_restore[n] is the place of patch n
+        # 3. Sorting the permutation inverts it: ids_restore[n] is the place of patch n. 2 0 3 1
         ids_restore = ids_shuffle.argsort(dim=1)  # (B, N)
         # 4. The encoder runs on the first V places alone, which makes it cheap
         kept = ids_shuffle[:, :visible, None].expand(-1, -1, D)  # (B, V, D)
         latent = self.norm(self.run_blocks(x.gather(1, kept)))  # (B, 1 + V, D)
-        # 5. A patch is hidden where its place lies behind the V that were kept
+        # 5. A patch is hidden where its place lies behind the V that were kept. V = 2: 1 0 1 0
         mask = (ids_restore >= visible).float()  # (B, N)
         return latent, mask, ids_restore
 
@@ -204,7 +204,7 @@ class MRM(ViT):
         """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches).
         A record without a report, which is padding alone, has no part in it."""
         rows = ~padding.all(1)  # (B,)
-        if not rows.any():  # without a gradient, a 0, other processes would wait for ever
+        if not rows.any():  # other processes wait for a gradient: a row without hidden tokens has 0
             rows[0], padding = True, torch.zeros_like(padding)
         logits = self.report_decoder(latent[rows, 1:], inputs[rows], hidden[rows], padding[rows])
         if len(logits) == 0:

@@ -24,7 +24,7 @@ image that is easier to move. G cannot learn how b was moved, because a does not
 learn a motion that all pairs share, because R undoes it; more/improved.py forbids that.
 
 Level n (--noise n): aligned pairs are moved apart, so that the true motion is known. Each image is
-read at T(p), by a random map T of its own; p = (y, x) is a pixel, c the middle of the image.
+read at T(p), beyond it background; T is a random map of its own, p = (y, x) a pixel, c the middle.
 
     T(p) = c + t + M (p - c)        M turns by at most n degrees and zooms by at most 2n %,
                                     t shifts by at most 2n % of the sides; all of them uniform

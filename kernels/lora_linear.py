@@ -18,8 +18,8 @@ bits, with dropout:
     PEFT's form            401         478     D(x), x A^T, its product with B^T, the sum with y
 
 One kernel alone would have each tile of y make t again, and draw the mask of all of its rows again:
-12 times at 128 columns a tile. So both directions make the thin product (t, u) in a kernel of its
-own and store it: two launches forward; backward three, since dA needs all of u.
+12 times for q and v, at 128 columns a tile. So both directions make the thin product (t, u) in a
+kernel of its own and store it: two launches forward; backward three, since dA needs all of u.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R. t and u are (M, GR), the groups side by side.
@@ -57,7 +57,7 @@ def reference_forward(x, weight, bias, lora_A, lora_B, keep, scale, parts, dropo
 
 def reference_backward(dy, x, weight, lora_A, lora_B, t, keep, scale, parts, dropout, dtype=None,
                        needs_dx=True):
-    """dx (M, K) or None, dA (GR, K), dB (G N/P, R) of the forward pass above."""
+    """dx (M, K) or None, dA (GR, K), dB (G N/P, R). dtype: for the kernels' form alone."""
     u, dB, scale = torch.empty_like(t), torch.empty_like(lora_B), scale / (1 - dropout)
     for columns, rank, rows in adapted_parts(parts, len(weight), lora_B.shape[1]):
         u[:, rank] = (lora_B[rows].t() @ dy[:, columns].t()).t()                   # (M, R)
@@ -101,9 +101,9 @@ def plain_down_kernel(
 #     program 1   x[4:5, 0:8]       x[4:5, 8:16]      x[4:5, 16:20] ....      -> t[4:5, 0:2]
 #                 3 rows too many   3 rows too many   and 4 columns too many
 #
-# Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored; in
-# a sum over rows they meet zeros. A tile of t has 16 columns, the least that tl.dot takes, of which
-# 14 are 0.
+# Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored (the
+# copy of x gets the same row again); in a sum over rows they meet zeros. A tile of t has 16
+# columns, the least that tl.dot takes, of which 14 are 0.
 #
 # The two kernels serve both directions. down_kernel goes from `in` to the rank, and up_kernel, the
 # large product, starts from there.
@@ -112,7 +112,7 @@ def plain_down_kernel(
 #     backward   dy   lora_B                  u     lora_A                dx    dB, of dy and t
 #                x    none                                                      dA, of x and u
 #
-# The tiles of y with the program of up_kernel that makes each, for q and v of a fused qkv. PARTS
+# The tiles of y (BLOCK_OUT 256, 16 row tiles) with the program of up_kernel that makes each. PARTS
 # has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
 # their place in t, lora_A and lora_B. Tiles with a + start from the low-rank product. The programs
 # go down 8 rows before they go right: those that run together share rows of x and W in the cache.
@@ -124,6 +124,9 @@ def plain_down_kernel(
 #     ...            |           ...   |   |           ...   |   |           ...   |
 #     row tile 8     |+ 72 |+ 80 |+ 88 |   |  96 | 104 | 112 |   |+120 |+128 |+136 |
 #
+# Forward, down_kernel makes t of all groups at once, as if of one part and rank GR, since all read
+# the same x; backward it makes u part by part, since each group reads its own columns of dy. t, A
+# and B are rounded to the type of x before tl.dot, which adds in float32.
 # The sizes of a layer are compile-time constants, M is not. A pointer that is None leaves its step
 # out. Dropout acts on loaded tiles of x.
 

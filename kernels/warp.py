@@ -11,7 +11,8 @@ read bilinearly from four pixels: with y0 = floor(Y), x0 = floor(X), fy = Y - y0
 
     out = (1 - fy) ((1 - fx) v00 + fx v01) + fy ((1 - fx) v10 + fx v11)
     d out / d dy = (1 - fx) (v10 - v00) + fx (v11 - v01)        where 0 < y + dy < H - 1, else 0
-    d out / d dx = (1 - fy) (v01 - v00) + fy (v11 - v10)        where 0 < x + dx < W - 1, else 0
+    d out / d dx = (1 - fy) (v01 - v00) + fy (v11 - v10)        where 0 < x + dx < W - 1, else 0;
+    at a whole position the derivative to the right and downwards
 
 On paper, one pixel of a 3 x 3 image with flow[1, 1] = (dy, dx) = (-0.5, 0.5), up and to the right:
 
@@ -163,9 +164,9 @@ def forward_kernel(
 # On paper: 256 x 256 pixels, amax 0.75. Then h = 16, e = 0 (0.75 < 2^0) and k = 62 - 16 - 0 = 46.
 # An addend g w = 0.3 is 10066330 / 2^25 in float32, and 10066330 * 2^21 as an integer: nothing is
 # lost. If all 2^16 pixels read one place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
-# Error. Truncation loses less than one quantum an addend, 2^-k <= 2^(h-61) amax: 2^-45 amax at
-# 256 x 256. The sum is exact, and rounded once to float32. So n addends err by n 2^(h-61) amax at
-# most; a float sum by n 2^-24 of its partial sums, which is more once these exceed 2^(h-37) amax.
+# Error. Truncation loses less than one quantum an addend, 2^-k, which below k = 126 is at most
+# 2^(h-61) amax: 2^-45 amax at 256 x 256. The sum is exact, and rounded once to float32. A float sum
+# of n addends errs by up to n 2^-24 of its partial sums: more, once these exceed 2^(h-37) amax.
 # Infinity and NaN in g (a loss scaler looks for them) have no integer: they make the image gradient
 # of that plane NaN.
 

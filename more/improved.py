@@ -97,7 +97,7 @@ def synthetic_loss(registration, real):
 
 
 def equivariance_loss(model, a, fake):
-    """mean |G(warp(a, u)) - warp(G(a), u)| for a random affine flow u.
+    """mean |G(warp(a, u)) - warp(G(a), u)| for a random affine flow u, which may mirror the image.
     G must do the same wherever the image lies, so it cannot see how far an image was zoomed and
     undo a part of it."""
     motion = random_motion(a)

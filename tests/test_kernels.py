@@ -351,6 +351,8 @@ def test_warp_reference(shape):
         found = gradients(f, (image, flow), dy, (0, 1))
         for a, b, terms in zip(found, truth, warp_terms(image, flow, dy)):
             assert_rounded(a, b, terms)
+        half, single = image.half(), flow.float()  # positions and weights stay in float32
+        assert torch.equal(f(half, single), f(half.float(), single).half())
 
 
 @pytest.mark.numeric

@@ -158,7 +158,9 @@ def test_a_merged_layer_has_no_dropout_and_one_product():
     layer, x = random_layer(), torch.randn(64, 10)
     layer.dropout = 0.5
     lora.merge_lora(layer)
-    assert torch.equal(layer.train()(x), nn.functional.linear(x, layer.weight, layer.bias))
+    for training in (True, False):
+        plain = nn.functional.linear(x, layer.weight, layer.bias)
+        assert torch.equal(layer.train(training)(x), plain)
     once = (random_layer().weight.double() + layer.delta()).float()
     assert torch.equal(layer.weight, once)  # rounded once
 
@@ -174,12 +176,13 @@ def test_dropout_is_on_the_input_of_a():
     """With W, A, B and x of ones an output is 64, of W, and 2 times a binomial count of 64 halves:
     mean 64, deviation 8. Dropout behind A would give 0 or 128 alone, deviation 64; before W, too,
     a deviation of 16."""
-    layer = lora.LoRALinear(64, 1, 1, alpha=1, dropout=0.5, bias=False)
+    layer = lora.LoRALinear(64, 3, 1, alpha=1, dropout=0.5, parts=(True, False, True), bias=False)
     with torch.no_grad():
         for tensor in (layer.weight, layer.lora_A, layer.lora_B):
             tensor.fill_(1)
     torch.manual_seed(0)
-    y = layer.train()(torch.ones(2000, 64)).detach() - 64
+    y, plain, other = layer.train()(torch.ones(2000, 64)).detach().T - 64
+    assert torch.equal(y, other) and not plain.any()  # one mask for all parts
     assert abs(y.mean().item() - 64) < 1 and abs(y.std().item() - 8) < 1
     assert torch.equal(y, 2 * (y / 2).round())
 

@@ -43,6 +43,8 @@ def test_masking_hides_the_noisiest_patches_and_ignores_their_pixels():
     again, _, _ = model.encode(vit.unpatchify(patches, 4), 0.75, noise)
     assert torch.equal(latent, again)
     latent, mask, _ = model.encode(images, 0.7)  # 4.8 patches are 4, any of them
+    latent[:, 1:].sum().backward()
+    assert model.patch_embed.proj.weight.grad.any()
     assert latent.shape[1] == 1 + 4 and mask.sum(1).tolist() == [12, 12]
     assert mask.dtype == torch.float32 and not torch.equal(mask[0], mask[1])
     # with nothing hidden, encode is the plain ViT in a shuffled order: the class token is the same
@@ -60,6 +62,7 @@ def test_image_loss_is_the_formula_and_ignores_visible_patches():
     model = mrm.MRM(**TINY)
     target, prediction = torch.randn(2, 1, 32, 32), torch.randn(2, 16, 64)
     mask = (torch.rand(2, 16) < 0.75).float()
+    mask[0, 0], target[0, :, :8, :8] = 1, 0.5  # a patch of one grey value
     total = 0.0
     for b in range(2):
         for n in range(16):
@@ -71,6 +74,8 @@ def test_image_loss_is_the_formula_and_ignores_visible_patches():
         prediction[mask == 0] += change
         loss = model.image_loss(target, prediction, mask).item()
         assert loss == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    model.image_loss(target, prediction.requires_grad_(), mask).backward()
+    assert torch.equal(prediction.grad.any(2), mask.bool())
 
 
 @pytest.mark.numeric

@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1074,
-    "finetune.py": 747,
+    "finetune.py": 749,
     "kernels/__init__.py": 96,
     "kernels/bench.py": 190,
     "kernels/cpu.py": 68,
     "kernels/dropout.py": 37,
-    "kernels/lora_linear.py": 440,
-    "kernels/warp.py": 333,
+    "kernels/lora_linear.py": 443,
+    "kernels/warp.py": 334,
     "lora.py": 340,
     "more/__init__.py": 3,
     "more/convert.py": 198,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7662
+TOTAL = 7668
 
 
 def lines_of(name):
