@@ -105,12 +105,16 @@ def plain_down_kernel(
 # copy of x gets the same row again); in a sum over rows they meet zeros. A tile of t has 16
 # columns, the least that tl.dot takes, of which 14 are 0.
 #
-# The two kernels serve both directions. down_kernel goes from `in` to the rank, and up_kernel, the
-# large product, starts from there.
-#                in   factor of down_kernel   low   factor of up_kernel   out   sums of down_kernel
-#     forward    x    lora_A                  t     lora_B                y
-#     backward   dy   lora_B                  u     lora_A                dx    dB, of dy and t
-#                x    none                                                      dA, of x and u
+# Two kernels make both passes in five launches: down_kernel (1 and 3) goes from `in` to the rank,
+# up_kernel (2), the large product, starts from there. A program keeps its tile in registers:
+#     launch       in   makes                           in registers            walks along
+#     forward 1    x    t = (keep * x) A^T              64 rows of t            K
+#     forward 2    x    y = s' t B^T + x W^T + b        a tile of y             R, then K
+#     backward 1   dy   u = s' dy B,  dB = s' dy^T t    128 rows of u_g, t_g    N/P, of a part
+#     backward 2   dy   dx = keep * (u A) + dy W        a tile of dx            GR, then N
+#     backward 3   x    dA = u^T (keep * x)             128 rows of u           K
+# dB and dA are sums over all rows, of which a program has 128. At each step it stores its sums of
+# the columns there, without s'; torch adds those of all programs at last, in a fixed order.
 #
 # The tiles of y (BLOCK_OUT 256, 16 row tiles) with the program of up_kernel that makes each. PARTS
 # has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
@@ -124,11 +128,10 @@ def plain_down_kernel(
 #     ...            |           ...   |   |           ...   |   |           ...   |
 #     row tile 8     |+ 72 |+ 80 |+ 88 |   |  96 | 104 | 112 |   |+120 |+128 |+136 |
 #
-# Forward, down_kernel makes t of all groups at once, as if of one part and rank GR, since all read
-# the same x; backward it makes u part by part, since each group reads its own columns of dy. t, A
-# and B are rounded to the type of x before tl.dot, which adds in float32.
-# The sizes of a layer are compile-time constants, M is not. A pointer that is None leaves its step
-# out. Dropout acts on loaded tiles of x.
+# All groups read the same x, so that forward 1 takes them as one part of rank GR; in backward 1
+# each reads its own columns of dy. t, u, A and B are rounded to the type of x before tl.dot, which
+# adds in float32. The sizes of a layer are compile-time constants, M is not. A pointer that is None
+# leaves its step out. Dropout acts on loaded tiles of x.
 
 
 @jit()
@@ -155,8 +158,7 @@ def down_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """t = (keep * x) A^T, or u = s' dy B and dB / s' = dy^T t, or dA = u^T (keep * x), of BLOCK_M
-    rows. The sums of dA and dB over all programs follow."""
+    """The launches forward 1, backward 1 and backward 3, for BLOCK_M rows."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     pid_m, part = tl.program_id(0), tl.program_id(1)
@@ -209,7 +211,7 @@ def up_kernel(
     F_LOW: tl.constexpr, F_OUT: tl.constexpr,  # the step in factor to the next rank, column of out
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """y = s' t B^T + x W^T + b, or dx = keep * (u A) + dy W: a program makes one tile."""
+    """The launches forward 2 and backward 2, for one tile of y or dx."""
     TILES: tl.constexpr = P * ((WIDTH + BLOCK_OUT - 1) // BLOCK_OUT)
     row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_OUT)
     k, r = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_R)

@@ -15,7 +15,7 @@ BUDGET = {
     "kernels/bench.py": 190,
     "kernels/cpu.py": 68,
     "kernels/dropout.py": 37,
-    "kernels/lora_linear.py": 443,
+    "kernels/lora_linear.py": 445,
     "kernels/warp.py": 334,
     "lora.py": 340,
     "more/__init__.py": 3,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7668
+TOTAL = 7670
 
 
 def lines_of(name):
