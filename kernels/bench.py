@@ -1,7 +1,6 @@
 """Times both operations against what they replace, on this machine: two minutes on a GPU.
 
     python -m kernels.bench             # a LoRA layer, twelve of them as in a step, and a warp
-    python -m kernels.bench --all       # more ranks, flows and sizes
 
 A row is a forward or a forward and a backward pass (`both`), under autocast, as in training:
 
@@ -12,9 +11,9 @@ A row is a forward or a forward and a backward pass (`both`), under autocast, as
 
 Three runs before it compile and tune. None is timed whose result or gradients err more than twice
 as much as the reference's, beyond rounding. Without a GPU the references are timed at a small size;
-with TRITON_INTERPRET=1 the kernels run too, at a tiny one, to try this file.
+with TRITON_INTERPRET=1 the kernels run too, at a tiny one, to try this file. Other ranks, flows and
+sizes: call `bench_lora` and `bench_warp`.
 """
-import argparse
 import functools
 import os
 import statistics
@@ -164,11 +163,7 @@ def bench_warp(contenders, B, C, H, W, reach, repeats):
     table(f"warp: {B} x {C} x {H} x {W}, flow of {reach} pixels", contenders, inputs, dy, repeats)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="more ranks, flows and sizes")
-    everything = parser.parse_args(argv).all
+def main():
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads, no CUDA"
     print(f"{name}; torch {torch.__version__}, triton {triton and triton.__version__}, {DTYPE}")
@@ -179,11 +174,6 @@ def main(argv=None):
     for n in (1, layers):
         bench_lora(lora, rows, width, 4, n, repeats)
     bench_warp(warps, 8, 1, side, side, 3, repeats)
-    if everything:
-        for R in (8, 32, 64):
-            bench_lora(lora, rows, width, R, 1, repeats)
-        bench_warp(warps, 8, 1, side, side, 30, repeats)  # a flow that folds the image
-        bench_warp(warps, 4, 3, 2 * side, 2 * side, 3, repeats)
 
 
 if __name__ == "__main__":

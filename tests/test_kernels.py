@@ -808,7 +808,7 @@ def test_import_without_triton_and_again_in_a_notebook(first, absent):
 @pytest.mark.skipif(CUDA, reason="takes minutes there")
 def test_the_bench_runs_and_refuses_a_wrong_contender(capsys):
     """At a tiny size, in the interpreter where there is no GPU."""
-    bench.main([])
+    bench.main()
     out = capsys.readouterr().out
     names = {"frozen", "PEFT's form", "reference", "grid_sample", "exact grid_sample"}
     names |= {"kernels"} if triton else set()
