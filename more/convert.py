@@ -6,11 +6,12 @@
 
 `weights` reads Hugging Face's ViT and DINOv2 (RAD-DINO), OpenCLIP's with timm's ViT (BiomedCLIP)
 and timm's with LayerScale, which goes into the layer before it: gamma (W x + b) = (gamma W) x +
-gamma b. An encoder that computes otherwise is refused by a name. No file holds the epsilon of
-LayerNorm, which is 1e-6 here and 1e-12 in Hugging Face's ViT.
+gamma b. An encoder that computes otherwise is refused by a name where it is loaded. No file holds
+the epsilon of LayerNorm, which is 1e-6 here and 1e-12 in Hugging Face's ViT.
 
-`shrink` keeps names, formats and bits, so that lists and tables stay valid. Images that are small
-already, DICOM, .npy, NIfTI and files that are no images are copied as they are.
+`shrink` keeps names and formats, so that lists and tables stay valid. It makes pictures of 8 bits
+smaller. Those that are small already, DICOM, .npy, NIfTI, pictures of 16 bits, whose white a run
+finds in their finest detail, and files that are no images are copied as they are.
 """
 
 import dataclasses
@@ -27,8 +28,7 @@ import data
 from support.script import (
     InputError, atomic_write, check_apart, load_checkpoint, option, over_images, parse_config,
     run_script, save_checkpoint)
-from support.weights import encoder_alone, encoder_sizes, load_encoder, unwrap
-from vit import ViT
+from support.weights import encoder_alone, unwrap
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,6 @@ class ConvertConfig:
     root: str = option("", "masks, shrink: the folder of the data set")
     out: str = option("", "weights: the file to write (default: vit.pt); shrink: a new folder")
     size: int = option(512, "shrink: pixels of a copy's shorter side", within="[1, inf)")
-    white: int = option(None, "shrink: --white of the runs that will read the copies")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -91,11 +90,10 @@ def weights(config):
         tensors = encoder_alone(as_timm(read_tensors(source)), source)
     except (ValueError, LookupError, RuntimeError) as error:
         raise InputError(source, "a ViT with whole layers", error) from None
-    sizes = encoder_sizes(tensors, {}, source, num_heads=1)  # no tensor depends on the heads
-    load_encoder(ViT(**sizes), tensors, source)  # refuses what a ViT would not compute
     check_apart(out, source)
     save_checkpoint(out, {"model": tensors})
-    print(f"{out}: {len(tensors)} tensors of a ViT for --weights; --num-heads says its heads")
+    print(f"{out}: {len(tensors)} tensors for --weights, which refuses what its ViT would not "
+          "compute; --num-heads says the heads")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,30 +145,25 @@ def masks(config):
 # Smaller copies
 
 
-def smaller(pixels, scale, size):
-    """Whole numbers (H, W) or (H, W, 3) up to `scale`, with `size` pixels on the shorter side."""
-    x = torch.from_numpy(np.atleast_3d(pixels) / scale).permute(2, 0, 1)  # (C, H, W) in [0, 1]
-    x = data.resize(x, size).clamp(x.min(), x.max())
-    x = (x * scale).round().permute(1, 2, 0).numpy().astype(pixels.dtype)
-    return x if pixels.ndim == 3 else x[..., 0]
+def smaller(pixels, size):
+    """A picture of 8 bits (H, W) or (H, W, 3) with `size` pixels on the shorter side."""
+    x = torch.from_numpy(np.atleast_3d(pixels) / 255).permute(2, 0, 1)  # (C, H, W) in [0, 1]
+    x = (data.resize(x, size) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(x if pixels.ndim == 3 else x[..., 0])
 
 
-def copy_file(path, root, out, size, white=None):
+def copy_file(path, root, out, size):
     """Copies a file. Returns whether the copy is smaller."""
     copy, (pixels, scale) = out / path.relative_to(root), (None, None)
     if data.kind_of(path) == "picture":
         pixels, scale = data.read_pixels(path)
-    if scale is None or min(pixels.shape[:2]) <= size:
+    if scale != 255 or min(pixels.shape[:2]) <= size:
         atomic_write(copy, lambda file: file.write(path.read_bytes()))
         return False
-    original, picture = Image.open(path), Image.fromarray(smaller(pixels, scale, size))
+    original, picture = Image.open(path), smaller(pixels, size)
     if np.isin(pixels, (pixels.min(), pixels.max())).all():  # two values: a mask stays one
         picture = ImageOps.exif_transpose(original).resize(picture.size, Image.Resampling.NEAREST)
     atomic_write(copy, functools.partial(picture.save, format=original.format, quality=95))
-    if scale == 65535:  # a run guesses white from the numbers: it must find the same here
-        before = data.resize(data.read_image(path, white=white), picture.size[::-1])
-        if (before - data.read_image(copy, white=white)).abs().mean() > 0.02:
-            raise InputError(f"{path}: a run would scale its copy otherwise; --white settles it")
     return True
 
 
@@ -182,7 +175,7 @@ def shrink(config):
     if not config.out or root in (out, *out.parents) or out.exists() and any(out.iterdir()):
         raise InputError("--out", "a new folder outside --root", config.out or "none")
     paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
-    copy = functools.partial(copy_file, root=root, out=out, size=config.size, white=config.white)
+    copy = functools.partial(copy_file, root=root, out=out, size=config.size)
     done = over_images(copy, paths)
     print(f"{out}: {sum(done)} images made smaller, {done.count(False)} files copied as they are")
 
