@@ -3,9 +3,6 @@
     python data.py audit --data nih --root DIR    # split leakage, class counts, unreadable files
     python data.py audit --root DIR --pretraining LIST    # test images that were pretrained on
 
-Nothing here knows a model or a loss. What cannot be used is refused by an InputError, in one line
-that says what was expected and found, in which file and line.
-
 Shapes: B batch, C channels, H x W pixels, L report tokens. Images are float32 (C, H, W).
 """
 
@@ -217,12 +214,12 @@ def list_images(folder):
 
     files, met = [], set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links come last
         if os.path.realpath(place) in met:
             folders.clear()
-        else:
-            files += [os.path.join(place, name) for name in names if name[0] != "."]
+            continue
         met.add(os.path.realpath(place))
+        folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links come last
+        files += [os.path.join(place, name) for name in names if name[0] != "."]
     paths = sorted(path for path in files if split_ending(path)[1])
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")
@@ -277,18 +274,12 @@ def plain_name(name):
 
 
 def image_keys(root, names):
-    """What identifies the image of each name or path: its path below the root, without a leading
-    images/ and without the ending. An absolute name may lead there through a link."""
-    folder, forms, keys = os.path.abspath(root or "."), (os.path.normpath, os.path.realpath), []
-    places = [form(os.path.join(folder, below)) + os.sep for below in ("images", "")
-              for form in forms]
+    """What identifies the image of each name below the root, or absolute path: its path below the
+    root, without a leading images/ and without the ending."""
+    folder, keys = os.path.join(os.path.abspath(root or "."), ""), []
     for name in names:
-        path = key = os.path.join(folder, plain_name(str(name)))
-        for form, place in itertools.product(forms, places):
-            if form(path).startswith(place):
-                key = form(path)[len(place) :]
-                break
-        keys.append(split_ending(key)[0])
+        path = os.path.join(folder, plain_name(str(name))).removeprefix(folder)
+        keys.append(split_ending(path.removeprefix("images" + os.sep))[0])
     return keys
 
 
@@ -501,11 +492,11 @@ def read_table(data, path, ratio=100, values=LABELS):
 
 
 def find_images(data, root, names, source, check=True):
-    """The path of every name in the list or CSV `source`, below the folders of the data set. A
-    missing one is refused with its line, or lies in the first folder where not `check`."""
-    patterns = DATASETS[data][0]
+    """The absolute path of every name in the list or CSV `source`, below the folders of the data
+    set. A missing one is refused with its line, or lies in the first folder where not `check`."""
+    patterns, root = DATASETS[data][0], os.path.abspath(root or ".")
     folders = [str(folder) for pattern in patterns for folder in
-               (sorted(Path(root or ".").glob(pattern)) if pattern else [root or "."])]
+               (sorted(Path(root).glob(pattern)) if pattern else [root])]
     places = [[os.path.join(folder, name) for folder in folders or patterns] for name in names]
     paths = [next(filter(os.path.isfile, each), None) for each in places]
     if check and None in paths:
@@ -697,8 +688,8 @@ class ImageSet(torch.utils.data.Dataset):
     set[indices, draw] is a batch (images (B, 1, size, size) float32, indices) that passed through
     `augment(images, generator=)`, which gets a list of (1, H, W). (seed, draw) seed the generator:
     neither workers nor resuming change it. Without `augment` they are centre crops of `crop` pixels
-    a side (default: `size`). set[i] is (image, i). With `masks` (`find_masks`) each item is a whole
-    image and its mask, (2, size, size)."""
+    a side (default: `size`). With `masks` (`find_masks`) each item is a whole image and its mask,
+    (2, size, size)."""
 
     def __init__(self, paths, size, augment=None, seed=0, masks=None, crop=None, enlarge=True,
                  white=None):
@@ -720,10 +711,6 @@ class ImageSet(torch.utils.data.Dataset):
         return self
 
     def __getitem__(self, key):
-        if not isinstance(key, tuple):
-            if not 0 <= key < len(self):
-                raise IndexError(key)
-            return self[[key], 0][0][0], key
         indices, draw = torch.as_tensor(key[0]), key[1]
         images = [self.reader(self.items[i]) if self.cache is None else self.cache[i]
                   for i in indices.tolist()]
@@ -928,23 +915,19 @@ class Pairs(torch.utils.data.Dataset):
 
     An item is asked for by (epoch, index). `misalign` moves it in each epoch by another draw, which
     (seed, epoch, index) fixes; `noise` None leaves the pairs as they are. All files are read once
-    here, so that a bad one is found at once, and kept where they fit in KEPT_BYTES. `size` > 0
-    scales the longer side to it and pads to a square. Without `with_flow` no flow is computed."""
-
-    KEPT_BYTES = 2**30
+    here, so that a bad one is found at once. `size` > 0 scales the longer side to it and pads to a
+    square. Without `with_flow` no flow is computed."""
 
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
-        self.names, self.kept, first = list_pairs(folder), {}, None
+        self.names, first = list_pairs(folder), None
         ends_of_a, ends_of_b = [], []  # the darkest and the brightest number of each image
         for name in self.names:
             a, b = self.read(name)
             ends_of_a.append(torch.stack([a.min(), a.max()]))
             ends_of_b.append(torch.stack([b.min(), b.max()]))
             a, b = fit_square(a, self.size), fit_square(b, self.size)
-            if (a.nbytes + b.nbytes) * len(self.names) <= self.KEPT_BYTES:
-                self.kept[name] = a, b
             first = first or (a.shape, b.shape)
             if a.shape[1:] != b.shape[1:] or (a.shape, b.shape) != first:
                 expected = f"{first[0]} and {first[1]} in A and B (--size N makes all N x N)"
@@ -973,8 +956,7 @@ class Pairs(torch.utils.data.Dataset):
         return [torch.stack(tensors) for tensors in zip(*items)]
 
     def item(self, epoch, index):
-        name = self.names[index]
-        a, b = self.kept.get(name) or (fit_square(image, self.size) for image in self.read(name))
+        a, b = (fit_square(image, self.size) for image in self.read(self.names[index]))
         if self.noise is None:
             return a, b
         rng = np.random.default_rng([self.seed, epoch, index])

@@ -395,9 +395,8 @@ def load_records(config, paths, reports, device, tokenizer=None):
     crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop)
     training = data.ImageSet(paths[:count], stored, crop, config.seed, enlarge=False,
                              white=config.white).preload()
-    heldout = data.ImageSet(paths[count:], side, white=config.white)
-    heldout = torch.stack([image for image, _ in heldout]).to(device)
-    heldout = data.normalize(heldout, config.mean, config.std)
+    heldout, _ = data.ImageSet(paths[count:], side, white=config.white)[range(config.holdout), 0]
+    heldout = data.normalize(heldout.to(device), config.mean, config.std)
     return Records(training, heldout, tokenizer, tokens, word_of)
 
 
@@ -596,7 +595,7 @@ def draw_restored(model, paths, reports, tokenizer, config, count=6):
     if the model guesses them and red if not."""
     device = model.cls_token.device
     images = data.ImageSet(paths[:count], 2 * model.img_size, white=config.white)
-    images = torch.stack([image for image, _ in images]).to(device)
+    images = images[range(len(images)), 0][0].to(device)
     generator, model = torch.Generator().manual_seed(0), model.eval()
     pictures, latent = restored_pictures(model, images, config, generator)
     for _, masked, _ in pictures:  # white lines between the patches

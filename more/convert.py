@@ -118,7 +118,7 @@ def decode_runs(rows, shape, where):
 def masks(config):
     """Writes ROOT/masks/NAME.png for each image in --source, a CSV of ImageId (the image's whole
     name) and EncodedPixels: one or more rows of runs, or one row of -1, for an empty mask."""
-    root, rows = Path(config.root), {}
+    root, rows = Path(config.root).absolute(), {}
     for line, name, text in data.read_csv(config.source, ("ImageId", "EncodedPixels")):
         if not re.fullmatch(r"-1|\d{1,9} \d{1,9}( \d{1,9} \d{1,9})*", text):
             raise InputError(f"{config.source}: line {line}", "-1, or pairs `start length`",

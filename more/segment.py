@@ -315,7 +315,7 @@ def write_results(run, best, logits):
     red = torch.tensor([1.0, 0.15, 0.1])[:, None, None]
     order = [i for i in dice.argsort() if true[i] > 0]
     for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
-        image = part.images[i][0].expand(3, -1, -1)
+        image = part.images[[i], 0][0][0].expand(3, -1, -1)
         rows.append([image] + [torch.where(mask[i], 0.55 * image + 0.45 * red, image)
                                for mask in (part.truth, found)])
         captions.append(f"{name}: Dice {dice[i]:.3f}")

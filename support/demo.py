@@ -306,10 +306,8 @@ def write_demo_records(out, patients=2400, size=128, seed=0):
     There are about 2.5 films a patient: images/, masks/ (of pneumothoraces), the lists train_1.txt
     to test_list.txt, training.csv, classes.txt, patients.csv and demo.json (the arguments). `out`
     appears only when it is complete. Raises InputError for a folder that cannot be written or holds
-    anything but the demo pairs, and for fewer patients or pixels."""
+    anything but the demo pairs."""
     out = Path(out).absolute()
-    if patients < 50 or size < 32:
-        raise InputError("demo", "at least 50 patients and 32 pixels", f"{patients} and {size}")
     if out.is_file() or out.exists() and {path.name for path in out.iterdir()} - {"pairs"}:
         raise InputError(out, "no folder", "one with other files or another demo; data of your own "
                          "needs --data as well as --root")
@@ -429,7 +427,7 @@ def demo_pairs(root, size=64, slices=4, subjects=(("train", 30), ("val", 5), ("t
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     out: str = option("demo", "folder to draw the demo records and pairs into")
-    patients: int = option(2400, "patients, about 2.5 films each")
+    patients: int = option(2400, "patients, about 2.5 films each", within="[50, inf)")
 
 
 def main():

@@ -354,12 +354,8 @@ def atomic_write(path, write):
         with open(temporary, "wb") as file:
             write(file)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch.save raises a RuntimeError of its own while it handles the disk's error
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise InputError(f"{path}: cannot be written: {cause.strerror or cause}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -387,7 +383,9 @@ def markdown_table(header, rows):
 
 def save_checkpoint(path, state):
     """Writes a dict of tensors and plain values."""
-    atomic_write(path, lambda file: torch.save(state, file))
+    content = io.BytesIO()  # on a full disk torch.save itself ends in another error
+    torch.save(state, content)
+    atomic_write(path, lambda file: file.write(content.getbuffer()))
 
 
 # What a checkpoint may hold beside tensors and plain values: the options of old ones, and numbers
@@ -407,13 +405,10 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # a damaged file raises one of a dozen types
-        text = f"{type(error).__name__}: {error}"
-        code = re.search(r"GLOBAL (\S+)", text)
-        if code:  # torch's own text goes on to say how to load the file unprotected
-            found = f"it holds code to run ({code[1]}), not tensors and plain values alone"
-            raise InputError(f"{path}: refused: {found}") from None
-        reason = "damaged, or of another kind" if "Weights only" in text else text[:200]
-        raise InputError(f"{path}: not a readable checkpoint ({reason})") from None
+        # torch's own text goes on to say how to load the file unprotected
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"code to run ({code[1]})" if code else f"another file ({type(error).__name__})"
+        raise InputError(path, "a checkpoint of tensors and plain values alone", found) from None
     if not isinstance(state, dict):
         raise InputError(path, "a dict with a 'model' entry or a state dict", type(state).__name__)
     return state

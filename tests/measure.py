@@ -54,8 +54,8 @@ def pixels(root, layout="demo", split="", ratio=100, side=32):
 
     inputs, labels = {}, {}
     for name, part in data.read_parts(layout, root, split, int(ratio))[0].items():
-        images = [image for image, _ in data.ImageSet(part.paths, int(side))]
-        inputs[name], labels[name] = torch.stack(images).flatten(1).numpy(), part.labels.numpy()
+        images, _ = data.ImageSet(part.paths, int(side))[range(len(part.paths)), 0]
+        inputs[name], labels[name] = images.flatten(1).numpy(), part.labels.numpy()
     mean, std = inputs["train"].mean(0), inputs["train"].std(0) + 1e-6
     inputs, results = {part: (x - mean) / std for part, x in inputs.items()}, []
     for strength in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):

@@ -1,6 +1,7 @@
 """more/convert.py: encoders of others against the layers written out in torch, run lengths against
 SIIM's own loop, smaller copies against PIL and against what a run reads."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -163,11 +164,13 @@ def siim(tmp_path, rows, names=("1.2.276.0.1", "1.2.276.0.10")):
     return convert.ConvertConfig(source=str(tmp_path / "rle.csv"), root=str(tmp_path))
 
 
-def test_run_lengths_become_masks_of_the_whole_name(tmp_path):
+def test_run_lengths_become_masks_of_the_whole_name(tmp_path, monkeypatch):
     first, second = "3 2 4 3", "0 1 33 1"  # the second has the first and the last pixel
     rows = [("1.2.276.0.1", first), ("1.2.276.0.1", "20 5"), ("1.2.276.0.10", second)]
     names = ("1.2.276.0.1", "1.2.276.0.10", "1.2.276.0.100", "1.2.276")
-    convert.masks(siim(tmp_path, [*rows, ("1.2.276", "-1")], names))
+    monkeypatch.chdir(tmp_path.parent)  # the root may be relative
+    config = siim(tmp_path, [*rows, ("1.2.276", "-1")], names)
+    convert.masks(dataclasses.replace(config, root=tmp_path.name))
     mask = np.array(Image.open(tmp_path / "masks/1.2.276.0.1.png"))
     assert (mask == np.maximum(siim_mask(first, 7, 5), siim_mask("20 5", 7, 5))).all()
     assert mask.dtype == np.uint8 and mask[3, 0] == 255 and mask[2, 0] == 0  # down the columns

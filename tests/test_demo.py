@@ -18,6 +18,7 @@ from support.demo import (
     ANATOMY, DEMO_CLASSES, Finding, chest_film, demo_pairs, draw_findings, lay_out, spot,
     write_demo_records, write_report)
 from support import demo as demo_drawing
+from support.script import parse_config
 from test_script import fails
 
 PATIENTS = 120
@@ -228,7 +229,8 @@ def test_bad_arguments_and_folders(tmp_path):
         (tmp_path / name[:4] / name).write_text("mine")
     for out in ("file", "file/records", "thes", "demo"):
         fails(lambda: write_demo_records(tmp_path / out, patients=50, size=32), tmp_path / out)
-    fails(lambda: write_demo_records(tmp_path / "few", patients=5), "50 patients")
+    few = ["--patients", "5", "--out", str(tmp_path / "few")]
+    fails(lambda: parse_config(demo_drawing.DemoConfig, few), "--patients: expected a number in [50")
     assert (tmp_path / "thes/thesis.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "file", "thes"]
 

@@ -219,10 +219,10 @@ def test_checkpoints(tmp_path):
     whole = path.read_bytes()
     for wrong in (b"", whole[: len(whole) // 2], b"not a checkpoint", pickle.dumps([1, 2])):
         path.write_bytes(wrong)
-        fails(lambda: common.load_checkpoint(path), path, "not a readable checkpoint")
+        fails(lambda: common.load_checkpoint(path), path, "tensors and plain values", "another")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "no checkpoint")
-    fails(lambda: common.load_checkpoint(path), path, "not a readable checkpoint")
+    fails(lambda: common.load_checkpoint(path), path, "tensors and plain values", "another file")
     fails(lambda: common.load_checkpoint(tmp_path / "none.pt"), "none.pt: no such checkpoint")
     fails(lambda: common.load_checkpoint(tmp_path), tmp_path)
     torch.save([1, 2], path)
@@ -244,7 +244,7 @@ def test_a_checkpoint_runs_no_code_and_nobody_is_told_how_to_make_it(tmp_path):
     evil, path = {"model": Evil(tmp_path / "owned")}, tmp_path / "a.pt"
     for state in (evil, torch.nn.Linear(2, 2)):
         torch.save(state, path)
-        with pytest.raises(InputError, match="a.pt: refused: it holds code to run") as error:
+        with pytest.raises(InputError, match="a.pt: expected .* found code to run") as error:
             common.load_checkpoint(path)
         advice = ("weights_only", "trust", "safe_globals", "likely succeed")
         assert not any(word in str(error.value) for word in advice)

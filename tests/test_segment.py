@@ -227,7 +227,7 @@ def predicted(folder, settings, holes):
     names, _ = data.read_list(holes / "test_list.txt")
     masks = data.find_masks(holes / "masks", [name[:4] for name in names])
     films = data.ImageSet([str(holes / "images" / name) for name in names], 48, masks=masks)
-    truth = torch.stack([pair[1] > 0.5 for pair, _ in films])
+    truth = films[range(len(films)), 0][0][:, 1] > 0.5
     films.augment = segment.image_alone
     settings = dataclasses.replace(settings, mean=saved["mean"], std=saved["std"], dtype="fp32")
     logits = finetune.predict(model, films, settings, torch.device("cpu"))[:, 0]
@@ -302,7 +302,7 @@ def test_upernet_overfits_one_image(holes):
     torch.manual_seed(0)
     masks = data.find_masks(holes / "masks", ["0001"])
     films = data.ImageSet([str(holes / "images/0001.bmp")], 48, masks=masks)
-    pair = films[0][0][None]
+    pair, _ = films[[0], 0]
     pair = torch.cat([pair, pair.flip(2), pair.flip(3), pair.flip(2, 3)])
     settings = run(holes, "", optimizer="adamw", lr=5e-3, weight_decay=0.05, layer_decay=0.65,
                    method="full", drop_path=0.0)
