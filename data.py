@@ -921,17 +921,16 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
-        self.names, first = list_pairs(folder), None
-        ends_of_a, ends_of_b = [], []  # the darkest and the brightest number of each image
+        self.names, first, ends = list_pairs(folder), None, ([], [])
         for name in self.names:
-            a, b = self.read(name)
-            ends_of_a.append(torch.stack([a.min(), a.max()]))
-            ends_of_b.append(torch.stack([b.min(), b.max()]))
-            a, b = fit_square(a, self.size), fit_square(b, self.size)
-            first = first or (a.shape, b.shape)
-            if a.shape[1:] != b.shape[1:] or (a.shape, b.shape) != first:
+            images = self.read(name)
+            for of_side, image in zip(ends, images):  # the darkest and the brightest number of each
+                of_side.append(torch.stack([image.min(), image.max()]))
+            a, b = (fit_square(image, self.size).shape for image in images)
+            first = first or (a, b)
+            if a[1:] != b[1:] or (a, b) != first:
                 expected = f"{first[0]} and {first[1]} in A and B (--size N makes all N x N)"
-                raise InputError(self.folder / "A" / name, expected, f"{a.shape} and {b.shape}")
+                raise InputError(self.folder / "A" / name, expected, f"{a} and {b}")
             if kind_of(name) == "nifti":
                 from nibabel import aff2axcodes
 
@@ -939,8 +938,8 @@ class Pairs(torch.utils.data.Dataset):
                 axes, other = (aff2axcodes(affine)[:2] for affine in affines)
                 if axes != other:  # one would be learnt as the mirror image of the other
                     raise InputError(self.folder / "B" / name, f"the axes {axes}, as its A", other)
-        check_range(self.folder / "A", ends_of_a, self.rescale[0])
-        check_range(self.folder / "B", ends_of_b, self.rescale[1])
+        for side, of_side, span in zip("AB", ends, self.rescale):
+            check_range(self.folder / side, of_side, span)
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):

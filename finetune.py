@@ -265,7 +265,7 @@ def train(run, split_batch, criterion, score):
         step, losses, best = (run.saved[name] for name in ("step", "losses", "best"))
     batches = Timed(data.train_batches(
         train_set, config.batch_size // (world * passes), step * passes, run.steps * passes,
-        config.seed, log.rank, world, config.workers), run.device, world)
+        config.seed, log.rank, world, config.workers), world)
 
     def save(step):
         save_state(log, config, world, run.facts | {

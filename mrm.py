@@ -510,7 +510,7 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not with_image)
     batches = Timed(data.train_batches(
         records.training, config.batch_size // (world * passes), step * passes, steps * passes,
-        config.seed, log.rank, world, config.workers), device, world)
+        config.seed, log.rank, world, config.workers), world)
 
     def save(step):
         state = facts | {"model": model.state_dict(), "optimizer": optimizer.state_dict(),

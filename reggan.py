@@ -610,7 +610,7 @@ def loop(job, log):
     every, epochs = max(per_epoch, steps // 10), math.ceil(steps / per_epoch)
     batches = job.pairs.batches(job.share, epochs, True, config.seed, job.step, job.rank,
                                 job.world, config.workers)
-    batches = Timed(batches, job.device, job.world)
+    batches = Timed(batches, job.world)
     with Saving(lambda step: save(job, log), job.world) as saving:
         while job.step < steps:
             # Pairs move in another way every epoch, so that G cannot learn their motion by heart.

@@ -218,10 +218,7 @@ def join(config):
     device = torch.device(name)
     if name == "cuda":
         device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise InputError("--nproc_per_node", f"at most {torch.cuda.device_count()}, one a GPU",
-                             os.environ.get("LOCAL_WORLD_SIZE"))
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # refuses more processes than there are GPUs
     if world > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if name == "cuda" else "gloo")
     return device, rank, world
@@ -498,8 +495,8 @@ class Timed:
     """Hands out `batches` and measures how fast a loop takes them and how long it waits; as a
     string, what a progress line shows of that."""
 
-    def __init__(self, batches, device, world=1):
-        self.batches, self.device, self.world = iter(batches), device, world
+    def __init__(self, batches, world=1):
+        self.batches, self.world = iter(batches), world
         self.began, self.waited, self.images = time.time(), 0.0, 0
 
     def __next__(self):
@@ -512,14 +509,11 @@ class Timed:
     def speed(self):
         """The numbers of log.jsonl and result.json."""
         seconds = max(time.time() - self.began, 1e-9)
-        speed = {"images_per_second": self.images / seconds,
-                 "share_waiting_for_data": self.waited / seconds}
-        if self.device.type == "cuda":
-            speed["peak_memory_mib"] = torch.cuda.max_memory_allocated(self.device) / 2**20
-        return speed
+        return {"images_per_second": self.images / seconds,
+                "share_waiting_for_data": self.waited / seconds}
 
     def __str__(self):
-        speed, waiting, *_ = self.speed().values()
+        speed, waiting = self.speed().values()
         return f"{speed:.1f} images/s, {100 * waiting:.0f} % waiting for data"
 
     def steps(self, first, last, name, rank):

@@ -100,7 +100,7 @@ def state(out):
                         for side, images in (rank["own"] or {}).items() if images}
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert lines == common.load_checkpoint(out / "last.pt")["history"]
-    timed = ("images_per_second", "share_waiting_for_data", "peak_memory_mib", "seconds")
+    timed = ("images_per_second", "share_waiting_for_data", "seconds")
     lines = [{name: value for name, value in line.items() if name not in timed}
              for line in [*lines, common.read_json(out / "result.json")]]
     return tensors, lines, sorted(path.name for path in out.iterdir())
