@@ -356,16 +356,6 @@ def test_linked_folders_are_followed_and_loops_end(folder, tmp_path, monkeypatch
     fails(lambda: data.list_images(folder), folder / "images", "Permission denied")
 
 
-def test_null_bytes_and_loops_of_links_are_refused_in_one_line(folder):
-    path = write(folder / "l.txt", "a0.png 0\na\0b.png 1\n")
-    fails(lambda: data.find_images("csv", folder, data.read_list(path)[0], path), "line 2")
-    (folder / "loop.png").symlink_to(folder / "loop.png")
-    for call in (data.read_image, common.read_text, data.read_slice, data.read_list):
-        fails(lambda: call(folder / "loop.png"), "loop.png")
-        fails(lambda: call("a\0.png"), "a")
-    fails(lambda: data.list_images(folder / "loop.png"), "loop.png")
-
-
 # ---- Lists and reports
 
 

@@ -227,20 +227,6 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
 
 
 @pytest.mark.numeric
-def test_merge_command_writes_the_same_model_as_a_plain_vit(tmp_path):
-    base, images = vit(), torch.randn(2, 1, 16, 16)
-    common.save_checkpoint(tmp_path / "base.pt", {"model": base.state_dict()})
-    model = trained(lora.add_lora(base, rank=2)).eval()
-    about = {"classes": ["a", "b", "c"], "trained_on": ["p1", "p7"], "mean": 0.4}
-    lora.save_adapter(tmp_path / "adapter.pt", model, weights=str(tmp_path / "base.pt"), **about)
-    lora.merge(lora.LoRAConfig(adapter=str(tmp_path / "adapter.pt")))
-    merged, plain = common.load_checkpoint(tmp_path / "merged.pt"), vit(seed=5).eval()
-    assert merged.items() >= about.items()
-    plain.load_state_dict(merged["model"])
-    assert_same(plain(images), model(images), model, images)
-
-
-@pytest.mark.numeric
 def test_the_plain_form_in_the_head_is_the_layer():
     """The eight lines are run as they stand there, and equal `LoRALinear` with one part."""
     lines = lora.__doc__.splitlines()

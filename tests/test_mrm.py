@@ -4,7 +4,6 @@ options and their resumption."""
 import dataclasses
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import mrm
 import vit
 from rounding import network_rounding
 from support.script import InputError
+from test_script import in_processes
 from test_vit import randomised
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, decoder_dim=16,
@@ -156,17 +156,6 @@ def test_a_record_without_a_report_counts_for_the_image_loss_alone():
             assert here != name.startswith("report_decoder."), name
 
 
-def test_the_report_sees_the_image():
-    images, report = batch()
-    torch.manual_seed(0)
-    model = randomised(mrm.MRM(**TINY, vocab_size=30)).eval()
-    noise = torch.rand(3, 16)
-    first, second = (model(x, report, noise=noise)[1].item() for x in (images, -images))
-    assert first != second
-    model(images, report, restore_image=False, noise=noise)[1].backward()
-    assert model.patch_embed.proj.weight.grad.abs().sum() > 0
-
-
 @pytest.mark.numeric
 def test_the_report_decoder_sees_the_mean_of_all_visible_patches():
     _, (_, inputs, hidden, padding) = batch()
@@ -293,23 +282,18 @@ def test_the_command_line_takes_zero_and_small_floats(films, tmp_path):
     assert common.load_checkpoint(tmp_path / "last.pt")["mean"] == 0
 
 
-def test_a_run_says_what_ran_and_its_resumption_is_bit_identical(films, tmp_path, stopped):
-    whole = mrm.pretrain(record_run(films, tmp_path / "whole"))
-    saved = json.loads((tmp_path / "whole/config.json").read_text())
-    state = common.load_checkpoint(tmp_path / "whole/last.pt")
+def test_a_run_says_what_ran(films, tmp_path):
+    """That a run which is stopped goes on bit for bit: test_interruption.py."""
+    whole = mrm.pretrain(record_run(films, tmp_path))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    state = common.load_checkpoint(tmp_path / "last.pt")
     assert state["config"] == saved and saved["vocab_size"] == 800 and saved["word_ratio"] == 0.5
     assert saved["lr"] == whole["lr"] == pytest.approx(8e-3 * 4 / 256)
     assert {"images_per_second", "share_waiting_for_data", "seconds", "batch_size", "steps",
             "heldout_image_loss", "heldout_report_loss"} <= whole.keys()
-    stopped(mrm.pretrain, record_run(films, tmp_path / "part"), saves=2)
-    part = mrm.pretrain(record_run(films, tmp_path / "part", resume=True))
-    losses = [name for name in whole if name.endswith("loss")]
-    assert len(losses) == 4 and [part[name] for name in losses] == [whole[name] for name in losses]
-    other = common.load_checkpoint(tmp_path / "part/last.pt")
-    assert all(torch.equal(state["model"][name], other["model"][name]) for name in state["model"])
-    assert [line["step"] for line in other["history"]] == [1, 2, 3, 4]
-    again = mrm.pretrain(record_run(films, tmp_path / "part", resume=True))  # of a finished run
-    assert [again[name] for name in losses] == [whole[name] for name in losses]
+    again = mrm.pretrain(record_run(films, tmp_path, resume=True))  # of a finished run
+    for name in ("image_loss", "report_loss", "heldout_image_loss", "heldout_report_loss"):
+        assert again[name] == whole[name], name
 
 
 @pytest.mark.parametrize("other", [dict(image_only=True), dict(seed=2), dict(mean=0.0, std=1.0),
@@ -571,14 +555,6 @@ def test_a_gradient_that_is_not_finite_is_noticed_where_the_loss_is(films, tmp_p
     assert state["step"] == 2 and all(x.isfinite().all() for x in state["model"].values())
 
 
-def test_the_message_of_a_bad_loss_names_step_and_files():
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for bad in (float("nan"), float("inf")):
-        values = dict(loss=torch.tensor([1.0, bad]), gradient=torch.ones(()))
-        with pytest.raises(InputError, match=r"step 7: the loss is not finite.*: a\.png, b\.png$"):
-            common.check_finite(7, ["a.png", "c.png", "b.png"], [0, 2], scaler, **values)
-
-
 DRIVER = """
 import sys
 sys.path.insert(0, {repository!r})
@@ -614,12 +590,9 @@ def test_two_processes_and_accumulation_give_the_losses_of_one(films, tmp_path, 
         (root / f"{part}_list.txt").write_text("".join(lines))
     repository = str(Path(mrm.__file__).parent)
     (tmp_path / "driver.py").write_text(DRIVER.format(repository=repository, root=str(root)))
-    two, lines = "-m torch.distributed.run --standalone --nproc_per_node=2".split(), {}
-    for name, head, passes in (("one", [], "1"), ("two", two, "1"), ("passes", [], "2")):
-        driver = [tmp_path / "driver.py", script, tmp_path / name, "8", passes]
-        done = subprocess.run([sys.executable, *head, *driver], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
+    lines = {}
+    for name, processes, passes in (("one", 1, 1), ("two", 2, 1), ("passes", 1, 2)):
+        in_processes(processes, tmp_path / "driver.py", script, tmp_path / name, 8, passes)
         lines[name] = log_of(tmp_path / name)
     losses = [key for key in lines["one"][0] if key.endswith(("loss", "auroc"))]
     assert len(lines["one"]) == 4 and len(losses) == (4 if script == "mrm" else 3)

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from unittest import mock
 
 import numpy as np
@@ -22,6 +20,7 @@ from more import improved, nicegan
 from support import demo as demo_drawing
 from support import script as common
 from support.script import InputError
+from test_script import in_processes
 
 SMALL = dict(width=4, blocks=1, batch_size=2, epochs=1, device="cpu")
 EVERY_LOSS = ("correction", "smooth", "drift", "synthetic", "equivariance")
@@ -822,38 +821,6 @@ def test_each_weight_multiplies_its_own_loss():
     assert torch.allclose(R.mean, mean, atol=1e-5)
 
 
-@pytest.mark.numeric
-@pytest.mark.parametrize("host", reggan.HOSTS)
-def test_a_step_goes_down_the_sum_of_its_losses_and_shows_d_what_the_pools_hand_out(host):
-    (c, model), (_, twin) = randomized(host, "random"), randomized(host, "random")
-    a, b = smooth_image(4, 0), smooth_image(4, 1)
-    old, shown = {"A": smooth_image(4, 2), "B": smooth_image(4, 3)}, {}
-    torch.manual_seed(3)
-    fakes, losses = twin.generator_losses(a, b)
-    losses |= reggan.registration_losses(twin, c, a, b, fakes["B"])
-    parts = ("netG", "registration"), ("netD",)
-    ours, theirs = ([reggan.trainable(m, *prefixes) for prefixes in parts] for m in (model, twin))
-    expected = [torch.autograd.grad(sum(losses.values()), theirs[0], retain_graph=True)]
-    d = twin.discriminator_losses(a, b, {side: old[side] for side in fakes})["d"]
-    expected.append(torch.autograd.grad(d, theirs[1]))
-    before = [[p.detach().clone() for p in part] for part in ours]
-    pools = {side: lambda given, side=side: shown.update({side: given}) or old[side]
-             for side in "AB"}
-    left_over(model)
-    torch.manual_seed(3)
-    optimizers = [torch.optim.SGD(part, lr=1e-3) for part in ours]
-    taken = reggan.training_step(model, c, a, b, *optimizers, pools)
-    assert shown.keys() == fakes.keys() and taken.keys() == losses.keys() | {"d"}
-    for side, fake in fakes.items():  # what D learns from a fake does not reach G
-        assert torch.allclose(shown[side], fake, atol=1e-5) and not shown[side].requires_grad
-    for name, loss in (losses | {"d": d}).items():
-        assert torch.isclose(taken[name], loss, rtol=1e-4) and not taken[name].requires_grad, name
-    for part, first, grads in zip(ours, before, expected):
-        steps = [(q - p) / 1e-3 for p, q in zip(part, first)]
-        step, grad = (torch.cat([x.flatten() for x in xs]) for xs in (steps, grads))
-        assert (step - grad).norm() < 0.02 * grad.norm()
-
-
 def test_every_network_has_its_optimiser_and_its_rate_and_every_host_its_pools(drawn):
     c = config(drawn, host="cycle", lr=0.01, reg_lr=0.02, form="improved")
     job, owner = reggan.Job(c, torch.device("cpu")), {}
@@ -1037,14 +1004,11 @@ def test_two_processes_that_share_a_batch_are_one_with_the_whole(drawn, tmp_path
     on with them."""
     options = EQUAL | dict(root=str(drawn))
     single = reggan.train(config_of(**options | dict(out=str(tmp_path / "one"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               reggan.__file__, "--out", str(tmp_path / "two")]
+    command = ["reggan.py", "--out", tmp_path / "two"]
     for name, value in options.items():
         if value is not None:
-            command += ["--" + name.replace("_", "-"), str(value)]
-    done = subprocess.run(command, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+            command += ["--" + name.replace("_", "-"), value]
+    in_processes(2, *command)
     names = "step", "adversarial", "correction", "smooth", "d"
     one, two = (lines_of(tmp_path / run, *names) for run in ("one", "two"))
     assert np.allclose(one, two, rtol=1e-3)

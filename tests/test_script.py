@@ -42,6 +42,15 @@ def run_python(code, *arguments, check=True, **options):
     return done
 
 
+def in_processes(count, *command):
+    """Runs a script with its options, in several processes under torchrun; each has one thread."""
+    head = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                  f"--nproc_per_node={count}"]
+    done = subprocess.run([sys.executable, *head, *map(str, command)], capture_output=True,
+                          text=True, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(common.RunConfig):
     rank: int = common.option(4, "rank")
@@ -259,6 +268,7 @@ def test_run_log(tmp_path):
         path.write_text(wrong)
         fails(lambda: common.read_json(path), path, *parts)
     fails(lambda: common.read_json(tmp_path / "none"), "none: no such file")
+    fails(lambda: common.read_json(tmp_path), tmp_path, "a text file in UTF-8")
     fails(lambda: common.RunLog(path, Config()), path, "cannot be written")
     (tmp_path / "run/log.jsonl").unlink()
     (tmp_path / "run/log.jsonl").mkdir()
@@ -532,11 +542,16 @@ def test_a_gradient_may_overflow_while_its_scale_can_be_halved(dtype, scale, ref
     scaler, one, bad = common.scaler_for(Config(dtype=dtype), CPU), torch.ones(1), torch.ones(1) / 0
     scaler.scale(one)
     scaler.update(scale)
-    fails(lambda: common.check_finite(3, ["a.png"], [0], scaler, bad, one), "step 3: the loss is")
+
+    def check(loss, gradient):
+        common.check_finite(3, ["a.png", "c.png", "b.png"], [0, 2], scaler, loss, gradient)
+
+    for loss in (bad, torch.tensor([1, math.nan])):
+        fails(lambda: check(loss, one), "step 3: the loss is not finite", "batch: a.png, b.png")
     if refused:
-        fails(lambda: common.check_finite(3, ["a.png"], [0], scaler, one, bad), "gradient", "a.png")
+        fails(lambda: check(one, bad), "step 3: the gradient is not", "batch: a.png, b.png")
     else:
-        common.check_finite(3, ["a.png"], [0], scaler, one, bad)
+        check(one, bad)
 
 
 def test_names_that_are_no_text_can_be_written(tmp_path):

@@ -2,10 +2,6 @@
 
 import csv
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +16,7 @@ import data
 import finetune
 from more import segment
 from more.segment import SegmentConfig
+from test_script import in_processes
 
 
 @pytest.fixture(scope="session")
@@ -251,11 +248,7 @@ def test_two_processes_segment_with_the_statistics_that_are_saved(holes, tmp_pat
     says."""
     options = "--data csv --img-size 48 --channels 8 --steps 6 --lr 5e-3 --evaluations 2"
     options += " --batch-size 4 --device cpu --dtype fp32 --weights scratch"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "more.segment", "--root", str(holes), "--out", str(tmp_path)]
-    done = subprocess.run(command + options.split(), capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_processes(2, "-m", "more.segment", "--root", holes, "--out", tmp_path, *options.split())
     logits, truth, names, chosen = predicted(tmp_path, run(holes, tmp_path), holes)
     found = segment.find_pixels(logits, chosen["threshold"], chosen["smallest"])
     rows = list(csv.reader((tmp_path / "predictions.csv").open()))[1:]
@@ -289,11 +282,6 @@ def test_what_cannot_be_used_is_one_line(holes, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         segment.segment(run(holes, tmp_path / "run", **options))
     assert not list(tmp_path.iterdir())
-
-
-def test_only_options_that_segmentation_uses():
-    names = {field.name for field in dataclasses.fields(SegmentConfig)}
-    assert names.isdisjoint({"ratios", "methods", "inits", "seeds", "recipe", "pool", "compare"})
 
 
 def test_upernet_overfits_one_image(holes):
