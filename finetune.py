@@ -206,13 +206,6 @@ def auroc(scores, labels, resamples=1000, seed=0):
     return float(np.mean(points)), tuple(intervals[-1]), per_class
 
 
-def mean_auroc(scores, labels):
-    """Mean AUROC over the classes that have both labels, without intervals; NaN where none has."""
-    one = np.ones((1, len(scores)))
-    values = [weighted_auroc(s, y, one)[0] for s, y in zip(scores.T, labels.T)]
-    return float("nan") if np.isnan(values).all() else float(np.nanmean(values))
-
-
 # --------------------------------------------------------------------------------------------------
 # The loop
 
@@ -238,8 +231,8 @@ def predict(model, image_set, config, device, rank=0, world=1):
 
 def score_labels(logits, part):
     """What a validation list says of a model: first the score that chooses, then the loss."""
-    return {"val_auroc": mean_auroc(logits.numpy(), part.labels.numpy()),
-            "val_loss": label_loss(logits, part.labels).item()}
+    _, points, _ = bootstrap_auroc(logits.numpy(), part.labels.numpy(), resamples=0)
+    return {"val_auroc": float(points.mean()), "val_loss": label_loss(logits, part.labels).item()}
 
 
 def trained_tensors(model):
@@ -258,14 +251,14 @@ def train(run, split_batch, criterion, score):
     train_set, optimizer = parts["train"].images, optimizer_by_layer(model, config)
     autocast, scaler = autocast_for(config, run.device), scaler_for(config, run.device)
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    step, losses, best, passes = 0, [], None, config.accumulate
+    step, losses, best = 0, [], None
     seed_rank(config.seed, log.rank)
     if run.saved:
         restore(run.saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
         step, losses, best = (run.saved[name] for name in ("step", "losses", "best"))
     batches = Timed(data.train_batches(
-        train_set, config.batch_size // (world * passes), step * passes, run.steps * passes,
-        config.seed, log.rank, world, config.workers), world)
+        train_set, config.batch_size // world, step, run.steps, config.seed, log.rank, world,
+        config.workers), world)
 
     def save(step):
         save_state(log, config, world, run.facts | {
@@ -276,25 +269,22 @@ def train(run, split_batch, criterion, score):
     with Saving(save, world) as saving:
         for step in batches.steps(step, run.steps, config.method, log.rank):
             set_rates(optimizer, config, step, run.steps)
-            loss_of_step, seen = 0, []
-            for _ in range(passes):
-                images, rows = next(batches)
-                images, wanted = split_batch(images.to(run.device, non_blocking=True), rows)
-                with autocast():
-                    logits = parallel(data.normalize(images, config.mean, config.std))
-                # The loss is float32: its gradient, probability - label, is near 0 for most
-                # labels, and bfloat16 would round it to two or three digits
-                loss = criterion(logits.float(), wanted)
-                scaler.scale(loss / passes).backward()
-                loss_of_step, seen = loss_of_step + loss.detach() / passes, seen + rows.tolist()
+            images, rows = next(batches)
+            images, wanted = split_batch(images.to(run.device, non_blocking=True), rows)
+            with autocast():
+                logits = parallel(data.normalize(images, config.mean, config.std))
+            # The loss is float32: its gradient, probability - label, is near 0 for most labels, and
+            # bfloat16 would round it to two or three digits
+            loss = criterion(logits.float(), wanted)
+            scaler.scale(loss).backward()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
-            check_finite(step + 1, train_set.paths, seen, scaler, loss=loss_of_step, gradient=norm)
+            check_finite(step + 1, train_set.paths, rows.tolist(), scaler, loss=loss, gradient=norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            losses.append(average(loss_of_step, world).item())
+            losses.append(average(loss.detach(), world).item())
             if (step + 1) % max(1, run.steps // config.evaluations) == 0 or step + 1 == run.steps:
                 # The choice is made on the validation list. The best of many scores on the test
                 # list would be the luckiest one, and higher than on any new list
@@ -345,7 +335,6 @@ class TuneConfig(RunConfig):
     drop_path: float = recipe_value("chance to skip a branch of the last block", within="[0, 1)")
     min_crop: float = option(None, "smallest share of an image in a crop", within="(0, 1]")
     flip: bool = option(None, "flip training images left-right at random")
-    accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
     clip: float = recipe_value("largest norm of the gradients; 0: any", within="[0, inf)")
     mean: float = option(None, "mean of the pixels in [0, 1] (default: the weights', else MRM's)")
     std: float = option(None, "deviation of the pixels", within="(0, inf)")
@@ -374,15 +363,15 @@ class FinetuneConfig(TuneConfig):
     compare: bool = option(False, "run methods x inits x ratios x seeds, and stop", free=True)
     methods: str = option("linear,lora,lora-all,full", "for --compare", free=True)
     ratios: str = option("1,10,100", "for --compare", free=True)
-    inits: str = option("mrm", "for --compare: mrm, image-only, report-only (made of the demo "
-                        "with each seed), scratch, checkpoints, run folders", free=True)
+    inits: str = option("mrm", "for --compare: mrm, image-only (pretrained on the demo with each "
+                        "seed), scratch, checkpoints, run folders", free=True)
     seeds: int = option(3, "for --compare: seeds, from --seed on", within="[1, inf)", free=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # What a run needs: lists, images, weights, recipe
 
-DEMO_INITS = ("mrm", "image-only", "report-only")  # what `fill_weights` makes
+DEMO_INITS = ("mrm", "image-only")  # what `fill_weights` makes, in runs/mrm-demo-SEED ...
 # Random starts, and whose sizes they have
 SCRATCH = {"scratch": "tiny"} | {f"scratch-{preset}": preset for preset in mrm.MODELS}
 
@@ -414,29 +403,25 @@ def load_images(parts, config):
 
 
 def fill_weights(config):
-    """`config` with the weights of a run. Where none are given these are the tiny MRM's, pretrained
-    on the demo records on first use. A comparison names one of DEMO_INITS, pretrained with the seed
-    of its cell; image-only and report-only train one of the two losses."""
-    if config.weights is not None and config.weights not in DEMO_INITS:
-        return config
-    init = config.weights or "mrm"
-    number = config.seed if config.weights else 0
-    folder = Path("runs", f"{init}-demo" + (f"-{number}" if number else ""))
-    if (folder / "result.json").exists():
-        print(f"no --weights given: {folder} is used again; delete it to pretrain again")
-    else:
-        print(f"no --weights given: pretraining the tiny {init} on the demo records, in {folder}")
+    """`config` with the weights of a run, where none are given runs/mrm-demo. What is in a folder
+    of such a name, as a comparison has one for each seed, is the tiny MRM, pretrained on the demo
+    records on first use; of image-only, by the loss of the images alone."""
+    folder = config.weights or "runs/mrm-demo"
+    made = re.fullmatch(rf"runs/({'|'.join(DEMO_INITS)})-demo-?(\d*)", folder)
+    if made and Path(folder, "result.json").exists():
+        print(f"{folder}: pretrained before and used again; delete it to pretrain again")
+    elif made:
+        print(f"{folder}: pretraining the tiny {made[1]} on the demo records")
         mrm.pretrain(mrm.MRMConfig(
-            out=str(folder), root=config.root if config.data == "demo" else "", seed=number,
-            image_only=init == "image-only", report_only=init == "report-only",
-            resume=(folder / "last.pt").exists(), device=config.device, dtype=config.dtype,
-            workers=config.workers))
-    return dataclasses.replace(config, weights=str(folder))
+            out=folder, root=config.root if config.data == "demo" else "", seed=int(made[2] or 0),
+            image_only=made[1] == "image-only", resume=Path(folder, "last.pt").exists(),
+            device=config.device, dtype=config.dtype, workers=config.workers))
+    return dataclasses.replace(config, weights=folder)
 
 
-def starting_weights(config, classes=None):
-    """What a run starts from: (tensors by name or None for a random start, all that the file
-    holds). fc_norm and head are left out where the file does not name `classes` in their order."""
+def starting_weights(config):
+    """What a run starts from: (tensors by name, without fc_norm and head, which are new in every
+    run, or None for a random start; all that the file holds)."""
     if config.weights in SCRATCH:
         preset = SCRATCH[config.weights]
         return None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}
@@ -444,9 +429,7 @@ def starting_weights(config, classes=None):
     tensors, held = read_weights(path)
     if "adapter" in held:
         raise InputError(path, "a ViT (python lora.py merge makes one of an adapter)", "an adapter")
-    if held.get("classes") != classes:
-        tensors = {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}
-    return tensors, held
+    return {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}, held
 
 
 def take_recipe(config, tensors, held, count):
@@ -492,11 +475,11 @@ def prepare(config, read, recipe, build, load):
     parts, classes = read(config)
     count = len(parts["train"].names)
     config = fill_weights(config)  # last, since it may pretrain for minutes
-    tensors, held = starting_weights(config, classes)
+    tensors, held = starting_weights(config)
     config, sizes = recipe(config, tensors, held, count)
     if (config.mean is None) != (config.std is None):
         raise InputError("--mean and --std", "both, or none for each image's own", "one of them")
-    config = even_batch(config, world * config.accumulate)
+    config = even_batch(config, world)
     steps = number_of_steps(config, count, config.batch_size)
     seed(config.seed)  # here, because pretraining the demo MRM must not change this run
     try:
@@ -537,7 +520,7 @@ def finetune(config):
     best = train(run, lambda images, rows: (images, labels[rows.to(run.device)]),
                  label_loss, score_labels)
     scores = test_best(run, best, pool=run.config.pool, test_side=run.parts["test"].images.size)
-    return write_results(run, best, scores.numpy())
+    return write_auroc(run, best, scores.numpy())
 
 
 def test_best(run, best, **about):
@@ -564,49 +547,50 @@ def test_best(run, best, **about):
     return predict(model, run.parts["test"].images, config, run.device, log.rank, run.world)
 
 
-def run_facts(run, best):
-    """What result.json holds beside the test scores."""
-    config, last, count = run.config, run.log.history[-1], lora.count_parameters(run.model)
+def write_auroc(run, best, scores):
+    """Writes predictions.csv and result.json, and prints the AUROCs, from the logits (n, k) of the
+    test list. Returns the content of result.json."""
+    part, classes, labels = run.parts["test"], run.classes, run.parts["test"].labels.numpy()
+    mean, (low, high), per_class = auroc(scores, labels)
+    named = dict(zip(classes, per_class))
+    if run.log.rank == 0:
+        write_predictions(run.log.out, part.names, [*classes, *(f"label {c}" for c in classes)],
+                          np.hstack([1 / (1 + np.exp(-scores)), labels]))
+        for name, value in named.items():
+            text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
+            print(f"  {name:20s} {text}")
+    return write_result(run, best, f"AUROC {mean:.3f} [{low:.3f}, {high:.3f}]", {
+        "auroc": mean, "auroc_ci": (low, high),
+        "auroc_per_class": {name: value and value[0] for name, value in named.items()},
+        "auroc_per_class_ci": {name: value and value[1:] for name, value in named.items()}})
+
+
+def write_result(run, best, summary, scores):
+    """Writes result.json, of the test `scores` by name, those on val and what a run took, and
+    prints a `summary`. Returns its content."""
+    config, log, count = run.config, run.log, lora.count_parameters(run.model)
+    last, seconds = log.history[-1], time.time() - log.start
     given = ("ratio", "method", "weights", "batch_size", "lr")
     measured = ("images_per_second", "share_waiting_for_data")
-    return {name: value for name, value in best.items() if name not in ("step", "trained")} | {
+    result = scores | {name: best[name] for name in best if name not in ("step", "trained")} | {
         "best_step": best["step"], "split": config.split or config.data, "steps": last["step"],
         **{name: getattr(config, name) for name in given},
         "images": {name: len(part.names) for name, part in run.parts.items()},
         **{f"{name}_parameters": count[name] for name in ("trainable", "lora", "head", "total")},
-        **{name: last[name] for name in measured}, "seconds": time.time() - run.log.start}
-
-
-def write_results(run, best, scores):
-    """Writes result.json and predictions.csv, and prints the AUROCs, from the logits (n, k) of the
-    test list. Returns the content of result.json."""
-    log, names, labels = run.log, run.parts["test"].names, run.parts["test"].labels.numpy()
-    mean, (low, high), per_class = auroc(scores, labels)
-    named = dict(zip(run.classes, per_class))
-    result = {"auroc": mean, "auroc_ci": (low, high),
-              "auroc_per_class": {name: value and value[0] for name, value in named.items()},
-              "auroc_per_class_ci": {name: value and value[1:] for name, value in named.items()},
-              **run_facts(run, best)}
-    if log.rank > 0:
-        return result
-    write_predictions(log.out, names, run.classes, 1 / (1 + np.exp(-scores)), labels)
-    for name, value in named.items():
-        text = "%.3f  [%.3f, %.3f]" % value if value else "undefined: one label only"
-        print(f"  {name:20s} {text}")
-    print(f"test AUROC {mean:.3f} [{low:.3f}, {high:.3f}], {result['images_per_second']:.0f} "
-          f"images/s, {result['seconds']:.0f} s in all; {log.out}")
+        **{name: last[name] for name in measured}, "seconds": seconds}
+    if log.rank == 0:
+        print(f"test {summary}, {last['images_per_second']:.0f} images/s, {seconds:.0f} s in all; "
+              f"{log.out}")
     log.json("result.json", result)
     return result
 
 
-def write_predictions(out, names, classes, probabilities, labels=()):
-    """Writes OUT/predictions.csv: on each line an image, the probability of each class, and the
-    labels where they are known."""
-    header = ["image", *classes, *(f"label {name}" for name in classes if len(labels))]
-    labels = [["" if np.isnan(label) else int(label) for label in row] for row in labels]
-    rows = [[name, *(f"{p:.9g}" for p in row), *known] for name, row, known in
-            zip(names, probabilities, labels or [[]] * len(names))]
-    write_csv(Path(out) / "predictions.csv", header, rows)
+def write_predictions(out, names, columns, numbers):
+    """Writes OUT/predictions.csv: on each line an image and its `numbers` (n, j), named by the
+    `columns`; NaN, a label that is not known, is left empty."""
+    rows = [[name, *("" if np.isnan(x) else f"{x:.9g}" for x in row)]
+            for name, row in zip(names, numbers.tolist())]
+    write_csv(Path(out) / "predictions.csv", ["image", *columns], rows)
 
 
 def load_run(folder, script="finetune", make=None):
@@ -656,7 +640,7 @@ def predict_folder(config):
     images = data.ImageSet(paths, held.get("test_side", model.img_size), crop=model.img_size,
                            white=held.get("white"))
     scores = predict(model, images, config, device)
-    write_predictions(config.out, names, held["classes"], scores.sigmoid().tolist())
+    write_predictions(config.out, names, held["classes"], scores.sigmoid())
     print(f"{len(paths)} images: {Path(config.out) / 'predictions.csv'}")
 
 
@@ -665,8 +649,8 @@ def predict_folder(config):
 
 
 def list_cells(config):
-    """The cells of a comparison, {name: configuration}; `weights` is one of --inits. Raises
-    InputError for a name that is not known or comes twice, before any run."""
+    """The cells of a comparison, {name: configuration}. Raises InputError for a name that is not
+    known or comes twice, before any run."""
     for typed in ("lora", "method", "ratio", "weights"):
         if getattr(config, typed):
             raise InputError("--compare", "--methods, --ratios and --inits", f"--{typed}")
@@ -678,11 +662,14 @@ def list_cells(config):
         if not differ or not set(given) <= set(allowed[name]):
             expected = f"names that differ, of {', '.join(allowed[name])}"
             raise InputError(f"--{name}", expected, ",".join(given))
-    seeds = range(config.seed, config.seed + config.seeds)
-    return {f"{Path(init).name}-{method}-{ratio}-{number}": dataclasses.replace(
-                config, weights=init, method=method, ratio=int(ratio), seed=number)
-            for ratio, init, method, number in itertools.product(
-                lists["ratios"], lists["inits"], lists["methods"], seeds)}
+    cells, seeds = {}, range(config.seed, config.seed + config.seeds)
+    for ratio, init, method, number in itertools.product(
+            lists["ratios"], lists["inits"], lists["methods"], seeds):
+        weights = f"runs/{init}-demo" + (f"-{number}" if number else "")
+        cells[f"{Path(init).name}-{method}-{ratio}-{number}"] = dataclasses.replace(
+            config, weights=weights if init in DEMO_INITS else init, method=method,
+            ratio=int(ratio), seed=number)
+    return cells
 
 
 def read_draws(path, classes):
@@ -698,16 +685,11 @@ def compare(config):
     weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
     cells = list_cells(dataclasses.replace(config, compare=False))
-    asked = {name: dataclasses.replace(cell, weights=None) if cell.weights in DEMO_INITS else cell
-             for name, cell in cells.items()}  # config.json has the folder of the demo's weights
-
-    def run(config):
-        finetune(dataclasses.replace(config, weights=cells[Path(config.out).name].weights))
-
-    for name, result in run_cells(out, asked, run):
+    for name, result in run_cells(out, cells, finetune):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
-        row = Path(cells[name].weights).name, result["method"], result["ratio"]
-        rows.setdefault(row, []).append((result, draws))
+        method, ratio = result["method"], result["ratio"]
+        init = name.removesuffix(f"-{method}-{ratio}-{cells[name].seed}")
+        rows.setdefault((init, method, ratio), []).append((result, draws))
     table, header = [], ["pretraining", "method", "labels %", "test AUROC", "each seed", "lr",
                          "trained %", "training images"]
     for row, runs in rows.items():

@@ -32,7 +32,7 @@ import finetune
 from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
-    InputError, atomic_write, fill, join, option, parse_config, run_script, save_grid, write_csv)
+    InputError, atomic_write, fill, join, option, parse_config, run_script, save_grid)
 from support.weights import encoder_sizes
 from vit import ViT
 
@@ -269,8 +269,8 @@ def take_preset(config, tensors, held, count):
               "num_heads": sizes["num_heads"], "mean": held.get("mean"), "std": held.get("std")}
     config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else SMALL))
     _, _, world = join(config)
-    if config.batch_size < 2 * world * config.accumulate:  # batch norm needs images that differ
-        raise InputError("--batch-size", "two images or more in a pass", config.batch_size)
+    if config.batch_size < 2 * world:  # batch norm needs images that differ
+        raise InputError("--batch-size", "two images or more a process", config.batch_size)
     return config, sizes | {"img_size": config.img_size}
 
 
@@ -289,14 +289,14 @@ def segment(config):
                           score_masks)
     chosen = {name: best[name] for name in ("threshold", "smallest")}
     logits = finetune.test_best(run, best, segment=chosen | {"channels": run.config.channels})
-    return write_results(run, best, logits[:, 0])
+    return write_dice(run, best, logits[:, 0])
 
 
-def write_results(run, best, logits):
-    """Writes result.json, predictions.csv (pixels of each image) and overlays.png, and prints the
+def write_dice(run, best, logits):
+    """Writes predictions.csv (pixels of each image), overlays.png and result.json, and prints the
     Dices, from the logits (n, H, W) of the test list, at --img-size pixels a side. Returns the
     content of result.json, whose areas count pixels of all images."""
-    part, log, side = run.parts["test"], run.log, run.config.img_size
+    part, out, side = run.parts["test"], run.log.out, run.config.img_size
     found = find_pixels(logits, best["threshold"], best["smallest"])
     counts = both, predicted, true = count_pixels(found, part.truth)
     result, summary = {}, []
@@ -305,26 +305,21 @@ def write_results(run, best, logits):
         result |= {name: float(values[0]), f"{name}_ci": interval}
         summary.append("%s %.3f [%.3f, %.3f]" % (name, values[0], *interval))
     result |= {"area_error": float(np.abs(predicted - true).mean()),
-               "images_with_mask": int((true > 0).sum()), "pixels": side**2,
-               **finetune.run_facts(run, best)}
-    if log.rank > 0:
-        return result
-    write_csv(log.out / "predictions.csv", ["image", "both", "predicted", "true"],
-              [[name, *row] for name, row in zip(part.names, counts.T.tolist())])
-    dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
-    red = torch.tensor([1.0, 0.15, 0.1])[:, None, None]
-    order = [i for i in dice.argsort() if true[i] > 0]
-    for name, i in {"best": order[-1], "median": order[len(order) // 2], "worst": order[0]}.items():
-        image = part.images[[i], 0][0][0].expand(3, -1, -1)
-        rows.append([image] + [torch.where(mask[i], 0.55 * image + 0.45 * red, image)
-                               for mask in (part.truth, found)])
-        captions.append(f"{name}: Dice {dice[i]:.3f}")
-    save_grid(log.out / "overlays.png", rows, ("X-ray", "truth", "prediction"), captions,
-              max(1, 256 // side))
-    print("test " + ", ".join(summary) + f"; threshold {best['threshold']} and an area of at "
-          f"least {best['smallest']} pixels, chosen on val; {result['seconds']:.0f} s; {log.out}")
-    log.json("result.json", result)
-    return result
+               "images_with_mask": int((true > 0).sum()), "pixels": side**2}
+    if run.log.rank == 0:
+        finetune.write_predictions(out, part.names, ["both", "predicted", "true"], counts.T)
+        dice, rows, captions = 2 * both / np.maximum(predicted + true, 1), [], []
+        order = [i for i in dice.argsort() if true[i] > 0]
+        red, middle = torch.tensor([1.0, 0.15, 0.1])[:, None, None], order[len(order) // 2]
+        for name, i in {"best": order[-1], "median": middle, "worst": order[0]}.items():
+            image = part.images[[i], 0][0][0].expand(3, -1, -1)
+            rows.append([image] + [torch.where(mask[i], 0.55 * image + 0.45 * red, image)
+                                   for mask in (part.truth, found)])
+            captions.append(f"{name}: Dice {dice[i]:.3f}")
+        save_grid(out / "overlays.png", rows, ("X-ray", "truth", "prediction"), captions,
+                  max(1, 256 // side))
+    summary.append(f"threshold {best['threshold']}, smallest area {best['smallest']} (by val)")
+    return finetune.write_result(run, best, ", ".join(summary), result)
 
 
 # --------------------------------------------------------------------------------------------------

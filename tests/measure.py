@@ -65,7 +65,7 @@ def pixels(root, layout="demo", split="", ratio=100, side=32):
                 probe = LogisticRegression(C=strength, max_iter=300).fit(inputs["train"], y)
                 for part, x in inputs.items():
                     scores[part][:, k] = probe.decision_function(x)
-        val, test = (finetune.mean_auroc(scores[part], labels[part]) for part in ("val", "test"))
+        val, test = (finetune.auroc(scores[part], labels[part])[0] for part in ("val", "test"))
         results.append((val, strength, test))
     print("AUROC on val {:.3f}, by C = {:g}; on test {:.3f}".format(*max(results)))
 

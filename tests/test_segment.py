@@ -275,7 +275,7 @@ def test_the_demo_has_no_files_where_there_is_no_pneumothorax(tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(masks="none"), "none/0000.png: no such mask .24 of 24"),
-    (dict(batch_size=2, accumulate=2), "--batch-size: expected two images or more"),
+    (dict(batch_size=1), "--batch-size: expected two images or more"),
     (dict(mean=0.0), "--mean and --std: expected both, or none"),
     (dict(img_size=33), "scratch: img_size 33 must be a multiple of patch_size")])
 def test_what_cannot_be_used_is_one_line(holes, tmp_path, options, message):
