@@ -18,10 +18,12 @@ finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since an X-ray m
 block, fc_norm and the head, "linear" fc_norm and the head alone. lora.py says what LoRA saves.
 
 A recipe (support/recipes.py) sets the options that nobody types. For a ViT-B on the papers' data it
-is a published one, by data set, method and percent of labels. LoRA's: SGD with batches of 64, 100
-epochs of which 5 of warm-up, no clipping, alpha 32, on NIH at a rate of 0.05 and rank 4 with 1 % of
-the labels, 0.05 and 8 with 10 %, 0.2 and 32 with all. Else it is ours, by the number of training
-images: AdamW, here 800 steps of 32, LoRA at 3e-3 after the head has learnt alone for half of them.
+is a published one, by data set, method and percent of labels. LoRA's: SGD (momentum 0.9) with
+batches of 64, 100 epochs of which 5 of warm-up, crops from 8 % of an image, flips, no clipping,
+alpha 32, validated after each epoch; on NIH at a rate of 0.05 and rank 4 with 1 % of the labels,
+0.05 and 8 with 10 %, 0.2 and 32 with all. Else it is ours: AdamW, by the number of training images.
+From 100 on 800 steps of 32, half of them for the head alone, at rates of 3e-2 (linear) and 3e-3
+(LoRA, full); below 100 images half as many, at lower ones; from 1,000 on 1,600 of 64, all together.
 Before this file comes lora.py, after it reggan.py. The official code differs: tests/departures.md
 
 Shapes: B batch, n samples, k classes.
@@ -94,7 +96,7 @@ def build_model(config, sizes, classes, tensors=None):
     """A ViT with an output for each of `classes`, of the given weights, ready to be trained."""
     model = vit.ViT(**sizes, num_classes=len(classes), drop_path=config.drop_path, pool=config.pool)
     # As in both papers. A head near 0 gives every finding a probability of 1/2 and passes hardly
-    # any gradient down: it learns first, before what it does not know could change the blocks
+    # any gradient down, so that under SGD it learns first. AdamW rescales that away: hence `probe`
     nn.init.normal_(model.head.weight, std=2e-5)
     return adapt(model, config, tensors)
 
@@ -131,8 +133,8 @@ PROBE_LR = 1e-2  # peak learning rate of the head while it learns alone, a "line
 def set_rates(optimizer, config, step, steps):
     """Gives each group its learning rate of `step`. It rises along a line, then falls along a
     cosine: large first steps, of a head that knows nothing yet, would spoil the pretrained blocks.
-    With `probe` the head learns alone first, for the same reason: on a few dozen labels the blocks
-    would otherwise follow the noise of a random head (Kumar et al., 2022)."""
+    With `probe` the head learns alone first, by a rise and fall of its own, for the same reason: on
+    a few dozen labels the blocks would follow the noise of a random head (Kumar et al., 2022)."""
     alone = round(config.probe * steps)
     first = step < alone
     step, steps = (step, alone) if first else (step - alone, steps - alone)

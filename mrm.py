@@ -29,9 +29,10 @@ hidden in the report. Fine-tuning keeps the encoder alone.
 The image decoder restores twice the resolution that the encoder was shown: the latent has to hold
 finer detail than its input, and the encoder sees a quarter of the patches that a full-size input
 would have. The report decoder gets one vector, the mean of the patches, so that this mean must hold
-what the words need: later it is what a classifier's head sees, over all patches. Neither uses the
-class token. It exists because MAE's and timm's weights have one; the image decoder may attend to
-it. Both losses weigh 1, as in the paper.
+what the words need: later a classifier's head sees it, over all patches and normed anew. Neither
+uses the class token. It exists because MAE's and timm's weights have one; the image decoder may
+attend to it. Three quarters of the patches and half of the words are hidden, and both losses weigh
+1, as in the paper.
 
     (1) image loss  = sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n
     (2) report loss = -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
@@ -204,7 +205,7 @@ class MRM(ViT):
         """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches).
         A record without a report, which is padding alone, has no part in it."""
         rows = ~padding.all(1)  # (B,)
-        if not rows.any():  # other processes wait for a gradient: a row without hidden tokens has 0
+        if not rows.any():  # a loss of 0 through one row: other processes wait for all gradients
             rows[0], padding = True, torch.zeros_like(padding)
         logits = self.report_decoder(latent[rows, 1:], inputs[rows], hidden[rows], padding[rows])
         if len(logits) == 0:

@@ -15,8 +15,8 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
     loss           the path of its gradient, from the loss to what learns
     adversarial    verdict ==> D, frozen ==> G(a) ==> G     G learns to fool D
     correction     moved G(a) ==> warp ==> G(a) ==> G       G learns to meet b where R moves it
-                   moved G(a) ==> warp ==> flow ==> R       R learns to move G(a) onto b
-    smoothness     flow ==> R                               R learns to bend little
+                   moved G(a) ==> warp ==> flow ==> R ==> G  R learns to move G(a) onto b
+    smoothness     flow ==> R ==> G(a) ==> G                R learns to bend little
     D's own        verdict ==> D; G(a) is detached          D learns to tell b from G(a)
 
 Both gradients that reach R run on through G(a), which is not detached, into G: R may ask for an

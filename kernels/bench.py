@@ -1,6 +1,7 @@
 """Times both operations against what they replace, on this machine: two minutes on a GPU.
 
     python -m kernels.bench             # a LoRA layer, twelve of them as in a step, and a warp
+    python -m kernels.bench --all       # more ranks, flows and sizes
 
 A row is a forward or a forward and a backward pass (`both`), under autocast, as in training:
 
@@ -11,12 +12,12 @@ A row is a forward or a forward and a backward pass (`both`), under autocast, as
 
 Three runs before it compile and tune. None is timed whose result or gradients err more than twice
 as much as the reference's, beyond rounding. Without a GPU the references are timed at a small size;
-with TRITON_INTERPRET=1 the kernels run too, at a tiny one, to try this file. Other ranks, flows and
-sizes: call `bench_lora` and `bench_warp`.
+with TRITON_INTERPRET=1 the kernels run too, at a tiny one, to try this file.
 """
 import functools
 import os
 import statistics
+import sys
 import timeit
 
 import torch
@@ -163,7 +164,9 @@ def bench_warp(contenders, B, C, H, W, reach, repeats):
     table(f"warp: {B} x {C} x {H} x {W}, flow of {reach} pixels", contenders, inputs, dy, repeats)
 
 
-def main():
+def main(*options):
+    if options not in ((), ("--all",)):
+        sys.exit(__doc__)
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads, no CUDA"
     print(f"{name}; torch {torch.__version__}, triton {triton and triton.__version__}, {DTYPE}")
@@ -174,7 +177,11 @@ def main():
     for n in (1, layers):
         bench_lora(lora, rows, width, 4, n, repeats)
     bench_warp(warps, 8, 1, side, side, 3, repeats)
+    for R in (8, 32, 64) if options else ():
+        bench_lora(lora, rows, width, R, 1, repeats)
+    for reach in (10, 30) if options else ():  # 30 pixels fold the image
+        bench_warp(warps, 4, 3, 2 * side, 2 * side, reach, repeats)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,8 +1,8 @@
 """Dropout's mask: which elements of x are kept, P[keep] = 1 - p.
 
 The reference makes the mask once. The kernels keep the seed alone and make a tile where they need
-it: stored, the mask would be half of a 16-bit x. Both spend 16 random bits on an element. Their
-masks of one seed differ, since a CPU draws fastest from one long stream.
+it: stored, the mask would be half of a 16-bit x. They spend 16 random bits on an element, as the
+reference does on a CPU. Masks of one seed differ, since a CPU draws fastest from one long stream.
 """
 import math
 
@@ -28,7 +28,8 @@ def keep_mask(x, p, seed):
 def keep_tile(seed_ptr, threshold, rows, col, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The kernels' mask of x[rows, col : col + BLOCK_K]: 16 bits of `threshold` or more are kept.
     They are Philox4x32's (7 rounds, Salmon et al. 2011), keyed by the seed. A draw serves 8
-    columns; its counter is row * ceil(K / 8) + column // 8, which does not depend on the tile."""
+    columns, by the low and the high half of r0, r1, r2 and r3; its counter is row * ceil(K / 8) +
+    column // 8, which does not depend on the tile."""
     octets = col // 8 + tl.arange(0, BLOCK_K // 8)
     counter = rows.to(tl.int64)[:, None] * ((K + 7) // 8) + octets[None, :]
     r0, r1, r2, r3 = tl.randint4x(tl.load(seed_ptr), counter, n_rounds=7)

@@ -15,11 +15,11 @@ bits, with dropout:
                        forward    backward
     frozen layer            81          81     x, W, y; then dy, W, dx
     two kernels            101         150     x once more for t; then dy of q and v, x, 10 of sums
-    PEFT's form            401         478     D(x), x A^T, its product with B^T, the sum with y
 
 One kernel alone would have each tile of y make t again, and draw the mask of all of its rows again:
 12 times for q and v, at 128 columns a tile. So both directions make the thin product (t, u) in a
-kernel of its own and store it: two launches forward; backward three, since dA needs all of u.
+kernel of its own and store it: two launches forward, three backward. dA has the third: it is needed
+where dx is not, and reads x once for all groups.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R. t and u are (M, GR), the groups side by side.
@@ -105,8 +105,8 @@ def plain_down_kernel(
 # copy of x gets the same row again); in a sum over rows they meet zeros. A tile of t has 16
 # columns, the least that tl.dot takes, of which 14 are 0.
 #
-# Two kernels make both passes in five launches: down_kernel (1 and 3) goes from `in` to the rank,
-# up_kernel (2), the large product, starts from there. A program keeps its tile in registers:
+# Two kernels make both passes in five launches: down_kernel (1 and 3) multiplies `in` by something
+# thin, up_kernel (2), the large product, starts from that. A program keeps its tile in registers:
 #     launch       in   makes                           in registers            walks along
 #     forward 1    x    t = (keep * x) A^T              64 rows of t            K
 #     forward 2    x    y = s' t B^T + x W^T + b        a tile of y             R, then K
@@ -114,7 +114,9 @@ def plain_down_kernel(
 #     backward 2   dy   dx = keep * (u A) + dy W        a tile of dx            GR, then N
 #     backward 3   x    dA = u^T (keep * x)             128 rows of u           K
 # dB and dA are sums over all rows, of which a program has 128. At each step it stores its sums of
-# the columns there, without s'; torch adds those of all programs at last, in a fixed order.
+# the columns there; torch adds those of all programs at last, in a fixed order, and multiplies dB
+# by s', which u has already. Steps transpose a factor: lora_A (GR, K) has F_IN or F_OUT 1 and F_LOW
+# K, lora_B (G N/P, R) F_IN or F_OUT R and F_LOW 1; W (N, K) W_IN 1 and W_OUT K, backward K and 1.
 #
 # The tiles of y (BLOCK_OUT 256, 16 row tiles) with the program of up_kernel that makes each. PARTS
 # has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
@@ -161,7 +163,7 @@ def down_kernel(
     """The launches forward 1, backward 1 and backward 3, for BLOCK_M rows."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    pid_m, part = tl.program_id(0), tl.program_id(1)
+    pid_m, part = tl.program_id(0), tl.program_id(1)  # of a grid of row tiles, parts, 64 ranks each
     if ((PARTS >> part) & 1) == 0:
         return
     group = group_of(part, P, PARTS)

@@ -173,7 +173,7 @@ def forward_kernel(
 
 @jit()
 def fixed_point(amax, h, SIGN: tl.constexpr):
-    """2^(SIGN k) as float32 and whether amax is finite; k comes from the exponent bits of amax."""
+    """2^(SIGN k), whose exponent bits are 127 + SIGN k, and whether amax is finite."""
     biased = (amax.to(tl.int32, bitcast=True) >> 23) & 255                       # e = biased - 126
     k = tl.minimum(62 - h - (biased - 126), 126)
     return ((127 + SIGN * k) << 23).to(tl.float32, bitcast=True), biased < 255
@@ -190,7 +190,7 @@ def backward_kernel(
     C, H, W, h,
     BLOCK: tl.constexpr,
 ):
-    """A program visits the pixels of a forward program and finds the gradients that are wanted."""
+    """A program finds the gradients that are wanted, of BLOCK output pixels in every channel."""
     tiles = tl.cdiv(H * W, BLOCK)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)

@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1055,
-    "finetune.py": 731,
+    "finetune.py": 733,
     "kernels/__init__.py": 96,
-    "kernels/bench.py": 180,
+    "kernels/bench.py": 187,
     "kernels/cpu.py": 68,
-    "kernels/dropout.py": 37,
-    "kernels/lora_linear.py": 445,
+    "kernels/dropout.py": 38,
+    "kernels/lora_linear.py": 447,
     "kernels/warp.py": 334,
     "lora.py": 340,
     "more/__init__.py": 3,
@@ -24,7 +24,7 @@ BUDGET = {
     "more/improved.py": 142,
     "more/nicegan.py": 188,
     "more/segment.py": 360,
-    "mrm.py": 688,
+    "mrm.py": 689,
     "reggan.py": 840,
     "support/__init__.py": 8,
     "support/demo.py": 440,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7597
+TOTAL = 7610
 
 
 def lines_of(name):
