@@ -9,7 +9,7 @@
 Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better",
 2024 (LoRA).
 
-One batch of the demo: random crops of X-rays (32, 1, 96, 96) are resized to (32, 1, 48, 48), the
+One batch of the demo: of X-rays (32, 1, 96, 96) random crops are resized to (32, 1, 48, 48), the
 ViT makes 36 patches and a class token of each, (32, 37, 128), and fc_norm and the head turn the
 mean over the patches, (32, 128), into logits (32, 7). The loss is the binary cross-entropy of each
 finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since an X-ray may show several.
@@ -134,7 +134,8 @@ def set_rates(optimizer, config, step, steps):
     """Gives each group its learning rate of `step`. It rises along a line, then falls along a
     cosine: large first steps, of a head that knows nothing yet, would spoil the pretrained blocks.
     With `probe` the head learns alone first, by a rise and fall of its own, for the same reason: on
-    a few dozen labels the blocks would follow the noise of a random head (Kumar et al., 2022)."""
+    a few dozen labels the blocks would follow the noise of a random head (Kumar et al., 2022). The
+    others' rate is 0, they are not frozen: AdamW's averages fill and clipping counts them."""
     alone = round(config.probe * steps)
     first = step < alone
     step, steps = (step, alone) if first else (step - alone, steps - alone)
@@ -196,8 +197,8 @@ def auroc(scores, labels, resamples=1000, seed=0):
     """Mean and per-class AUROC with 95 % percentile bootstrap intervals over samples.
 
     scores, labels (n, k). Returns (mean, (low, high), k entries (auroc, low, high)). A class with
-    one label present has the entry None and no part in the mean; draws that leave one count in no
-    interval of it. The mean of no class is NaN."""
+    one label present has the entry None and no part in the mean; a draw in which it has one label
+    has none in its interval and the mean's. The mean of no class is NaN."""
     defined, points, draws = bootstrap_auroc(scores, labels, resamples, seed)
     per_class = [None] * scores.shape[1]
     if not defined:
@@ -247,8 +248,8 @@ def trained_tensors(model):
 
 def train(run, split_batch, criterion, score):
     """The loop. Returns scores, step and trained tensors of the state that is best on val. run: by
-    `prepare`. split_batch(images, rows of the training set) -> (what the model sees, what criterion
-    compares its output with). score(outputs, part): numbers of val by name; the first chooses."""
+    `prepare`. split_batch(images, rows of the train set) -> (inputs, targets); criterion(outputs,
+    targets) is the loss. score(outputs, part) -> {name: number}, of which the first chooses."""
     config, model, parts, log, world = run.config, run.model, run.parts, run.log, run.world
     train_set, optimizer = parts["train"].images, optimizer_by_layer(model, config)
     autocast, scaler = autocast_for(config, run.device), scaler_for(config, run.device)

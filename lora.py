@@ -62,8 +62,8 @@ class LoRALinear(nn.Linear):
     """`nn.Linear` with a low-rank addition on some of its output parts.
     parts: one bool per equal output part, True where LoRA adds to it: (True, False, True) is q and
     v of a fused qkv. Parameters: `weight` (out, in) and `bias`, which `add_lora` freezes; `lora_A`
-    (G*r, in), uniform within 1 / sqrt(in), as nn.Linear draws its weight; `lora_B` (G*out/P, r),
-    zero. Raises ValueError for sizes that do not fit."""
+    (G*r, in), r rows for q, then r for v, uniform within 1 / sqrt(in), as nn.Linear draws its
+    weight; `lora_B` (G*out/P, r), zero. Raises ValueError for sizes that do not fit."""
 
     def __init__(self, in_features, out_features, rank, alpha=32, dropout=0.1, parts=(True,),
                  bias=True, **kwargs):

@@ -205,7 +205,7 @@ class MRM(ViT):
         """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches).
         A record without a report, which is padding alone, has no part in it."""
         rows = ~padding.all(1)  # (B,)
-        if not rows.any():  # a loss of 0 through one row: other processes wait for all gradients
+        if not rows.any():  # all processes run backward: a row with nothing hidden gives loss 0
             rows[0], padding = True, torch.zeros_like(padding)
         logits = self.report_decoder(latent[rows, 1:], inputs[rows], hidden[rows], padding[rows])
         if len(logits) == 0:

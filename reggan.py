@@ -12,16 +12,16 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
                  |                    |
                  +-----------------> warp --> G(a) moved onto b, compared with b
 
-    loss           the path of its gradient, from the loss to what learns
-    adversarial    verdict ==> D, frozen ==> G(a) ==> G     G learns to fool D
-    correction     moved G(a) ==> warp ==> G(a) ==> G       G learns to meet b where R moves it
-                   moved G(a) ==> warp ==> flow ==> R ==> G  R learns to move G(a) onto b
-    smoothness     flow ==> R ==> G(a) ==> G                R learns to bend little
-    D's own        verdict ==> D; G(a) is detached          D learns to tell b from G(a)
+    loss, its mean over pixels          the path of its gradient, from the loss to what learns
+    adversarial     1 (D(G(a)) - 1)^2   verdict ==> D, frozen ==> G(a) ==> G
+    correction     20 |moved G(a) - b|  moved G(a) ==> warp ==> G(a) ==> G
+                                        moved G(a) ==> warp ==> flow ==> R ==> G(a) ==> G
+    smoothness     10 |grad flow|^2     flow ==> R ==> G(a) ==> G
+    D's own: (D(b) - 1)^2 + D(G(a))^2   verdict ==> D; G(a) is detached
 
-Both gradients that reach R run on through G(a), which is not detached, into G: R may ask for an
-image that is easier to move. G cannot learn how b was moved, because a does not show it. But G may
-learn a motion that all pairs share, because R undoes it; more/improved.py forbids that.
+G learns to fool D and to meet b where R moves it, R to move G(a) onto b and to bend little. How b
+was moved G cannot learn, as a does not show it. But it may learn a motion that all pairs share:
+R undoes it; more/improved.py forbids that.
 
 Level n (--noise n): aligned pairs are moved apart, so that the true motion is known. Each image is
 read at T(p), beyond it background; T is a random map of its own, p = (y, x) a pixel, c the middle.
@@ -418,8 +418,8 @@ def registration_metrics(flow, real, true_flow=None):
     if true_flow is not None:  # of the motion that was added; the pairs may have more
         scores["registration_error"] = mean_length(flow - true_flow)
         scores["misalignment"] = mean_length(true_flow)
-    dy, dx = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]  # (B, 2, H - 1, W - 1)
-    determinant = (1 + dy[:, 0]) * (1 + dx[:, 1]) - dy[:, 1] * dx[:, 0]
+    down, right = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]  # (B, 2, H - 1, W - 1)
+    determinant = (1 + down[:, 0]) * (1 + right[:, 1]) - down[:, 1] * right[:, 0]
     return scores | {"folding": (determinant <= 0).double().mean((1, 2))}
 
 

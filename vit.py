@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def heads(self, x):
-        """(B, N, D) -> q, k and v, each (B, heads, N, D/heads)."""
+        """(B, N, D) -> q, k and v in one tensor, (3, B, heads, N, D/heads)."""
         B, N, _ = x.shape
         return self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 

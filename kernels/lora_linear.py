@@ -102,7 +102,7 @@ def plain_down_kernel(
 #                 3 rows too many   3 rows too many   and 4 columns too many
 #
 # Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored (the
-# copy of x gets the same row again); in a sum over rows they meet zeros. A tile of t has 16
+# copy of x gets the same row again); in dA and dB they meet a t or u of 0. A tile of t has 16
 # columns, the least that tl.dot takes, of which 14 are 0.
 #
 # Two kernels make both passes in five launches: down_kernel (1 and 3) multiplies `in` by something
@@ -130,10 +130,10 @@ def plain_down_kernel(
 #     ...            |           ...   |   |           ...   |   |           ...   |
 #     row tile 8     |+ 72 |+ 80 |+ 88 |   |  96 | 104 | 112 |   |+120 |+128 |+136 |
 #
-# All groups read the same x, so that forward 1 takes them as one part of rank GR; in backward 1
-# each reads its own columns of dy. t, u, A and B are rounded to the type of x before tl.dot, which
-# adds in float32. The sizes of a layer are compile-time constants, M is not. A pointer that is None
-# leaves its step out. Dropout acts on loaded tiles of x.
+# All groups read the same x, so that forward 1 takes them as one part of rank GR, as do backward 2
+# and 3; in backward 1 each reads its own columns of dy. t, u, A and B are rounded to the type of x
+# before tl.dot, which adds in float32. The sizes of a layer are compile-time constants, M is not. A
+# pointer that is None leaves its step out. Dropout acts on loaded tiles of x.
 
 
 @jit()
@@ -238,7 +238,7 @@ def up_kernel(
     out *= scale
     if seed_ptr is not None:
         keep = keep_tile(seed_ptr, threshold, first_row + row, first_col, WIDTH, BLOCK_OUT)
-        out = tl.where(keep, out, 0.0)
+        out = tl.where(keep, out, 0.0)  # backward 2 alone, where P is 1
     first_col += part * WIDTH
     in_ptr += first_row * DEPTH
     w_ptr += first_col.to(tl.int64) * W_OUT

@@ -157,8 +157,8 @@ def forward_kernel(
 # not depend on the order: each addend is multiplied by 2^k, truncated to int64 and added; one last
 # pass divides.
 #
-# Range. Let amax = max |g| over a plane, e its exponent (amax < 2^e) and h = ceil(log2(H W)). An
-# output pixel adds at most amax to one place (its four weights sum to 1), so that at most
+# Range. Let amax = max |g| over a plane, e its exponent, amax < 2^e <= 2 amax, h = ceil(log2(H W)).
+# An output pixel adds at most amax to one place (its four weights sum to 1), so that at most
 # 2^(h+e) 2^k may gather anywhere. k = 62 - h - e keeps that at 2^62: no flow, however it folds the
 # image, overflows. k stops at 126, where 2^-k is still a normal float32.
 # On paper: 256 x 256 pixels, amax 0.75. Then h = 16, e = 0 (0.75 < 2^0) and k = 62 - 16 - 0 = 46.
@@ -166,7 +166,7 @@ def forward_kernel(
 # lost. If all 2^16 pixels read one place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
 # Error. Truncation loses less than one quantum an addend, 2^-k, which below k = 126 is at most
 # 2^(h-61) amax: 2^-45 amax at 256 x 256. The sum is exact, and rounded once to float32. A float sum
-# of n addends errs by up to n 2^-24 of its partial sums: more, once these exceed 2^(h-37) amax.
+# of n addends errs by up to n 2^-24 S, S its largest partial sum: more, once S > 2^(h-37) amax.
 # Infinity and NaN in g (a loss scaler looks for them) have no integer: they make the image gradient
 # of that plane NaN.
 
@@ -197,7 +197,7 @@ def backward_kernel(
     valid = pixel < H * W
     at, right, down, fy, fx, inside_y, inside_x, nan = position(
         flow_ptr, sample, pixel, valid, H, W)
-    dy, dx = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    gy, gx = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)  # gradients of dy, dx
     for c in range(C):
         plane = (sample * C + c) * H * W
         g = tl.load(dout_ptr + plane + pixel, mask=valid, other=0.0).to(tl.float32)
@@ -208,8 +208,8 @@ def backward_kernel(
             v01 = tl.load(corner_ptr + right, mask=valid).to(tl.float32)
             v10 = tl.load(corner_ptr + down, mask=valid).to(tl.float32)
             v11 = tl.load(corner_ptr + down + right, mask=valid).to(tl.float32)
-            dy += g * ((1 - fx) * (v10 - v00) + fx * (v11 - v01))
-            dx += g * ((1 - fy) * (v01 - v00) + fy * (v11 - v10))
+            gy += g * ((1 - fx) * (v10 - v00) + fx * (v11 - v01))
+            gx += g * ((1 - fy) * (v01 - v00) + fy * (v11 - v10))
         if total_ptr is not None:
             scale, finite = fixed_point(tl.load(amax_ptr + sample * C + c), h, 1)
             g = tl.where(finite, g * scale, 0.0)
@@ -223,8 +223,8 @@ def backward_kernel(
             add(here + down + right, g * fy * fx, adds_right & adds_down)
     if dflow_ptr is not None:
         dflow_ptr += sample * 2 * H * W + pixel
-        tl.store(dflow_ptr, tl.where(inside_y & (nan == 0), dy, 0.0), mask=valid)
-        tl.store(dflow_ptr + H * W, tl.where(inside_x & (nan == 0), dx, 0.0), mask=valid)
+        tl.store(dflow_ptr, tl.where(inside_y & (nan == 0), gy, 0.0), mask=valid)
+        tl.store(dflow_ptr + H * W, tl.where(inside_x & (nan == 0), gx, 0.0), mask=valid)
 
 
 @jit()

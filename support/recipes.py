@@ -64,11 +64,10 @@ SMALL = {
     "lora": LORA,
     "lora-all": LORA | dict(lr=2e-3, rank=16),
     "linear": ADAMW | dict(lr=3e-2)}
-FEW = {"full": dict(steps=400, lr=1e-4), "lora": dict(steps=400, lr=3e-4),
-       "lora-all": dict(steps=400, lr=3e-4), "linear": dict(steps=400, lr=1e-2)}  # below 100 images
+FEW = {"full": dict(steps=400, lr=3e-4), "lora": dict(steps=400, lr=1e-3),
+       "lora-all": dict(steps=400, lr=3e-4), "linear": dict(steps=400)}  # below 100 images
 LONG = dict(steps=1600, batch_size=64, probe=0.0)  # from 1,000 on
-MANY = {"full": LONG, "lora": LONG | dict(lr=1e-2), "lora-all": LONG | dict(lr=5e-3),
-        "linear": LONG}
+MANY = {"full": LONG, "lora": LONG, "lora-all": LONG | dict(lr=5e-3), "linear": LONG}
 
 
 def recipe_for(recipes, family, method, name, percent, images):

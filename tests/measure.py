@@ -7,7 +7,7 @@
     python tests/measure.py step             # a NC + R step, the official code against ours
     python tests/measure.py bound SEED       # NC at level 5 with the true flow in R's place
     python tests/measure.py unet OUT ...     # a U-Net in UPerNet's place; options of more.segment
-    python tests/measure.py lungs COVID DIR  # writes the lists of COVID's lung masks into DIR
+    python tests/measure.py dice NAME=RUN,RUN,... ...  # segmentation.md of runs, seed by seed
     python tests/measure.py real COVID NIH DIR  # writes real records for pretraining into DIR
 
 `pixels` needs tests/requirements.txt. Run with OMP_NUM_THREADS=1 for the numbers of one core.
@@ -43,7 +43,8 @@ import vit
 from kernels import cpu
 from more import improved, segment
 from support.recipes import RECIPES, recipe_for
-from support.script import fill, parse_config, seeded, write_csv
+from support.script import (
+    fill, markdown_table, mean_and_deviation, parse_config, write_csv)
 from support.weights import ENCODER_SIZES
 
 
@@ -289,25 +290,6 @@ def bound(seed, epochs=60.0):
 # Real X-rays, and a U-Net
 
 
-def lungs(covid, folder, seed=0):
-    """Lists of the images that have a mask in COVID/lung_masks: a third of the patients for
-    test_list, a tenth for val_list, the others for train_list."""
-    covid, folder = Path(covid).absolute(), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "images").symlink_to(covid / "images")
-    stems = {path.stem for path in (covid / "lung_masks").iterdir()}
-    names = sorted(path.name for path in (covid / "images").iterdir() if path.stem in stems)
-    patients = data.units(data.identify(covid, names))  # where it is not known the image
-    order = sorted(set(patients))
-    order = [order[i] for i in torch.randperm(len(order), generator=seeded(int(seed))).tolist()]
-    ends = [len(order) // 3, len(order) // 3 + len(order) // 10]
-    parts = {"test": order[: ends[0]], "val": order[ends[0] : ends[1]], "train": order[ends[1] :]}
-    for part, members in parts.items():
-        listed = [name for name, patient in zip(names, patients) if patient in members]
-        (folder / f"{part}_list.txt").write_text("\n".join(listed) + "\n")
-        print(f"{part}: {len(listed)} images of {len(members)} patients")
-
-
 def real(covid, nih, folder):
     """Records for pretraining: NIH's training list, without reports, and COVID's images with their
     notes. DIR/test.txt holds the test lists of COVID's six published splits, for --exclude."""
@@ -360,7 +342,33 @@ def unet(out, *options):
         segment.segment(config)
 
 
-COMMANDS = (pixels, speedrun, limits, memory, step, bound, unet, lungs, real)
+def dice(*groups):
+    """The table of segmentation runs, NAME=RUN,RUN,... a row, and the differences of its rows."""
+    rows, table = {}, []
+    for group in groups:
+        name, folders = group.split("=")
+        runs = rows[name, "", 100] = []
+        for folder in map(Path, folders.split(",")):
+            result = json.loads((folder / "result.json").read_text())
+            counts = data.read_csv(folder / "predictions.csv", ("both", "predicted", "true"))
+            counts = np.array([row[1:] for row in counts], float).T
+            draws = segment.dice_scores(counts, result["pixels"], 1000)["dice"]
+            runs.append((result | {"auroc": result["dice"], "images": counts.shape[1]}, draws[1:]))
+        each = {key: [result[key] for result, _ in runs] for key in (
+            "dice", "dice_all", "dice_official", "area_error", "seconds", "trainable_parameters")}
+        means = [f"{np.mean(values):.{3 if key[0] == 'd' else 0}f}" for key, values in each.items()]
+        table.append([name, mean_and_deviation(each["dice"], 3),
+                      " ".join(f"{value:.3f}" for value in each["dice"]), *means[1:]])
+    print(markdown_table(["run", "test Dice, images with a mask", "each seed", "all images",
+                          "official", "area error, pixels", "seconds", "trained"], table))
+    pairs = [finetune.compare_rows(a, b, rows[a], rows[b])[1:]
+             for b, a in itertools.combinations(rows, 2) if len(rows[a]) == len(rows[b])
+             and rows[a][0][0]["images"] == rows[b][0][0]["images"]]
+    text = markdown_table(["a", "b", "a - b", "95 % interval", "a ahead, seeds"], pairs)
+    print(text.replace("  |", " |"))
+
+
+COMMANDS = (pixels, speedrun, limits, memory, step, bound, unet, dice, real)
 
 if __name__ == "__main__":
     command = {function.__name__: function for function in COMMANDS}.get(" ".join(sys.argv[1:2]))

@@ -263,7 +263,7 @@ def test_the_script_makes_a_folder_and_judges_it(tmp_path):
     assert not Path(tmp_path, "runs").exists()
     done = subprocess.run([*run, "1"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "NotImplementedError" in done.stdout
-    assert done.stdout.startswith("write LoRALinear.forward in ")
+    assert done.stderr == "write LoRALinear.forward in runs/exercise1/lora.py\n"
 
 
 @pytest.mark.skipif(triton is None, reason="no Triton here")

@@ -378,6 +378,11 @@ def test_warp_golden(f):
     # rows are 3 apart, columns 1; 0 on the border itself and beyond it
     assert flow.grad[0, 0].tolist() == [[3, 0, 0], [3, 3, 3], [0, 0, 0]]
     assert flow.grad[0, 1].tolist() == [[1, 1, 0], [0, 1, 0], [1, 1, 0]]
+    # at a whole position the derivative to the right and downwards: 32 - 16, 128 - 16
+    image = (2.0 ** torch.arange(9, device=DEVICE)).view(1, 1, 3, 3)
+    flow = torch.zeros(1, 2, 3, 3, device=DEVICE, requires_grad=True)
+    f(image, flow).sum().backward()
+    assert flow.grad[0, :, 1, 1].tolist() == [112, 16]
 
 
 @pytest.mark.numeric

@@ -50,8 +50,8 @@ def test_ours_follow_the_number_of_images():
         return recipe_for(RECIPES, "small", method, "csv", 100, images)
 
     has(ours("lora", 500), lr=3e-3, steps=800, probe=0.5, flip=False, rank=4)
-    has(ours("lora", 99), lr=3e-4, steps=400, probe=0.5)
-    has(ours("lora", 1000), lr=1e-2, steps=1600, probe=0, batch_size=64)
+    has(ours("lora", 99), lr=1e-3, steps=400, probe=0.5)
+    has(ours("lora", 1000), lr=3e-3, steps=1600, probe=0, batch_size=64)
     has(ours("lora-all", 500), rank=16)
     has(ours("linear", 500), lr=3e-2, optimizer="adamw", clip=1)
     assert ours("bitfit", 500) == ours("lora", 500)  # a method without a row
