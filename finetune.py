@@ -293,12 +293,12 @@ def train(run, split_batch, criterion, score):
                 # list would be the luckiest one, and higher than on any new list
                 outputs = predict(model, parts["val"].images, config, run.device, log.rank, world)
                 scores = score(outputs, parts["val"])
-                chosen_by, *others = scores  # the names
+                first = next(iter(scores))  # the name of what chooses
                 log.line(step=step + 1, loss=np.mean(losses), **scores, **batches.speed())
-                draw_curves(log, "fine-tuning", {"loss": ["loss", *others], "on val": [chosen_by]},
+                draw_curves(log, "fine-tuning", {"loss": ["loss", "val_loss"], "on val": [first]},
                             config.probe and (config.probe * run.steps, "the blocks join the head"))
                 losses.clear()
-                if best is None or scores[chosen_by] > best[chosen_by]:
+                if best is None or scores[first] > best[first]:
                     best = scores | {"step": step + 1, "trained": trained_tensors(model)}
                 save(step + 1)
             saving.after(step + 1)
