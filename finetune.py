@@ -18,12 +18,22 @@ finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since an X-ray m
 block, fc_norm and the head, "linear" fc_norm and the head alone. lora.py says what LoRA saves.
 
 A recipe (support/recipes.py) sets the options that nobody types. For a ViT-B on the papers' data it
-is a published one, by data set, method and percent of labels. LoRA's: SGD (momentum 0.9) with
-batches of 64, 100 epochs of which 5 of warm-up, crops from 8 % of an image, flips, no clipping,
-alpha 32, validated after each epoch; on NIH at a rate of 0.05 and rank 4 with 1 % of the labels,
-0.05 and 8 with 10 %, 0.2 and 32 with all. Else it is ours: AdamW, by the number of training images.
-From 100 on 800 steps of 32, half of them for the head alone, at rates of 3e-2 (linear) and 3e-3
-(LoRA, full); below 100 images half as many, at lower ones; from 1,000 on 1,600 of 64, all together.
+is a published one: SGD (momentum 0.9), no weight decay, warm-up and cosine, crops from 8 % of an
+image, flips, drop path 0.1; with NIH's 1, 10 and 100 % of the labels
+
+    full (MRM)   batch 96, clipped at 1: 3,000, 30,000, 200,000 steps at 3e-2, 3e-3, 3e-3
+    LoRA         batch 64, dropout 0.1, not clipped: 100 epochs, 5 of warm-up, at a rate of 0.05 and
+                 rank 4, 0.05 and rank 8, 0.2 and rank 32
+
+Else it is ours, for small ViTs: AdamW, by the number of training images, with a peak rate of
+
+    images              below 100  from 100  from 1,000
+    steps x batch        400 x 32  800 x 32  1,600 x 64    below 1,000 images the head learns alone
+    linear                   3e-2      3e-2        3e-2    in the first half, at 1e-2, but not for
+    LoRA, rank 4             1e-3      3e-3        3e-3    linear
+    lora-all, rank 16        3e-4      2e-3        5e-3
+    full, layer decay 0.75   3e-4      3e-3        3e-3
+
 Before this file comes lora.py, after it reggan.py. The official code differs: tests/departures.md
 
 Shapes: B batch, n samples, k classes.
@@ -247,7 +257,7 @@ def trained_tensors(model):
 
 
 def train(run, split_batch, criterion, score):
-    """The loop. Returns scores, step and trained tensors of the state that is best on val. run: by
+    """The loop. Returns scores, step and trained tensors of the state that is best on val. run: of
     `prepare`. split_batch(images, rows of the train set) -> (inputs, targets); criterion(outputs,
     targets) is the loss. score(outputs, part) -> {name: number}, of which the first chooses."""
     config, model, parts, log, world = run.config, run.model, run.parts, run.log, run.world

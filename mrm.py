@@ -29,8 +29,8 @@ hidden in the report. Fine-tuning keeps the encoder alone.
 The image decoder restores twice the resolution that the encoder was shown: the latent has to hold
 finer detail than its input, and the encoder sees a quarter of the patches that a full-size input
 would have. The report decoder gets one vector, the mean of the patches, so that this mean must hold
-what the words need: later a classifier's head sees it, over all patches and normed anew. Neither
-uses the class token. It exists because MAE's and timm's weights have one; the image decoder may
+what the words need: later a classifier's head sees it, over all patches and normed anew. The class
+token is in neither mean. It exists because MAE's and timm's weights have one; the image decoder may
 attend to it. Three quarters of the patches and half of the words are hidden, and both losses weigh
 1, as in the paper.
 

@@ -17,7 +17,7 @@ predicts the flow by which G(a) is resampled onto b. Only training needs R and D
     correction     20 |moved G(a) - b|  moved G(a) ==> warp ==> G(a) ==> G
                                         moved G(a) ==> warp ==> flow ==> R ==> G(a) ==> G
     smoothness     10 |grad flow|^2     flow ==> R ==> G(a) ==> G
-    D's own: (D(b) - 1)^2 + D(G(a))^2   verdict ==> D; G(a) is detached
+    D's own: (D(b) - 1)^2 + D(G(a))^2   verdict ==> D; G(a), or one of before, is detached
 
 G learns to fool D and to meet b where R moves it, R to move G(a) onto b and to bend little. How b
 was moved G cannot learn, as a does not show it. But it may learn a motion that all pairs share:
@@ -32,7 +32,7 @@ read at T(p), beyond it background; T is a random map of its own, p = (y, x) a p
     moved a[p + flow(p)] = a[Ta(Ta^-1(Tb(p)))] = a[Tb(p)] lies as moved b[p] = b[Tb(p)] does
 
 At level 3 and 64 x 64 pixels that is 4 pixels in the mean. At level 0 one small T (1 degree, 2 %)
-moves both. --elastic s adds a smooth bending of s % of the sides to T. See `data.misalign`.
+moves both. --elastic s adds a smooth bending of s % of the sides to each T. See `data.misalign`.
 
     python reggan.py                    # NC (G and D alone) + R on demo pairs, drawn on first use
     python reggan.py --host cycle --no-reg --noise 3 --root DIR --paper
@@ -234,7 +234,7 @@ def registration_losses(model, config, a, b, fake):
 
 
 class Pool:
-    """The last `size` fakes: half of the time D gets one of them instead of a new one, so that it
+    """Up to `size` old fakes: half of the time D gets one of them instead of a new one, so that it
     does not forget what G made before (Shrivastava et al. 2017). A pool of size 0 does nothing."""
 
     def __init__(self, size=50):

@@ -18,8 +18,8 @@ bits, with dropout:
 
 One kernel alone would have each tile of y make t again, and draw the mask of all of its rows again:
 12 times for q and v, at 128 columns a tile. So both directions make the thin product (t, u) in a
-kernel of its own and store it: two launches forward, three backward. dA has the third: it is needed
-where dx is not, and reads x once for all groups.
+kernel of its own and store it: two launches forward, three backward. dA has the third: u is whole
+only when the first has ended, and the second neither loads x nor runs where dx is not wanted.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R. t and u are (M, GR), the groups side by side.
@@ -385,7 +385,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
     seed: fixes the mask, a number or a tensor of one, modulo 2^31. None draws one from torch's
     generator of the GPU (kernels) or CPU (reference), which processes must seed apart.
-    kernels: whether the kernels or the reference run; None leaves it to x and `use_kernels`.
+    kernels: whether the kernels or the reference run; None: on CUDA, to rank 64, by `use_kernels`.
     Returns (..., N) in x's dtype, or autocast's; lora_A, lora_B and under autocast the weight may
     have any. Raises ValueError for what does not fit, RuntimeError for forward-mode derivatives and
     for second ones of the kernels.

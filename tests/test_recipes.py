@@ -1,9 +1,11 @@
 """support/recipes.py: the papers' cells as FACTS has them, and ours by the number of images."""
 
+import re
 import sys
 
 import pytest
 
+import finetune
 from support import recipes
 from support.recipes import RECIPES, recipe_for
 from support.script import InputError
@@ -69,3 +71,13 @@ def test_the_command_prints_a_recipe(monkeypatch, capsys):
     for cell in (("mrm", "lora", "nih"), ("small", "lora"), ("mrm", "lora", "nih", "ten"), ()):
         with pytest.raises(InputError, match="usage: python -m support.recipes"):
             printed(*cell)
+
+
+def test_the_table_in_finetunes_head_is_ours():
+    rates = re.findall(r"^    (linear|LoRA|lora-all|full),? .*?(\de-\d) +(\de-\d) +(\de-\d)",
+                       finetune.__doc__, re.M)
+    assert len(rates) == 4
+    for method, *row in rates:
+        for images, lr in zip((99, 999, 1000), row):
+            found = recipe_for(RECIPES, "small", method.lower(), "csv", 100, images)
+            assert found["lr"] == float(lr), (method, images)

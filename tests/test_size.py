@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1055,
-    "finetune.py": 734,
+    "finetune.py": 744,
     "kernels/__init__.py": 96,
     "kernels/bench.py": 187,
     "kernels/cpu.py": 68,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7610
+TOTAL = 7620
 
 
 def lines_of(name):
