@@ -915,18 +915,23 @@ class Pairs(torch.utils.data.Dataset):
 
     An item is asked for by (epoch, index). `misalign` moves it in each epoch by another draw, which
     (seed, epoch, index) fixes; `noise` None leaves the pairs as they are. All files are read once
-    here, so that a bad one is found at once. `size` > 0 scales the longer side to it and pads to a
-    square. Without `with_flow` no flow is computed."""
+    here, so that a bad one is found at once, and kept where they fit in KEPT_BYTES. `size` > 0
+    scales the longer side to it and pads to a square. Without `with_flow` no flow is computed."""
+
+    KEPT_BYTES = 2**30
 
     def __init__(self, folder, noise=None, elastic=0.0, seed=0, size=0, rescale="", with_flow=True):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
-        self.names, first, ends = list_pairs(folder), None, ([], [])
+        self.names, self.kept, first, ends = list_pairs(folder), {}, None, ([], [])
         for name in self.names:
             images = self.read(name)
             for of_side, image in zip(ends, images):  # the darkest and the brightest number of each
                 of_side.append(torch.stack([image.min(), image.max()]))
-            a, b = (fit_square(image, self.size).shape for image in images)
+            images = [fit_square(image, self.size) for image in images]
+            if sum(image.nbytes for image in images) * len(self.names) <= self.KEPT_BYTES:
+                self.kept[name] = images
+            a, b = (image.shape for image in images)
             first = first or (a, b)
             if a[1:] != b[1:] or (a, b) != first:
                 expected = f"{first[0]} and {first[1]} in A and B (--size N makes all N x N)"
@@ -955,7 +960,8 @@ class Pairs(torch.utils.data.Dataset):
         return [torch.stack(tensors) for tensors in zip(*items)]
 
     def item(self, epoch, index):
-        a, b = (fit_square(image, self.size) for image in self.read(self.names[index]))
+        name = self.names[index]
+        a, b = self.kept.get(name) or (fit_square(image, self.size) for image in self.read(name))
         if self.noise is None:
             return a, b
         rng = np.random.default_rng([self.seed, epoch, index])

@@ -177,10 +177,11 @@ def main(*options):
     for n in (1, layers):
         bench_lora(lora, rows, width, 4, n, repeats)
     bench_warp(warps, 8, 1, side, side, 3, repeats)
-    for R in (8, 32, 64) if options else ():
-        bench_lora(lora, rows, width, R, 1, repeats)
-    for reach in (10, 30) if options else ():  # 30 pixels fold the image
-        bench_warp(warps, 4, 3, 2 * side, 2 * side, reach, repeats)
+    if options:
+        for R in (8, 32, 64):
+            bench_lora(lora, rows, width, R, 1, repeats)
+        bench_warp(warps, 8, 1, side, side, 30, repeats)  # a flow that folds the image
+        bench_warp(warps, 4, 3, 2 * side, 2 * side, 3, repeats)
 
 
 if __name__ == "__main__":

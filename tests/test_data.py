@@ -1165,13 +1165,14 @@ def six(tmp_path_factory):
     return root
 
 
-def test_pairs_move_otherwise_in_every_epoch_and_alike_without_the_flow(six):
+def test_pairs_move_otherwise_in_every_epoch_and_alike_however_they_are_read(six, monkeypatch):
     options = dict(noise=3, elastic=2, seed=1)
     pairs, short = data.Pairs(six, **options), data.Pairs(six, **options, with_flow=False)
-    first, again = pairs.item(0, 1), data.Pairs(six, **options).item(0, 1)
-    assert len(first) == 3 and len(short.item(0, 1)) == 2
-    for other in (again, short.item(0, 1)):
-        assert all(map(torch.equal, first, other))
+    monkeypatch.setattr(data.Pairs, "KEPT_BYTES", 0)
+    from_disk, first = data.Pairs(six, **options), pairs.item(0, 1)
+    assert pairs.kept and not from_disk.kept and len(first) == 3 and len(short.item(0, 1)) == 2
+    for other in (pairs, short, from_disk):
+        assert all(map(torch.equal, first, other.item(0, 1)))
     assert not torch.equal(first[0], pairs.item(1, 1)[0])
 
 

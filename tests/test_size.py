@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "data.py": 1055,
+    "data.py": 1061,
     "finetune.py": 744,
     "kernels/__init__.py": 96,
-    "kernels/bench.py": 187,
+    "kernels/bench.py": 188,
     "kernels/cpu.py": 68,
     "kernels/dropout.py": 38,
     "kernels/lora_linear.py": 447,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7620
+TOTAL = 7627
 
 
 def lines_of(name):
