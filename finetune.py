@@ -329,7 +329,7 @@ class TuneConfig(RunConfig):
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (of the demo: where it is, or is drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
-    ratio: int = option(None, "percent of labels (default: 100; demo: 10)", within="[1, 100]")
+    ratio: int = option(None, "percent of labels (default: 100; demo, of finetune.py: 10)", within="[1, 100]")
     weights: str = option(None, "checkpoint, run folder or scratch[-PRESET] (default: a demo MRM)")
     method: str = option(None, "what learns (default: full)", choices=METHODS)
     lora: bool = option(False, "short for --method lora", free=True)
