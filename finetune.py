@@ -1,15 +1,14 @@
 """Fine-tuning of a pretrained ViT to classify X-rays, on 1, 10 or 100 % of their labels.
 
     python finetune.py --lora        # from nothing: demo records, demo MRM, LoRA, test AUROC
-    python finetune.py --data nih --root DIR --ratio 1 --weights MRM.pth --lora  # the paper's cell
+    python finetune.py --data nih --root DIR --ratio 1 --weights MRM.pth --lora  # as the paper
     python finetune.py --data covid --root DIR --split covid1 --weights runs/mrm --lora --rank 4
     python finetune.py --compare     # methods x label ratios x seeds, as a table
     python finetune.py --predict DIR --weights runs/finetune
 
-Papers: Zhou et al., "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better",
-2024 (LoRA).
+Papers: "Masked Record Modeling", ICLR 2023 (full fine-tuning); "Less Could Be Better", 2024 (LoRA).
 
-One batch of the demo: of X-rays (32, 1, 96, 96) random crops are resized to (32, 1, 48, 48), the
+One batch of the demo: random crops of X-rays (32, 1, 96, 96) are resized to (32, 1, 48, 48), the
 ViT makes 36 patches and a class token of each, (32, 37, 128), and fc_norm and the head turn the
 mean over the patches, (32, 128), into logits (32, 7). The loss is the binary cross-entropy of each
 finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since an X-ray may show several.
@@ -17,26 +16,26 @@ finding, -y log p - (1 - y) log(1 - p) with p = sigmoid(logit), since an X-ray m
 `--method` says what learns: "full" everything, "lora" two thin matrices beside q and v of each
 block, fc_norm and the head, "linear" fc_norm and the head alone. lora.py says what LoRA saves.
 
-A recipe (support/recipes.py) sets the options that nobody types. For a ViT-B on the papers' data it
-is a published one: SGD (momentum 0.9), no weight decay, warm-up and cosine, crops from 8 % of an
-image, flips, drop path 0.1; with NIH's 1, 10 and 100 % of the labels
+A recipe (support/recipes.py) sets the options that are not given. For a ViT-B on the papers' data
+it is a published one: SGD (momentum 0.9), no weight decay, warm-up and cosine, crops from 8 % of an
+image, flips (no label says left or right), drop path 0.1; with NIH's 1, 10 and 100 % of the labels
 
     full (MRM)   batch 96, clipped at 1: 3,000, 30,000, 200,000 steps at 3e-2, 3e-3, 3e-3
-    LoRA         batch 64, dropout 0.1, not clipped: 100 epochs, 5 of warm-up, at a rate of 0.05 and
-                 rank 4, 0.05 and rank 8, 0.2 and rank 32
+    LoRA         batch 64, dropout 0.1, not clipped: 100 epochs, 5 of warm-up, at rates of 0.05,
+                 0.05, 0.2 and ranks of 4, 8, 32
 
-Else it is ours, for small ViTs: AdamW, by the number of training images, with a peak rate of
+Else it is ours, chosen on the demo's val list for small ViTs and few steps: AdamW, at a rate of
 
-    images              below 100  from 100  from 1,000
-    steps x batch        400 x 32  800 x 32  1,600 x 64    below 1,000 images the head learns alone
-    linear                   3e-2      3e-2        3e-2    in the first half, at 1e-2, but not for
-    LoRA, rank 4             1e-3      3e-3        3e-3    linear
-    lora-all, rank 16        3e-4      2e-3        5e-3
-    full, layer decay 0.75   3e-4      3e-3        3e-3
+    training images        below 100  from 100  from 1,000
+    steps x batch           400 x 32  800 x 32  1,600 x 64
+    linear                      3e-2      3e-2        3e-2
+    LoRA, rank 4                1e-3      3e-3        3e-3
+    lora-all, rank 16           3e-4      2e-3        5e-3
+    full, layer decay 0.75      3e-4      3e-3        3e-3
 
-Before this file comes lora.py, after it reggan.py. The official code differs: tests/departures.md
-
-Shapes: B batch, n samples, k classes.
+Below 1,000 images the head learns alone in the first half, at 1e-2 (not with linear). MRM's code
+chooses the best state on the test list; here val chooses, and test is scored once. Before this file
+comes lora.py, after it reggan.py. Shapes: B batch, n samples, k classes.
 """
 
 import dataclasses
@@ -105,8 +104,8 @@ def adapt(model, config, tensors=None):
 def build_model(config, sizes, classes, tensors=None):
     """A ViT with an output for each of `classes`, of the given weights, ready to be trained."""
     model = vit.ViT(**sizes, num_classes=len(classes), drop_path=config.drop_path, pool=config.pool)
-    # As in both papers. A head near 0 gives every finding a probability of 1/2 and passes hardly
-    # any gradient down, so that under SGD it learns first. AdamW rescales that away: hence `probe`
+    # As in both papers. A head near 0 passes hardly any gradient down: under SGD it learns first.
+    # AdamW divides gradients by their size, the blocks would start at once: hence `probe`, below
     nn.init.normal_(model.head.weight, std=2e-5)
     return adapt(model, config, tensors)
 
@@ -119,8 +118,8 @@ def label_loss(logits, labels):
 
 
 def optimizer_by_layer(model, config):
-    """SGD or AdamW. Layer i learns at layer_decay^(d + 1 - i) of the rate (BEiT): the embeddings
-    are layer 0, the d blocks layers 1 to d, fc_norm and the head layer d + 1."""
+    """SGD or AdamW. Layer i learns at layer_decay^(d + 1 - i) of the rate (BEiT), as early layers
+    need least change: layer 0 embeds, 1 to d are the blocks, d + 1 is fc_norm and the head."""
     groups, last = {}, len(model.blocks) + 1
     for name, parameter in model.named_parameters():
         head = lora.part_of(name) == "head"
@@ -141,11 +140,11 @@ PROBE_LR = 1e-2  # peak learning rate of the head while it learns alone, a "line
 
 
 def set_rates(optimizer, config, step, steps):
-    """Gives each group its learning rate of `step`. It rises along a line, then falls along a
-    cosine: large first steps, of a head that knows nothing yet, would spoil the pretrained blocks.
-    With `probe` the head learns alone first, by a rise and fall of its own, for the same reason: on
-    a few dozen labels the blocks would follow the noise of a random head (Kumar et al., 2022). The
-    others' rate is 0, they are not frozen: AdamW's averages fill and clipping counts them."""
+    """Gives each group its learning rate of `step`. It rises along a line, because large steps of a
+    head that knows nothing yet would spoil the pretrained blocks, then falls along a cosine. With
+    `probe` the head learns alone first, by a rise and fall of its own, for the same reason: on a
+    few dozen labels the blocks would follow the noise of a random head (Kumar et al., 2022). The
+    others then have a rate of 0, so that AdamW's averages are filled when they join."""
     alone = round(config.probe * steps)
     first = step < alone
     step, steps = (step, alone) if first else (step - alone, steps - alone)
@@ -207,8 +206,8 @@ def auroc(scores, labels, resamples=1000, seed=0):
     """Mean and per-class AUROC with 95 % percentile bootstrap intervals over samples.
 
     scores, labels (n, k). Returns (mean, (low, high), k entries (auroc, low, high)). A class with
-    one label present has the entry None and no part in the mean; a draw in which it has one label
-    has none in its interval and the mean's. The mean of no class is NaN."""
+    one label present has the entry None and no part in the mean; a draw that leaves it one label
+    counts neither for its interval nor for the mean's. The mean of no class is NaN."""
     defined, points, draws = bootstrap_auroc(scores, labels, resamples, seed)
     per_class = [None] * scores.shape[1]
     if not defined:
@@ -286,8 +285,8 @@ def train(run, split_batch, criterion, score):
             images, wanted = split_batch(images.to(run.device, non_blocking=True), rows)
             with autocast():
                 logits = parallel(data.normalize(images, config.mean, config.std))
-            # The loss is float32: its gradient, probability - label, is near 0 for most labels, and
-            # bfloat16 would round it to two or three digits
+            # The loss is float32: bfloat16 would round its gradient, probability - label, to two or
+            # three digits
             loss = criterion(logits.float(), wanted)
             scaler.scale(loss).backward()
             # Clipping bounds what one batch with a rare finding can undo (MRM's recipe)
@@ -329,7 +328,8 @@ class TuneConfig(RunConfig):
     data: str = option("demo", "layout of the data set", choices=list(data.DATASETS))
     root: str = option("", "data folder (of the demo: where it is, or is drawn)")
     split: str = option("", "named split, for data sets that have several (covid: covid1 ...)")
-    ratio: int = option(None, "percent of labels (default: 100; demo, of finetune.py: 10)", within="[1, 100]")
+    ratio: int = option(None, "percent of labels (default: 100; finetune's demo: 10)",
+                        within="[1, 100]")
     weights: str = option(None, "checkpoint, run folder or scratch[-PRESET] (default: a demo MRM)")
     method: str = option(None, "what learns (default: full)", choices=METHODS)
     lora: bool = option(False, "short for --method lora", free=True)
@@ -342,7 +342,7 @@ class TuneConfig(RunConfig):
     dropout: float = recipe_value("dropout on the input of LoRA's A", within="[0, 1)")
     optimizer: str = recipe_value("sgd (momentum 0.9) or adamw")
     weight_decay: float = recipe_value("weight decay of the optimiser", within="[0, inf)")
-    layer_decay: float = recipe_value("learning rate of a block / of the next", within="(0, 1]")
+    layer_decay: float = recipe_value("learning rate of a block / the next one's", within="(0, 1]")
     warmup: float = recipe_value("share of the steps in which the rate rises", within="[0, 1]")
     probe: float = option(None, "share of the steps, first, for the head alone", within="[0, 1)")
     drop_path: float = recipe_value("chance to skip a branch of the last block", within="[0, 1)")
@@ -369,7 +369,7 @@ class FinetuneConfig(TuneConfig):
     script: ClassVar = "finetune"
     recipes: ClassVar = RECIPES  # the published ones
     paper: ClassVar = "mrm"  # the family of recipes that a ViT-B takes on the papers' data
-    test_share: ClassVar = 1.0  # of the shorter side of a test image: the side of its central crop
+    test_share: ClassVar = 1.0  # side of a test image's central crop / the image's shorter side
     recipe: str = option(None, "whose values the options take (default: mrm for a ViT-B on the "
                          "papers' data, else small)", choices=["mrm", "medpeft", "small"])
     pool: int = option(1, "the head sees the means of n x n regions, not one", within="[1, inf)")
@@ -391,7 +391,7 @@ SCRATCH = {"scratch": "tiny"} | {f"scratch-{preset}": preset for preset in mrm.M
 
 def read_lists(config):
     """Returns ({"train", "val", "test": data.Part without images}, class names). Raises InputError
-    for lists or image files that cannot be used."""
+    for lists or image files that cannot be used. --ratio thins the training list alone."""
     root = str(data.demo_root(config.root)) if config.data == "demo" else config.root
     parts, classes = data.read_parts(config.data, root, config.split, config.ratio,
                                      config.uncertain, config.skip_bad)
@@ -416,9 +416,9 @@ def load_images(parts, config):
 
 
 def fill_weights(config):
-    """`config` with the weights of a run, where none are given runs/mrm-demo. What is in a folder
-    of such a name, as a comparison has one for each seed, is the tiny MRM, pretrained on the demo
-    records on first use; of image-only, by the loss of the images alone."""
+    """`config` with the weights of a run, runs/mrm-demo where none are given. A folder of such a
+    name (a comparison has one for each seed) is made on first use: the tiny MRM, pretrained on the
+    demo records, for image-only by the loss of the images alone."""
     folder = config.weights or "runs/mrm-demo"
     made = re.fullmatch(rf"runs/({'|'.join(DEMO_INITS)})-demo-?(\d*)", folder)
     if made and Path(folder, "result.json").exists():
@@ -626,7 +626,7 @@ def load_run(folder, script="finetune", make=None):
         lora.merge_lora(model)
     else:
         lost = [name for name in lora.lora_state_dict(model) if name not in held["model"]]
-        if lost:  # a random head would predict without a word
+        if lost:  # a random head would predict without a warning
             raise InputError(path, f"{lost[0]} of a fine-tuning run", "none")
         load_encoder(model, held["model"], path)
     return model.eval(), held
@@ -693,9 +693,9 @@ def read_draws(path, classes):
 
 
 def compare(config):
-    """Runs every init x method x ratio over the seeds; writes two tables to OUT/compare.md, of the
-    rows and of their differences. A finished run is kept in its folder and not repeated. The demo's
-    weights are pretrained once for each seed, on first use."""
+    """Runs every init x method x ratio over the seeds; writes two tables to OUT/compare.md: of the
+    rows, and of the differences of rows with one ratio and the same init or method. A finished run
+    is not repeated. The demo's weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
     cells = list_cells(dataclasses.replace(config, compare=False))
     for name, result in run_cells(out, cells, finetune):

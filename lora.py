@@ -13,17 +13,17 @@ In plain torch these are eight lines. `LoRALinear` computes the same for several
         def forward(self, x):
             return self.lin(x) + self.scale * F.dropout(x, 0.1, self.training) @ self.A.T @ self.B.T
 
-Why q and v: attention's weights depend on q and k through their product alone, so that adapting q
-suffices to change where a token looks. Adapting v changes what it takes from there. Why alpha / r:
-B A is a sum over r directions. If all of them learn the same, the sum is r times as large. Dividing
-by r keeps its size, so that one alpha serves every rank: the papers' 32 is a factor of 8 at rank 4.
+Why q and v: where a token looks depends on q and k through their product alone, so that adapting q
+suffices to change it. Adapting v changes what the token takes from there. Why alpha / r: B A sums
+r directions. If all learn the same, the sum is r times as large (sqrt(r) if each learns another).
+Dividing by r bounds it, so that one alpha serves several ranks: 32, the papers', is 8 at rank 4.
 Why B = 0: the layer starts as the plain one. A must not be 0 as well, because the gradient of each
 has the other as a factor, and neither would ever learn.
 
 Why it saves memory: a trained number needs a gradient and AdamW's two averages, a frozen one none
-of them, and of a ViT-B 0.19 % is trained. Most activations stay, because the gradient still passes
-through every block. The peak falls by 27 % with 8 images a step and by 15 % with 64, as measured in
-tests/readme/results.md. An adapter's file is below 2 % of the model's.
+of them, and of a ViT-B 0.19 % is trained, with fc_norm and head. Most activations stay, because the
+gradient still passes through every block. The peak falls by 27 % with 8 images a step and by 15 %
+with 64 (tests/readme/results.md). An adapter's file is below 2 % of the model's.
 
 One batch of the demo, rank 4: x (32, 37, 128) -> x A^T (32, 37, 8), which is t_q and t_v of four
 numbers each -> t_q B_q^T and t_v B_v^T, (32, 37, 128) each, which are added to the q and the v
@@ -34,7 +34,7 @@ columns of x W^T + b (32, 37, 384). A (8, 128) and B (256, 4) are 2,048 numbers;
     python lora.py import-medpeft --weights CHECKPOINT --out adapter.pt        # from the paper's
 
 Papers: Hu et al., "LoRA", ICLR 2022, eq. 3; for radiography "Less Could Be Better", 2024
-(MED-PEFT): q and v of every block, alpha 32, dropout 0.1 (its code: tests/departures.md).
+(MED-PEFT): q and v of every block, alpha 32, dropout 0.1, A uniform (Hu et al.: Gaussian).
 Before this file comes mrm.py, after it finetune.py; kernels/lora_linear.py has this layer forward
 and backward by hand. Exercises 1, 8 and 9 of tests/exercises.md change this file.
 Shapes: G adapted parts of P equal output parts (q and v of a fused qkv: G = 2, P = 3), r rank."""
@@ -91,7 +91,7 @@ class LoRALinear(nn.Linear):
         """What merging adds to `weight`: (out, in) in float64, 0 where no part is adapted."""
         A, B = self.lora_A.double(), self.lora_B.double()
         delta = torch.zeros_like(self.weight, dtype=torch.float64)
-        for rows, a, b in adapted_parts(self.parts, self.out_features, self.rank):
+        for rows, a, b in adapted_parts(self.parts, self.out_features, self.rank):  # of W, A, B
             delta[rows] = self.scale * B[b] @ A[a]  # (out/P, r) @ (r, in)
         return delta
 
@@ -107,7 +107,7 @@ SETTINGS = ("rank", "alpha", "dropout", "targets")  # add_lora's, which an adapt
 
 
 def part_of(name):
-    """The part of a model that a tensor's name belongs to: lora, head (with fc_norm), backbone."""
+    """What a tensor of this name belongs to: lora, head (with fc_norm) or backbone."""
     if "lora_" in name:
         return "lora"
     return "head" if name.split(".")[0] in ("fc_norm", "head") else "backbone"
@@ -115,8 +115,8 @@ def part_of(name):
 
 def add_lora(model, rank=4, alpha=32, dropout=0.1, targets=TARGETS["qv"]):
     """Puts LoRA on the linear layers whose last name is in `targets` (name -> parts) and freezes
-    the backbone: LoRA, fc_norm and head are trained; weights and keys stay. Returns the model,
-    changed in place. Raises ValueError if no layer has such a name or one holds LoRA already."""
+    the backbone: LoRA, fc_norm and head are trained; tensors keep their names. Returns the model.
+    Raises ValueError if no layer has such a name (the head would learn alone) or one has LoRA."""
     found = [(name, layer) for name, layer in model.named_modules()
              if name.rpartition(".")[2] in targets and isinstance(layer, nn.Linear)]
     if not found:
@@ -167,7 +167,7 @@ def count_parameters(model):
 
 
 def lora_state_dict(model):
-    """What an adapter file must hold: all of LoRA, fc_norm and head but a batch norm's counter."""
+    """What an adapter file must hold: LoRA, fc_norm and head, no norm's count of batches."""
     return {n: t for n, t in model.state_dict().items() if part_of(n) != "backbone" and is_plain(t)}
 
 
@@ -308,7 +308,7 @@ def export_peft(config):
 
 def import_medpeft(config):
     """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT, which is the
-    base too: its code lets frozen weights drift (tests/departures.md). It fixes alpha 32, dropout
+    base too: its train() and eval() add B A to frozen weights. It fixes alpha 32, dropout
     0.1 and q and v. Raises InputError for other checkpoints."""
     tensors, _ = read_weights(config.weights)
     adapter = {n: t.float() for n, t in tensors.items() if part_of(n) != "backbone" and is_plain(t)}

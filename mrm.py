@@ -10,7 +10,7 @@ ICLR 2023.
 
 A record is an X-ray and its report; nobody has to label it. The encoder sees a part of the image.
 From what it makes of that, one decoder restores the rest, and another guesses the words that are
-hidden in the report. Fine-tuning keeps the encoder alone.
+hidden in the report. Fine-tuning keeps only the encoder.
 
     image, 2H x 2W ---------------------> its N patches of 2p x 2p pixels
       |                                                        |
@@ -26,19 +26,21 @@ hidden in the report. Fine-tuning keeps the encoder alone.
                                       v
     report with hidden words --> REPORT DECODER --> the hidden words -- (2) report loss
 
-The image decoder restores twice the resolution that the encoder was shown: the latent has to hold
-finer detail than its input, and the encoder sees a quarter of the patches that a full-size input
-would have. The report decoder gets one vector, the mean of the patches, so that this mean must hold
-what the words need: later a classifier's head sees it, over all patches and normed anew. The class
-token is in neither mean. It exists because MAE's and timm's weights have one; the image decoder may
-attend to it. Three quarters of the patches and half of the words are hidden, and both losses weigh
-1, as in the paper.
+The image decoder restores twice the resolution that the encoder was shown: the latent must let it
+guess finer detail than the input shows, and the encoder sees a quarter of the patches that a
+full-size input would have. The report decoder gets one vector, the mean of the patches, so that it
+must hold what the words need: a classifier later reads such a mean, of all patches and with a
+norm of its own. The class token is in neither mean. It exists because MAE's and timm's weights have
+one; the image decoder may attend to it. As in the paper three quarters of the patches and half of
+the words are hidden, and both losses weigh 1; images are never flipped, as reports say left and
+right. Ours: byte pairs, not word pieces; norms first in the report decoder (tests/departures.md).
 
     (1) image loss  = sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n
     (2) report loss = -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
     (3) loss        = image loss + report loss
 
-mask_n is 1 for a hidden patch n, whose target_n is its pixels with mean 0 and variance 1.
+mask_n is 1 for a hidden patch n; a visible one could be copied. target_n is its pixels with mean 0
+and variance 1, so that structure counts and brightness does not.
 
 A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visible, width 768):
 
@@ -48,12 +50,10 @@ A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visibl
     image decoder   latent -> (32, 10, 64) -> with 27 mask tokens (32, 37, 64) -> 1 block
                     -> (32, 36, 256), 36 patches of 16 x 16 pixels
     report decoder  mean of 9 tokens (32, 1, 128) -> (32, 1, 64), added to the L <= 40 tokens of
-                    each report (32, L, 64) -> 1 block -> (hidden tokens, 348): the demo's reports
-                    make 348 tokens of the 800 that are allowed
+                    each report (32, L, 64) -> 1 block -> (hidden tokens, 348 in the vocabulary)
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
-tokens of a report. Before this file comes vit.py, after it lora.py. data.py and support/ need
-not be read: their functions say by their names what they do.
+tokens of a report. Before this file comes vit.py, after it lora.py.
 """
 
 import dataclasses
@@ -99,10 +99,10 @@ class ReportDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.apply(init_weights)
-        # BERT's small weights: the vector of the image must not drown those of the words
+        # As in BERT: Xavier's would make the image 2 to 5 times as large beside the words
         nn.init.normal_(self.image_embed.weight, std=0.02)
         for embedding in (self.token_embed, self.position_embed):
-            nn.init.normal_(embedding.weight, std=dim**-0.5)
+            nn.init.normal_(embedding.weight, std=dim**-0.5)  # the first logits are of size 1
 
     def forward(self, image_tokens, inputs, hidden, padding):
         """image_tokens (B, V, D), inputs (B, L) token ids, hidden and padding (B, L) bool.
@@ -174,7 +174,7 @@ class MRM(ViT):
         ids_shuffle = noise.argsort(dim=1)  # (B, N)
         # 3. Sorting the permutation inverts it: ids_restore[n] is the place of patch n. 2 0 3 1
         ids_restore = ids_shuffle.argsort(dim=1)  # (B, N)
-        # 4. The encoder runs on the first V places alone, which makes it cheap
+        # 4. The encoder runs on the first V alone: cheap, and without mask tokens, as in use later
         kept = ids_shuffle[:, :visible, None].expand(-1, -1, D)  # (B, V, D)
         latent = self.norm(self.run_blocks(x.gather(1, kept)))  # (B, 1 + V, D)
         # 5. A patch is hidden where its place lies behind the V that were kept. V = 2: 1 0 1 0
@@ -205,7 +205,7 @@ class MRM(ViT):
         """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches).
         A record without a report, which is padding alone, has no part in it."""
         rows = ~padding.all(1)  # (B,)
-        if not rows.any():  # all processes run backward: a row with nothing hidden gives loss 0
+        if not rows.any():  # torchrun waits for gradients: a row with nothing hidden gives loss 0
             rows[0], padding = True, torch.zeros_like(padding)
         logits = self.report_decoder(latent[rows, 1:], inputs[rows], hidden[rows], padding[rows])
         if len(logits) == 0:
@@ -393,7 +393,7 @@ def load_records(config, paths, reports, device, tokenizer=None):
         # The paper crops the full image. Here an image is kept so large that its smallest crop, of
         # area `min_crop` and aspect 3/4, still has `side` pixels across: 1,157 for 448
         stored = math.ceil(side / math.sqrt(config.min_crop * 3 / 4))
-    crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop)
+    crop = functools.partial(data.crop_and_flip, side=side, min_crop=config.min_crop, flip=False)
     training = data.ImageSet(paths[:count], stored, crop, config.seed, enlarge=False,
                              white=config.white).preload()
     heldout, _ = data.ImageSet(paths[count:], side, white=config.white)[range(config.holdout), 0]
@@ -452,7 +452,7 @@ def pretrain(config):
     last.pt, tokenizer.tiktoken, log.jsonl, result.json, curves.png and reconstruction.png in
     `config.out`."""
     start = time.time()
-    device, rank, world = join(config)
+    device, rank, world = join(config)  # this is process `rank` of `world`
     typed_vocab_size, config = config.vocab_size, fill_options(config, world)
     paths, reports = read_records(config)
     count = len(paths) - config.holdout  # of training records; the others are held out
@@ -472,7 +472,7 @@ def pretrain(config):
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
     facts |= {"arguments": arguments, "mean": config.mean, "std": config.std}
-    # By these names fine-tuning knows whether it tests on images that were trained on here
+    # The model knows these images and what reports say of them: fine-tuning warns by these names
     root = (config.root or "demo") if config.data == "demo" else config.root
     own = data.marks(data.identify(root, records.training.paths))
     facts["trained_on"] = sorted({*own, *trained_on})
@@ -532,8 +532,8 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
                 images = data.normalize(images, config.mean, config.std)
                 # Other words are hidden each time, so that no report can be learned by heart
                 report = records.report_batch(rows, config)
-                # Only the multiplications run in bfloat16. The losses are float32, because
-                # bfloat16's two or three digits would round away what one step gains
+                # Only products run in bfloat16. It has two or three digits, too few for the
+                # softmax and the squares of the losses, which are float32
                 with autocast():
                     both = parallel(images, report, with_image, config.mask_ratio)
                 scaler.scale(sum(both) / passes).backward()  # equation 3
@@ -546,7 +546,7 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            # Records that are never trained on tell learning from knowing by heart
+            # Records that are never trained on show whether it learns or only memorises
             if (step + 1) % every == 0 or step + 1 == steps:
                 image_loss, report_loss = average(losses, world).tolist()
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}

@@ -3,28 +3,28 @@
 Kong et al., "Breaking the Dilemma of Medical Image-to-image Translation", NeurIPS 2021
 (arXiv:2110.06465). A supervised translator needs pairs that agree pixel by pixel. An unsupervised
 one needs no pairs, but its problem has many solutions. RegGAN takes pairs (a, b) as they are and
-treats their misalignment as noise in the labels: G translates a, and a registration network R
-predicts the flow by which G(a) is resampled onto b. Only training needs R and D; G is used alone.
+treats their misalignment as noise in the labels: G translates a, and a registration network R sees
+G(a) and b, of one contrast, and predicts the flow that warps G(a) onto b. Later G is used alone.
 
     a --> G --> G(a) ------------------------------> D --> verdict: is this a real image of B?
                  |                                   ^
                  +--> R(G(a), b) --> flow            +---- b
                  |                    |
-                 +-----------------> warp --> G(a) moved onto b, compared with b
+                 +-----------------> warp --> warped G(a), compared with b
 
     loss, its mean over pixels          the path of its gradient, from the loss to what learns
     adversarial     1 (D(G(a)) - 1)^2   verdict ==> D, frozen ==> G(a) ==> G
-    correction     20 |moved G(a) - b|  moved G(a) ==> warp ==> G(a) ==> G
-                                        moved G(a) ==> warp ==> flow ==> R ==> G(a) ==> G
+    correction    20 |warped G(a) - b|  warped G(a) ==> warp ==> G(a) ==> G
+                                        warped G(a) ==> warp ==> flow ==> R ==> G(a) ==> G
     smoothness     10 |grad flow|^2     flow ==> R ==> G(a) ==> G
-    D's own: (D(b) - 1)^2 + D(G(a))^2   verdict ==> D; G(a), or one of before, is detached
+    D's own: (D(b) - 1)^2 + D(G(a))^2   verdict ==> D; G(a), or an older one, is detached
 
-G learns to fool D and to meet b where R moves it, R to move G(a) onto b and to bend little. How b
-was moved G cannot learn, as a does not show it. But it may learn a motion that all pairs share:
-R undoes it; more/improved.py forbids that.
+G learns to fool D and to equal b once R has warped it, R to warp G(a) onto b and to bend little. G
+cannot learn how b was moved, as a does not show it; without R it would blur. But it may learn a
+motion common to all pairs: no loss here objects, as R undoes it; one of more/improved.py does.
 
 Level n (--noise n): aligned pairs are moved apart, so that the true motion is known. Each image is
-read at T(p), beyond it background; T is a random map of its own, p = (y, x) a pixel, c the middle.
+read at T(p), a random map of its own, p = (y, x) a pixel, c the middle; outside is background.
 
     T(p) = c + t + M (p - c)        M turns by at most n degrees and zooms by at most 2n %,
                                     t shifts by at most 2n % of the sides; all of them uniform
@@ -32,9 +32,9 @@ read at T(p), beyond it background; T is a random map of its own, p = (y, x) a p
     moved a[p + flow(p)] = a[Ta(Ta^-1(Tb(p)))] = a[Tb(p)] lies as moved b[p] = b[Tb(p)] does
 
 At level 3 and 64 x 64 pixels that is 4 pixels in the mean. At level 0 one small T (1 degree, 2 %)
-moves both. --elastic s adds a smooth bending of s % of the sides to each T. See `data.misalign`.
+moves both, as augmentation. --elastic s adds a bending of s % of the sides to T (data.misalign).
 
-    python reggan.py                    # NC (G and D alone) + R on demo pairs, drawn on first use
+    python reggan.py              # NC (the paper's name of G and D alone) + R, demo pairs
     python reggan.py --host cycle --no-reg --noise 3 --root DIR --paper
     python reggan.py --compare --levels 0,3,5,elastic --seeds 3
     python reggan.py --translate DIR --weights RUN
@@ -131,7 +131,7 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. Each verdict sees 70 x 70
-    pixels. It returns their mean, (B, 1), which the losses square, as in Reg-GAN's code."""
+    pixels. D returns the mean verdict (B, 1): as in Reg-GAN's code the losses square that mean."""
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()
@@ -146,7 +146,7 @@ class Discriminator(nn.Module):
 
 
 def halvings(size):
-    """How often R halves an image of `size` = (H, W): down to 2 or 3 pixels, 7 times at most."""
+    """How often R halves an image (H, W), at most 7 times: to 2 or 3 pixels, which see it all."""
     return min(7, int(math.log2(min(size))) - 1)
 
 
@@ -340,7 +340,7 @@ class Pix2Pix(NC):
     """Isola et al. 2017: D sees (a, b) side by side, and an L1 loss trusts the pairs.
     adversarial + 100 mean |G(a) - b|"""
 
-    pooled = False
+    pooled = False  # an old fake would stand beside another a
 
     def __init__(self, config, in_chans, out_chans):
         super().__init__(config, in_chans, out_chans)
@@ -432,7 +432,7 @@ class Config(RunConfig):
     """A file of more/ with other options, another R or more losses derives its own from this."""
 
     script: ClassVar = "reggan"
-    changes: ClassVar = {}  # of the preset SMALL
+    changes: ClassVar = {}  # what a class of more/ changes in the preset SMALL
     root: str = option("", "folder with A, B in train, val, perhaps test (default: demo pairs)")
     host: str = option("nc", "the translation method", choices=HOSTS)
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
@@ -501,8 +501,8 @@ def trainable(module, *prefixes):
 
 
 def all_pairs(config):
-    """(training pairs, val, test). val and test are (aligned, moved): the pairs as they are judge
-    G, and those moved as in training judge R. Without test/, test is val."""
+    """(training pairs, val, test). val and test are (as they are, moved as in training): G is
+    judged by the first, R by the second. Without test/, test is val."""
     root = Path(config.root or demo_pairs("demo"))
 
     def pairs(part, noise, with_flow=True):
@@ -615,11 +615,11 @@ def loop(job, log):
         while job.step < steps:
             # Pairs move in another way every epoch, so that G cannot learn their motion by heart.
             a, b = (x.to(job.device) for x in next(batches))
-            # Falling rates let G settle: at a constant rate it circles around what D asks for.
+            # Ours: falling rates let G settle; at a constant one it circles around what D wants.
             factor = min(1.0, 2 * (1 - job.step / steps)) if config.decay else 1.0
             for group in job.opt_g.param_groups + job.opt_d.param_groups:
                 group["lr"] = group["peak"] * factor
-            # G and R take one step together, for each is judged by what the other makes; then D.
+            # G and R take one step together, because their losses judge both at once; then D.
             losses = training_step(job.model, config, a, b, job.opt_g, job.opt_d, job.pools,
                                    job.autocast, job.scaler)
             job.step += 1
@@ -640,8 +640,8 @@ def loop(job, log):
                     draw(job, log.out / "progress.gif", job.val[-1], note=f"epoch {epoch:g}: ")
                     shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
                     print(f"epoch {epoch:g}: val {shown}; {batches}", flush=True)
-                # Val chooses the weights. A GAN's losses cannot, since G's loss rises when D gets
-                # better; and the test must not, or it would flatter what it chose.
+                # Val chooses the weights (less well if its pairs are misaligned). A GAN's losses
+                # cannot: G's rises when D gets better. The test must not: it would flatter.
                 best = scores["mae"] < job.best
                 job.best = min(job.best, scores["mae"])
                 save(job, log, best)
@@ -657,7 +657,7 @@ def train(config):
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(config.out, config, rank, job.history, start)
     if rank == 0:
-        motion = "none, the pairs are used as they are, those of val and test as aligned"
+        motion = "none; val and test pairs are taken to be aligned"
         if config.noise is not None:
             motion = f"level {config.noise:g} and bending of {config.elastic:g} %, new every epoch"
         print(f"misalignment that is added to the training pairs: {motion}")

@@ -5,15 +5,15 @@
     attention(x) = softmax(q k^T / sqrt(D / heads)) v           q, k and v: three linear maps of x
     logits = head(norm(mean of the patch tokens))
 
-mrm.py pretrains it and finetune.py adapts it. Its tensors have timm's names, so that weights of
-MRM, MAE, MED-PEFT and timm load as they are (support/weights.py).
+The class token belongs to no patch and serves attention alone. Tensors have timm's names, so that
+weights of MRM, MAE (masked autoencoders), MED-PEFT (lora.py's paper) and timm load as they are.
 
 One batch of the demo: X-rays (32, 1, 48, 48) -> 36 patches of 8 x 8 pixels (32, 36, 64) ->
 (32, 36, 128) -> class token first (32, 37, 128) -> two blocks, in which q, k and v are
 (32, 4, 37, 32) each -> (32, 37, 128) -> mean of the patch tokens (32, 128) -> 7 logits (32, 7)
 
 Paper: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; sin-cos positions as in MAE.
-Next: mrm.py. Shapes: B batch, N or n patches, D width, p pixels a side of a patch, C channels."""
+Next: mrm.py. Shapes: B batch, N patches, n of them, D width, p pixels a side of one, C channels."""
 import math
 
 import torch
@@ -42,8 +42,8 @@ def unpatchify(patches, p, channels=1):
 
 
 def sincos_positions(dim, side):
-    """2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first; MRM keeps them
-    fixed. Four quarters of `dim` hold sin x, cos x, sin y, cos y at falling frequencies (MAE)."""
+    """2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first; fixed in
+    mrm.py, trained in finetune.py. Four quarters of `dim` hold sin x, cos x, sin y, cos y."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, found {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, attended=None):
-        """x (B, N, D); attended (B, 1, 1, N) bool: to which tokens the others look (None: all)."""
+        """x (B, N, D); attended (B, 1, 1, N) bool: tokens that are no padding (None: all)."""
         q, k, v = self.heads(x)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attended)
         return self.proj(out.transpose(1, 2).flatten(2))  # heads side by side again: (B, N, D)
@@ -93,8 +93,8 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)). In training a
-    sample skips a branch with the probability `drop_path` (Huang et al., 2016), and a number of a
-    branch becomes zero with the probability `dropout`."""
+    sample skips a branch (attention or mlp) with the probability `drop_path` (Huang et al., 2016),
+    and each number of a branch becomes zero with the probability `dropout`."""
 
     def __init__(self, dim, num_heads, drop_path=0.0, dropout=0.0):
         super().__init__()

@@ -2,7 +2,7 @@
 
 The reference makes the mask once. The kernels keep the seed alone and make a tile where they need
 it: stored, the mask would be half of a 16-bit x. They spend 16 random bits on an element, as the
-reference does on a CPU. Masks of one seed differ, since a CPU draws fastest from one long stream.
+reference does on a CPU, whose mask of the same seed is another: it comes from one long stream.
 """
 import math
 

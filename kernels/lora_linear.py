@@ -3,7 +3,7 @@
 Hu et al., "LoRA", ICLR 2022, eq. 3, on parts of a fused projection, as q and v of a ViT's qkv. For
 each adapted part g of the output's columns, with one mask for all, keep = 1 with probability 1 - p,
 
-    t_g = (keep * x) A_g^T      y_g = x W_g^T + b_g + s' t_g B_g^T          s' = s / (1 - p)
+    t_g = (keep * x) A_g^T      y_g = x W_g^T + b_g + s' t_g B_g^T    s' = (alpha / R) / (1 - p)
     u_g = s' dy_g B_g           dx = dy W + keep * sum_g u_g A_g
                                 dA_g = u_g^T (keep * x)       dB_g = s' dy_g^T t_g
 
@@ -18,8 +18,8 @@ bits, with dropout:
 
 One kernel alone would have each tile of y make t again, and draw the mask of all of its rows again:
 12 times for q and v, at 128 columns a tile. So both directions make the thin product (t, u) in a
-kernel of its own and store it: two launches forward, three backward. dA has the third: u is whole
-only when the first has ended, and the second neither loads x nor runs where dx is not wanted.
+kernel of its own and store it: two launches forward, three backward. dA takes the third: it needs
+all of u, which the first makes, and the second does not load x and runs only where dx is wanted.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R. t and u are (M, GR), the groups side by side.
@@ -103,7 +103,7 @@ def plain_down_kernel(
 #
 # Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored (the
 # copy of x gets the same row again); in dA and dB they meet a t or u of 0. A tile of t has 16
-# columns, the least that tl.dot takes, of which 14 are 0.
+# columns, of which 14 are 0: up_kernel sums over them, and tl.dot takes sums of 16 and more.
 #
 # Two kernels make both passes in five launches: down_kernel (1 and 3) multiplies `in` by something
 # thin, up_kernel (2), the large product, starts from that. A program keeps its tile in registers:
@@ -113,10 +113,10 @@ def plain_down_kernel(
 #     backward 1   dy   u = s' dy B,  dB = s' dy^T t    128 rows of u_g, t_g    N/P, of a part
 #     backward 2   dy   dx = keep * (u A) + dy W        a tile of dx            GR, then N
 #     backward 3   x    dA = u^T (keep * x)             128 rows of u           K
-# dB and dA are sums over all rows, of which a program has 128. At each step it stores its sums of
-# the columns there; torch adds those of all programs at last, in a fixed order, and multiplies dB
-# by s', which u has already. Steps transpose a factor: lora_A (GR, K) has F_IN or F_OUT 1 and F_LOW
-# K, lora_B (G N/P, R) F_IN or F_OUT R and F_LOW 1; W (N, K) W_IN 1 and W_OUT K, backward K and 1.
+# dB and dA are sums over all rows, of which a program has 128. At each step of the walk it stores
+# its sums of the columns there; torch adds those of all programs, in a fixed order, and multiplies
+# dB by s', which u has already. Strides of a factor: from rank to rank F_LOW, K in lora_A and 1 in
+# lora_B; from column to column F_IN or F_OUT, 1 and R. Those of W are 1 and K, backward K and 1.
 #
 # The tiles of y (BLOCK_OUT 256, 16 row tiles) with the program of up_kernel that makes each. PARTS
 # has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
@@ -139,13 +139,13 @@ def plain_down_kernel(
 @jit()
 def group_of(part, P: tl.constexpr, PARTS: tl.constexpr):
     """How many adapted parts stand before `part`: its place in lora_A, lora_B, t and u."""
-    group = part * 0
+    group = part * 0  # a tensor, which the loop adds to
     for i in tl.static_range(P):
         group += tl.where(i < part, (PARTS >> i) & 1, 0)
     return group
 
 
-@jit(do_not_specialize=["M", "threshold"])
+@jit(do_not_specialize=["M", "threshold"])  # so that another M needs no other kernel
 def down_kernel(
     in_ptr,  # (M, P WIDTH): x or dy
     factor_ptr,  # lora_A, lora_B, or None
@@ -156,14 +156,14 @@ def down_kernel(
     sums_ptr,  # (programs, *factor) float32, written if there is another: parts of dA or dB
     threshold, scale, M,
     WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr, GR: tl.constexpr, R: tl.constexpr,
-    F_IN: tl.constexpr, F_LOW: tl.constexpr,  # the step in factor to the next column of in, rank
+    F_IN: tl.constexpr, F_LOW: tl.constexpr,  # strides of factor: to the next column of in, rank
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """The launches forward 1, backward 1 and backward 3, for BLOCK_M rows."""
     row, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_IN)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    pid_m, part = tl.program_id(0), tl.program_id(1)  # of a grid of row tiles, parts, 64 ranks each
+    pid_m, part = tl.program_id(0), tl.program_id(1)  # grid: row tiles x parts x tiles of ranks
     if ((PARTS >> part) & 1) == 0:
         return
     group = group_of(part, P, PARTS)
@@ -209,8 +209,8 @@ def up_kernel(
     threshold, scale, M,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, P: tl.constexpr, PARTS: tl.constexpr,
     GR: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
-    W_IN: tl.constexpr, W_OUT: tl.constexpr,  # the step in w to the next column of in, of out
-    F_LOW: tl.constexpr, F_OUT: tl.constexpr,  # the step in factor to the next rank, column of out
+    W_IN: tl.constexpr, W_OUT: tl.constexpr,  # strides of w: to the next column of in, of out
+    F_LOW: tl.constexpr, F_OUT: tl.constexpr,  # strides of factor: to the next rank, column of out
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """The launches forward 2 and backward 2, for one tile of y or dx."""
@@ -260,10 +260,10 @@ def up_kernel(
 # Launches and autograd
 
 
-# BLOCK_M, BLOCK_OUT, BLOCK_IN, warps, stages of up_kernel. A layer takes the fastest. Slices of x
-# and w wait in shared memory while the products before them run, on Ampere stages - 1 of them:
-# 128 x 128 x 32 in 16 bits holds 3 (128 x 32 + 32 x 128) 2 = 49,152 bytes: in the forward pass two
-# programs share a multiprocessor of 100 KB (RTX 30 to 50).
+# BLOCK_M, BLOCK_OUT, BLOCK_IN, warps (32 threads each), stages of up_kernel. The fastest is taken.
+# Stages: how many slices of x and w are loaded into a multiprocessor's shared memory ahead of their
+# products, on Ampere less 1. 128 x 128 x 32 in 16 bits holds 3 (128 x 32 + 32 x 128) 2 = 49,152
+# bytes: in the forward pass two programs fit into the 100 KB of one (RTX 30 to 50).
 TILES = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 4)
 FLOAT32_TILES = (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)
 
@@ -295,7 +295,7 @@ def constants_of(lora_A, lora_B, parts, dropout):
 
 
 def padded(rank):
-    """The columns of a tile for `rank` of them: tl.dot wants at least 16, and 64 are enough."""
+    """The columns of a tile for `rank` of them: tl.dot sums over 16 at least; 64 are enough."""
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
@@ -336,7 +336,7 @@ def triton_backward(dy, x, weight, lora_A, lora_B, t, seed, scale, parts, dropou
             up(in_ptr=dy, w_ptr=weight, bias_ptr=None, low_ptr=u, factor_ptr=lora_A, out_ptr=dx,
                seed_ptr=seed, threshold=threshold, scale=1.0, M=M, DEPTH=N, WIDTH=K, P=1, PARTS=1,
                R=GR, W_IN=K, W_OUT=1, F_LOW=K, F_OUT=1, **common,
-               BLOCK_R=padded(GR) if GR <= 64 else 16)  # of 64 each, 128 x 128 would spill
+               BLOCK_R=padded(GR) if GR <= 64 else 16)  # of 64, too many registers at 128 x 128
         down_kernel[len(dA), 1, triton.cdiv(GR, padded(GR))](
             in_ptr=x, factor_ptr=None, low_ptr=None, copy_ptr=None, seed_ptr=seed, other_ptr=u,
             sums_ptr=dA, threshold=threshold, scale=1.0, M=M, WIDTH=K, P=1, PARTS=1, R=GR,
@@ -364,7 +364,7 @@ class LoRAFunction(torch.autograd.Function):
         if ctx.kernels:
             dy = dy.contiguous()
             refuse_double_backward("lora_linear")
-        elif torch.is_grad_enabled():  # create_graph=True: t as a function of x and lora_A
+        elif torch.is_grad_enabled():  # create_graph=True: t again, with its graph
             t = reference_forward(x, weight, None, lora_A, lora_B, mask, *ctx.rest)[1]
         dx, dA, dB = run(dy, x, weight, lora_A, lora_B, t, mask, *ctx.rest, ctx.dtype, needs_dx)
         dW, db = dy.t() @ x if needs_dW else None, dy.sum(0) if needs_db else None
@@ -385,7 +385,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
     seed: fixes the mask, a number or a tensor of one, modulo 2^31. None draws one from torch's
     generator of the GPU (kernels) or CPU (reference), which processes must seed apart.
-    kernels: whether the kernels or the reference run; None: on CUDA, to rank 64, by `use_kernels`.
+    kernels: whether the kernels or the reference run; None: what `kernels_run` says.
     Returns (..., N) in x's dtype, or autocast's; lora_A, lora_B and under autocast the weight may
     have any. Raises ValueError for what does not fit, RuntimeError for forward-mode derivatives and
     for second ones of the kernels.

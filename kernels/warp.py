@@ -12,7 +12,7 @@ read bilinearly from four pixels: with y0 = floor(Y), x0 = floor(X), fy = Y - y0
     out = (1 - fy) ((1 - fx) v00 + fx v01) + fy ((1 - fx) v10 + fx v11)
     d out / d dy = (1 - fx) (v10 - v00) + fx (v11 - v01)        where 0 < y + dy < H - 1, else 0
     d out / d dx = (1 - fy) (v01 - v00) + fy (v11 - v10)        where 0 < x + dx < W - 1, else 0;
-    at a whole position the derivative to the right and downwards
+    at a whole position it is the derivative to the right, or downwards
 
 On paper, one pixel of a 3 x 3 image with flow[1, 1] = (dy, dx) = (-0.5, 0.5), up and to the right:
 
@@ -32,10 +32,9 @@ passes no gradient: a registration network that diverges is seen at once.
 
 As separate operations the grid, the sum, its scaling and the clamp are some 10 passes over B H W
 numbers. Here a position lives in registers: with one channel of float32 the forward pass moves 16
-bytes a pixel instead of 80, the backward pass 64 instead of 108, half of them for the scatter.
+bytes a pixel (flow 8, image 4, result 4), the backward pass 64, half of them for the scatter.
 
-In reggan.py R predicts the flow. Exercise 3 of tests/exercises.md writes the reference, and
-tests/debug_kernel.md follows a fault in the kernel below.
+Exercise 3 of tests/exercises.md writes the reference; tests/debug_kernel.md has a fault to find.
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W), channel 0 = dy, channel 1 = dx.
 """
 import torch
@@ -43,8 +42,10 @@ import torch.nn.functional as F
 
 from . import jit, kernels_run, refuse_double_backward, tl, triton, uncompiled, wants_triton
 
-# Output pixels of a program of 128 threads: the forward pass loads the flow by 16 bytes, the
-# backward pass spills at 1024. Not autotuned: trial runs would add to the scatter.
+# A kernel runs as a grid of programs, each on BLOCK pixels at once: pointer + offsets are addresses
+# of which `mask` says which to use; None and constexpr are decided when it compiles. A program has
+# 128 threads. With 1024 pixels the backward pass runs out of registers; autotuning would run it and
+# add several times.
 FORWARD_BLOCK, BACKWARD_BLOCK, FINISH_BLOCK = 512, 128, 1024
 
 # --------------------------------------------------------------------------------------------------
@@ -63,8 +64,8 @@ def places(flow):
 def warp_reference(image, flow):
     """`warp` by the formula above. image (B, C, H, W), flow (B, 2, H, W) of at least float32.
 
-    Its gradient, by autograd: g w is added to each of the four pixels that were read, w being its
-    weight (the gradient of `gather` is a scatter); the flow's comes through fy and fx.
+    Its gradient, by autograd: with g = d loss / d out, g w is added to each of the four pixels that
+    were read, w being its weight (`gather` becomes a scatter); the flow's comes through fy and fx.
     """
     (H, W), nan = image.shape[-2:], flow.isnan().any(1, keepdim=True)
     y, x = places(flow.masked_fill(nan, 0))                                        # (B, 1, H, W)
@@ -85,8 +86,8 @@ def warp_by_grid_sample(image, flow):
 
     F.grid_sample wants positions scaled to [-1, 1], and that scaling rounds: at most sizes a zero
     flow is no longer the identity. On a canvas whose sides are powers of two, (2 x + 1) / w - 1 and
-    back is exact for every whole x, so the image is put on one if it is not already. Zero padding
-    tests every read, so that a NaN position is harmless; padding_mode="border" crashes there.
+    back is exact for every whole x, so the image is put on one; clamped positions give its zeros no
+    weight. Zero padding checks the bounds of every read: a NaN position, at which "border" crashes.
     """
     (H, W), (y, x) = image.shape[-2:], places(flow)
     h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
@@ -107,7 +108,6 @@ def warp_by_grid_sample(image, flow):
 def position(flow_ptr, sample, pixel, valid, H, W):
     """Where output pixels read: the top-left neighbour's index, the steps to the right and to the
     lower one, the fractions, whether each gradient flows, and whether the position is NaN."""
-    # y = rows + flow[:, 0], x = cols + flow[:, 1]
     flow_ptr += sample * 2 * H * W
     y = (pixel // W).to(tl.float32) + tl.load(flow_ptr + pixel, mask=valid, other=0.0)
     x = (pixel % W).to(tl.float32) + tl.load(flow_ptr + H * W + pixel, mask=valid, other=0.0)
@@ -160,13 +160,13 @@ def forward_kernel(
 # Range. Let amax = max |g| over a plane, e its exponent, amax < 2^e <= 2 amax, h = ceil(log2(H W)).
 # An output pixel adds at most amax to one place (its four weights sum to 1), so that at most
 # 2^(h+e) 2^k may gather anywhere. k = 62 - h - e keeps that at 2^62: no flow, however it folds the
-# image, overflows. k stops at 126, where 2^-k is still a normal float32.
+# image, overflows. k is at most 126, where 2^-k is still a normal float32 (amax near 0).
 # On paper: 256 x 256 pixels, amax 0.75. Then h = 16, e = 0 (0.75 < 2^0) and k = 62 - 16 - 0 = 46.
 # An addend g w = 0.3 is 10066330 / 2^25 in float32, and 10066330 * 2^21 as an integer: nothing is
 # lost. If all 2^16 pixels read one place with amax, its sum is 2^16 * 0.75 * 2^46 < 2^62.
-# Error. Truncation loses less than one quantum an addend, 2^-k, which below k = 126 is at most
-# 2^(h-61) amax: 2^-45 amax at 256 x 256. The sum is exact, and rounded once to float32. A float sum
-# of n addends errs by up to n 2^-24 S, S its largest partial sum: more, once S > 2^(h-37) amax.
+# Error. Truncation loses less than 2^-k an addend, which below k = 126 is at most 2^(h-61) amax:
+# 2^-45 amax at 256 x 256. The sum is exact, and rounded once to float32. A float sum loses up to
+# 2^-24 S an addend, S its largest partial sum: more than ours, unless S < 2^(h-37) amax.
 # Infinity and NaN in g (a loss scaler looks for them) have no integer: they make the image gradient
 # of that plane NaN.
 
@@ -213,7 +213,7 @@ def backward_kernel(
         if total_ptr is not None:
             scale, finite = fixed_point(tl.load(amax_ptr + sample * C + c), h, 1)
             g = tl.where(finite, g * scale, 0.0)
-            # total.index_add_(at + ..., g * weight); a neighbour of weight 0 is left alone
+            # total.index_add_(at + ..., g * weight), without adding zeros
             adds = valid & (g != 0)
             adds_right, adds_down = adds & (g * fx != 0), adds & (g * fy != 0)
             here = total_ptr + plane + at
@@ -229,7 +229,7 @@ def backward_kernel(
 
 @jit()
 def add(total_ptr, value, mask):
-    tl.atomic_add(total_ptr, value.to(tl.int64), mask=mask, sem="relaxed")
+    tl.atomic_add(total_ptr, value.to(tl.int64), mask=mask, sem="relaxed")  # in any order
 
 
 @jit()
