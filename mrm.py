@@ -32,8 +32,8 @@ full-size input would have. The report decoder gets one vector, the mean of the 
 must hold what the words need: a classifier later reads such a mean, of all patches and with a
 norm of its own. The class token is in neither mean. It exists because MAE's and timm's weights have
 one; the image decoder may attend to it. As in the paper three quarters of the patches and half of
-the words are hidden, and both losses weigh 1; images are never flipped, as reports say left and
-right. Ours: byte pairs, not word pieces; norms first in the report decoder (tests/departures.md).
+the words are hidden, and both losses weigh 1. Ours: no flips, as reports say left and right; byte
+pairs, not word pieces; norms first in the report decoder (tests/departures.md).
 
     (1) image loss  = sum_n mask_n mean((prediction_n - target_n)^2) / sum_n mask_n
     (2) report loss = -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches)
