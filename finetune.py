@@ -104,8 +104,8 @@ def adapt(model, config, tensors=None):
 def build_model(config, sizes, classes, tensors=None):
     """A ViT with an output for each of `classes`, of the given weights, ready to be trained."""
     model = vit.ViT(**sizes, num_classes=len(classes), drop_path=config.drop_path, pool=config.pool)
-    # As in both papers. A head near 0 passes hardly any gradient down: under SGD it learns first.
-    # AdamW divides gradients by their size, the blocks would start at once: hence `probe`, below
+    # As in both papers. A head near 0 passes hardly any gradient down, so that under SGD it learns
+    # first. Not under AdamW, which scales every gradient to one size: hence `probe`, below
     nn.init.normal_(model.head.weight, std=2e-5)
     return adapt(model, config, tensors)
 

@@ -128,7 +128,7 @@ def add_lora(model, rank=4, alpha=32, dropout=0.1, targets=TARGETS["qv"]):
         new = LoRALinear(layer.in_features, layer.out_features, rank, alpha, dropout,
                          targets[child], layer.bias is not None, device=layer.weight.device,
                          dtype=layer.weight.dtype)
-        new.weight, new.bias = layer.weight, layer.bias
+        new.weight, new.bias = layer.weight, layer.bias  # the same tensors, not copies
         new.train(layer.training)
         setattr(model.get_submodule(parent), child, new)
     for name, parameter in model.named_parameters():
@@ -167,7 +167,7 @@ def count_parameters(model):
 
 
 def lora_state_dict(model):
-    """What an adapter file must hold: LoRA, fc_norm and head, no norm's count of batches."""
+    """What an adapter file must hold: LoRA, fc_norm and head, not a batch norm's count."""
     return {n: t for n, t in model.state_dict().items() if part_of(n) != "backbone" and is_plain(t)}
 
 
@@ -307,8 +307,8 @@ def export_peft(config):
 
 
 def import_medpeft(config):
-    """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT, which is the
-    base too: its train() and eval() add B A to frozen weights. It fixes alpha 32, dropout
+    """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT, which must
+    be the base too: its merging has changed the frozen weights. It fixes alpha 32, dropout
     0.1 and q and v. Raises InputError for other checkpoints."""
     tensors, _ = read_weights(config.weights)
     adapter = {n: t.float() for n, t in tensors.items() if part_of(n) != "backbone" and is_plain(t)}

@@ -40,7 +40,7 @@ moves both, as augmentation. --elastic s adds a bending of s % of the sides to T
     python reggan.py --translate DIR --weights RUN
     python -m more.nicegan              # another host; more.improved: other losses, another R
 
-The networks are small; --paper takes the paper's. tests/departures.md: what differs, and why.
+Small networks; --paper: the paper's. Ours: falling rates, flow 0 at first (tests/departures.md).
 
 Shapes: B batch, C channels, H x W pixels; a, b images (B, C, H, W) in [-1, 1], background -1;
 flow (B, 2, H, W) in pixels, channel 0 = dy, channel 1 = dx. A flow says where each pixel reads:
@@ -146,7 +146,7 @@ class Discriminator(nn.Module):
 
 
 def halvings(size):
-    """How often R halves an image (H, W), at most 7 times: to 2 or 3 pixels, which see it all."""
+    """How often R halves an image (H, W): to 2 or 3 pixels, which see it all; at most 7 times."""
     return min(7, int(math.log2(min(size))) - 1)
 
 
@@ -179,7 +179,7 @@ class Registration(nn.Module):
         self.bottom = nn.Sequential(leaky_conv(w, 2 * w, 1), *blocks, leaky_conv(2 * w, w, 1))
         upwards = widths[::-1]
         for i, o in zip([w] + upwards, upwards):
-            self.up.append(leaky_conv(i + o, o))  # o also counts the channels of the skip
+            self.up.append(leaky_conv(i + o, o))  # i from below, o from the skip
         self.refine = nn.Sequential(Residual(width), leaky_conv(width, width, 1))
         self.output = nn.Conv2d(width, 2, 3, padding=1)
         start_at_zero(self, self.output)
@@ -189,7 +189,7 @@ class Registration(nn.Module):
         for block in self.down:
             skips.append(block(x))
             x = F.max_pool2d(skips[-1], 2)
-        x = self.bottom(x)  # (B, 2 * width, ...), 2 or 3 pixels high or wide
+        x = self.bottom(x)  # (B, 2 * width, ...), a few pixels high and wide
         for block, skip in zip(self.up, reversed(skips)):
             x = F.interpolate(x, skip.shape[2:], mode="bilinear")
             x = block(torch.cat((x, skip), 1))
@@ -235,7 +235,7 @@ def registration_losses(model, config, a, b, fake):
 
 class Pool:
     """Up to `size` old fakes: half of the time D gets one of them instead of a new one, so that it
-    does not forget what G made before (Shrivastava et al. 2017). A pool of size 0 does nothing."""
+    does not forget what G made before (Shrivastava et al. 2017). In NC + R it is ours. 0: none."""
 
     def __init__(self, size=50):
         self.size, self.images = size, []

@@ -13,7 +13,7 @@ One batch of the demo: X-rays (32, 1, 48, 48) -> 36 patches of 8 x 8 pixels (32,
 (32, 4, 37, 32) each -> (32, 37, 128) -> mean of the patch tokens (32, 128) -> 7 logits (32, 7)
 
 Paper: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021; sin-cos positions as in MAE.
-Next: mrm.py. Shapes: B batch, N patches, n of them, D width, p pixels a side of one, C channels."""
+Next: mrm.py. Shapes: B batch, N patches, n visible, D width, p pixels a side of one, C channels."""
 import math
 
 import torch
@@ -43,7 +43,7 @@ def unpatchify(patches, p, channels=1):
 
 def sincos_positions(dim, side):
     """2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first; fixed in
-    mrm.py, trained in finetune.py. Four quarters of `dim` hold sin x, cos x, sin y, cos y."""
+    mrm.py, trained by `full`. Four quarters of `dim` hold sin x, cos x, sin y, cos y."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, found {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)

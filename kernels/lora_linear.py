@@ -18,8 +18,8 @@ bits, with dropout:
 
 One kernel alone would have each tile of y make t again, and draw the mask of all of its rows again:
 12 times for q and v, at 128 columns a tile. So both directions make the thin product (t, u) in a
-kernel of its own and store it: two launches forward, three backward. dA takes the third: it needs
-all of u, which the first makes, and the second does not load x and runs only where dx is wanted.
+kernel of its own and store it: two launches forward, three backward. dA takes the third: the first
+is still summing its u, and the second does not load x and runs only where dx is wanted.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R. t and u are (M, GR), the groups side by side.
@@ -103,7 +103,7 @@ def plain_down_kernel(
 #
 # Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored (the
 # copy of x gets the same row again); in dA and dB they meet a t or u of 0. A tile of t has 16
-# columns, of which 14 are 0: up_kernel sums over them, and tl.dot takes sums of 16 and more.
+# columns, 14 of them 0 and not stored: up_kernel sums over them, and tl.dot sums 16 at least.
 #
 # Two kernels make both passes in five launches: down_kernel (1 and 3) multiplies `in` by something
 # thin, up_kernel (2), the large product, starts from that. A program keeps its tile in registers:
@@ -115,8 +115,8 @@ def plain_down_kernel(
 #     backward 3   x    dA = u^T (keep * x)             128 rows of u           K
 # dB and dA are sums over all rows, of which a program has 128. At each step of the walk it stores
 # its sums of the columns there; torch adds those of all programs, in a fixed order, and multiplies
-# dB by s', which u has already. Strides of a factor: from rank to rank F_LOW, K in lora_A and 1 in
-# lora_B; from column to column F_IN or F_OUT, 1 and R. Those of W are 1 and K, backward K and 1.
+# dB by s', which u has already. Strides of a factor: F_LOW from rank to rank, F_IN or F_OUT from
+# column to column; K and 1 in lora_A, 1 and R in lora_B. Those of W: 1 and K, backward K and 1.
 #
 # The tiles of y (BLOCK_OUT 256, 16 row tiles) with the program of up_kernel that makes each. PARTS
 # has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
@@ -214,12 +214,12 @@ def up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """The launches forward 2 and backward 2, for one tile of y or dx."""
-    TILES: tl.constexpr = P * ((WIDTH + BLOCK_OUT - 1) // BLOCK_OUT)
+    ACROSS: tl.constexpr = P * ((WIDTH + BLOCK_OUT - 1) // BLOCK_OUT)
     row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_OUT)
     k, r = tl.arange(0, BLOCK_IN), tl.arange(0, BLOCK_R)
-    pid_m, pid_n = tl.program_id(0) // TILES, tl.program_id(0) % TILES
-    pid_m, pid_n = tl.swizzle2d(pid_m, pid_n, tl.cdiv(M, BLOCK_M), TILES, 8)
-    part, first_col = pid_n // (TILES // P), pid_n % (TILES // P) * BLOCK_OUT
+    pid_m, pid_n = tl.program_id(0) // ACROSS, tl.program_id(0) % ACROSS
+    pid_m, pid_n = tl.swizzle2d(pid_m, pid_n, tl.cdiv(M, BLOCK_M), ACROSS, 8)
+    part, first_col = pid_n // (ACROSS // P), pid_n % (ACROSS // P) * BLOCK_OUT
     first_row, rows_left = pid_m.to(tl.int64) * BLOCK_M, M - pid_m * BLOCK_M
     in_row, inside = tl.minimum(row, rows_left - 1)[:, None], col[None, :] < WIDTH - first_col
     # The low-rank product comes first: scale and mask act on it alone, in the one accumulator.
@@ -262,8 +262,8 @@ def up_kernel(
 
 # BLOCK_M, BLOCK_OUT, BLOCK_IN, warps (32 threads each), stages of up_kernel. The fastest is taken.
 # Stages: how many slices of x and w are loaded into a multiprocessor's shared memory ahead of their
-# products, on Ampere less 1. 128 x 128 x 32 in 16 bits holds 3 (128 x 32 + 32 x 128) 2 = 49,152
-# bytes: in the forward pass two programs fit into the 100 KB of one (RTX 30 to 50).
+# products; Ampere holds one less. 128 x 128 x 32 in 16 bits is 3 (128 x 32 + 32 x 128) 2 = 49,152
+# bytes: in the forward pass two programs fit into the 100 KB of a multiprocessor (RTX 30 to 50).
 TILES = (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 4, 4)
 FLOAT32_TILES = (128, 64, 32, 8, 3), (64, 64, 32, 4, 3)
 

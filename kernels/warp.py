@@ -44,8 +44,8 @@ from . import jit, kernels_run, refuse_double_backward, tl, triton, uncompiled, 
 
 # A kernel runs as a grid of programs, each on BLOCK pixels at once: pointer + offsets are addresses
 # of which `mask` says which to use; None and constexpr are decided when it compiles. A program has
-# 128 threads. With 1024 pixels the backward pass runs out of registers; autotuning would run it and
-# add several times.
+# 128 threads. With 1024 pixels the backward pass runs out of registers; each trial of autotuning
+# would add to `total`.
 FORWARD_BLOCK, BACKWARD_BLOCK, FINISH_BLOCK = 512, 128, 1024
 
 # --------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def warp_by_grid_sample(image, flow):
     F.grid_sample wants positions scaled to [-1, 1], and that scaling rounds: at most sizes a zero
     flow is no longer the identity. On a canvas whose sides are powers of two, (2 x + 1) / w - 1 and
     back is exact for every whole x, so the image is put on one; clamped positions give its zeros no
-    weight. Zero padding checks the bounds of every read: a NaN position, at which "border" crashes.
+    weight. Zero padding checks the bounds of each read, at NaN too, where "border" crashes.
     """
     (H, W), (y, x) = image.shape[-2:], places(flow)
     h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
@@ -111,7 +111,7 @@ def position(flow_ptr, sample, pixel, valid, H, W):
     flow_ptr += sample * 2 * H * W
     y = (pixel // W).to(tl.float32) + tl.load(flow_ptr + pixel, mask=valid, other=0.0)
     x = (pixel % W).to(tl.float32) + tl.load(flow_ptr + H * W + pixel, mask=valid, other=0.0)
-    nan = (y != y) | (x != x)
+    nan = (y != y) | (x != x)  # NaN alone differs from itself
     inside_y, inside_x = (y > 0) & (y < H - 1), (x > 0) & (x < W - 1)
     # y.clamp(0, H - 1) comes before the conversion to int, which is undefined for NaN and for
     # numbers that do not fit
