@@ -163,7 +163,7 @@ class MRM(ViT):
         """Encodes a random subset of the patches of images (B, C, H, W): MAE's masking.
         The patches with the lowest noise (B, N) stay visible; None draws it. Returns latent
         (B, 1 + V, D), behind the last norm, mask (B, N) with 1 = hidden, and ids_restore (B, N)."""
-        # 1. Positions are added before the patches change their places
+        # 1. Positions come before the shuffle: after it a place does not say where a patch was
         x = self.embed(images)  # (B, N, D)
         B, N, D = x.shape
         visible = int(N * (1 - mask_ratio))  # V, as MAE rounds it

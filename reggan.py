@@ -103,9 +103,9 @@ class Residual(nn.Module):
 
 
 class Generator(nn.Module):
-    """G: a 7 x 7 convolution, two of stride 2, nine residual blocks, two transposed ones, tanh.
-    It loads Reg-GAN's netG_A2B.pth. It takes any H and W: it pads the image to a multiple of
-    2**downs and crops the result."""
+    """G: a 7 x 7 convolution, two of stride 2 that double the channels, nine residual blocks, two
+    transposed, a 7 x 7, tanh; norm and ReLU behind all but the last. Reg-GAN's netG_A2B.pth fits.
+    It takes any H and W: it pads the image to a multiple of 2**downs and crops the result."""
 
     def __init__(self, in_chans=1, out_chans=1, width=64, blocks=9, downs=2, kernel=7):
         super().__init__()
@@ -130,8 +130,8 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's state-dict keys. Each verdict sees 70 x 70
-    pixels. D returns the mean verdict (B, 1): as in Reg-GAN's code the losses square that mean."""
+    """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's keys. Each verdict sees 70 x 70 pixels. D
+    gives their mean (B, 1), which the losses square, as in Reg-GAN's code; Pix2Pix squares each."""
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()
@@ -155,7 +155,7 @@ def leaky_conv(i, o, kernel=3):
 
 
 def start_at_zero(network, *last):
-    """Initialises R's convolutions; the weights of `last` are zero, and so is the first flow."""
+    """Kaiming weights, but 0 in `last`: so is the first flow, and `correction` starts as an L1."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, a=0.2)
@@ -165,8 +165,8 @@ def start_at_zero(network, *last):
 
 
 class Registration(nn.Module):
-    """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W); warp(fake, flow) should equal real.
-    `channels` counts those of both images, `width` those of the first level (paper: 32)."""
+    """R: a residual U-Net, (fake, real) -> flow (B, 2, H, W). `channels` counts both images' (2C),
+    `width` the first level's (paper: 32); all others have 2 * width, the bottom 4 * width."""
 
     def __init__(self, channels, size, width=32):
         super().__init__()
@@ -577,8 +577,8 @@ def save(job, log, best=False):
 
 @torch.no_grad()
 def score(job, aligned, moved):
-    """Metrics of G on aligned pairs, since it is used without R, and of R on moved ones: a dict of
-    means over the images of all processes. An image without foreground is refused."""
+    """Means over the images of all processes: G's metrics on aligned pairs, since moved ones would
+    blame it for their motion, R's on moved ones. An image without foreground is refused."""
     job.model.eval()
     scores = {}
     for pairs in [aligned, moved] if job.config.reg else [aligned]:
@@ -657,7 +657,7 @@ def train(config):
     # Nothing can be refused any more: only now is the log of an earlier run replaced.
     log = RunLog(config.out, config, rank, job.history, start)
     if rank == 0:
-        motion = "none; val and test pairs are taken to be aligned"
+        motion = "none, the pairs are used as they are; val and test pairs are taken to be aligned"
         if config.noise is not None:
             motion = f"level {config.noise:g} and bending of {config.elastic:g} %, new every epoch"
         print(f"misalignment that is added to the training pairs: {motion}")

@@ -151,7 +151,7 @@ def down_kernel(
     factor_ptr,  # lora_A, lora_B, or None
     low_ptr,  # (M, GR) float32: t or u, written if there is a factor
     copy_ptr,  # (M, K) or None, written: x in the dtype of the large product
-    seed_ptr,  # one number, from which each pass draws the same mask; None without dropout
+    seed_ptr,  # one number; with row and column it gives every pass the same mask. Or None
     other_ptr,  # (M, GR) float32 or None: u or t
     sums_ptr,  # (programs, *factor) float32, written if there is another: parts of dA or dB
     threshold, scale, M,
@@ -383,8 +383,8 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     lora_A: (GR, K), lora_B: (G N/P, R): the groups' factors one below the other. scale: alpha / R.
     parts: P truth values, G of them true; part i is columns i N/P to (i+1) N/P.
     dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
-    seed: fixes the mask, a number or a tensor of one, modulo 2^31. None draws one from torch's
-    generator of the GPU (kernels) or CPU (reference), which processes must seed apart.
+    seed: a number or a tensor of one, modulo 2^31, fixes the mask: one for the kernels and another
+    for the reference. None: of the GPU's or the CPU's generator, which processes must seed apart.
     kernels: whether the kernels or the reference run; None: what `kernels_run` says.
     Returns (..., N) in x's dtype, or autocast's; lora_A, lora_B and under autocast the weight may
     have any. Raises ValueError for what does not fit, RuntimeError for forward-mode derivatives and

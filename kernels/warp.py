@@ -311,7 +311,7 @@ def warp(image, flow):
 
     image: (B, C, H, W), any floating dtype; the result has its shape and dtype.
     flow: (B, 2, H, W) in pixels, channel 0 = dy (down), channel 1 = dx (right), from output to
-    input. 16-bit flows are read as float32; positions and weights are never rounded to 16 bits.
+    input. 16-bit flows are read as float32: bfloat16 positions have no fractions from 128 on.
     Raises ValueError for shapes, dtypes or devices that do not fit, and RuntimeError where the
     kernels are to be differentiated twice or in forward mode.
     """
