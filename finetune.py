@@ -35,7 +35,7 @@ Else it is ours, chosen on the demo's val list for small ViTs and few steps: Ada
 
 In all of ours: weight decay 0.05, 10 % of warm-up, crops from 60 %, no flips, clipped at 1. Below
 1,000 images the head learns alone in the first half, at 1e-2 (not with linear). MRM's code chooses
-by test, here val chooses. Between lora.py and reggan.py. Shapes: B batch, n samples, k classes.
+by test, here val does, 10 times a run. Next: reggan.py. Shapes: B batch, n samples, k classes.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ def build_model(config, sizes, classes, tensors=None):
     """A ViT with an output for each of `classes`, of the given weights, ready to be trained."""
     model = vit.ViT(**sizes, num_classes=len(classes), drop_path=config.drop_path, pool=config.pool)
     # As in both papers. A head near 0 passes hardly any gradient down, so that under SGD it learns
-    # first. Not under AdamW, which scales every gradient to one size: hence `probe`, below
+    # first. AdamW undoes this, as it scales every gradient to one size: hence `probe`, below
     nn.init.normal_(model.head.weight, std=2e-5)
     return adapt(model, config, tensors)
 
@@ -119,7 +119,7 @@ def label_loss(logits, labels):
 
 def optimizer_by_layer(model, config):
     """SGD or AdamW. Layer i learns at layer_decay^(d + 1 - i) of the rate (BEiT): early layers need
-    least change. 0 embeds, 1 to d: blocks, d + 1: fc_norm, head. It is 1 but in our full recipe."""
+    least change. 0 embeds, 1 to d: blocks, d + 1: fc_norm, head. It is 1 but in our `full`."""
     groups, last = {}, len(model.blocks) + 1
     for name, parameter in model.named_parameters():
         head = lora.part_of(name) == "head"
@@ -144,7 +144,7 @@ def set_rates(optimizer, config, step, steps):
     head that knows nothing yet would spoil the pretrained blocks, then falls along a cosine. With
     `probe` the head learns alone first, by a rise and fall of its own, for the same reason: on a
     few dozen labels the blocks would follow the noise of a random head (Kumar et al., 2022). The
-    others then have a rate of 0, so that AdamW's averages are filled when they join."""
+    others have a rate of 0 and are not frozen: AdamW's averages are filled when they join."""
     alone = round(config.probe * steps)
     first = step < alone
     step, steps = (step, alone) if first else (step - alone, steps - alone)

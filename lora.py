@@ -16,7 +16,7 @@ In plain torch these are eight lines. `LoRALinear` computes the same for several
 Why q and v: where a token looks depends on q and k through their product alone, so that adapting q
 suffices to change it. Adapting v changes what the token takes from there. Why alpha / r: B A sums
 r directions. If all learn the same, the sum is r times as large (sqrt(r) if each learns another).
-Dividing by r bounds it, so that one alpha serves several ranks: 32, the papers', is 8 at rank 4.
+Dividing by r bounds both, so that one alpha serves several ranks: 32, the papers', is 8 at rank 4.
 Why B = 0: the layer starts as the plain one. A must not be 0 as well, because the gradient of each
 has the other as a factor, and neither would ever learn.
 
@@ -308,7 +308,7 @@ def export_peft(config):
 
 def import_medpeft(config):
     """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT, which must
-    be the base too: its merging has changed the frozen weights. It fixes alpha 32, dropout
+    be the base too: its train() and eval() merge in place, which drifts. It fixes alpha 32, dropout
     0.1 and q and v. Raises InputError for other checkpoints."""
     tensors, _ = read_weights(config.weights)
     adapter = {n: t.float() for n, t in tensors.items() if part_of(n) != "backbone" and is_plain(t)}

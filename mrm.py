@@ -50,7 +50,7 @@ A batch of the tiny preset (base: 448 pixels, 196 patches of which 49 are visibl
     image decoder   latent -> (32, 10, 64) -> with 27 mask tokens (32, 37, 64) -> 1 block
                     -> (32, 36, 256), 36 patches of 16 x 16 pixels
     report decoder  mean of 9 tokens (32, 1, 128) -> (32, 1, 64), added to the L <= 40 tokens of
-                    each report (32, L, 64) -> 1 block -> (hidden tokens, vocabulary: 348 <= 800)
+                    each report (32, L, 64) -> 1 block -> (hidden tokens, vocabulary of 348)
 
 Shapes: B batch, N patches, V visible patches, D width, p pixels a side of a patch, C channels, L
 tokens of a report. Before this file comes vit.py, after it lora.py.
@@ -205,7 +205,7 @@ class MRM(ViT):
         """Equation 2: -1/|hidden| sum over hidden tokens t of log p(t | visible words, patches).
         A record without a report, which is padding alone, has no part in it."""
         rows = ~padding.all(1)  # (B,)
-        if not rows.any():  # torchrun waits for gradients: one row, nothing hidden, gives zeros
+        if not rows.any():  # torchrun wants every gradient: a row with nothing hidden gives 0
             rows[0], padding = True, torch.zeros_like(padding)
         logits = self.report_decoder(latent[rows, 1:], inputs[rows], hidden[rows], padding[rows])
         if len(logits) == 0:

@@ -14,13 +14,13 @@ G(a) and b, of one contrast, and predicts the flow that warps G(a) onto b. Later
 
     loss, its mean over pixels          the path of its gradient, from the loss to what learns
     adversarial     1 (D(G(a)) - 1)^2   verdict ==> D, frozen ==> G(a) ==> G
-    correction    20 |warped G(a) - b|  warped G(a) ==> warp ==> G(a) ==> G
-                                        warped G(a) ==> warp ==> flow ==> R ==> G(a) ==> G
+    correction    20 |warped G(a) - b|  warp ==> G(a) ==> G
+                                        warp ==> flow ==> R ==> G(a) ==> G
     smoothness     10 |grad flow|^2     flow ==> R ==> G(a) ==> G
     D's own: (D(b) - 1)^2 + D(G(a))^2   verdict ==> D; G(a), or an older one, is detached
 
 G learns to fool D and to equal b once R has warped it, R to warp G(a) onto b and to bend little. G
-cannot learn how b was moved, as a does not show it; without R it would blur. But it may learn a
+cannot learn how b was moved, as a does not show it; without R it would blur. But G may learn a
 motion common to all pairs: no loss here objects, as R undoes it; one of more/improved.py does.
 
 Level n (--noise n): aligned pairs are moved apart, so that the true motion is known. Each image is
@@ -131,7 +131,7 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """D: a PatchGAN of 4 x 4 convolutions with Reg-GAN's keys. Each verdict sees 70 x 70 pixels. D
-    gives their mean (B, 1), which the losses square, as in Reg-GAN's code; Pix2Pix squares each."""
+    gives their mean (B, 1), which the losses square, as in Reg-GAN's code (Isola et al.: each)."""
 
     def __init__(self, in_chans=1, width=64):
         super().__init__()

@@ -5,7 +5,7 @@
     attention(x) = softmax(q k^T / sqrt(D / heads)) v           q, k and v: three linear maps of x
     logits = head(norm(mean of the patch tokens))
 
-The class token belongs to no patch and serves attention alone. Tensors have timm's names, so that
+The class token belongs to no patch, only attention reads it. Tensors have timm's names, so that
 weights of MRM, MAE (masked autoencoders), MED-PEFT (lora.py's paper) and timm load as they are.
 
 One batch of the demo: X-rays (32, 1, 48, 48) -> 36 patches of 8 x 8 pixels (32, 36, 64) ->
@@ -43,7 +43,7 @@ def unpatchify(patches, p, channels=1):
 
 def sincos_positions(dim, side):
     """2-D sin-cos positions (1, 1 + side*side, dim), the class token's (zero) first; fixed in
-    mrm.py, trained by `full`. Four quarters of `dim` hold sin x, cos x, sin y, cos y."""
+    mrm.py; finetune.py's full trains it. Four quarters of `dim` hold sin x, cos x, sin y, cos y."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width divisible by 4, found {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (D/4,)

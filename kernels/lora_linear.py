@@ -18,8 +18,8 @@ bits, with dropout:
 
 One kernel alone would have each tile of y make t again, and draw the mask of all of its rows again:
 12 times for q and v, at 128 columns a tile. So both directions make the thin product (t, u) in a
-kernel of its own and store it: two launches forward, three backward. dA takes the third: the first
-is still summing its u, and the second does not load x and runs only where dx is wanted.
+kernel of its own and store it: two launches forward, three backward. dA takes the third: in the
+first u is not finished, and the second does not load x and runs only where dx is wanted.
 
 Shapes: M rows of x (images x tokens), K inputs, N outputs in P equal parts of which G are adapted,
 R rank, GR = G R. t and u are (M, GR), the groups side by side.
@@ -103,7 +103,7 @@ def plain_down_kernel(
 #
 # Columns beyond the last count as 0. Rows beyond the last read the last one and are not stored (the
 # copy of x gets the same row again); in dA and dB they meet a t or u of 0. A tile of t has 16
-# columns, 14 of them 0 and not stored: up_kernel sums over them, and tl.dot sums 16 at least.
+# columns, 14 of them 0 and not stored: up_kernel sums over them, for which tl.dot wants 16.
 #
 # Two kernels make both passes in five launches: down_kernel (1 and 3) multiplies `in` by something
 # thin, up_kernel (2), the large product, starts from that. A program keeps its tile in registers:
@@ -115,8 +115,8 @@ def plain_down_kernel(
 #     backward 3   x    dA = u^T (keep * x)             128 rows of u           K
 # dB and dA are sums over all rows, of which a program has 128. At each step of the walk it stores
 # its sums of the columns there; torch adds those of all programs, in a fixed order, and multiplies
-# dB by s', which u has already. Strides of a factor: F_LOW from rank to rank, F_IN or F_OUT from
-# column to column; K and 1 in lora_A, 1 and R in lora_B. Those of W: 1 and K, backward K and 1.
+# dB by s', which u has already. Strides from rank to rank (F_LOW) and from column to column (F_IN,
+# F_OUT): K and 1 in lora_A, 1 and R in lora_B. Of W (W_IN, W_OUT): 1 and K, backward K and 1.
 #
 # The tiles of y (BLOCK_OUT 256, 16 row tiles) with the program of up_kernel that makes each. PARTS
 # has a bit for each part, the lowest for the first: 0b101 adapts the parts 0 and 2. Their group is
@@ -238,7 +238,7 @@ def up_kernel(
     out *= scale
     if seed_ptr is not None:
         keep = keep_tile(seed_ptr, threshold, first_row + row, first_col, WIDTH, BLOCK_OUT)
-        out = tl.where(keep, out, 0.0)  # backward 2 alone, where P is 1
+        out = tl.where(keep, out, 0.0)  # in backward 2 alone: P is 1, first_col a column of x
     first_col += part * WIDTH
     in_ptr += first_row * DEPTH
     w_ptr += first_col.to(tl.int64) * W_OUT

@@ -32,7 +32,7 @@ passes no gradient: a registration network that diverges is seen at once.
 
 As separate operations the grid, the sum, its scaling and the clamp are some 10 passes over B H W
 numbers. Here a position lives in registers: with one channel of float32 the forward pass moves 16
-bytes a pixel (flow 8, image 4, result 4), the backward pass 64, half of them for the scatter.
+bytes a pixel (flow 8, image 4, result 4), the backward pass 64, of which int64 sums take 32.
 
 Exercise 3 of tests/exercises.md writes the reference; tests/debug_kernel.md has a fault to find.
 Shapes: B batch, C channels, H x W pixels; flow (B, 2, H, W), channel 0 = dy, channel 1 = dx.
@@ -45,7 +45,7 @@ from . import jit, kernels_run, refuse_double_backward, tl, triton, uncompiled, 
 # A kernel runs as a grid of programs, each on BLOCK pixels at once: pointer + offsets are addresses
 # of which `mask` says which to use; None and constexpr are decided when it compiles. A program has
 # 128 threads. With 1024 pixels the backward pass runs out of registers; each trial of autotuning
-# would add to `total`.
+# would add its sums once more.
 FORWARD_BLOCK, BACKWARD_BLOCK, FINISH_BLOCK = 512, 128, 1024
 
 # --------------------------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ def warp_by_grid_sample(image, flow):
 
     F.grid_sample wants positions scaled to [-1, 1], and that scaling rounds: at most sizes a zero
     flow is no longer the identity. On a canvas whose sides are powers of two, (2 x + 1) / w - 1 and
-    back is exact for every whole x, so the image is put on one; clamped positions give its zeros no
-    weight. Zero padding checks the bounds of each read, at NaN too, where "border" crashes.
+    back is exact for every whole x, so the image is put on one. Its zeros get no weight, by the
+    clamp. Zero padding checks the bounds of each read, at NaN too, where "border" crashes.
     """
     (H, W), (y, x) = image.shape[-2:], places(flow)
     h, w = 1 << (H - 1).bit_length(), 1 << (W - 1).bit_length()
