@@ -33,9 +33,9 @@ Else it is ours, chosen on the demo's val list for small ViTs and few steps: Ada
     lora-all, rank 16           3e-4      2e-3        5e-3
     full, layer decay 0.75      3e-4      3e-3        3e-3
 
-In all of ours: weight decay 0.05, 10 % of warm-up, crops from 60 %, no flips, clipped at 1. Below
-1,000 images the head learns alone in the first half, at 1e-2 (not with linear). MRM's code chooses
-by test, here val does, 10 times a run. Next: reggan.py. Shapes: B batch, n samples, k classes.
+In all of ours: weight decay 0.05, 10 % of warm-up, crops from 60 %, no flips, no drop path, clip 1.
+Below 1,000 images the head learns alone in the first half, at 1e-2 (not with linear). MRM's code
+chooses by test, ours by val. Next: reggan.py. Shapes: B batch, n samples, k classes.
 """
 
 import dataclasses
@@ -298,8 +298,8 @@ def train(run, split_batch, criterion, score):
             optimizer.zero_grad()
             losses.append(average(loss.detach(), world).item())
             if (step + 1) % max(1, run.steps // config.evaluations) == 0 or step + 1 == run.steps:
-                # The choice is made on the validation list. The best of many scores on the test
-                # list would be the luckiest one, and higher than on any new list
+                # Val chooses, 10 times a run (the papers' LoRA: after each epoch). The best of many
+                # scores on the test list would be the luckiest one, and higher than on a new list
                 outputs = predict(model, parts["val"].images, config, run.device, log.rank, world)
                 scores = score(outputs, parts["val"])
                 first = next(iter(scores))  # the name of what chooses

@@ -122,7 +122,7 @@ def add_lora(model, rank=4, alpha=32, dropout=0.1, targets=TARGETS["qv"]):
     if not found:
         raise ValueError(f"no linear layer is named {' or '.join(targets)}")
     for name, layer in found:
-        if isinstance(layer, LoRALinear):
+        if isinstance(layer, LoRALinear):  # replaced like the others, it would lose its A and B
             raise ValueError(f"{name} is a LoRA layer already")
         parent, _, child = name.rpartition(".")
         new = LoRALinear(layer.in_features, layer.out_features, rank, alpha, dropout,
@@ -308,8 +308,8 @@ def export_peft(config):
 
 def import_medpeft(config):
     """Writes an adapter file, with fc_norm and head, from a checkpoint of MED-PEFT, which must
-    be the base too: its train() and eval() merge in place, which drifts. It fixes alpha 32, dropout
-    0.1 and q and v. Raises InputError for other checkpoints."""
+    be the base too: MED-PEFT's train() and eval() let frozen weights drift. It fixes alpha 32,
+    dropout 0.1 and q and v. Raises InputError for other checkpoints."""
     tensors, _ = read_weights(config.weights)
     adapter = {n: t.float() for n, t in tensors.items() if part_of(n) != "backbone" and is_plain(t)}
     ranks = {n for name in adapter if name.endswith("lora_B") for n in adapter[name].shape[-1:]}

@@ -357,7 +357,7 @@ def hide_words(tokenizer, tokens, word_of, ratio, generator=None):
     """Hides round(ratio * words) of each report's words, at least one, with all their tokens.
     tokens, word_of: (B, L) from `encode_reports`. Returns (inputs, hidden): inputs carry <mask>
     where hidden (B, L) is True."""
-    # Whole words are hidden: a part of one that stays visible would give the rest away
+    # Whole words, as in the paper: a part of one that stays visible would give the rest away
     words = word_of.max(1).values + 1  # (B,), of each report
     hide = (ratio * words.double()).round().long().clamp(min=1).minimum(words)
     # As with the patches, every word draws a number. The words with the lowest are hidden

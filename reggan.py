@@ -219,7 +219,7 @@ def correction(fake, flow, real):
 
 def smoothness(flow):
     """mean (flow[y + 1, x] - flow[y, x])^2 + mean (flow[y, x + 1] - flow[y, x])^2, the paper's
-    ||grad R||^2. It makes neighbouring pixels move alike, so that R cannot repaint the image."""
+    ||grad R||^2: neighbours move alike. At weight 0 R may repaint, at a huge one it only shifts."""
     return flow.diff(dim=2).square().mean() + flow.diff(dim=3).square().mean()
 
 

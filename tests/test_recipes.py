@@ -81,4 +81,4 @@ def test_the_table_in_finetunes_head_is_ours():
         for images, lr in zip((99, 999, 1000), row):
             found = recipe_for(RECIPES, "small", method.lower(), "csv", 100, images)
             assert found["lr"] == float(lr), (method, images)
-            has(found, weight_decay=0.05, warmup=0.1, min_crop=0.6, flip=False, clip=1)
+            has(found, weight_decay=0.05, warmup=0.1, min_crop=0.6, flip=False, drop_path=0, clip=1)
