@@ -10,6 +10,7 @@ import copy
 import csv
 import dataclasses
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -96,14 +97,19 @@ def read_picture(path, short_side, grey, mask):
             raise InputError(path, "one page", picture.n_frames)
         if picture.format == "JPEG" and short_side:
             picture.draft("L" if grey else None, (short_side, short_side))
-        if picture.format == "TIFF" and picture.mode[0] == "I" and picture.tag_v2.get(262) == 0:
-            raise InputError(path, "0 for black", "0 for white (MinIsWhite), of 16 bits")
+        if picture.format == "TIFF" and picture.mode[0] in "IF" and picture.tag_v2.get(262) == 0:
+            raise InputError(path, "0 for black", "0 for white (MinIsWhite), of 16 bits or more")
+        if ";16" in str(picture.tile) and picture.mode[0] != "I":  # of each, PIL keeps 8
+            raise InputError(path, "16 bits in grey alone", f"16 bits in {picture.mode}")
         picture.load()
         picture = ImageOps.exif_transpose(picture)
     if mask and picture.has_transparency_data:  # the object may be in it alone
         raise InputError(path, "a mask without transparency", f"mode {picture.mode}")
     if mask and picture.mode == "P":
-        return np.array(picture), 255
+        pixels, grey = np.array(picture), np.array(picture.convert("L"))
+        if grey[pixels == 0].max(initial=0) > grey[pixels > 0].min(initial=255):
+            raise InputError(path, "a palette whose 0, no object, is the darkest", "a brighter 0")
+        return pixels, 255
     if picture.mode[0] in "FI":  # PIL's own conversion to 8 bits would clip 16 to white
         pixels = np.array(picture)
         if picture.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
@@ -343,7 +349,8 @@ def read_parts(data, root, split="", ratio=100, uncertain=None, skip_bad=False):
     if uncertain or data == "chexpert":
         values = LABELS | dict.fromkeys(("-1", "-1.0"), UNCERTAIN[uncertain or "ones"])
     table = max(root.glob(TABLES.get(data, "no table")), default=None)
-    if table and not split and not (root / "val_list.txt").exists():
+    lists = root.glob("*_list.txt" if data == "csv" else "val_list.txt")
+    if table and not split and not any(lists):
         listed, classes = read_table(data, table, ratio, values), table_classes(data, table)
     else:
         listed, classes = read_lists(data, root, split, ratio, values)
@@ -433,7 +440,7 @@ def table_rows(data, path):
     the parts that NIH and CheXpert publish beside it."""
     classes, tests = table_classes(data, path), path.parent / "test_list.txt"
     if data == "nih":
-        tests = {text for _, text in read_lines(tests)} if tests.is_file() else ()
+        tests = {split_line(text)[0] for _, text in read_lines(tests)} if tests.is_file() else ()
         for line, name, findings in read_csv(path, ("Image Index", "Finding Labels")):
             cells = [str(int(c in findings.split("|"))) for c in classes]
             yield f"{path}: line {line}", name, cells, "test" * (name in tests)
@@ -578,12 +585,13 @@ def units(owners):
 
 def marks(owners):
     """What a checkpoint keeps of its training images, for `seen`: {images and patients}."""
-    return {mark for owner in owners for mark in owner if mark}
+    return {mark for image, patient in owners
+            for mark in (image, patient and f"patient {patient}") if mark}
 
 
 def seen(owners, before):
     """Whether each image or its patient is among `before`, the `marks` of other images."""
-    return [image in before or patient in before for image, patient in owners]
+    return [image in before or f"patient {patient}" in before for image, patient in owners]
 
 
 def listed_names(path):
@@ -797,23 +805,26 @@ def read_slice(path, rescale=None, blank=False):
 def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] as the file `source` is: .npy and NIfTI as float32, in
     the range `rescale` = (lo, hi) (default: -1 to 1) and with the affine of `source`; a picture in
-    its own format and bits, black to white."""
+    its own format and bits (16 where `rescale` goes beyond 8), by default from black to white."""
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     kind, (low, high) = kind_of(source), rescale or (-1, 1)
     values = ((array + 1) * ((high - low) / 2) + low).astype(np.float32)
     if kind == "picture":
         with Image.open(source) as picture:
-            form, dtype = picture.format, np.uint16 if picture.mode[0] == "I" else np.uint8
-        values = ((array + 1) / 2 * np.iinfo(dtype).max).round().astype(dtype)
+            wide = picture.mode[0] == "I" or high > 255
+            form, dtype = picture.format, np.uint16 if wide else np.uint8
+        low, high = rescale or (0, np.iinfo(dtype).max)
+        values = ((array + 1) / 2 * (high - low) + low).round().clip(0, None).astype(dtype)
         options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
         atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **options))
     elif kind == "npy":
         atomic_write(path, lambda file: np.save(file, values))
     else:
         like = read_nifti(source)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        type(like)(values.reshape(like.shape), like.affine).to_filename(path)
+        content = type(like)(values.reshape(like.shape), like.affine).to_bytes()
+        content = gzip.compress(content) if str(path).lower().endswith(".gz") else content
+        atomic_write(path, lambda file: file.write(content))
 
 
 def check_range(where, images, span):

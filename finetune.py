@@ -50,11 +50,11 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart,
-    check_finite, checkpoint_file, command_of, draw_curves, even_batch, fill, from_all, join,
+    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart, check_finite,
+    check_same, checkpoint_file, command_of, draw_curves, even_batch, fill, from_all, join,
     last_state, load_checkpoint, markdown_table, mean_and_deviation, number_of_steps, option,
-    parse_config, restore, run_cells, run_script, save_checkpoint, save_state, scaler_for, seed,
-    seed_rank, warn, with_dtype, write_csv, write_text,
+    options_of, parse_config, read_json, restore, run_cells, run_script, save_checkpoint,
+    save_state, scaler_for, seed, seed_rank, warn, with_dtype, write_csv, write_json, write_text,
 )
 import numpy as np
 import torch
@@ -184,9 +184,10 @@ def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
     """AUROC of each class, of all n samples and of `resamples` draws of n samples from them.
 
     scores, labels (n, k). Returns (classes that have both labels, AUROC of each, array (classes,
-    resamples)). The draws depend on n, `resamples` and `seed` alone: two models that scored the
-    same list see the same draws, and the differences between them are paired. (Images are drawn,
-    although a patient may have several: on the demo that moves the ends by 0.001.)"""
+    resamples), means (resamples,) over the classes that have both labels in a draw). The draws
+    depend on n, `resamples` and `seed` alone: two models that scored the same list see the same
+    draws, and the differences between them are paired. (Images are drawn, although a patient may
+    have several: on the demo that moves the ends by 0.001.)"""
     n, k = scores.shape
     defined = [c for c in range(k) if {0.0, 1.0} <= set(labels[:, c].tolist())]
 
@@ -199,7 +200,9 @@ def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
     for rows in np.array_split(np.arange(resamples), parts):
         counts = generator.multinomial(n, np.full(n, 1 / n), size=len(rows))
         draws.append(of_classes(counts.astype(np.float32)))
-    return defined, of_classes(np.ones((1, n)))[:, 0], np.concatenate(draws, axis=1)
+    draws = np.concatenate(draws, axis=1)
+    means = np.ma.masked_invalid(draws).mean(0).filled(np.nan)
+    return defined, of_classes(np.ones((1, n)))[:, 0], draws, means
 
 
 def auroc(scores, labels, resamples=1000, seed=0):
@@ -207,12 +210,12 @@ def auroc(scores, labels, resamples=1000, seed=0):
 
     scores, labels (n, k). Returns (mean, (low, high), k entries (auroc, low, high)). A class with
     one label present has the entry None and no part in the mean; a draw that leaves it one label
-    counts neither for its interval nor for the mean's. The mean of no class is NaN."""
-    defined, points, draws = bootstrap_auroc(scores, labels, resamples, seed)
+    does not count for its interval, nor this class in the draw's mean. Of no class it is NaN."""
+    defined, points, draws, means = bootstrap_auroc(scores, labels, resamples, seed)
     per_class = [None] * scores.shape[1]
     if not defined:
         return float("nan"), (float("nan"), float("nan")), per_class
-    intervals = np.nanpercentile([*draws, draws.mean(0)], [2.5, 97.5], axis=1).T.tolist()
+    intervals = np.nanpercentile([*draws, means], [2.5, 97.5], axis=1).T.tolist()
     for c, point, interval in zip(defined, points, intervals):
         per_class[c] = (float(point), *interval)
     return float(np.mean(points)), tuple(intervals[-1]), per_class
@@ -243,7 +246,7 @@ def predict(model, image_set, config, device, rank=0, world=1):
 
 def score_labels(logits, part):
     """What a validation list says of a model: first the score that chooses, then the loss."""
-    _, points, _ = bootstrap_auroc(logits.numpy(), part.labels.numpy(), resamples=0)
+    _, points, *_ = bootstrap_auroc(logits.numpy(), part.labels.numpy(), resamples=0)
     return {"val_auroc": float(points.mean()), "val_loss": label_loss(logits, part.labels).item()}
 
 
@@ -445,6 +448,12 @@ def starting_weights(config):
     return {name: tensors[name] for name in tensors if lora.part_of(name) != "head"}, held
 
 
+def check_pixels(config):
+    """Refuses one of --mean and --std."""
+    if (config.mean is None) != (config.std is None):
+        raise InputError("--mean and --std", "both, or none for each image's own", "one of them")
+
+
 def take_recipe(config, tensors, held, count):
     """Fills `config` from the weights that a run starts from and from its recipe for `count`
     training images. Returns (config, sizes of the ViT)."""
@@ -490,8 +499,7 @@ def prepare(config, read, recipe, build, load):
     config = fill_weights(config)  # last, since it may pretrain for minutes
     tensors, held = starting_weights(config)
     config, sizes = recipe(config, tensors, held, count)
-    if (config.mean is None) != (config.std is None):
-        raise InputError("--mean and --std", "both, or none for each image's own", "one of them")
+    check_pixels(config)
     config = even_batch(config, world)
     steps = number_of_steps(config, count, config.batch_size)
     seed(config.seed)  # here, because pretraining the demo MRM must not change this run
@@ -638,7 +646,9 @@ def open_run(config, make=None):
     if config.weights is None:
         raise InputError(f"--predict needs --weights RUN, a run of {command_of(config.script)}")
     model, held = load_run(config.weights, config.script, make)
-    config = fill(config, {"out": "runs/predict", "mean": held["mean"], "std": held["std"]})
+    pixels = {name: held.get(name) for name in ("mean", "std", "white")}
+    config = fill(config, {"out": "runs/predict"} | pixels)
+    check_pixels(config)
     device, _, _ = join(config)
     config = with_dtype(config, device, width=held["sizes"]["embed_dim"])
     check_apart(config.out, config.predict)
@@ -651,7 +661,7 @@ def predict_folder(config):
     """Writes OUT/predictions.csv for every image below the folder `config.predict`."""
     config, device, model, held, paths, names = open_run(config)
     images = data.ImageSet(paths, held.get("test_side", model.img_size), crop=model.img_size,
-                           white=held.get("white"))
+                           white=config.white)
     scores = predict(model, images, config, device)
     write_predictions(config.out, names, held["classes"], scores.sigmoid())
     print(f"{len(paths)} images: {Path(config.out) / 'predictions.csv'}")
@@ -689,7 +699,7 @@ def read_draws(path, classes):
     """The bootstrap of the mean AUROC of a run, (R,), from its predictions.csv."""
     rows = data.read_csv(path, [*classes, *(f"label {name}" for name in classes)])
     values = np.array([[value or "nan" for value in values] for _, *values in rows], np.float64)
-    return bootstrap_auroc(*np.split(values, 2, axis=1))[2].mean(0)
+    return bootstrap_auroc(*np.split(values, 2, axis=1))[3]
 
 
 def compare(config):
@@ -697,7 +707,10 @@ def compare(config):
     rows, and of the differences of rows with one ratio and the same init or method. A finished run
     is not repeated. The demo's weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
-    cells = list_cells(dataclasses.replace(config, compare=False))
+    cells, asked = list_cells(dataclasses.replace(config, compare=False)), out / "config.json"
+    if asked.exists():  # None, too, asks for something: the recipe's value
+        check_same(read_json(asked) | {"seed": config.seed}, config, asked, ("auto",))
+    write_json(asked, options_of(config))
     for name, result in run_cells(out, cells, finetune):
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         method, ratio = result["method"], result["ratio"]

@@ -264,6 +264,8 @@ def read_adapter(config):
             layers[name].load_state_dict(state)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"{config.adapter}: {name} does not fit {source}: {error}") from None
+    if config.out:
+        check_apart(config.out, source)
     return base, saved, layers
 
 

@@ -439,7 +439,7 @@ class Config(RunConfig):
     noise: float = option(None, "level of motion (default: 3, own pairs none)", within="[0, 25]")
     elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 25]")
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
-    rescale: str = option("", "LO,HI (or LO,HI,LO,HI for A and B): these values become -1 and 1")
+    rescale: str = option("", "LO,HI (LO,HI,LO,HI for A, B) become -1, 1; below 0: --rescale=-9,9")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
     width: int = option(None, "channels of the first layer", within="[1, 1024]")
     kernel: int = option(None, "side of G's first and last kernels", choices=[1, 3, 5, 7, 9])
@@ -767,8 +767,8 @@ def translate_folder(config):
     for name, image in images.items():
         H, W = image.shape[1:]
         scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows
-        size, a = (round(H * scale), round(W * scale)), image[None].to(device)  # (1, C, H, W)
-        a = F.interpolate(a, size, mode="bilinear", antialias=scale < 1)
+        size = [max(1, round(side * scale)) for side in (H, W)]
+        a = F.interpolate(image[None].to(device), size, mode="bilinear", antialias=scale < 1)
         with autocast():
             fake = model.translate(a)
         fake = F.interpolate(fake, (H, W), mode="bilinear")[0]  # (C, H, W)

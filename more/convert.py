@@ -16,6 +16,7 @@ finds in their finest detail, and files that are no images are copied as they ar
 
 import dataclasses
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -174,7 +175,8 @@ def shrink(config):
         raise InputError("--root", "a folder", config.root or "none")
     if not config.out or root in (out, *out.parents) or out.exists() and any(out.iterdir()):
         raise InputError("--out", "a new folder outside --root", config.out or "none")
-    paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    walk = os.walk(root, followlinks=True)
+    paths = sorted(Path(place, name) for place, _, names in walk for name in names)
     copy = functools.partial(copy_file, root=root, out=out, size=config.size)
     done = over_images(copy, paths)
     print(f"{out}: {sum(done)} images made smaller, {done.count(False)} files copied as they are")

@@ -336,8 +336,10 @@ def predict_folder(config):
     of the size of its X-ray."""
     config, device, model, held, paths, names = finetune.open_run(config, make_network)
     threshold, smallest = (held["segment"][name] for name in ("threshold", "smallest"))
+    if len({data.split_ending(name)[0] for name in names}) < len(names):
+        raise InputError(config.predict, "names that differ before their endings", "two alike")
     images = data.ImageSet(paths, model.img_size, image_alone, masks=[None] * len(paths),
-                           white=held.get("white"))
+                           white=config.white)
     logits = finetune.predict(model, images, config, device)
     for path, name, logit in zip(paths, names, logits):
         full = F.interpolate(logit[None], data.read_image(path).shape[1:], mode="bilinear")[0]

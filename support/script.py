@@ -156,13 +156,13 @@ def even_batch(config, parts):
     return dataclasses.replace(config, batch_size=size)
 
 
-def check_same(saved, config, path):
+def check_same(saved, config, path, unasked=("auto",)):
     """Refuses a `config` that asks for another value of an option that shapes a result than
-    `saved`, the options of an earlier run in the file `path`. None asks for nothing."""
+    `saved`, the options of an earlier run in the file `path`. `unasked` values ask for nothing."""
     check_maker(saved, config, path)
     for field in dataclasses.fields(config):
         old, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
-        if not field.metadata.get("free") and now not in (None, "auto") and old != now:
+        if not field.metadata.get("free") and now not in unasked and old != now:
             found = f"a run with {flag} {old}; give the same options, or another --out"
             raise InputError(path, f"{flag} {now}, as asked for now", found)
 
@@ -648,7 +648,8 @@ def run_cells(folder, configs, run):
         if config.dtype == "auto" and ran:  # a measurement of its own might come out otherwise
             config = dataclasses.replace(config, dtype=read_json(ran[0])["dtype"])
         if (cell / "result.json").exists():
-            check_same(read_json(cell / "config.json"), config, cell / "config.json")
+            path = cell / "config.json"
+            check_same(read_json(path), config, path, (None, "auto"))  # a recipe filled the others
         else:
             print(f"{name}: {cell}", flush=True)
             run(config)

@@ -236,7 +236,10 @@ def shrink(root, out):
 def test_smaller_copies_are_what_a_run_reads(folder, tmp_path, capsys):
     out = tmp_path / "small"
     same = ("train_list.txt", "small.png", "twelve.png", "f.npy", "c.dcm")
-    shrink(folder, out)
+    (tmp_path / "link").mkdir()
+    for entry in folder.iterdir():  # linked folders and files, as data sets often are
+        (tmp_path / "link" / entry.name).symlink_to(entry)
+    shrink(tmp_path / "link", out)
     assert "5 images made smaller, 5 files copied as they are" in capsys.readouterr().out
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert {path.relative_to(out) for path in out.rglob("*") if path.is_file()} == set(paths)

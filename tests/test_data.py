@@ -4,6 +4,7 @@ and pydicom; every kind of bad input has its one line."""
 import functools
 import os
 import signal
+import struct
 import subprocess
 import sys
 import warnings
@@ -704,11 +705,28 @@ def test_a_split_depends_on_the_image_and_says_that_patients_are_unknown(tmp_pat
     assert "of 201 of 201 images" in capsys.readouterr().err  # one image is
 
 
+def test_sixteen_bits_of_colour_are_refused(tmp_path):
+    """PIL would keep the upper eight of each: of a 12-bit image, four."""
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    head = struct.pack(">2I5B", 4, 4, 16, 2, 0, 0, 0)
+    body = zlib.compress(bytes(4 * (1 + 4 * 6)))
+    path = tmp_path / "c.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body)
+                     + chunk(b"IEND", b""))
+    fails(lambda: data.read_image(path), "c.png", "16 bits in grey alone")
+
+
 def test_minus_1_is_what_the_option_says(tmp_path, folder):
     rows = [f"{i}.png,{(0, 1, -1)[i % 3]},{('-1.0', '1', '')[i % 3]},{part}"
             for i, part in enumerate(["train", "val", "test"] * 3)]
     root = table(tmp_path / "own", "labels.csv", ["image,Edema,Mass,split", *rows])
     fails(lambda: read_table("csv", root), "labels.csv: line 2", "'-1.0'", "--uncertain")
+    write(tmp_path / "own/test_list.txt", "1.png 0 1\n")  # one list asks for the others
+    fails(lambda: data.read_parts("csv", tmp_path / "own"), "train_list.txt: no such list")
+    (tmp_path / "own/test_list.txt").unlink()
     for uncertain, value in (("ones", 1), ("zeros", 0), ("ignore", float("nan"))):
         parts = read_table("csv", root, uncertain=uncertain)
         assert np.array_equal(parts["train"][1], [[0, value]] * 3, equal_nan=True)
@@ -738,7 +756,8 @@ def test_nih_is_found_as_it_is_published(tmp_path, photo, folder, name):
     people = [{name[:8] for name in part.names} for part in parts.values()]
     assert sum(map(len, people)) == len(set.union(*people)) == 30
     listed = [row[:16] for row in rows[1:] if row[:8] in ("00000007", "00000009")]
-    table(tmp_path, "test_list.txt", listed)  # NIH's own: all others are for training
+    labelled = [f"{name} 0 1" for name in listed]  # as MRM publishes NIH's
+    table(tmp_path, "test_list.txt", labelled)  # all others are for training
     parts, _ = data.read_parts("nih", tmp_path)
     assert parts["test"].names == listed and len(parts["train"].names) > 3 * len(parts["val"].names)
 
@@ -868,6 +887,7 @@ def test_names_of_ones_own_are_excluded_however_they_are_written(folder, tmp_pat
             assert data.not_excluded(root, paths, path) == [0, 2], (root, name)
     before = data.marks(data.identify(folder, ["images/a1.png"]))
     assert data.seen(data.identify(link, ["a0.png", "a1.png"]), before) == [False, True]
+    assert data.seen([("7", ""), ("a", "7")], data.marks([("b", "7")])) == [False, True]
 
 
 def audit(root, capsys, **options):
@@ -918,13 +938,16 @@ def test_a_mask_is_its_indices_and_has_no_transparency(tmp_path):
     mask = np.zeros((20, 30), bool)
     mask[4:9, 20:28] = True
     path = str(tmp_path / "m.png")
-    for palette in ([255] * 3 + [0] * 3, [0] * 3 + [255, 0, 0], [9] * 6):  # inverting, red, alike
+    for palette in ([0] * 3 + [255, 0, 0], [9] * 6):  # red, alike
         picture = Image.fromarray(mask.astype(np.uint8), "P")
         picture.putpalette(palette)
         picture.save(path)
         assert (data.read_mask(path, (20, 30), "film") == mask).all()
         picture.save(path, transparency=0)
         fails(lambda: data.read_mask(path, (20, 30), "film"), "m.png", "without transparency")
+    picture.putpalette([255] * 3 + [0] * 3)  # as Pillow's quantize has it: which is the object?
+    picture.save(path)
+    fails(lambda: data.read_mask(path, (20, 30), "film"), "m.png", "the darkest")
     three = Image.fromarray(mask.astype(np.uint8) + (np.arange(30) < 5) * np.uint8(2), "P")
     three.putpalette([0] * 3 + [255] * 6)
     three.save(path)
@@ -1104,6 +1127,9 @@ def test_a_slice_is_written_as_it_was_read(tmp_path, photo, name, kind, channels
     assert np.abs((read.numpy().transpose(1, 2, 0).squeeze() + 1) / 2 - image).max() < step
     data.write_slice(out, read, path, (0, top))
     assert (data.read_slice(out, (0, top)) - read).abs().max() < 2 * step
+    if kind == np.uint16:  # 12 bits stay 12 bits
+        data.write_slice(out, read, path, (0, 4095))
+        assert (data.read_slice(out, (0, 4095)) - read).abs().max() < 1e-3
     if name.endswith(".png"):
         assert Image.open(out).mode == Image.open(path).mode
     if name == "v.nii.gz":

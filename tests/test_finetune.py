@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,18 @@ def test_bootstrap_interval_against_resampling_by_hand():
         rows = rng.integers(len(scores), size=len(scores))
         draws.append(roc_auc_score(labels[rows, 0], scores[rows, 0]))
     assert (low, high) == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.01)
+
+
+def test_the_interval_of_the_mean_counts_every_draw():
+    """Nearly every draw leaves one of these rare classes without a positive. Of one class such a
+    draw says nothing, and nothing is printed."""
+    labels, rng = np.eye(180, 14), np.random.default_rng(0)
+    mean, (low, high), _ = finetune.auroc(scores := rng.normal(size=(180, 14)), labels)
+    assert low < mean - 0.05 and high > mean + 0.05
+    with warnings.catch_warnings(action="error"):
+        _, _, draws, means = finetune.bootstrap_auroc(scores[:, :1], labels[:, :1])
+    np.testing.assert_array_equal(draws[0], means)
+    assert np.isnan(means).any()
 
 
 def filled(**options):
@@ -193,9 +206,9 @@ def predictions(folder):
     return list(csv.DictReader((folder / "predictions.csv").open()))
 
 
-def predict(images, run, out):
-    options = dict(predict=str(images), weights=str(run), out=str(out), device="cpu")
-    finetune.predict_folder(FinetuneConfig(**options))
+def predict(images, run, out, **options):
+    given = dict(predict=str(images), weights=str(run), out=str(out), device="cpu")
+    finetune.predict_folder(FinetuneConfig(**given | options))
     return {row["image"]: row for row in predictions(out)}
 
 
@@ -312,7 +325,7 @@ def finished(easy, tmp_path_factory):
 
 @pytest.mark.parametrize("other", [
     dict(method="linear"), dict(rank=2), dict(seed=3), dict(min_crop=0.5), dict(lr=0.1),
-    dict(mean=0.0, std=0.5), dict(flip=True)], ids=lambda other: next(iter(other)))
+    dict(mean=0.0, std=0.5), dict(flip=True), dict(white=900)], ids=lambda other: next(iter(other)))
 def test_resume_refuses_another_runs_state(easy, finished, other):
     before, name = contents(finished), next(iter(other)).replace("_", "-")
     flag = "--lr" if name == "method" else f"--{name}"  # a method has its own rate
@@ -480,9 +493,9 @@ def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeyp
         patch.setattr(finetune, "finetune", None)  # nothing runs again
         finetune.compare(table(easy, tmp_path))
         finetune.compare(table(easy, tmp_path, methods="linear", seeds=1, workers=1))
-    for other in (dict(steps=5), dict(lr=0.5), dict(min_crop=0.5), dict(flip=True)):
-        flag = "--" + next(iter(other)).replace("_", "-")
-        expected = rf"scratch-full-10-0.*: expected {flag} .*found a run with {flag}"
+    for other in (dict(steps=5), dict(steps=None), dict(lr=0.5), dict(flip=True)):
+        flag = "--" + next(iter(other))
+        expected = rf"config.json: expected {flag} .*found a run with {flag}"
         with pytest.raises(InputError, match=expected):
             finetune.compare(table(easy, tmp_path, **other))
     finetune.compare(table(easy, tmp_path))
@@ -741,6 +754,11 @@ def test_white_minus_1_and_missing_images_reach_the_whole_run(easy, tmp_path, ca
     rows = predictions(tmp_path / "run")
     assert [row["label class 2"] for row in rows[2:6]] == ["0", "", "", "0"]
     found = predict(root / "images", tmp_path / "run", tmp_path / "p")
+    with pytest.raises(InputError, match="--white None, .* found a run with --white 1023"):
+        finetune.finetune(dataclasses.replace(run, white=None, resume=True, steps=9))
+    assert predict(root / "images", tmp_path / "run", tmp_path / "q", white=65535) != found
+    with pytest.raises(InputError, match="--mean and --std: expected both"):
+        predict(root / "images", tmp_path / "run", tmp_path / "q", mean=0.5)
     again, scores = ([float(of[row["image"]]["class 1"]) for row in rows]
                      for of in (found, {row["image"]: row for row in rows}))
     assert again == pytest.approx(scores, abs=2e-5)

@@ -360,6 +360,8 @@ def test_commands_refuse_other_weights_and_places_they_cannot_write(tmp_path, co
         command(lora.LoRAConfig(adapter=path, weights=str(tmp_path / "wide.pt")))
     with pytest.raises(common.InputError, match="adapter.pt.* cannot be written|another place"):
         command(lora.LoRAConfig(adapter=path, out=path + "/out"))
+    with pytest.raises(common.InputError, match="another place than .*base.pt"):
+        command(lora.LoRAConfig(adapter=path, out=str(tmp_path / "base.pt")))
     assert len(list(tmp_path.iterdir())) == 3
 
 

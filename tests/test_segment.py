@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -208,6 +209,10 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, stopped
     weights, out = str(tmp_path / "whole"), str(tmp_path / "masks")
     segment.predict_folder(SegmentConfig(predict=str(holes / "images"), weights=weights, out=out,
                                          device="cpu"))
+    same = shutil.copytree(holes / "images", tmp_path / "same")
+    shutil.copy(same / "0001.bmp", same / "0001.BMP")
+    with pytest.raises(common.InputError, match="names that differ before"):
+        segment.predict_folder(SegmentConfig(predict=str(same), weights=weights, out=out + "2"))
     mask = np.asarray(Image.open(tmp_path / "masks/0001.png"))  # of the size of its image
     assert mask.shape == (40, 60) and set(np.unique(mask)) <= {0, 255}
     part = run(holes, tmp_path / "part", **options)

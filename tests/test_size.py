@@ -9,32 +9,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "data.py": 1061,
-    "finetune.py": 744,
+    "data.py": 1072,
+    "finetune.py": 757,
     "kernels/__init__.py": 96,
     "kernels/bench.py": 188,
     "kernels/cpu.py": 68,
     "kernels/dropout.py": 38,
     "kernels/lora_linear.py": 447,
     "kernels/warp.py": 334,
-    "lora.py": 340,
+    "lora.py": 342,
     "more/__init__.py": 3,
-    "more/convert.py": 191,
+    "more/convert.py": 193,
     "more/cxrmae.py": 116,
     "more/improved.py": 142,
     "more/nicegan.py": 188,
-    "more/segment.py": 360,
+    "more/segment.py": 362,
     "mrm.py": 689,
     "reggan.py": 840,
     "support/__init__.py": 8,
     "support/demo.py": 440,
     "support/recipes.py": 99,
-    "support/script.py": 769,
+    "support/script.py": 770,
     "support/tokenizer.py": 123,
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7627
+TOTAL = 7658
 
 
 def lines_of(name):
