@@ -248,9 +248,9 @@ class LoRAConfig:
     out: str = option("", "folder (export-peft) or file to write (default: beside what is read)")
 
 
-def read_adapter(config):
+def read_adapter(config, name_of_out):
     """What a command works on: (base tensors by name, all that the adapter file holds, the adapted
-    layers by name). Raises InputError where they do not fit each other."""
+    layers by name, where to write). Raises InputError where they do not fit each other."""
     saved = read_adapter_file(config.adapter)
     source, base = read_base(config.adapter, saved, config.weights)
     adapter, layers = saved["adapter"], {}
@@ -264,20 +264,18 @@ def read_adapter(config):
             layers[name].load_state_dict(state)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"{config.adapter}: {name} does not fit {source}: {error}") from None
-    if config.out:
-        check_apart(config.out, source)
-    return base, saved, layers
+    out = Path(config.out or Path(config.adapter).with_name(name_of_out))
+    check_apart(out, config.adapter, source)
+    return base, saved, layers, out
 
 
 def merge(config):
     """Writes a plain ViT: the base encoder with every delta added, and the adapter's head."""
-    base, saved, layers = read_adapter(config)
+    base, saved, layers, out = read_adapter(config, "merged.pt")
     merged = {name: base[name] for name in base if name.split(".")[0] in ENCODER_PARTS}
     merged |= {name: tensor for name, tensor in saved["adapter"].items() if part_of(name) == "head"}
     for name, layer in layers.items():
         merged[name + ".weight"] = merge_lora(layer).weight.detach()
-    out = Path(config.out or Path(config.adapter).with_name("merged.pt"))
-    check_apart(out, config.adapter)
     kept = "script sizes classes mean std pool test_side segment trained_on".split()
     save_checkpoint(out, {"model": merged} | {name: saved[name] for name in kept if name in saved})
     print(f"{out}: {len(merged)} tensors, a plain ViT")
@@ -288,9 +286,7 @@ def export_peft(config):
     The G adapted parts become one adapter of rank G*r. A stays (G*r, in). B (out, G*r) is
     block-diagonal: B_g fills the rows of its part and the columns of its rank. lora_alpha is
     scale * G*r, because peft divides by G*r. fc_norm and head stay in the adapter file."""
-    _, saved, layers = read_adapter(config)
-    out = Path(config.out or Path(config.adapter).with_name("peft"))
-    check_apart(out)
+    _, saved, layers, out = read_adapter(config, "peft")
     tensors, ranks, alphas = {}, {}, {}
     for name, layer in layers.items():
         ranks[name] = len(layer.lora_A)

@@ -17,7 +17,7 @@ BUDGET = {
     "kernels/dropout.py": 38,
     "kernels/lora_linear.py": 447,
     "kernels/warp.py": 334,
-    "lora.py": 342,
+    "lora.py": 338,
     "more/__init__.py": 3,
     "more/convert.py": 193,
     "more/cxrmae.py": 116,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7658
+TOTAL = 7654
 
 
 def lines_of(name):
