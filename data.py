@@ -99,7 +99,8 @@ def read_picture(path, short_side, grey, mask):
             picture.draft("L" if grey else None, (short_side, short_side))
         if picture.format == "TIFF" and picture.mode[0] in "IF" and picture.tag_v2.get(262) == 0:
             raise InputError(path, "0 for black", "0 for white (MinIsWhite), of 16 bits or more")
-        if ";16" in str(picture.tile) and picture.mode[0] != "I":  # of each, PIL keeps 8
+        bits = picture.tag_v2.get(258) or () if picture.format == "TIFF" else ()
+        if (";16B" in str(picture.tile) or 16 in bits) and picture.mode[0] not in "IF":  # 8 stay
             raise InputError(path, "16 bits in grey alone", f"16 bits in {picture.mode}")
         picture.load()
         picture = ImageOps.exif_transpose(picture)
@@ -349,8 +350,8 @@ def read_parts(data, root, split="", ratio=100, uncertain=None, skip_bad=False):
     if uncertain or data == "chexpert":
         values = LABELS | dict.fromkeys(("-1", "-1.0"), UNCERTAIN[uncertain or "ones"])
     table = max(root.glob(TABLES.get(data, "no table")), default=None)
-    lists = root.glob("*_list.txt" if data == "csv" else "val_list.txt")
-    if table and not split and not any(lists):
+    lists = ("train", "val", "test") if data == "csv" else ("val",)
+    if table and not split and not any((root / f"{part}_list.txt").exists() for part in lists):
         listed, classes = read_table(data, table, ratio, values), table_classes(data, table)
     else:
         listed, classes = read_lists(data, root, split, ratio, values)
@@ -805,17 +806,17 @@ def read_slice(path, rescale=None, blank=False):
 def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] as the file `source` is: .npy and NIfTI as float32, in
     the range `rescale` = (lo, hi) (default: -1 to 1) and with the affine of `source`; a picture in
-    its own format and bits (16 where `rescale` goes beyond 8), by default from black to white."""
+    its own format and bits, 16 where `rescale` needs them, else from black to white."""
     array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     kind, (low, high) = kind_of(source), rescale or (-1, 1)
     values = ((array + 1) * ((high - low) / 2) + low).astype(np.float32)
     if kind == "picture":
         with Image.open(source) as picture:
-            wide = picture.mode[0] == "I" or high > 255
-            form, dtype = picture.format, np.uint16 if wide else np.uint8
-        low, high = rescale or (0, np.iinfo(dtype).max)
-        values = ((array + 1) / 2 * (high - low) + low).round().clip(0, None).astype(dtype)
+            form, wide = picture.format, picture.mode[0] == "I" or low >= 0 and 255 < high < 2**16
+        top = 65535 if wide and array.ndim == 2 and form in ("PNG", "TIFF") else 255
+        low, high = (low, high) if 0 <= low and 1 < high <= top else (0, top)
+        values = ((array + 1) / 2 * (high - low) + low).round().astype(np.min_scalar_type(top))
         options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
         atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **options))
     elif kind == "npy":
@@ -823,7 +824,7 @@ def write_slice(path, image, source, rescale=None):
     else:
         like = read_nifti(source)
         content = type(like)(values.reshape(like.shape), like.affine).to_bytes()
-        content = gzip.compress(content) if str(path).lower().endswith(".gz") else content
+        content = gzip.compress(content, mtime=0) if str(path).lower().endswith(".gz") else content
         atomic_write(path, lambda file: file.write(content))
 
 

@@ -119,7 +119,7 @@ def label_loss(logits, labels):
 
 def optimizer_by_layer(model, config):
     """SGD or AdamW. Layer i learns at layer_decay^(d + 1 - i) of the rate (BEiT): early layers need
-    least change. 0 embeds, 1 to d: blocks, d + 1: fc_norm, head. It is 1 but in our `full`."""
+    least change. 0 embeds, 1 to d: blocks, d + 1: fc_norm, head. It is 0.75 in our `full`."""
     groups, last = {}, len(model.blocks) + 1
     for name, parameter in model.named_parameters():
         head = lora.part_of(name) == "head"
@@ -709,9 +709,11 @@ def compare(config):
     out, rows = Path(config.out or "runs/compare"), {}
     cells, asked = list_cells(dataclasses.replace(config, compare=False)), out / "config.json"
     if asked.exists():  # None, too, asks for something: the recipe's value
-        check_same(read_json(asked) | {"seed": config.seed}, config, asked, ("auto",))
-    write_json(asked, options_of(config))
+        free = {"seed": config.seed, "dtype": config.dtype}  # each cell knows its own
+        check_same(read_json(asked) | free, config, asked, ("auto",))
     for name, result in run_cells(out, cells, finetune):
+        if not asked.exists():  # the options are good
+            write_json(asked, options_of(config))
         draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         method, ratio = result["method"], result["ratio"]
         init = name.removesuffix(f"-{method}-{ratio}-{cells[name].seed}")

@@ -767,7 +767,7 @@ def translate_folder(config):
     for name, image in images.items():
         H, W = image.shape[1:]
         scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows
-        size = [max(1, round(side * scale)) for side in (H, W)]
+        size = [max(8, round(side * scale)) for side in (H, W)]
         a = F.interpolate(image[None].to(device), size, mode="bilinear", antialias=scale < 1)
         with autocast():
             fake = model.translate(a)

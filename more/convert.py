@@ -175,10 +175,13 @@ def shrink(config):
         raise InputError("--root", "a folder", config.root or "none")
     if not config.out or root in (out, *out.parents) or out.exists() and any(out.iterdir()):
         raise InputError("--out", "a new folder outside --root", config.out or "none")
-    walk = os.walk(root, followlinks=True)
-    paths = sorted(Path(place, name) for place, _, names in walk for name in names)
+    paths = []
+    for place, folders, names in os.walk(root, followlinks=True):
+        here = Path(place).resolve()  # a link to a folder above would never end
+        folders[:] = [f for f in folders if not here.is_relative_to(Path(place, f).resolve())]
+        paths += [path for name in names if (path := Path(place, name)).is_file()]
     copy = functools.partial(copy_file, root=root, out=out, size=config.size)
-    done = over_images(copy, paths)
+    done = over_images(copy, sorted(paths))
     print(f"{out}: {sum(done)} images made smaller, {done.count(False)} files copied as they are")
 
 

@@ -239,6 +239,8 @@ def test_smaller_copies_are_what_a_run_reads(folder, tmp_path, capsys):
     (tmp_path / "link").mkdir()
     for entry in folder.iterdir():  # linked folders and files, as data sets often are
         (tmp_path / "link" / entry.name).symlink_to(entry)
+    (tmp_path / "link/above").symlink_to(tmp_path / "link")
+    (tmp_path / "link/lost.png").symlink_to(tmp_path / "lost.png")
     shrink(tmp_path / "link", out)
     assert "5 images made smaller, 5 files copied as they are" in capsys.readouterr().out
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]

@@ -15,6 +15,7 @@ from support import script as common
 from support.script import InputError
 import data
 import finetune
+import mrm
 from more import segment
 from more.segment import SegmentConfig
 from test_script import in_processes
@@ -287,6 +288,12 @@ def test_what_cannot_be_used_is_one_line(holes, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         segment.segment(run(holes, tmp_path / "run", **options))
     assert not list(tmp_path.iterdir())
+
+
+def test_fewer_than_a_thousand_masks_learn_at_the_lower_rate():
+    config, held = SegmentConfig(weights="scratch", device="cpu"), {"sizes": mrm.MODELS["tiny"]}
+    for count, lr in ((168, 1.5e-3), (999, 1.5e-3), (1000, 5e-3)):
+        assert segment.take_preset(config, None, held, count)[0].lr == lr
 
 
 def test_upernet_overfits_one_image(holes):

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "data.py": 1072,
-    "finetune.py": 757,
+    "data.py": 1073,
+    "finetune.py": 759,
     "kernels/__init__.py": 96,
     "kernels/bench.py": 188,
     "kernels/cpu.py": 68,
@@ -19,11 +19,11 @@ BUDGET = {
     "kernels/warp.py": 334,
     "lora.py": 338,
     "more/__init__.py": 3,
-    "more/convert.py": 193,
+    "more/convert.py": 196,
     "more/cxrmae.py": 116,
     "more/improved.py": 142,
     "more/nicegan.py": 188,
-    "more/segment.py": 362,
+    "more/segment.py": 364,
     "mrm.py": 689,
     "reggan.py": 840,
     "support/__init__.py": 8,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7654
+TOTAL = 7662
 
 
 def lines_of(name):
