@@ -707,15 +707,12 @@ def test_a_split_depends_on_the_image_and_says_that_patients_are_unknown(tmp_pat
 
 def test_sixteen_bits_of_colour_are_refused(tmp_path):
     """PIL would keep the upper eight of each: of a 12-bit image, four."""
-    def chunk(kind, content):
-        crc = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
-
-    head = struct.pack(">2I5B", 4, 4, 16, 2, 0, 0, 0)
-    body = zlib.compress(bytes(4 * (1 + 4 * 6)))
-    path = tmp_path / "c.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body)
-                     + chunk(b"IEND", b""))
+    path, content = tmp_path / "c.png", b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", struct.pack(">2I5B", 4, 4, 16, 2, 0, 0, 0)),
+                       (b"IDAT", zlib.compress(bytes(4 * (1 + 4 * 6)))), (b"IEND", b"")):
+        crc = struct.pack(">I", zlib.crc32(kind + body))
+        content += struct.pack(">I", len(body)) + kind + body + crc
+    path.write_bytes(content)
     fails(lambda: data.read_image(path), "c.png", "16 bits in grey alone")
 
 
@@ -1130,10 +1127,9 @@ def test_a_slice_is_written_as_it_was_read(tmp_path, photo, name, kind, channels
     if kind == np.uint16:  # 12 bits stay 12 bits
         data.write_slice(out, read, path, (0, 4095))
         assert (data.read_slice(out, (0, 4095)) - read).abs().max() < 1e-3
-    if kind != np.float16 and "." in name and name[-3:] in ("png", "jpg"):  # B's range is not A's
-        for span in ((0, 1), (-1000, 1000), (0, 100000)):
-            data.write_slice(out, read, path, span)
-            assert (data.read_slice(out, (0, top)) - read).abs().max() < 2 * step
+    for span in ((0, 1), (-1000, 1000), (0, 100000)) if name[-1] == "g" else ():  # B's, not A's
+        data.write_slice(out, read, path, span)
+        assert (data.read_slice(out, (0, top)) - read).abs().max() < 2 * step
     if name.endswith(".png"):
         assert Image.open(out).mode == Image.open(path).mode
     if name == "v.nii.gz":

@@ -358,10 +358,9 @@ def test_commands_refuse_other_weights_and_places_they_cannot_write(tmp_path, co
     message = "adapter.pt: blocks.0.attn.qkv does not fit .*wide.pt"
     with pytest.raises(common.InputError, match=message):
         command(lora.LoRAConfig(adapter=path, weights=str(tmp_path / "wide.pt")))
-    with pytest.raises(common.InputError, match="adapter.pt.* cannot be written|another place"):
-        command(lora.LoRAConfig(adapter=path, out=path + "/out"))
-    with pytest.raises(common.InputError, match="another place than .*base.pt"):
-        command(lora.LoRAConfig(adapter=path, out=str(tmp_path / "base.pt")))
+    for out in (path + "/out", str(tmp_path / "base.pt")):
+        with pytest.raises(common.InputError, match="adapter.pt.* cannot be written|another place"):
+            command(lora.LoRAConfig(adapter=path, out=out))
     assert len(list(tmp_path.iterdir())) == 3
 
 
