@@ -100,7 +100,7 @@ def read_picture(path, short_side, grey, mask):
         if picture.format == "TIFF" and picture.mode[0] in "IF" and picture.tag_v2.get(262) == 0:
             raise InputError(path, "0 for black", "0 for white (MinIsWhite), of 16 bits or more")
         bits = picture.tag_v2.get(258) or () if picture.format == "TIFF" else ()
-        if (";16B" in str(picture.tile) or 16 in bits) and picture.mode[0] not in "IF":  # 8 stay
+        if picture.mode[0] not in "IF" and (16 in bits or ";16B" in str(picture.tile)):
             raise InputError(path, "16 bits in grey alone", f"16 bits in {picture.mode}")
         picture.load()
         picture = ImageOps.exif_transpose(picture)
@@ -212,9 +212,8 @@ def pixel_hash(path):
         return "", str(error)
 
 
-def list_images(folder):
-    """The sorted paths of all images below a folder. Linked folders are followed, each folder once.
-    Warns of other files."""
+def list_files(folder):
+    """The paths of all files below a folder. Linked folders are followed, each folder once."""
 
     def stop(error):
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
@@ -227,6 +226,12 @@ def list_images(folder):
         met.add(os.path.realpath(place))
         folders.sort(key=lambda name: os.path.islink(os.path.join(place, name)))  # links come last
         files += [os.path.join(place, name) for name in names if name[0] != "."]
+    return files
+
+
+def list_images(folder):
+    """The sorted paths of all images below a folder (`list_files`). Warns of other files."""
+    files = list_files(folder)
     paths = sorted(path for path in files if split_ending(path)[1])
     if not paths:
         raise InputError(folder, f"a folder with images ({', '.join(IMAGE_SUFFIXES)})", "none")

@@ -119,7 +119,7 @@ def label_loss(logits, labels):
 
 def optimizer_by_layer(model, config):
     """SGD or AdamW. Layer i learns at layer_decay^(d + 1 - i) of the rate (BEiT): early layers need
-    least change. 0 embeds, 1 to d: blocks, d + 1: fc_norm, head. It is 0.75 in our `full`."""
+    least change. Layer 0 embeds, 1 to d: blocks, d + 1: head. Our `full` decays by 0.75."""
     groups, last = {}, len(model.blocks) + 1
     for name, parameter in model.named_parameters():
         head = lora.part_of(name) == "head"
@@ -709,8 +709,8 @@ def compare(config):
     out, rows = Path(config.out or "runs/compare"), {}
     cells, asked = list_cells(dataclasses.replace(config, compare=False)), out / "config.json"
     if asked.exists():  # None, too, asks for something: the recipe's value
-        free = {"seed": config.seed, "dtype": config.dtype}  # each cell knows its own
-        check_same(read_json(asked) | free, config, asked, ("auto",))
+        of_cells = {"seed": config.seed, "dtype": config.dtype}  # each cell knows its own
+        check_same(read_json(asked) | of_cells, config, asked, ("auto",))
     for name, result in run_cells(out, cells, finetune):
         if not asked.exists():  # the options are good
             write_json(asked, options_of(config))

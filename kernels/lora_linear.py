@@ -385,7 +385,7 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scale, parts=(True,), dropout=0
     dropout: probability in [0, 1) of dropping an element of x on its way to A; 0 in evaluation.
     seed: a number or a tensor of one, modulo 2^31, fixes the mask: one for the kernels and another
     for the reference. None: of the GPU's or the CPU's generator, which processes must seed apart.
-    kernels: whether the kernels or the reference run; None: what `kernels_run` says.
+    kernels: whether the kernels or the reference run; None: on CUDA, to rank 64, if they run.
     Returns (..., N) in x's dtype, or autocast's; lora_A, lora_B and under autocast the weight may
     have any. Raises ValueError for what does not fit, RuntimeError for forward-mode derivatives and
     for second ones of the kernels.

@@ -16,7 +16,6 @@ finds in their finest detail, and files that are no images are copied as they ar
 
 import dataclasses
 import functools
-import os
 import re
 import sys
 from pathlib import Path
@@ -175,13 +174,9 @@ def shrink(config):
         raise InputError("--root", "a folder", config.root or "none")
     if not config.out or root in (out, *out.parents) or out.exists() and any(out.iterdir()):
         raise InputError("--out", "a new folder outside --root", config.out or "none")
-    paths = []
-    for place, folders, names in os.walk(root, followlinks=True):
-        here = Path(place).resolve()  # a link to a folder above would never end
-        folders[:] = [f for f in folders if not here.is_relative_to(Path(place, f).resolve())]
-        paths += [path for name in names if (path := Path(place, name)).is_file()]
+    paths = sorted(path for path in map(Path, data.list_files(root)) if path.is_file())
     copy = functools.partial(copy_file, root=root, out=out, size=config.size)
-    done = over_images(copy, sorted(paths))
+    done = over_images(copy, paths)
     print(f"{out}: {sum(done)} images made smaller, {done.count(False)} files copied as they are")
 
 
