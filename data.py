@@ -430,7 +430,10 @@ def read_list(path, values=LABELS):
 
 
 def table_classes(data, path):
-    """The classes of a table: the set's, or in one of your own the columns that name findings."""
+    """The classes of a table: ROOT/classes.txt's, the set's, or in a table of your own the columns
+    that name findings."""
+    if data != "rsna" and (chosen := path.parent / "classes.txt").exists():
+        return [line for _, line in read_lines(chosen)]
     if data != "csv":
         return DATASETS[data][1]
     header = read_header(path)
@@ -557,7 +560,7 @@ def read_mask(source, shape, path):
 # Patients, and what two lists share
 
 # The patient in a name of NIH's, MIMIC-CXR's or CheXpert's
-WRITTEN_PATIENT = re.compile(r"patient\d+|(?<![^/])(?:\d{8}(?=_\d{3}$)|p\d{8}(?=/s\d{8}/))")
+WRITTEN_PATIENT = re.compile(r"patient\d+|(?<![^/])(?:000\d{5}(?=_\d{3}$)|p\d{8}(?=/s\d{8}/))")
 PATIENT_TABLES = {  # the later ones decide
     "records.csv": ("image_path", "patient_id"), "labels.csv": ("image", "patient"),
     "patients.csv": ("image_path", "patient_id")}
@@ -800,28 +803,36 @@ def read_slice(path, rescale=None, blank=False):
         found = "DICOM" if white == 1 else f"{pixels.shape[:2]} pixels from {low:g} to {high:g}"
         raise InputError(path, expected, found)
     span = rescale or (white and (0, white))
+    if rescale and np.mean(pixels > rescale[1]) > 0.5:  # it would be white and nothing else
+        expected = f"numbers below {rescale[1]:g} (--rescale LO,HI,LO,HI: A, then B)"
+        raise InputError(path, expected, "more than half above it")
     if span:
-        pixels = np.clip((pixels - span[0]) * (2 / (span[1] - span[0])) - 1, -1, 1)
-    elif low < -1 or high > 1:
+        pixels = (pixels - span[0]) * (2 / (span[1] - span[0])) - 1
+    elif low < -1 - 1e-6 or high > 1 + 1e-6:
         found = f"{low:g} to {high:g}: --rescale LO,HI maps LO..HI to -1..1"
         raise InputError(path, "values from -1 to 1", found)
+    pixels = pixels.clip(-1, 1)
     return torch.from_numpy(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy())
 
 
 def write_slice(path, image, source, rescale=None):
     """Writes `image` (C, H, W) in [-1, 1] as the file `source` is: .npy and NIfTI as float32, in
     the range `rescale` = (lo, hi) (default: -1 to 1) and with the affine of `source`; a picture in
-    its own format and bits, 16 where `rescale` needs them, else from black to white."""
-    array = image.clamp(-1, 1).double().cpu().numpy().transpose(1, 2, 0)
+    its own format and bits, 16 where `rescale` needs them, else from black to white; a TIFF of
+    other numbers, such as CT's, holds float32."""
+    array = image.clamp(-1, 1).cpu().double().numpy().transpose(1, 2, 0)
     array = array[..., 0] if array.shape[2] == 1 else array
     kind, (low, high) = kind_of(source), rescale or (-1, 1)
     values = ((array + 1) * ((high - low) / 2) + low).astype(np.float32)
     if kind == "picture":
         with Image.open(source) as picture:
             form, wide = picture.format, picture.mode[0] == "I" or low >= 0 and 255 < high < 2**16
+            raw = picture.mode == "F" or picture.mode == "I" and rescale and low < 0
         top = 65535 if wide and array.ndim == 2 and form in ("PNG", "TIFF") else 255
         low, high = (low, high) if 0 <= low and 1 < high <= top else (0, top)
-        values = ((array + 1) / 2 * (high - low) + low).round().astype(np.min_scalar_type(top))
+        if not raw or array.ndim == 3:
+            values = (array + 1) / 2 * (high - low) + low
+            values = values.round().astype(np.min_scalar_type(top))
         options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
         atomic_write(path, lambda file: Image.fromarray(values).save(file, form, **options))
     elif kind == "npy":
@@ -842,14 +853,10 @@ def check_range(where, images, span):
         raise InputError(where, "values from -1, the background, to 1", found)
 
 
-def list_slices(folder):
-    """The names of the images in a folder, sorted."""
-    return [os.path.relpath(path, folder) for path in list_images(folder)]
-
-
 def list_pairs(folder):
     """The names that `folder`/A and `folder`/B share; none may be on one side alone."""
-    a, b = (set(list_slices(Path(folder) / side)) for side in "AB")
+    sides = [Path(folder, side) for side in "AB"]
+    a, b = ({os.path.relpath(path, side) for path in list_images(side)} for side in sides)
     if a != b:
         lone = f"only in A: {sorted(a - b)[:5]} ({len(a - b)}); only in B: {sorted(b - a)[:5]}"
         raise InputError(f"{folder}: A and B must hold the same file names; {lone} ({len(b - a)})")
@@ -1011,16 +1018,23 @@ def parse_rescale(text):
     return a or None, b or None
 
 
+def square_box(shape, size):
+    """Where `fit_square` puts an image of `shape` (H, W): (top, left, height, width)."""
+    if not size:
+        return 0, 0, *shape
+    h, w = (max(1, round(n * size / max(shape))) for n in shape)
+    return (size - h) // 2, (size - w) // 2, h, w
+
+
 def fit_square(image, size):
     """Scales the longer side of (C, H, W) to `size`, antialiased, and pads to a square with
     background; 0 leaves the image as it is. A pixel that saw nothing but background (-1) is exactly
     -1, so `image != -1` is the foreground at every size."""
     if not size or tuple(image.shape[1:]) == (size, size):
         return image
-    H, W = (max(1, round(n * size / max(image.shape[1:]))) for n in image.shape[1:])
-    image = F.interpolate(image[None] + 1, (H, W), mode="bilinear", antialias=True)[0] - 1
-    top, left = (size - H) // 2, (size - W) // 2
-    return F.pad(image.clamp(-1, 1), (left, size - W - left, top, size - H - top), value=-1.0)
+    top, left, h, w = square_box(image.shape[1:], size)
+    image = F.interpolate(image[None] + 1, (h, w), mode="bilinear", antialias=True)[0] - 1
+    return F.pad(image.clamp(-1, 1), (left, size - w - left, top, size - h - top), value=-1.0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1052,6 +1066,9 @@ def audit(config):
     if config.pretraining:
         names = listed_names(config.pretraining)
         groups["pretraining"] = set(units(identify(config.root, names)))
+        if not groups["pretraining"] & set().union(*(groups[name] for name in parts)):
+            warn(f"{config.pretraining}: none of its {len(names)} names, such as {names[0]!r}, is "
+                 "of an image or a patient here")
     for a, b in itertools.combinations(groups, 2):
         both = sorted(groups[a] & groups[b])
         if both and {a, b} != {"train", "pretraining"}:

@@ -50,11 +50,12 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_apart, check_finite,
-    check_same, checkpoint_file, command_of, draw_curves, even_batch, fill, from_all, join,
-    last_state, load_checkpoint, markdown_table, mean_and_deviation, number_of_steps, option,
-    options_of, parse_config, read_json, restore, run_cells, run_script, save_checkpoint,
-    save_state, scaler_for, seed, seed_rank, warn, with_dtype, write_csv, write_json, write_text,
+    RUNNING, InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_finite,
+    check_same, checkpoint_file, command_of, digest, draw_curves, even_batch, fill, from_all, join,
+    last_state, load_checkpoint, markdown_table, mean_and_deviation, mean_over_processes,
+    number_of_steps, option, options_of, parse_config, read_json, restore, run_cells, run_script,
+    save_checkpoint, save_state, scaler_for, seed_rank, start_file, warn, with_dtype, write_csv,
+    write_json, write_text,
 )
 import numpy as np
 import torch
@@ -187,7 +188,7 @@ def bootstrap_auroc(scores, labels, resamples=1000, seed=0):
     resamples), means (resamples,) over the classes that have both labels in a draw). The draws
     depend on n, `resamples` and `seed` alone: two models that scored the same list see the same
     draws, and the differences between them are paired. (Images are drawn, although a patient may
-    have several: on the demo that moves the ends by 0.001.)"""
+    have several; on the demo that hardly moves the ends.)"""
     n, k = scores.shape
     defined = [c for c in range(k) if {0.0, 1.0} <= set(labels[:, c].tolist())]
 
@@ -299,7 +300,8 @@ def train(run, split_batch, criterion, score):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            losses.append(average(loss.detach(), world).item())
+            mean_over_processes([loss.detach()])
+            losses.append(loss.item())
             if (step + 1) % max(1, run.steps // config.evaluations) == 0 or step + 1 == run.steps:
                 # Val chooses, 10 times a run (the papers' LoRA: after each epoch). The best of many
                 # scores on the test list would be the luckiest one, and higher than on a new list
@@ -357,7 +359,8 @@ class TuneConfig(RunConfig):
     img_size: int = option(None, "pixels a side (default: the weights')", within="[1, inf)")
     num_heads: int = option(None, "attention heads, for weights that do not say", within="[1, inf)")
     evaluations: int = option(None, "times val is evaluated; the best is kept", within="[1, inf)")
-    predict: str = option("", "folder of images: predict by --weights, and stop", free=True)
+    predict: str = option("", "folder of images: predict by --weights, and stop", free=True,
+                         takes=("weights", "mean", "std", "white", *RUNNING))
 
     def augment(self, images, generator):
         """Crops (B, C, img_size, img_size) of training images."""
@@ -377,11 +380,11 @@ class FinetuneConfig(TuneConfig):
                          "papers' data, else small)", choices=["mrm", "medpeft", "small"])
     pool: int = option(1, "the head sees the means of n x n regions, not one", within="[1, inf)")
     compare: bool = option(False, "run methods x inits x ratios x seeds, and stop", free=True)
-    methods: str = option("linear,lora,lora-all,full", "for --compare", free=True)
-    ratios: str = option("1,10,100", "for --compare", free=True)
-    inits: str = option("mrm", "for --compare: mrm, image-only (pretrained on the demo with each "
-                        "seed), scratch, checkpoints, run folders", free=True)
-    seeds: int = option(3, "for --compare: seeds, from --seed on", within="[1, inf)", free=True)
+    methods: str = option("linear,lora,lora-all,full", "its rows", needs="compare")
+    ratios: str = option("1,10,100", "its percents of labels", needs="compare")
+    inits: str = option("mrm", "its starts: mrm, image-only (pretrained on the demo with each "
+                        "seed), scratch, checkpoints, run folders", needs="compare")
+    seeds: int = option(3, "its seeds, from --seed on", within="[1, inf)", needs="compare")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -441,7 +444,7 @@ def starting_weights(config):
     if config.weights in SCRATCH:
         preset = SCRATCH[config.weights]
         return None, mrm.PRESETS[preset] | {"sizes": mrm.MODELS[preset]}
-    path = checkpoint_file(config.weights, "adapter.pt", "best.pt", "last.pt")
+    path = start_file(config.weights)
     tensors, held = read_weights(path)
     if "adapter" in held:
         raise InputError(path, "a ViT (python lora.py merge makes one of an adapter)", "an adapter")
@@ -481,6 +484,8 @@ def fill_cell(config):
     """`config` with the method, the percent of the labels and the folder of a run."""
     if config.lora and config.method not in (None, "lora"):
         raise InputError("--lora and --method", "one of them", f"--method {config.method}")
+    if (config.rank or config.alpha) and not (config.lora or config.method):
+        raise InputError("--rank and --alpha", "--lora or a --method of LoRA", "none")
     out = f"runs/{config.script.rpartition('.')[2]}"
     return fill(config, {"out": out, "method": "lora" if config.lora else "full",
                          "ratio": 10 if config.data == "demo" else 100})
@@ -502,14 +507,17 @@ def prepare(config, read, recipe, build, load):
     check_pixels(config)
     config = even_batch(config, world)
     steps = number_of_steps(config, count, config.batch_size)
-    seed(config.seed)  # here, because pretraining the demo MRM must not change this run
+    torch.manual_seed(config.seed)  # here: pretraining the demo MRM must not change this run
     try:
         model = build(config, sizes, classes, tensors).to(device)
     except ValueError as error:  # sizes that do not divide
         raise InputError(f"{config.weights}: {error}") from None
     lists = [(part.names, part.labels.tolist(), part.masks) for part in parts.values()]
+    trained_on = data.marks(parts["train"].owners) | set(held.get("trained_on", ()))
     facts = {"lists_and_classes": hashlib.sha256(repr((lists, classes)).encode()).hexdigest(),
-             "number_of_processes": world, "weights": lora.fingerprint(model.state_dict())}
+             "number_of_processes": world, "weights": lora.fingerprint(model.state_dict()),
+             "script": config.script, "sizes": sizes, "classes": classes, "mean": config.mean,
+             "std": config.std, "white": config.white, "trained_on": sorted(trained_on)}
     saved = last_state(config, steps, **facts)  # the run that is resumed must have these facts
     config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load(parts, config)
@@ -528,8 +536,8 @@ def prepare(config, read, recipe, build, load):
         warn(f"{config.weights}: {sum(seen)} of {len(seen)} test images are of a patient that "
              "was trained on before; test scores of other patients may be lower")
     return SimpleNamespace(config=config, parts=parts, classes=classes, model=model, sizes=sizes,
-                           tensors=tensors, held=held, steps=steps, saved=saved, facts=facts,
-                           log=log, device=device, world=world)
+                           tensors=tensors, steps=steps, saved=saved, facts=facts, log=log,
+                           device=device, world=world)
 
 
 def finetune(config):
@@ -550,10 +558,8 @@ def test_best(run, best, **about):
     is a random start brings it along."""
     config, model, log, tensors = run.config, run.model, run.log, run.tensors
     model.load_state_dict(best["trained"], strict=False)
-    own = data.marks(run.parts["train"].owners)
-    about |= {"script": config.script, "sizes": run.sizes, "classes": run.classes,
-              "mean": config.mean, "std": config.std, "white": config.white,
-              "trained_on": sorted({*own, *run.held.get("trained_on", ())})}
+    named = ("script", "sizes", "classes", "mean", "std", "white", "trained_on")
+    about |= {name: run.facts[name] for name in named}
     if log.rank == 0 and lora.lora_layers(model):
         base, state = config.weights, model.state_dict()
         if tensors is None:
@@ -598,7 +604,8 @@ def write_result(run, best, summary, scores):
         **{name: getattr(config, name) for name in given},
         "images": {name: len(part.names) for name, part in run.parts.items()},
         **{f"{name}_parameters": count[name] for name in ("trainable", "lora", "head", "total")},
-        **{name: last[name] for name in measured}, "seconds": seconds}
+        **{name: last[name] for name in measured}, "seconds": seconds,
+        "weights_digest": digest(config.weights)}
     if log.rank == 0:
         print(f"test {summary}, {last['images_per_second']:.0f} images/s, {seconds:.0f} s in all; "
               f"{log.out}")
@@ -696,10 +703,13 @@ def list_cells(config):
 
 
 def read_draws(path, classes):
-    """The bootstrap of the mean AUROC of a run, (R,), from its predictions.csv."""
-    rows = data.read_csv(path, [*classes, *(f"label {name}" for name in classes)])
-    values = np.array([[value or "nan" for value in values] for _, *values in rows], np.float64)
-    return bootstrap_auroc(*np.split(values, 2, axis=1))[3]
+    """From the predictions.csv of a run: the bootstrap of its mean AUROC, (R,), and (its images,
+    their labels), which all runs of a comparison share."""
+    rows = data.read_csv(path, ["image", *classes, *(f"label {name}" for name in classes)])
+    images, values = zip(*((image, [value or "nan" for value in values])
+                           for _, image, *values in rows))
+    scores, labels = np.split(np.array(values, np.float64), 2, axis=1)
+    return bootstrap_auroc(scores, labels)[3], (images, labels.tolist())
 
 
 def compare(config):
@@ -708,13 +718,16 @@ def compare(config):
     is not repeated. The demo's weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
     cells, asked = list_cells(dataclasses.replace(config, compare=False)), out / "config.json"
+    tested = None
     if asked.exists():  # None, too, asks for something: the recipe's value
         of_cells = {"seed": config.seed, "dtype": config.dtype}  # each cell knows its own
         check_same(read_json(asked) | of_cells, config, asked, ("auto",))
     for name, result in run_cells(out, cells, finetune):
         if not asked.exists():  # the options are good
             write_json(asked, options_of(config))
-        draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
+        draws, listed = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
+        if str(listed) != str(tested := tested or listed):  # NaN equals NaN as text
+            raise InputError(out / name, "the test images and labels of the other cells", "others")
         method, ratio = result["method"], result["ratio"]
         init = name.removesuffix(f"-{method}-{ratio}-{cells[name].seed}")
         rows.setdefault((init, method, ratio), []).append((result, draws))

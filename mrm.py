@@ -65,9 +65,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, average, check_finite,
-    draw_curves, even_batch, fill, join, last_state, number_of_steps, option, parse_config,
-    restore, run_script, save_grid, save_state, scaler_for, seed, seed_rank, with_dtype,
+    RUNNING, InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_finite,
+    checkpoint_file, draw_curves, even_batch, fill, join, last_state, mean_over_processes,
+    number_of_steps, option, parse_config, restore, run_script, save_grid, save_state, scaler_for,
+    seed_rank, with_dtype,
 )
 import torch
 import torch.nn as nn
@@ -212,15 +213,14 @@ class MRM(ViT):
             return logits.float().sum()
         return F.cross_entropy(logits.float(), tokens[hidden])
 
-    def forward(self, images, report=None, restore_image=True, mask_ratio=0.75, noise=None):
+    def forward(self, images, report=None, mask_ratio=0.75, noise=None):
         """The two losses of a batch of records, of images (B, C, 2H, 2W) and reports.
         report is (tokens, inputs, hidden, padding), each (B, L): the true ids, the ids with the
         mask token at hidden words, and as bools the hidden tokens and those beyond the end. Without
-        `restore_image` the image loss is 0, without `report` the report loss."""
+        `report` the report loss is 0."""
         latent, mask, ids_restore = self.encode(half_size(images), mask_ratio, noise)
-        image_loss = report_loss = latent.new_zeros(())
-        if restore_image:
-            image_loss = self.image_loss(images, self.decode_image(latent, ids_restore), mask)
+        report_loss = latent.new_zeros(())
+        image_loss = self.image_loss(images, self.decode_image(latent, ids_restore), mask)
         if report is not None:
             report_loss = self.report_loss(latent, *report)
         return image_loss, report_loss
@@ -269,7 +269,6 @@ class MRMConfig(RunConfig):
     weights: str = option("", "start from this checkpoint's encoder (the paper starts from MAE's); "
                           "from a run of this script also from its decoders and its vocabulary")
     image_only: bool = option(False, "ablation: restore images only")
-    report_only: bool = option(False, "ablation: restore reports only")
     mask_ratio: float = option(None, "share of image patches hidden", within="(0, 1)")
     word_ratio: float = option(None, "share of report words hidden", within="(0, 1]")
     vocab_size: int = option(None, "tokens of the reports' vocabulary", within="[259, inf)")
@@ -280,9 +279,11 @@ class MRMConfig(RunConfig):
     weight_decay: float = option(0.05, "weight decay of AdamW", within="[0, inf)")
     accumulate: int = option(1, "forward and backward passes a step", within="[1, inf)")
     white: int = option(None, "white of 16-bit images (default: by its bits)", within="[1, 65535]")
-    holdout: int = option(None, "last records, never trained on, for the losses in the log and "
-                          "--reconstruct (default: 64)", within="[1, inf)")
-    reconstruct: bool = option(False, "draw what --weights restores, and stop", free=True)
+    holdout: int = option(None, "last records, whose patients are not trained on, for the log's "
+                          "losses and --reconstruct (default: 64)", within="[1, inf)")
+    reconstruct: bool = option(False, "draw what --weights restores, and stop", free=True,
+                              takes=("weights", "mask_ratio", "word_ratio", "mean", "std",
+                                     *RECORDS, *RUNNING))
 
 
 def fill_options(config, world):
@@ -295,8 +296,6 @@ def fill_options(config, world):
     # The linear scaling rule (Goyal et al.)
     config = fill(config, {"lr": base_lr * config.batch_size / 256})
     patches = (sizes["img_size"] // sizes["patch_size"]) ** 2
-    if config.image_only and config.report_only:
-        raise InputError("--image-only and --report-only exclude each other")
     if (config.mean is None) != (config.std is None):
         raise InputError("--mean and --std", "both or none", "one of them")
     if not 1 <= int(patches * (1 - config.mask_ratio)) < patches:
@@ -323,9 +322,14 @@ def read_records(config):
         keep, count = data.not_excluded(root, paths, config.exclude), len(paths)
         paths, reports = [paths[i] for i in keep], [reports[i] for i in keep]
         print(f"{config.exclude}: {len(keep)} records are left, of {count}, without its patients")
+    # What is held out shares no patient with what is trained on, and no image that has two reports
+    owners, first = data.units(data.identify(root, paths)), len(paths) - config.holdout
+    heldout = set(owners[-config.holdout :])
+    keep = [i for i, owner in enumerate(owners) if i >= first or owner not in heldout]
+    paths, reports = [paths[i] for i in keep], [reports[i] for i in keep]
     if len(paths) < 2 * config.holdout:
         least = f"at least {2 * config.holdout} records for --holdout {config.holdout}"
-        raise InputError(listed, least, len(paths))
+        raise InputError(listed, least, f"{len(paths)}, without patients that are held out")
     if "" in reports and not config.image_only:
         if not any(reports[: -config.holdout]):
             raise InputError(listed, "a report of a record (or --image-only)", "none")
@@ -442,9 +446,12 @@ def heldout_losses(model, records, config, autocast):
     noise = noise.to(records.heldout.device)  # (B, N)
     report = records.report_batch(slice(len(records.training), None), config, generator)
     with autocast():
-        losses = model(records.heldout, report, not config.report_only, config.mask_ratio, noise)
+        losses = model(records.heldout, report, config.mask_ratio, noise)
     model.train()
-    return {"heldout_image_loss": losses[0].item(), "heldout_report_loss": losses[1].item()}
+    image_loss, report_loss = (loss.item() for loss in losses)
+    if report and not report[2].any():
+        report_loss = math.nan  # no held-out record has a report
+    return {"heldout_image_loss": image_loss, "heldout_report_loss": report_loss}
 
 
 def pretrain(config):
@@ -467,7 +474,7 @@ def pretrain(config):
     records = load_records(config, paths, reports, device, tokenizer)
     vocab_size = 0 if config.image_only else records.tokenizer.n_vocab
     arguments = MODELS[config.preset] | {"vocab_size": vocab_size}
-    seed(config.seed)
+    torch.manual_seed(config.seed)
     model = MRM(**arguments).to(device)
     if tensors is not None:
         load_encoder(model, tensors, config.weights)
@@ -503,12 +510,10 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
     optimizer, paths = make_adamw(model, config, device), records.training.paths
     autocast, scaler = autocast_for(config, device), scaler_for(config, device)
     seed_rank(config.seed, log.rank)
-    step, parallel, with_image = 0, model, not config.report_only
+    step, parallel = 0, nn.parallel.DistributedDataParallel(model) if world > 1 else model
     if saved:
         step = saved["step"]
         restore(saved, log.rank, model=model, optimizer=optimizer, scaler=scaler)
-    if world > 1:  # without the image loss the image decoder gets no gradients
-        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=not with_image)
     batches = Timed(data.train_batches(
         records.training, config.batch_size // (world * passes), step * passes, steps * passes,
         config.seed, log.rank, world, config.workers), world)
@@ -535,7 +540,7 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
                 # Only products run in bfloat16. It has two or three digits, too few for the
                 # softmax and the squares of the losses, which are float32
                 with autocast():
-                    both = parallel(images, report, with_image, config.mask_ratio)
+                    both = parallel(images, report, config.mask_ratio)
                 scaler.scale(sum(both) / passes).backward()  # equation 3
                 losses += torch.stack(both).detach() / passes
                 seen += rows.tolist()
@@ -548,7 +553,8 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
             optimizer.zero_grad()
             # Records that are never trained on show whether it learns or only memorises
             if (step + 1) % every == 0 or step + 1 == steps:
-                image_loss, report_loss = average(losses, world).tolist()
+                mean_over_processes([losses])
+                image_loss, report_loss = losses.tolist()
                 line = {"step": step + 1, "image_loss": image_loss, "report_loss": report_loss}
                 speed, heldout = batches.speed(), heldout_losses(model, records, config, autocast)
                 log.line(**line, lr_of_step=lr, **speed, **heldout)
@@ -559,11 +565,6 @@ def run_steps(config, model, records, steps, saved, facts, log, world):
             saving.after(step + 1)
 
 
-def folder_of(weights):
-    """The folder of a run, given itself or a checkpoint in it."""
-    return Path(weights) if Path(weights).is_dir() else Path(weights).parent
-
-
 def read_start(config, typed_vocab_size):
     """What --weights starts a run from: (tensors, tokenizer or None to learn a new one, the images
     that the weights were trained on). A report decoder knows words by the numbers of its run's
@@ -572,7 +573,7 @@ def read_start(config, typed_vocab_size):
     trained_on = held.get("trained_on", [])
     if "report_decoder.bias" not in tensors or config.image_only:
         return tensors, None, trained_on
-    path = folder_of(config.weights) / "tokenizer.tiktoken"
+    path = checkpoint_file(config.weights, "last.pt").with_name("tokenizer.tiktoken")
     if not path.exists():
         raise InputError(path, "the tokenizer of the report decoder in --weights", "none")
     if typed_vocab_size is not None:
@@ -665,7 +666,7 @@ def reconstruct(config):
         most = f"at most the run's {ran['holdout']}; it was trained on the others"
         raise InputError("--holdout", most, config.holdout)
     taken = {name: ran[name] for name in (*RECORDS, "mask_ratio", "word_ratio", "mean", "std")}
-    folder = folder_of(config.weights)
+    folder = checkpoint_file(config.weights, "last.pt").parent
     config = fill(config, taken | {"out": str(folder)})
     config = dataclasses.replace(config, image_only=ran["image_only"])
     print(f"{config.weights}: records of {config.root or config.data}")

@@ -64,16 +64,18 @@ from pathlib import Path
 from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
-    InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_maker,
+    RUNNING, InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_maker,
     check_weights, checkpoint_file, draw_curves, even_batch, fill, from_all, join, last_state,
-    load_checkpoint, markdown_table, mean_and_deviation, number_of_steps, option, options_of,
-    parse_config, restore, run_cells, run_script, save_checkpoint, save_grid, save_state,
-    scaler_for, seed, seed_rank, warn, with_dtype, write_csv, write_text)
+    load_checkpoint, markdown_table, mean_and_deviation, mean_over_processes, number_of_steps,
+    option, options_of, parse_config, restore, run_cells, run_script, save_checkpoint, save_grid,
+    save_state, scaler_for, seed_rank, warn, with_dtype, write_csv, write_text,
+)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Pairs, check_range, list_slices, parse_rescale, read_slice, write_slice
+from data import (
+    Pairs, check_range, fit_square, list_images, parse_rescale, read_slice, square_box, write_slice)
 from kernels import warp
 from kernels.cpu import FirstConv, InstanceNorm, LastConv, Reflect  # torch's layers, quick on a CPU
 from support.demo import demo_pairs
@@ -258,17 +260,6 @@ def parameters_of(optimizer):
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
-def mean_over_processes(tensors):
-    """Makes each tensor its mean over torchrun's processes, in one message for all of them."""
-    if torch.distributed.is_initialized():
-        tensors = list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        flat /= torch.distributed.get_world_size()
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
 def descend(optimizer, losses, scaler):
     """One step of the optimiser down the sum of the losses; under torchrun by the mean gradient."""
     optimizer.zero_grad()
@@ -386,10 +377,13 @@ HOSTS = {"nc": NC, "pix2pix": Pix2Pix, "cycle": Cycle}  # a file of more/ adds i
 def metrics(fake, real):
     """MAE, PSNR and SSIM of fake and real (B, C, H, W) in [-1, 1]: a dict of (B,) tensors.
     With f and r scaled to [0, 1], mae = mean |f - r| and psnr = -10 log10 mean (f - r)^2, at most
-    100, both over the foreground real != -1, as in the paper, and NaN without any; `foreground` is
-    its share. ssim is scikit-image's: uniform windows of 7 x 7, sample covariance, K 0.01, 0.03."""
+    100, both over the foreground, as in the paper: pixels with real != -1 in a channel; NaN without
+    any. `foreground` is its share. ssim is scikit-image's: uniform windows of 7 x 7, sample
+    covariance, K 0.01, 0.03."""
+    if fake.device.type == "mps":  # it knows no float64
+        fake, real = fake.cpu(), real.cpu()
     f, r = (fake.double() + 1) / 2, (real.double() + 1) / 2
-    inside = (real != -1).double()
+    inside = (real != -1).any(1, keepdim=True).expand_as(real).double()
 
     def mean(x):
         return (x * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))
@@ -420,7 +414,7 @@ def registration_metrics(flow, real, true_flow=None):
         scores["misalignment"] = mean_length(true_flow)
     down, right = flow.diff(dim=2)[..., :-1], flow.diff(dim=3)[..., :-1, :]  # (B, 2, H - 1, W - 1)
     determinant = (1 + down[:, 0]) * (1 + right[:, 1]) - down[:, 1] * right[:, 0]
-    return scores | {"folding": (determinant <= 0).double().mean((1, 2))}
+    return scores | {"folding": (determinant <= 0).float().mean((1, 2))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,7 +431,7 @@ class Config(RunConfig):
     host: str = option("nc", "the translation method", choices=HOSTS)
     reg: bool = option(True, "a registration network, which makes any host RegGAN")
     noise: float = option(None, "level of motion (default: 3, own pairs none)", within="[0, 25]")
-    elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 25]")
+    elastic: float = option(None, "added bending, sd in % of side (default: 0)", within="[0, 4]")
     size: int = option(0, "scale to n x n pixels, 32 or more (0: as they are)", within="[0, 4096]")
     rescale: str = option("", "LO,HI (LO,HI,LO,HI for A, B) become -1, 1; below 0: --rescale=-9,9")
     paper: bool = option(False, "the paper's networks and schedule instead of small ones")
@@ -451,11 +445,12 @@ class Config(RunConfig):
     correction: float = option(None, "weight of |warp(G(a), R(G(a), b)) - b|", within="[0, inf)")
     smooth: float = option(None, "weight of the flow's squared gradient", within="[0, inf)")
     compare: bool = option(False, "all hosts at all levels; goes on where it stopped", free=True)
-    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r", "its rows, +r: with R", free=True)
-    levels: str = option("0,3,5,elastic", "its levels: --noise, elastic, none (own)", free=True)
-    seeds: int = option(3, "runs in each of its cells", within="[1, inf)", free=True)
-    translate: str = option("", "translate this folder with --weights into --out", free=True)
-    weights: str = option("", "a run's folder or checkpoint, or a Reg-GAN netG_A2B.pth", free=True)
+    hosts: str = option("pix2pix,nc,nc+r,cycle,cycle+r", "its rows, +r: with R", needs="compare")
+    levels: str = option("0,3,5,elastic", "its levels: --noise, elastic, none", needs="compare")
+    seeds: int = option(3, "runs in each of its cells", within="[1, inf)", needs="compare")
+    translate: str = option("", "translate this folder with --weights into --out", free=True,
+                           takes=("weights", "rescale", *RUNNING))
+    weights: str = option("", "a run's folder or checkpoint, or a netG_A2B.pth", needs="translate")
 
     def registration(self, out_chans, size):
         """The network R for images of `size` = (H, W)."""
@@ -531,7 +526,7 @@ class Job:
         names = [part.names for part in (self.pairs, self.val[0], self.test[0])]
         self.facts = {"names_of_the_pairs": names, "number_of_processes": world,
                       "added_motion": [config.noise, config.elastic]}  # see `last_state`
-        seed(config.seed)
+        torch.manual_seed(config.seed)
         self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
         self.model.to(device)
         seed_rank(config.seed, rank)  # the same weights, then numbers of their own
@@ -736,6 +731,8 @@ def load_generator(path, config_class=Config):
             check_maker(state["config"], config_class, path)
             options = {name: x for name, x in state["config"].items() if name != "script"}
             config, in_chans = complete(config_class(**options)), state["in_chans"]
+            H, W = state["shape"]  # of the square pairs of a run without --size
+            config = dataclasses.replace(config, size=config.size or (H if H == W else 0))
             model = build(config, in_chans, state["out_chans"], state["shape"])
             model.load_state_dict(state["model"])
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -753,26 +750,25 @@ def translate_folder(config):
         raise InputError("--translate needs --weights: a run's folder or a Reg-GAN netG_A2B.pth")
     model, trained, in_chans = load_generator(config.weights, type(config))
     device, _, _ = join(config)
-    autocast = autocast_for(with_dtype(config, device), device)
+    autocast = autocast_for(with_dtype(config, device, saved={"config": vars(trained)}), device)
     model.to(device).eval()
     span_a, span_b = parse_rescale(config.rescale or trained.rescale)
     folder, out = Path(config.translate), Path(config.out or "runs/translate")
     check_apart(out, folder)
     images = {}  # all of them are read first, so that a bad one is found before any is written
-    for name in list_slices(folder):
-        images[name] = read_slice(folder / name, span_a, blank=True)
-        if (found := len(images[name])) != in_chans:
-            raise InputError(f"{folder / name}: {found} channels, the generator takes {in_chans}")
+    for path in list_images(folder):
+        images[path] = read_slice(path, span_a, blank=True)
+        if (found := len(images[path])) != in_chans:
+            raise InputError(f"{path}: {found} channels, the generator takes {in_chans}")
     check_range(folder, images.values(), span_a)
-    for name, image in images.items():
-        H, W = image.shape[1:]
-        scale = (trained.size or max(H, W)) / max(H, W)  # to the size that the generator knows
-        size = [max(8, round(side * scale)) for side in (H, W)]
-        a = F.interpolate(image[None].to(device), size, mode="bilinear", antialias=scale < 1)
+    for path, image in images.items():
+        a = fit_square(image, trained.size)  # as in training
         with autocast():
-            fake = model.translate(a)
-        fake = F.interpolate(fake, (H, W), mode="bilinear")[0]  # (C, H, W)
-        write_slice(out / name, fake, folder / name, span_b)
+            fake = model.translate(a[None].to(device))
+        top, left, h, w = square_box(image.shape[1:], trained.size)
+        fake = fake[..., top : top + h, left : left + w]
+        fake = F.interpolate(fake, image.shape[1:], mode="bilinear")[0]  # (C, H, W)
+        write_slice(out / Path(path).relative_to(folder), fake, path, span_b)
     print(f"{len(images)} images translated into {out}")
 
 
@@ -781,6 +777,8 @@ def compare(config):
     results of all runs to OUT/table.csv, and their means and standard deviations over the seeds to
     OUT/table.md. Returns the lines of table.csv as dicts."""
     out, cells = Path(config.out or complete(config).out + "-compare"), {}
+    if config.noise is not None or not config.reg or config.host != type(config).host:
+        raise InputError("--compare", "--levels and --hosts", "--noise, --no-reg or --host")
     seeds = range(config.seed, config.seed + config.seeds)
     levels, hosts = config.levels.split(","), config.hosts.split(",")
     for number, level, row in itertools.product(seeds, levels, hosts):
@@ -789,6 +787,8 @@ def compare(config):
     table, methods, lines = [], {}, []
     for name, result in run_cells(out / "cells", cells, train):
         row, level, number = name.split("_")
+        if table and result["images"] != table[0]["images"]:
+            raise InputError(out / "cells" / name, "the test images of the other cells", "others")
         table.append({"row": row, "level": level, "seed": int(number)} | result)
         methods.setdefault((level, row), []).append(result)
     names = list(dict.fromkeys(name for line in table for name in line))

@@ -35,7 +35,7 @@ def jit(**options):
     return triton.jit(**options) if triton else lambda kernel: kernel
 
 
-# What torch.compile leaves alone: torch.compiler.disable, which takes seconds, at the first call.
+# What torch.compile leaves alone: torch.compiler.disable, which is slow at the first call.
 uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 
 
@@ -58,7 +58,8 @@ def kernels_run(operation, function, tensors, *rest):
     first call with tensors of these sizes tries it in both directions: what fails then (a compiler,
     a driver, every tile) would fail within a training step. One line says why, once."""
     place = operation, tensors[0].device
-    case = (*place, tensors[0].shape[1:], *rest[1:], torch.is_grad_enabled(),
+    x = tensors[0]
+    case = (*place, x.shape[1:], x.dtype, x.requires_grad, *rest[1:], torch.is_grad_enabled(),
             *((t.shape[-2:], t.dtype, t.requires_grad) for t in tensors[1:] if t is not None))
     if place in FAILED or case in TRIED:
         return place not in FAILED

@@ -1,7 +1,6 @@
-"""Times both operations against what they replace, on this machine: two minutes on a GPU.
+"""Times both operations against what they replace, on this machine.
 
     python -m kernels.bench             # a LoRA layer, twelve of them as in a step, and a warp
-    python -m kernels.bench --all       # more ranks, flows and sizes
 
 A row is a forward or a forward and a backward pass (`both`), under autocast, as in training:
 
@@ -10,14 +9,13 @@ A row is a forward or a forward and a backward pass (`both`), under autocast, as
     MiB       the peak of the memory that the pass allocates
     times     wall ms by that of the first contender
 
-Three runs before it compile and tune. None is timed whose result or gradients err more than twice
-as much as the reference's, beyond rounding. Without a GPU the references are timed at a small size;
-with TRITON_INTERPRET=1 the kernels run too, at a tiny one, to try this file.
+Three runs before it compile and tune. tests/test_kernels.py says whether the kernels are right.
+Without a GPU the references are timed at a small size; with TRITON_INTERPRET=1 the kernels run too,
+at a tiny one, to try this file.
 """
 import functools
 import os
 import statistics
-import sys
 import timeit
 
 import torch
@@ -75,28 +73,12 @@ def contenders_of():
 
 def passes(function, inputs, dy=None):
     """The result and, with its gradient dy, those of all inputs that want one."""
-    with torch.autocast(DEVICE, DTYPE, enabled=CUDA and inputs[0].dtype != torch.float64):
+    with torch.autocast(DEVICE, DTYPE, enabled=CUDA):
         y = function(*inputs)
     if dy is None:
         return [y]
     leaves = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
     return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype), allow_unused=True)]
-
-
-def check(contenders, inputs, dy, rounding):
-    """Raises AssertionError where one errs more than twice as much as the reference, and more than
-    `rounding` of the whole, both against the reference in float64."""
-    wide = [x.detach().double().requires_grad_(x.requires_grad) if torch.is_tensor(x) else x
-            for x in inputs]
-    truth = passes(contenders["reference"], wide, dy.double())
-    reference = passes(contenders["reference"], inputs, dy)
-    for name, function in contenders.items():
-        found = passes(function, inputs, dy) if name != "frozen" else []
-        for i, (a, b, c) in enumerate(zip(found, reference, truth)):
-            error, allowed = ((tensor.double() - c).norm() / c.norm() for tensor in (a, b))
-            if not error <= 2 * allowed + rounding:
-                raise AssertionError(f"{name}: error {error:.3g} of the {'gradient' if i else ''} "
-                                     f"{i or 'result'}, the reference's is {allowed:.3g}")
 
 
 def measure(run, repeats):
@@ -131,16 +113,15 @@ def table(title, contenders, inputs, dy, repeats):
     print(f"\nFastest in both directions: {best}, {ms:.4g} ms; then {second}, {more:.4g} ms.")
 
 
-def bench_lora(contenders, rows, width, R, layers, repeats):
-    """q and v of a ViT's qkv; W frozen, gradients to x, A and B. layers: how many, one after the
-    other with attention between them, as in a step."""
+def bench_lora(contenders, rows, width, layers, repeats):
+    """q and v of a ViT's qkv, at rank 4; W frozen, gradients to x, A and B. layers: how many, one
+    after the other with attention between them, as in a step."""
     sizes = ((rows, width), 1), ((3 * width, width), width**-0.5), ((3 * width,), 1), (
-        (2 * R, width), width**-0.5), ((2 * width, R), 0.1)
+        (8, width), width**-0.5), ((2 * width, 4), 0.1)
     x, W, b, A, B = (torch.randn(size, device=DEVICE).mul_(std) for size, std in sizes)
     for tensor in (x, A, B):
         tensor.requires_grad_()
     dy = torch.randn(rows, 3 * width, device=DEVICE)
-    check(contenders, (x, W, b, A, B, 0.0), dy, 2 * torch.finfo(DTYPE).eps)
 
     def step(layer, x, *rest):
         for _ in range(layers):
@@ -152,21 +133,18 @@ def bench_lora(contenders, rows, width, R, layers, repeats):
         dy = dy[:, :width]
         contenders = {name: functools.partial(step, layer) for name, layer in contenders.items()}
     for p in (0.0, 0.1):
-        table(f"LoRA, q and v of {layers} layer(s): {rows} x {width}, rank {R}, dropout {p}",
+        table(f"LoRA, q and v of {layers} layer(s): {rows} x {width}, rank 4, dropout {p}",
               contenders, (x, W, b, A, B, p), dy, repeats)
 
 
-def bench_warp(contenders, B, C, H, W, reach, repeats):
-    smooth = F.interpolate(torch.randn(B, 2, 8, 8, device=DEVICE), (H, W), mode="bicubic")
-    image, dy = torch.randn(2, B, C, H, W, device=DEVICE)
-    inputs = image.requires_grad_(), (reach * smooth.contiguous()).requires_grad_()
-    check(contenders, inputs, dy, (H + W) * torch.finfo(torch.float32).eps)  # of a position
-    table(f"warp: {B} x {C} x {H} x {W}, flow of {reach} pixels", contenders, inputs, dy, repeats)
+def bench_warp(contenders, side, repeats):
+    smooth = F.interpolate(torch.randn(8, 2, 8, 8, device=DEVICE), (side, side), mode="bicubic")
+    image, dy = torch.randn(2, 8, 1, side, side, device=DEVICE)
+    inputs = image.requires_grad_(), (3 * smooth.contiguous()).requires_grad_()
+    table(f"warp: 8 x 1 x {side} x {side}, flow of 3 pixels", contenders, inputs, dy, repeats)
 
 
-def main(*options):
-    if options not in ((), ("--all",)):
-        sys.exit(__doc__)
+def main():
     torch.manual_seed(0)
     name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads, no CUDA"
     print(f"{name}; torch {torch.__version__}, triton {triton and triton.__version__}, {DTYPE}")
@@ -175,14 +153,9 @@ def main(*options):
         (64 * 197, 768, 256, 12, 20) if CUDA else (40, 32, 16, 2, 1) if INTERPRETED else
         (2 * 197, 384, 128, 2, 5))
     for n in (1, layers):
-        bench_lora(lora, rows, width, 4, n, repeats)
-    bench_warp(warps, 8, 1, side, side, 3, repeats)
-    if options:
-        for R in (8, 32, 64):
-            bench_lora(lora, rows, width, R, 1, repeats)
-        bench_warp(warps, 8, 1, side, side, 30, repeats)  # a flow that folds the image
-        bench_warp(warps, 4, 3, 2 * side, 2 * side, 3, repeats)
+        bench_lora(lora, rows, width, n, repeats)
+    bench_warp(warps, side, repeats)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

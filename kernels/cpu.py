@@ -1,11 +1,11 @@
 """Layers of RegGAN, written so that a CPU is quick. Each equals the torch layer it stands for.
 
-    InstanceNorm   nn.InstanceNorm2d    torch's is 2 to 4 times slower than a group norm, and in
+    InstanceNorm   nn.InstanceNorm2d    torch's is slower than a group norm, and in
                                         torch 2.13 its gradient is wrong where it receives one in
                                         channels_last
     Reflect        nn.ReflectionPad2d   under autocast torch's returns float32, and all that follows
     LastConv       nn.Conv2d            with few output channels the library's kernels stand idle
-    FirstConv      nn.Conv2d            convolutions of a single image are a sixth faster in
+    FirstConv      nn.Conv2d            convolutions of a single image are faster in
                                         channels_last
 
 Parameters and state-dict keys are torch's, and on a GPU each of them is torch's own layer.
@@ -41,8 +41,7 @@ class LastConv(nn.Conv2d):
     """A k x k convolution, without padding or stride, to few channels.
 
     On a CPU it becomes a 1 x k convolution to k times as many channels, one group for each row of
-    the kernel; the groups are then shifted by their rows and added. At 7 x 7 to one channel this
-    is 3 times as fast.
+    the kernel; the groups are then shifted by their rows and added.
     """
 
     def forward(self, x):

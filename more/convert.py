@@ -35,7 +35,7 @@ from support.weights import encoder_alone, unwrap
 class ConvertConfig:
     source: str = option("", "weights: a checkpoint or .safetensors; masks: the CSV")
     root: str = option("", "masks, shrink: the folder of the data set")
-    out: str = option("", "weights: the file to write (default: vit.pt); shrink: a new folder")
+    out: str = option("", "what to write (default: vit.pt, ROOT/masks); shrink: a new folder")
     size: int = option(512, "shrink: pixels of a copy's shorter side", within="[1, inf)")
 
 
@@ -116,9 +116,10 @@ def decode_runs(rows, shape, where):
 
 
 def masks(config):
-    """Writes ROOT/masks/NAME.png for each image in --source, a CSV of ImageId (the image's whole
-    name) and EncodedPixels: one or more rows of runs, or one row of -1, for an empty mask."""
+    """Writes OUT/NAME.png (default: ROOT/masks) for each image in --source, a CSV of ImageId (its
+    whole name) and EncodedPixels: one or more rows of runs, or one row of -1, for an empty mask."""
     root, rows = Path(config.root).absolute(), {}
+    folder = Path(config.out or root / "masks")
     for line, name, text in data.read_csv(config.source, ("ImageId", "EncodedPixels")):
         if not re.fullmatch(r"-1|\d{1,9} \d{1,9}( \d{1,9} \d{1,9})*", text):
             raise InputError(f"{config.source}: line {line}", "-1, or pairs `start length`",
@@ -134,11 +135,11 @@ def masks(config):
         shape = data.read_pixels(path)[0].shape[:2]
         mask = decode_runs(rows[name], shape, f"{config.source}: {name}")
         picture = Image.fromarray(mask.astype(np.uint8) * 255)
-        atomic_write(root / "masks" / f"{key}.png", functools.partial(picture.save, format="PNG"))
+        atomic_write(folder / f"{key}.png", functools.partial(picture.save, format="PNG"))
     if missing := rows.keys() - images.keys():
         raise InputError(f"{config.source}: no image below {root} has the name {min(missing)} "
                          f"({len(missing)} are missing; the others' masks are written)")
-    print(f"{root / 'masks'}: the masks of {config.source}")
+    print(f"{folder}: the masks of {config.source}")
 
 
 # --------------------------------------------------------------------------------------------------

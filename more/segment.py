@@ -29,10 +29,11 @@ from PIL import Image
 
 import data
 import finetune
+import mrm
 from finetune import TuneConfig
 from support.recipes import PLAIN
 from support.script import (
-    InputError, atomic_write, fill, join, option, parse_config, run_script, save_grid)
+    InputError, atomic_write, fill, join, option, over_images, parse_config, run_script, save_grid)
 from support.weights import encoder_sizes
 from vit import ViT
 
@@ -206,7 +207,7 @@ class SegmentConfig(TuneConfig):
 SMALL = PLAIN | dict(optimizer="adamw", weight_decay=0.05, layer_decay=0.65, min_crop=0.5, rank=4,
                      drop_path=0.0, batch_size=16, steps=600, lr=5e-3, channels=32, warmup=0.1,
                      flip=False)
-FEW = SMALL | dict(lr=1.5e-3)  # below 1,000 images: better on val for both starts of the demo
+FULL = SMALL | dict(lr=1.5e-3)  # all of the ViT: better on val for both starts of the demo
 PAPER = SMALL | dict(steps=20000, lr=2e-5, channels=768, img_size=512, drop_path=0.1, warmup=0.05,
                      rank=16)
 
@@ -226,11 +227,15 @@ def read_lists(config):
         part.masks = data.find_masks(config.masks or Path(root, "masks"),
                                      data.image_keys(root, part.names), set(empty))
     train = parts["train"]  # most X-rays have no mask, and a net learns nothing new from them
-    shown = [i for i, mask in enumerate(train.masks) if mask is not None]
-    empty = [i for i, mask in enumerate(train.masks) if mask is None]
+    drawn = over_images(has_object, train.masks, "reading masks")
+    shown, empty = ([i for i, one in enumerate(drawn) if one == want] for want in (True, False))
     few = empty[:: max(1, len(empty) // max(1, len(shown)))]  # about as many as there are masks
     train.keep(sorted(shown + few))
     return parts, ["mask"]
+
+
+def has_object(mask):
+    return mask is not None and bool(data.read_pixels(mask, mask=True)[0].any())
 
 
 def image_alone(pairs, generator=None):
@@ -267,8 +272,9 @@ def take_preset(config, tensors, held, count):
     """`finetune.take_recipe` of a segmentation."""
     sizes = encoder_sizes(tensors, held, config.weights, config.num_heads)
     preset = {"img_size": 2 * sizes["img_size"],  # an outline needs more pixels than a finding
-              "num_heads": sizes["num_heads"], "mean": held.get("mean"), "std": held.get("std")}
-    ours = SMALL if count >= 1000 else FEW
+              "num_heads": sizes["num_heads"], "mean": held.get("mean", mrm.MEAN),
+              "std": held.get("std", mrm.STD)}
+    ours = FULL if config.method == "full" else SMALL
     config = fill(config, preset | (PAPER if sizes["embed_dim"] == 768 else ours))
     _, _, world = join(config)
     if config.batch_size < 2 * world:  # batch norm needs images that differ

@@ -8,12 +8,12 @@ import argparse
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
@@ -56,7 +56,8 @@ def option(default, help, **metadata):
     """A dataclass field with its help text. A default of None means the preset's (see `fill`).
     metadata: argparse's `choices`; `within`, the interval that the value lies in, as "[0, 1)";
     `free=True` for an option that may change between a run and its resumption; `typed=False` for
-    one that a preset alone sets: the command line has no flag for it."""
+    one that a preset alone sets: the command line has no flag for it; `needs`, an option without
+    which it does nothing (it is free); `takes`, of a mode, the options that do something in it."""
     return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
@@ -77,6 +78,9 @@ class RunConfig:
                         choices=["auto", "fp32", "bf16", "fp16"])
     workers: int = option(0, "processes that read images; 0: none", within="[0, 64]", free=True)
     kernels: bool = option(True, "Triton kernels on CUDA, not torch's references", free=True)
+
+
+RUNNING = ("out", "device", "dtype", "workers", "kernels")  # what a mode `takes` at least
 
 
 def options_of(config):
@@ -113,7 +117,23 @@ def parse_config(config_class, argv=None, description=None):
         parser.add_argument(flag_of(field), default=field.default, help=text, **kind)
     config = config_class(**vars(parser.parse_args(argv)))
     check_ranges(config)
+    check_used(config)
     return config
+
+
+def check_used(config):
+    """Refuses an option that would be ignored, by its `needs` or the `takes` of another."""
+    given = {field.name: field for field in dataclasses.fields(config)
+             if getattr(config, field.name) != field.default}
+    for name, field in given.items():
+        needs, takes = (field.metadata.get(key) for key in ("needs", "takes"))
+        if needs and needs not in given:
+            raise InputError(flag_of(field), f"--{needs} beside it", "none")
+        used = {name, *(takes or given)}
+        unused = [flag_of(other) for other in given.values() if other.name not in used]
+        if unused:
+            known = ", ".join(sorted(takes))
+            raise InputError(flag_of(field), f"no options but {known}", ", ".join(unused))
 
 
 def check_ranges(config):
@@ -162,7 +182,8 @@ def check_same(saved, config, path, unasked=("auto",)):
     check_maker(saved, config, path)
     for field in dataclasses.fields(config):
         old, now, flag = saved.get(field.name), getattr(config, field.name), flag_of(field)
-        if not field.metadata.get("free") and now not in unasked and old != now:
+        free = {"free", "needs"} & field.metadata.keys()
+        if not free and now not in unasked and old != now:
             found = f"a run with {flag} {old}; give the same options, or another --out"
             raise InputError(path, f"{flag} {now}, as asked for now", found)
 
@@ -225,8 +246,7 @@ def join(config):
 
 
 # On a CPU bfloat16 slows ViTs of less than this width down: the conversions cost more than the
-# products save. (A step in fp32 / in bf16 on an AMD EPYC: 0.59 to 0.93 at widths 64 to 256; at 384
-# MRM 1.13 and a ViT 1.71; at 768 1.67)
+# products save
 NARROW = 384
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -273,13 +293,6 @@ def scaler_for(config, device):
     return torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
 
 
-def seed(number):
-    """Seeds the generators of Python, numpy and torch."""
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.manual_seed(number)
-
-
 def seeded(*numbers):
     """A torch.Generator whose stream depends on all the given integers."""
     sequence = np.random.SeedSequence([number % 2**32 for number in numbers])
@@ -289,15 +302,18 @@ def seeded(*numbers):
 def seed_rank(number, rank):
     """Gives every process but the first its own random numbers, for masks and dropout."""
     if rank:
-        seed(seeded(number, rank).initial_seed() % 2**32)
+        torch.manual_seed(seeded(number, rank).initial_seed() % 2**32)
 
 
-def average(values, world):
-    """The mean over the processes of a tensor `values`."""
-    if world > 1:
-        torch.distributed.all_reduce(values)
-        values /= world
-    return values
+def mean_over_processes(tensors):
+    """Makes each tensor its mean over torchrun's processes, in one message for all of them."""
+    if torch.distributed.is_initialized():
+        tensors = list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def from_all(value, world):
@@ -310,7 +326,7 @@ def from_all(value, world):
 
 def over_images(function, paths, verb="reading images"):
     """[function(path) for path in paths] with a progress bar, many paths in a process per core.
-    `function` can be pickled. (Threads fight for Python's lock and take twice the time of none.)"""
+    `function` can be pickled. (Threads would fight for Python's lock.)"""
     bar = functools.partial(tqdm, desc=verb, total=len(paths), leave=False, delay=1)
     if len(paths) < 200:
         return list(bar(map(function, paths)))
@@ -419,6 +435,17 @@ def checkpoint_file(path, *names):
     return next((path / name for name in names if (path / name).exists()), path / names[-1])
 
 
+def start_file(weights):
+    """The checkpoint that a run starts from: a file, or in the folder of an earlier run."""
+    return checkpoint_file(weights, "adapter.pt", "best.pt", "last.pt")
+
+
+def digest(weights):
+    """Tells checkpoints at the same place apart, by what they hold; "" where there is none."""
+    path = start_file(weights or "none")
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
 # --------------------------------------------------------------------------------------------------
 # A run: its folder, its speed, its resumption
 
@@ -440,7 +467,8 @@ def lock(folder):
         return None
 
 
-RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "result.json", "log.jsonl", "progress.gif")
+RUN_FILES = ("last.pt", "best.pt", "adapter.pt", "result.json", "predictions.csv", "log.jsonl",
+             "progress.gif")
 
 
 def check_apart(out, *sources):
@@ -650,9 +678,15 @@ def run_cells(folder, configs, run):
         if (cell / "result.json").exists():
             path = cell / "config.json"
             check_same(read_json(path), config, path, (None, "auto"))  # a recipe filled the others
+            start = getattr(config, "weights", "")
+            then, now = read_json(cell / "result.json").get("weights_digest"), digest(start)
+            if then and now and then != now:
+                raise InputError(cell, f"a run from {start} as it is now", "an older; delete it")
         else:
             print(f"{name}: {cell}", flush=True)
             run(config)
+            if torch.distributed.is_initialized():  # the first process writes result.json
+                torch.distributed.barrier()
         yield name, read_json(cell / "result.json")
 
 

@@ -2,6 +2,7 @@
 SIIM's own loop, smaller copies against PIL and against what a run reads."""
 
 import dataclasses
+import os
 import sys
 
 import numpy as np
@@ -180,6 +181,8 @@ def test_run_lengths_become_masks_of_the_whole_name(tmp_path, monkeypatch):
     assert len(list((tmp_path / "masks").iterdir())) == 3
     keys = data.image_keys(tmp_path, [tmp_path / "images/1.2.276.0.1.png"])
     assert data.find_masks(tmp_path / "masks", keys) == [str(tmp_path / "masks/1.2.276.0.1.png")]
+    convert.masks(dataclasses.replace(config, out="elsewhere"))
+    assert len(os.listdir("elsewhere")) == 3
 
 
 @pytest.mark.parametrize("name, runs, message", [

@@ -23,10 +23,8 @@ def test_instance_norm_is_torchs_with_the_gradient_of_its_formula():
         centred = images - images.mean((2, 3), keepdim=True)
         formula = centred / (centred.square().mean((2, 3), keepdim=True) + 1e-5).sqrt()
         weights = torch.randn_like(ours)  # channels_last where the image is
-        mine, other = (
-            torch.autograd.grad((out * weights).sum(), images, retain_graph=True)[0]
-            for out in (ours, formula)
-        )
+        mine, other = (torch.autograd.grad((out * weights).sum(), images, retain_graph=True)[0]
+                       for out in (ours, formula))
         assert_rounded(mine, other, weights.abs().max() * ours.abs().max() ** 2, factor=16)
 
 
@@ -39,11 +37,8 @@ def test_last_conv_is_torchs_with_its_gradients(k):
     weights, inputs = torch.randn_like(ours), (x, conv.weight, conv.bias)
     positive = [tensor.detach().abs().requires_grad_() for tensor in inputs]
     terms = F.conv2d(*positive)  # sums of absolute values
-    found = [
-        [out, *torch.autograd.grad((out * w).sum(), leaves)]
-        for out, w, leaves in ((ours, weights, inputs), (theirs, weights, inputs),
-                               (terms, weights.abs(), positive))
-    ]
+    found = [[out, *torch.autograd.grad((out * w).sum(), leaves)] for out, w, leaves in (
+        (ours, weights, inputs), (theirs, weights, inputs), (terms, weights.abs(), positive))]
     for mine, other, sums in zip(*found):
         assert_rounded(mine, other, sums)
 

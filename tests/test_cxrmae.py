@@ -1,10 +1,13 @@
 """more/cxrmae.py: the LoRA paper's recipes for CXR-MAE as FACTS has them, its augmentation, and its
 test images."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_interruption import write_records
 
 import finetune
 from more import cxrmae
@@ -53,15 +56,7 @@ def test_its_full_fine_tuning_what_is_not_published_and_whom_it_leaves_alone():
 
 
 def test_a_run_resizes_test_images_to_256_of_224_and_is_predicted_by_its_command(tmp_path):
-    (tmp_path / "images").mkdir()
-    for name, count in (("train", 40), ("val", 8), ("test", 8)):
-        lines = []
-        for i in range(count):
-            film = np.random.default_rng(i).integers(0, 200, (64, 64)).astype(np.uint8)
-            Image.fromarray(film + 50 * (i % 2)).save(tmp_path / f"images/{name}{i}.png")
-            lines.append(f"{name}{i}.png {i % 2}\n")
-        (tmp_path / f"{name}_list.txt").write_text("".join(lines))
-    (tmp_path / "classes.txt").write_text("bright\n")
+    write_records(tmp_path)
     run = dict(weights="scratch", root=str(tmp_path), data="csv", out=str(tmp_path / "run"))
     finetune.finetune(cxrmae.Config(steps=2, batch_size=8, evaluations=1, device="cpu", **run))
     saved = load_checkpoint(tmp_path / "run/best.pt")
@@ -110,23 +105,13 @@ def test_erasing_makes_one_box_of_2_to_33_percent():
 
 @pytest.mark.parametrize("operation", range(15))
 def test_each_operation_changes_a_gradient_and_keeps_its_size(operation):
-    class Chosen:
-        def integers(self, n):
-            assert n == 15
-            return operation
-
-        def random(self):
-            return 0.9
-
-        def normal(self, mean, deviation):
-            return 9.0
-
-        def choice(self, signs):
-            return 1
-
+    rng = mock.Mock(np.random.Generator)
+    rng.integers.return_value, rng.random.return_value = operation, 0.9
+    rng.normal.return_value, rng.choice.return_value = 9.0, 1
     film = Image.linear_gradient("L").resize((32, 32))
     film.putpixel((3, 5), 255)
-    changed = cxrmae.rand_augment(film, Chosen())
+    changed = cxrmae.rand_augment(film, rng)
+    rng.integers.assert_called_with(15)
     assert changed.size == film.size and changed.mode == "L"
     # Inverting twice and colour leave it as it is, and autocontrast nearly
     same = changed.tobytes() == film.tobytes()

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from support.demo import (
     ANATOMY, DEMO_CLASSES, Finding, chest_film, demo_pairs, draw_findings, lay_out, spot,
@@ -202,26 +200,6 @@ def test_a_finding_lies_in_the_visible_lung_on_its_side_and_in_its_zone():
                     assert c.air[here] > 0.5 and c.wall[here] > 0 and c.above[here] > 0
 
 
-def test_pixels_alone_do_not_solve_it(demo):
-    """A linear probe of a few hundred films, 32 x 32: better than chance in places, far from the
-    task's ceiling."""
-
-    def load(*parts):
-        rows = {name: row for part in parts for name, row in read_list(demo, part).items()}
-        films = [Image.open(demo / "images" / name).resize((32, 32), Image.BOX) for name in rows]
-        return np.array(films).reshape(len(rows), -1) / 255, np.array(list(rows.values()))
-
-    (films, labels), (others, expected) = load("train_list"), load("val_list", "test_list")
-    mean, scale = films.mean(0), films.std(0) + 1e-6
-    probe = LogisticRegression(C=1e-3, max_iter=200)
-    aurocs = []
-    for k in range(labels.shape[1]):
-        probe.fit((films - mean) / scale, labels[:, k])
-        scores = probe.decision_function((others - mean) / scale)
-        aurocs.append(roc_auc_score(expected[:, k], scores))
-    assert np.mean(aurocs) < 0.78, dict(zip(DEMO_CLASSES, aurocs))
-
-
 def test_bad_arguments_and_folders(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("thesis.txt", "demo.json"):  # another demo is not drawn over, either
@@ -230,7 +208,7 @@ def test_bad_arguments_and_folders(tmp_path):
     for out in ("file", "file/records", "thes", "demo"):
         fails(lambda: write_demo_records(tmp_path / out, patients=50, size=32), tmp_path / out)
     few = ["--patients", "5", "--out", str(tmp_path / "few")]
-    fails(lambda: parse_config(demo_drawing.DemoConfig, few), "--patients: expected a number in [50")
+    fails(lambda: parse_config(demo_drawing.DemoConfig, few), "--patients: expected", "in [50")
     assert (tmp_path / "thes/thesis.txt").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "file", "thes"]
 

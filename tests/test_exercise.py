@@ -2,7 +2,6 @@
 judges see planted faults, and the counts on the page are those of the judges."""
 
 import contextlib
-import io
 import os
 import re
 import runpy
@@ -68,9 +67,7 @@ def test_blanked_functions_fail_and_the_solutions_of_the_others_pass(tmp_path, b
     copy_repository(tmp_path)
     for number, (file, function, _, _) in EXERCISES.items():
         if number in blanked:
-            line = blank(tmp_path / file, function)
-            text = (tmp_path / file).read_text().splitlines()[line - 1]
-            assert text.strip() == "raise NotImplementedError"
+            blank(tmp_path / file, function)
         else:
             blank(tmp_path / file, function, solution(number))
     files = sorted({f"tests/{tests}" for _, _, tests, _ in EXERCISES.values()})
@@ -93,7 +90,7 @@ FAULTS = {"zero_grad of G": ("opt_g.zero_grad()\n", ""),
 def test_the_judge_of_exercise_5_sees_faults(monkeypatch, fault):
     code = solution(5)
     assert FAULTS[fault][0] in code
-    code = code.replace(FAULTS[fault][0], FAULTS[fault][1]) if fault != "nothing" else code
+    code = code.replace(*FAULTS[fault])
     names = dict(vars(reggan))
     header = ("def training_step(model, config, a, b, opt_g, opt_d, pools, autocast=nullcontext, "
               "scaler=torch.amp.GradScaler(enabled=False)):\n")
@@ -165,7 +162,7 @@ def test_auprc_is_scikit_learns(tmp_path):
     assert names["auprc"](scores, labels) == pytest.approx(expected, abs=1e-15)
 
 
-def test_dora_is_pefts(tmp_path, monkeypatch):
+def test_dora_is_pefts(tmp_path, monkeypatch, capsys):
     """Exercise 16: the judge on the page says True of the solution, and False of plain LoRA."""
     pytest.importorskip("peft")
     script = re.search(r"```python\n(.*?)```", section(16), re.S)[1]
@@ -175,14 +172,13 @@ def test_dora_is_pefts(tmp_path, monkeypatch):
         code = solution(16).replace("(m / lengths)", "1") if wrong else solution(16)
         (tmp_path / "mine.py").write_text(code + ("    return y + 0 * m" if wrong else ""))
         sys.modules.pop("mine", None)
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed), contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):
             runpy.run_path(str(tmp_path / "judge.py"))
-        lines = printed.getvalue().split()
+        lines = capsys.readouterr().out.split()
         assert lines[:1] == ["False"] if wrong else lines == ["True"] * 4
 
 
-def test_the_singular_values_of_an_adapter(tmp_path, monkeypatch):
+def test_the_singular_values_of_an_adapter(tmp_path, monkeypatch, capsys):
     """Exercise 17: r of them are above zero in each of q and v."""
     torch.manual_seed(0)
     vit = ViT(16, 8, 1, 32, 2, 2, num_classes=3)
@@ -195,10 +191,8 @@ def test_the_singular_values_of_an_adapter(tmp_path, monkeypatch):
     lora.save_adapter(tmp_path / "runs/finetune/adapter.pt", vit, base_fingerprint=fingerprint,
                       weights=str(tmp_path / "base.pt"))
     monkeypatch.chdir(tmp_path)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(solution(17), {})
-    lines = printed.getvalue().splitlines()
+    exec(solution(17), {})
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(": 4 of 32, length" in line for line in lines)
 
 

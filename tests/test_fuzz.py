@@ -74,24 +74,17 @@ def write_samples(root):
     def mask(path):
         data.read_pixels(path, grey=True)
 
-    def records(path):
-        data.read_reports(path, root)
-
     def names(path):
         found, labels = data.read_list(path)
         data.find_images("csv", root, found, path)
         data.not_excluded(root, [str(root / "images/a.png")], path)
 
-    def adapter(path):
-        lora.load_adapter(model(), path)
-
-    def patients(path):
-        list(data.read_csv(path, ("image_path", "patient_id")))
-
     samples = {
-        "list.txt": names, "training.csv": records, "patients.csv": patients, "run.json": read_json,
+        "list.txt": names, "training.csv": lambda path: data.read_reports(path, root),
+        "patients.csv": lambda path: list(data.read_csv(path, ("image_path", "patient_id"))),
+        "adapter.pt": lambda path: lora.load_adapter(model(), path), "run.json": read_json,
         "t.tiktoken": tokenizer.load_tokenizer, "zip.pt": load_checkpoint,
-        "old.pt": load_checkpoint, "adapter.pt": adapter, "grey.png": image, "colour.png": piece,
+        "old.pt": load_checkpoint, "grey.png": image, "colour.png": piece,
         "deep.png": image, "mask.png": mask, "a.jpg": image, "a.tif": piece, "float.tif": image,
         "a.bmp": mask, "a.npy": image, "slice.npy": piece}
     (root / "list.txt").write_text("a.png 0 1 1\nb.png 1 0 0\n./images/a.png 0 0 0\n")
@@ -125,7 +118,7 @@ def write_samples(root):
 
         nibabel.save(nibabel.Nifti1Image(deep.astype(np.int16), np.eye(4)), root / "a.nii")
         nibabel.save(nibabel.Nifti1Image(pixels, np.eye(4)), root / "b.nii.gz")
-        samples |= {"a.nii": piece, "b.nii.gz": image}
+        samples |= {"a.nii": image, "b.nii.gz": piece}
     except ImportError:
         pass
     try:

@@ -402,33 +402,21 @@ def test_whole_pixel_flows_are_exact(f):
 
 @pytest.mark.numeric
 @all_warps
-def test_flow_gradient_on_the_border(f):
-    """Whole displacements, onto the border and past it. At 5 x 9 the grid of F.grid_sample is
-    exact, so that its convention shows."""
-    image, flow, dy = warp_inputs((1, 1, 5, 9))
-    truth = gradients(grid_sample_warp, (image, flow.round()), dy, (0, 1))
-    for a, b in zip(gradients(f, (image, flow.round()), dy, (0, 1)), truth):
-        assert_rounded(a, b, 4 * image.abs().max() * dy.abs().max())
-
-
-@pytest.mark.numeric
-@all_warps
 def test_displacements_that_are_not_finite(f):
     """Infinite and huge ones read the border; NaN gives NaN there, in every channel, and passes no
-    gradient."""
-    image = torch.arange(18.0, device=DEVICE).view(1, 2, 3, 3).requires_grad_()
-    flow = torch.zeros(1, 2, 3, 3, device=DEVICE)
-    moves = {(0, 0): (math.nan, 0), (0, 1): (0, math.nan), (1, 1): (0, math.inf),
-             (2, 2): (-1e30, 0), (2, 0): (3e38, -math.inf)}
-    for (y, x), move in moves.items():
-        flow[0, :, y, x] = torch.tensor(move)
-    out = f(image, flow.requires_grad_())
-    assert out[0, 0, 1:].tolist() == [[3, 5, 5], [6, 7, 2]] and out[0, 0, 0, 2] == 2
-    assert out[0, :, 0, :2].isnan().all() and out.isnan().sum() == 4
-    out.backward(torch.ones_like(out))
-    assert image.grad[0, 1].tolist() == [[0, 0, 2], [1, 0, 2], [1, 1, 0]]
-    assert flow.grad.isfinite().all() and not flow.grad[0, :, 0, :2].any()
-    assert flow.grad[0, 1, 1, 1] == 0
+    gradient. The image is wide enough for vector code."""
+    image, flow, dy = warp_inputs((1, 2, 12, 70))
+    trouble = torch.tensor([0, math.nan, math.inf, -math.inf, 3e38, -3e38, 2.0**31, -(2.0**63)])
+    flow = trouble.to(DEVICE)[(flow * 1000).long() % len(trouble)]
+    nan = flow.isnan().any(1, keepdim=True)
+    rows, cols = (torch.arange(n, device=DEVICE) for n in (12, 70))
+    rows = (rows[:, None] + flow[0, 0]).nan_to_num().clamp(0, 11).long()
+    cols = (cols + flow[0, 1]).nan_to_num().clamp(0, 69).long()
+    out, dimage, dflow = gradients(f, (image, flow), dy, (0, 1))
+    truth = gradients(lambda image: image[:, :, rows, cols], [image], dy * ~nan, (0,))
+    assert torch.equal(out.nan_to_num(99), truth[0].masked_fill(nan, 99))
+    assert_rounded(dimage, truth[1], dy.abs().sum())
+    assert dflow.isfinite().all() and not dflow[(flow != 0) | nan].any()
 
 
 @pytest.mark.numeric
@@ -446,20 +434,6 @@ def test_no_read_beyond_the_image():
         inside[1].copy_(moves)
         out = warp_triton(*inside)
         assert torch.equal(out, warp_triton(image, moves)) and out.isfinite().all()
-
-
-@all_warps
-def test_flows_of_nothing_but_trouble(f):
-    """NaN, infinities and huge values everywhere, in an image wide enough for vector code, neither
-    crash nor invent anything."""
-    image, flow, dy = warp_inputs((1, 1, 12, 70))
-    trouble = torch.tensor([math.nan, math.inf, -math.inf, 3e38, -3e38, 2.0**31, -(2.0**63)])
-    flow = trouble.to(DEVICE)[(flow * 1000).long() % len(trouble)]
-    out, dimage, dflow = gradients(f, (image, flow), dy, (0, 1))
-    assert torch.equal(out.isnan(), flow.isnan().any(1, keepdim=True))
-    corners = image[:, :, ::11, ::69].contiguous()
-    assert torch.isin(out[~out.isnan()], corners).all()
-    assert dimage.isfinite().all() and not dflow.any()
 
 
 @pytest.mark.numeric
@@ -811,7 +785,7 @@ def test_import_without_triton_and_again_in_a_notebook(first, absent):
 
 
 @pytest.mark.skipif(CUDA, reason="takes minutes there")
-def test_the_bench_runs_and_refuses_a_wrong_contender(capsys):
+def test_the_bench_runs(capsys):
     """At a tiny size, in the interpreter where there is no GPU."""
     bench.main()
     out = capsys.readouterr().out
@@ -820,12 +794,6 @@ def test_the_bench_runs_and_refuses_a_wrong_contender(capsys):
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
     assert {row[0][2:] for row in rows if row[1] != "pass"} >= names
     assert out.count("Fastest in both directions") == 5
-    right = bench.lora_by(lora_linear_reference)
-    x, W, b, A, B, dy = lora_inputs(6, 8, 4, 2, QV)
-    inputs = [tensor.requires_grad_() for tensor in (x, A, B)]
-    with pytest.raises(AssertionError, match="wrong: error"):
-        bench.check({"reference": right, "wrong": lambda *a: right(*a) * 1.01},
-                    (inputs[0], W, b, *inputs[1:], 0.0), dy, 1e-6)
 
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16",
@@ -949,8 +917,7 @@ def test_gpu_dispatch_and_repeatability():
     *tensors, dl = lora_inputs(8 * 197, 768, 768, 8, QV, torch.bfloat16)
     both_runs = [
         lambda: gradients(warp, (image, flow), dy, (0, 1)),
-        lambda: gradients(lambda *a: lora_linear(*a, 2, QV, 0.1, 5), tensors, dl, (0, 3, 4)),
-    ]
+        lambda: gradients(lambda *a: lora_linear(*a, 2, QV, 0.1, 5), tensors, dl, (0, 3, 4))]
     first = [run() for run in both_runs]
     for _ in range(5):
         for results, run in zip(first, both_runs):
@@ -987,9 +954,8 @@ def test_gpu_beyond_32_bits():
     x = torch.zeros(M, K, dtype=torch.bfloat16, device="cuda")
     tail = torch.randn(256, K, device="cuda").bfloat16()
     x[-256:] = tail
-    weight, A, B = (
-        torch.randn(shape, device="cuda").bfloat16() * 0.05 for shape in ((96, K), (8, K), (64, 4))
-    )
+    weight, A, B = (torch.randn(shape, device="cuda").bfloat16() * 0.05
+                    for shape in ((96, K), (8, K), (64, 4)))
     y = lora_linear(x, weight, None, A, B, 2.0, QV)
     assert torch.equal(y[-256:], lora_linear(tail, weight, None, A, B, 2.0, QV))
     image = torch.randn(1, 3, 2**15, 2**15 - 8, device="cuda", dtype=torch.float16)

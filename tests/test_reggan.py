@@ -129,6 +129,10 @@ def test_metrics_against_scikit_image():
         expected = {"mae": np.abs(r - f)[inside].mean(), "psnr": psnr, "foreground": 26 / 32,
                     "ssim": structural_similarity(r, f, data_range=1)}
         assert {name: x[i].item() for name, x in scores.items()} == pytest.approx(expected)
+    red, white = -torch.ones(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+    red[:, 0, 2:6] = 1  # in two of three channels of the foreground white is wrong
+    scores = {name: x.item() for name, x in reggan.metrics(white, red).items()}
+    assert scores["mae"] == pytest.approx(2 / 3) and scores["foreground"] == 0.5
 
 
 def test_registration_metrics_of_known_flows():
@@ -476,6 +480,21 @@ def test_translate_keeps_names_formats_and_depth(root):
         translate(folder, root / "run", folder)
 
 
+def test_an_image_is_translated_as_it_was_trained_on(root):
+    """In the middle of a square, and at the size that the pairs had, in the type."""
+    reggan.train(small(root, dtype="fp32"))
+    model, trained, _ = reggan.load_generator(root / "run")
+    assert trained.size == 32
+    a = smooth_image(1, 3)[0].repeat(1, 2, 2)[:, :, :40]  # (1, 64, 40)
+    (root / "in").mkdir()
+    np.save(root / "in/wide.npy", a[0].numpy())
+    translate(root / "in", root / "run", root / "out")
+    small_a = F.interpolate(a[None] + 1, (32, 20), mode="bilinear", antialias=True) - 1
+    fake = model.eval().translate(F.pad(small_a.clamp(-1, 1), (6, 6), value=-1.0))[..., 6:26]
+    expected = F.interpolate(fake, (64, 40), mode="bilinear")[0, 0].detach().numpy()
+    assert np.load(root / "out/wide.npy") == pytest.approx(expected, abs=1e-5)
+
+
 def test_published_generators_load_and_must_be_finite(tmp_path):
     """A bare netG_A2B.pth: width, blocks and channels are those of its tensors."""
     torch.manual_seed(0)
@@ -532,8 +551,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(root, case):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"reg_lr": 0}, r"--reg-lr: expected a number in \(0, inf\), found 0"),
-    ({"synthetic": -1}, r"--synthetic: expected a number in \[0, inf\), found -1"),
     ({"noise": 26}, r"--noise: expected a number in \[0, 25\], found 26"),
     ({"size": 20}, r"--size: expected 0, or 32 pixels or more, found 20"),
     ({"lr": float("nan")}, r"--lr: expected a number in \(0, inf\), found nan"),
@@ -727,12 +744,17 @@ def test_compare_goes_on_and_writes_tables(drawn, tmp_path, monkeypatch):
     for options, message in (
             ({"hosts": "munit"}, "--hosts: expected nc, .*, with .r for registration, found munit"),
             ({"levels": "much"}, "--levels: expected numbers, elastic, or .* none, found much"),
+            ({"noise": 5.0}, "--compare: expected --levels and --hosts, found --noise"),
             ({"width": 9}, "config.json: expected --width 9, as asked for now, found .*width 4")):
         with refused(message):
             reggan.compare(dataclasses.replace(c, **options))
     more = reggan.compare(dataclasses.replace(c, seeds=2, hosts="nc"))  # what steers it is free
     assert [line["seed"] for line in more] == [0, 0, 1, 1]
     assert " ± " in (tmp_path / "t/table.md").read_text()
+    changed = json.loads((tmp_path / "t/cells/nc_0_0/result.json").read_text()) | {"images": 99}
+    common.write_json(tmp_path / "t/cells/nc_0_0/result.json", changed)
+    with refused("nc.r_0_0: expected the test images of the other cells"):
+        reggan.compare(c)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -57,6 +57,8 @@ class Config(common.RunConfig):
     share: float = common.option(0.5, "a share, 100 % is all")
     flip: bool = common.option(False, "mirror")
     kind: str = common.option("a", "which", choices=["a", "b"])
+    table: bool = common.option(False, "a mode", takes=("rank", *common.RUNNING))
+    rows: int = common.option(1, "its rows", needs="table")
 
 
 def test_parse_config(capsys):
@@ -72,6 +74,10 @@ def test_parse_config(capsys):
         with pytest.raises(SystemExit) as stop:
             common.parse_config(Config, wrong)
         assert stop.value.code == 2
+    assert common.parse_config(Config, "--table --rank 8 --out x".split()).table
+    fails(lambda: common.parse_config(Config, ["--rows", "2"]), "--rows: expected --table beside")
+    fails(lambda: common.parse_config(Config, ["--table", "--share", "1", "--flip"]),
+          "--table: expected no options but", "found --share, --flip")
 
 
 @pytest.mark.parametrize("size, parts, even", [(32, 4, 32), (8, 3, 6), (32, 12, 24), (2, 4, 4)])

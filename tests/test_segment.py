@@ -222,9 +222,15 @@ def test_a_run_leaves_its_files_and_resumes_bit_for_bit(holes, tmp_path, stopped
     a, b = (common.load_checkpoint(tmp_path / name / "last.pt")["model"]
             for name in ("whole", "part"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    for count, lr in ((999, 1.5e-3), (1000, 5e-3)):  # few masks learn at a lower rate
-        held, config = {"sizes": mrm.MODELS["tiny"]}, SegmentConfig(weights="scratch", device="cpu")
-        assert segment.take_preset(config, None, held, count)[0].lr == lr
+    blank = shutil.copytree(holes, tmp_path / "blank")
+    for name in [path.name for path in sorted((holes / "masks").iterdir())][5:24]:
+        Image.fromarray(np.zeros((40, 60), np.uint8)).save(blank / "masks" / name)
+    train = segment.read_lists(run(blank, tmp_path / "none", ratio=100))[0]["train"]
+    assert [name[:4] for name in train.names] == ["0000", "0001", "0002", "0004", "0010", "0017"]
+    for method, lr in (("full", 1.5e-3), ("lora", 5e-3)):
+        config = SegmentConfig(weights="scratch", device="cpu", method=method)
+        filled, _ = segment.take_preset(config, None, {"sizes": mrm.MODELS["tiny"]}, 9)
+        assert filled.lr == lr and filled.mean == mrm.MEAN
 
 
 def predicted(folder, settings, holes):
@@ -285,7 +291,6 @@ def test_the_demo_has_no_files_where_there_is_no_pneumothorax(tmp_path):
 @pytest.mark.parametrize("options, message", [
     (dict(masks="none"), "none/0000.png: no such mask .24 of 24"),
     (dict(batch_size=1), "--batch-size: expected two images or more"),
-    (dict(mean=0.0), "--mean and --std: expected both, or none"),
     (dict(img_size=33), "scratch: img_size 33 must be a multiple of patch_size")])
 def test_what_cannot_be_used_is_one_line(holes, tmp_path, options, message):
     with pytest.raises(InputError, match=message):

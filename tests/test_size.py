@@ -9,32 +9,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "data.py": 1078,
-    "finetune.py": 759,
-    "kernels/__init__.py": 96,
-    "kernels/bench.py": 188,
-    "kernels/cpu.py": 68,
+    "data.py": 1095,
+    "finetune.py": 772,
+    "kernels/__init__.py": 97,
+    "kernels/bench.py": 161,
+    "kernels/cpu.py": 67,
     "kernels/dropout.py": 38,
     "kernels/lora_linear.py": 447,
-    "kernels/warp.py": 334,
-    "lora.py": 338,
+    "kernels/warp.py": 335,
+    "lora.py": 339,
     "more/__init__.py": 3,
-    "more/convert.py": 191,
+    "more/convert.py": 192,
     "more/cxrmae.py": 116,
     "more/improved.py": 142,
     "more/nicegan.py": 188,
-    "more/segment.py": 364,
-    "mrm.py": 689,
+    "more/segment.py": 370,
+    "mrm.py": 690,
     "reggan.py": 840,
-    "support/__init__.py": 8,
+    "support/__init__.py": 9,
     "support/demo.py": 440,
     "support/recipes.py": 99,
-    "support/script.py": 770,
+    "support/script.py": 804,
     "support/tokenizer.py": 123,
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7662
+TOTAL = 7710
 
 
 def lines_of(name):
