@@ -13,12 +13,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import lora
 import measure
 import vit
+from support.script import mean_and_deviation
 
 REPOSITORY = Path(__file__).parents[1]
 MEASURED = REPOSITORY / "tests" / "readme"
@@ -197,33 +199,61 @@ def test_differences_are_those_of_the_measured_files():
         assert tuple(map(float, row)) in measured, row
 
 
-def test_the_claims_about_reggan_follow_from_every_run():
-    runs = {}
-    with open(MEASURED / "reggan_compare.csv") as file:
-        for row in csv.DictReader(file):
-            runs.setdefault((row["row"], row["level"]), {})[row["seed"]] = float(row["psnr"])
+def runs_of(name):
+    with open(MEASURED / f"{name}.csv") as file:
+        return list(csv.DictReader(file))
 
-    def gains(a, b, levels=("0", "3", "5", "elastic")):
+
+def by_seed(runs, row, level, score="psnr"):
+    """The score of each seed, an array; of the level `mean` its mean over the levels."""
+    values = {}
+    for run in runs:
+        if run["row"] == row and level in (run["level"], "mean"):
+            values.setdefault(run["seed"], []).append(float(run[score]))
+    return np.array([statistics.fmean(each) for each in values.values()])
+
+
+SCORES = {"PSNR": "psnr", "MAE": "mae", "SSIM": "ssim", "registration": "registration_error",
+          "share": "folding", "Test AUROC": "auroc"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in MEASURED.glob("*.csv")))
+def test_tables_are_the_means_of_every_run(name):
+    """Of each table, below a line that begins with a score, whose columns are levels."""
+    checked, score, runs = 0, None, runs_of(name)
+    for line in (MEASURED / f"{name}.md").read_text().splitlines():
+        row, *cells = (cell.strip() for cell in line[1:-1].split("|"))
+        if not line.startswith("|"):
+            score = next((SCORES[start] for start in SCORES if line.startswith(start)), score)
+        elif row == "method":
+            levels = [cell.removeprefix("level ") for cell in cells]
+        elif row != "---":
+            for level, cell in zip(levels, cells):
+                digits = len(cell.split()[0].partition(".")[2])
+                values = list(by_seed(runs, row, level, score))
+                assert cell == mean_and_deviation(values, digits), (row, level, score)
+                checked += 1
+    assert checked > 20
+
+
+def test_the_claims_follow_from_every_run():
+    runs, moved = runs_of("reggan_compare"), ("3", "5", "elastic")
+
+    def gains(a, b, levels=("0", *moved)):
         """By level: PSNR of a - PSNR of b, seed by seed."""
-        return {level: [runs[a, level][s] - runs[b, level][s] for s in sorted(runs[a, level])]
-                for level in levels}
+        return np.array([by_seed(runs, a, level) - by_seed(runs, b, level) for level in levels])
 
-    def mean(row, level):
-        return statistics.fmean(runs[row, level].values())
-
-    moved = ("3", "5", "elastic")
-    least = min(min(values) for b in ("pix2pix", "nc")
-                for values in gains("nc+r", b, moved).values())
+    least = min(gains("nc+r", b, moved).min() for b in ("pix2pix", "nc"))
     assert f"by {least:.1f} dB and more, in every seed" in CLAIMS
-    lost = [mean(row, "0") - mean(row, "5") for row in ("nc+r", "pix2pix")]
+    lost = [(by_seed(runs, row, "0") - by_seed(runs, row, "5")).mean() for row in
+            ("nc+r", "pix2pix")]
     assert f"from level 0 to 5 it loses {lost[0]:.1f} dB, Pix2Pix {lost[1]:.1f}" in CLAIMS
-    assert sum(x < 0 for x in gains("nc+r", "pix2pix")["0"]) == 2  # behind in two seeds of three
-    ahead = {level: sum(x > 0 for x in values) for level, values in gains("nc+r", "cycle").items()}
-    assert ahead == {"0": 3, "3": 2, "5": 2, "elastic": 1}
-    assert min(min(values) for values in gains("nc+r improved", "cycle").values()) > 0
+    assert (gains("nc+r", "pix2pix")[0] < 0).sum() == 2  # behind in two seeds of three
+    assert (gains("nc+r", "cycle") > 0).sum(1).tolist() == [3, 2, 2, 1]
+    assert gains("nc+r improved", "cycle").min() > 0
     for host, name in (("cycle", "CycleGAN"), ("nice", "NICE-GAN")):
         better = gains(host + "+r", host)
-        assert min(min(values) for values in better.values()) > 0
-        means = [statistics.fmean(values) for values in better.values()]
-        assert f"{name} by {min(means):.1f} to {max(means):.1f} dB" in CLAIMS
-    assert min(min(values) for values in gains("cycle+r", "nice").values()) > 0
+        assert better.min() > 0
+        low, high = better.mean(1).min(), better.mean(1).max()
+        assert f"{name} by {low:.1f} to {high:.1f} dB" in CLAIMS
+    assert gains("cycle+r", "nice").min() > 0
