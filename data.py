@@ -105,7 +105,8 @@ def read_picture(path, short_side, grey, mask):
         picture.load()
         picture = ImageOps.exif_transpose(picture)
     if mask and picture.has_transparency_data:  # the object may be in it alone
-        raise InputError(path, "a mask without transparency", f"mode {picture.mode}")
+        if picture.convert("RGBA").getextrema()[3][0] < 255:
+            raise InputError(path, "a mask without transparency", f"mode {picture.mode}")
     if mask and picture.mode == "P":
         pixels, grey = np.array(picture), np.array(picture.convert("L"))
         if grey[pixels == 0].max(initial=0) > grey[pixels > 0].min(initial=255):

@@ -946,6 +946,9 @@ def test_a_mask_is_its_indices_and_has_no_transparency(tmp_path):
         planes[-1] = Image.fromarray(mask * np.uint8(255))
         Image.merge(bands, planes).save(path)
         fails(lambda: data.read_mask(path, (20, 30), "film"), "m.png", f"mode {bands}")
+    planes = [planes[-1]] * 3 + [Image.new("L", (30, 20), 255)]  # nothing is transparent
+    Image.merge("RGBA", planes).save(path)
+    assert (data.read_mask(path, (20, 30), "film") == mask).all()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
