@@ -257,3 +257,8 @@ def test_the_claims_follow_from_every_run():
         low, high = better.mean(1).min(), better.mean(1).max()
         assert f"{name} by {low:.1f} to {high:.1f} dB" in CLAIMS
     assert gains("cycle+r", "nice").min() > 0
+    mni, films = runs_of("reggan_mni"), runs_of("real_films")
+    assert sum(float(run["psnr"]) < 10 for run in mni if run["row"] == "cycle") == 1  # inverted
+    ours, scratch = (by_seed(films, f"mini {start}, full", "mean", "auroc")
+                     for start in ("pretrained on real films", "from scratch"))
+    assert len(ours) == 3 and (ours > scratch).all()

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUDGET = {
-    "data.py": 1095,
+    "data.py": 1096,
     "finetune.py": 772,
     "kernels/__init__.py": 97,
     "kernels/bench.py": 161,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7710
+TOTAL = 7711
 
 
 def lines_of(name):
