@@ -16,6 +16,7 @@ at a tiny one, to try this file.
 import functools
 import os
 import statistics
+import sys
 import timeit
 
 import torch
@@ -158,4 +159,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:  # it has no options
+        sys.exit(__doc__)
     main()

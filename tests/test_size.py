@@ -12,7 +12,7 @@ BUDGET = {
     "data.py": 1096,
     "finetune.py": 772,
     "kernels/__init__.py": 97,
-    "kernels/bench.py": 161,
+    "kernels/bench.py": 164,
     "kernels/cpu.py": 67,
     "kernels/dropout.py": 38,
     "kernels/lora_linear.py": 447,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7711
+TOTAL = 7714
 
 
 def lines_of(name):
