@@ -54,8 +54,8 @@ from support.script import (  # before torch: it sets how threads wait
     check_same, checkpoint_file, command_of, digest, draw_curves, even_batch, fill, from_all, join,
     last_state, load_checkpoint, markdown_table, mean_and_deviation, mean_over_processes,
     number_of_steps, option, options_of, parse_config, read_json, restore, run_cells, run_script,
-    save_checkpoint, save_state, scaler_for, seed_rank, start_file, warn, with_dtype, write_csv,
-    write_json, write_text,
+    save_checkpoint, save_state, scaler_for, seed_rank, start_file, warn, warn_once, with_dtype,
+    write_csv, write_json, write_text,
 )
 import numpy as np
 import torch
@@ -404,9 +404,15 @@ def read_lists(config):
     for one, other in itertools.combinations(parts, 2):  # images of one patient look alike
         both = sum(data.seen(parts[other].owners, data.marks(parts[one].owners)))
         if both:
-            warn(f"{both} images of {other} are of patients in {one}, which flatters the scores; "
-                 "python data.py audit lists them")
+            warn_once(f"{both} images of {other} are of patients in {one}, which flatters the "
+                      "scores; python data.py audit lists them")
     return parts, classes
+
+
+def lists_digest(parts, classes):
+    """Tells the lists of a run apart, by images, labels, masks and classes."""
+    lists = [(part.names, part.labels.tolist(), part.masks) for part in parts.values()]
+    return hashlib.sha256(repr((lists, classes)).encode()).hexdigest()
 
 
 def load_images(parts, config):
@@ -512,9 +518,8 @@ def prepare(config, read, recipe, build, load):
         model = build(config, sizes, classes, tensors).to(device)
     except ValueError as error:  # sizes that do not divide
         raise InputError(f"{config.weights}: {error}") from None
-    lists = [(part.names, part.labels.tolist(), part.masks) for part in parts.values()]
     trained_on = data.marks(parts["train"].owners) | set(held.get("trained_on", ()))
-    facts = {"lists_and_classes": hashlib.sha256(repr((lists, classes)).encode()).hexdigest(),
+    facts = {"lists_and_classes": lists_digest(parts, classes),
              "number_of_processes": world, "weights": lora.fingerprint(model.state_dict()),
              "script": config.script, "sizes": sizes, "classes": classes, "mean": config.mean,
              "std": config.std, "white": config.white, "trained_on": sorted(trained_on)}
@@ -605,7 +610,8 @@ def write_result(run, best, summary, scores):
         "images": {name: len(part.names) for name, part in run.parts.items()},
         **{f"{name}_parameters": count[name] for name in ("trainable", "lora", "head", "total")},
         **{name: last[name] for name in measured}, "seconds": seconds,
-        "weights_digest": digest(config.weights)}
+        "weights_digest": digest(config.weights),
+        "lists_and_classes": run.facts["lists_and_classes"]}
     if log.rank == 0:
         print(f"test {summary}, {last['images_per_second']:.0f} images/s, {seconds:.0f} s in all; "
               f"{log.out}")
@@ -703,13 +709,10 @@ def list_cells(config):
 
 
 def read_draws(path, classes):
-    """From the predictions.csv of a run: the bootstrap of its mean AUROC, (R,), and (its images,
-    their labels), which all runs of a comparison share."""
-    rows = data.read_csv(path, ["image", *classes, *(f"label {name}" for name in classes)])
-    images, values = zip(*((image, [value or "nan" for value in values])
-                           for _, image, *values in rows))
-    scores, labels = np.split(np.array(values, np.float64), 2, axis=1)
-    return bootstrap_auroc(scores, labels)[3], (images, labels.tolist())
+    """From the predictions.csv of a run: the bootstrap of its mean AUROC, (R,)."""
+    rows = data.read_csv(path, [*classes, *(f"label {name}" for name in classes)])
+    values = [[value or "nan" for value in values] for _, *values in rows]
+    return bootstrap_auroc(*np.split(np.array(values, np.float64), 2, axis=1))[3]
 
 
 def compare(config):
@@ -718,16 +721,17 @@ def compare(config):
     is not repeated. The demo's weights are pretrained once for each seed, on first use."""
     out, rows = Path(config.out or "runs/compare"), {}
     cells, asked = list_cells(dataclasses.replace(config, compare=False)), out / "config.json"
-    tested = None
+    lists_now = functools.cache(
+        lambda ratio: lists_digest(*read_lists(dataclasses.replace(config, ratio=ratio))))
     if asked.exists():  # None, too, asks for something: the recipe's value
         of_cells = {"seed": config.seed, "dtype": config.dtype}  # each cell knows its own
         check_same(read_json(asked) | of_cells, config, asked, ("auto",))
     for name, result in run_cells(out, cells, finetune):
         if not asked.exists():  # the options are good
             write_json(asked, options_of(config))
-        draws, listed = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
-        if str(listed) != str(tested := tested or listed):  # NaN equals NaN as text
-            raise InputError(out / name, "the test images and labels of the other cells", "others")
+        if result.get("lists_and_classes") != lists_now(result["ratio"]):
+            raise InputError(out / name, "a run on the lists as they are now", "another; delete it")
+        draws = read_draws(out / name / "predictions.csv", list(result["auroc_per_class"]))
         method, ratio = result["method"], result["ratio"]
         init = name.removesuffix(f"-{method}-{ratio}-{cells[name].seed}")
         rows.setdefault((init, method, ratio), []).append((result, draws))

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUDGET = {
     "data.py": 1096,
-    "finetune.py": 772,
+    "finetune.py": 776,
     "kernels/__init__.py": 97,
     "kernels/bench.py": 164,
     "kernels/cpu.py": 67,
@@ -34,7 +34,7 @@ BUDGET = {
     "support/weights.py": 133,
     "vit.py": 210,
 }
-TOTAL = 7714
+TOTAL = 7718
 
 
 def lines_of(name):
