@@ -949,10 +949,12 @@ class Pairs(torch.utils.data.Dataset):
         self.folder, self.noise, self.elastic, self.seed = Path(folder), noise, elastic, seed
         self.size, self.with_flow, self.rescale = size, with_flow, parse_rescale(rescale)
         self.names, self.kept, first, ends = list_pairs(folder), {}, None, ([], [])
+        digest = hashlib.sha256(repr(self.names).encode())
         for name in self.names:
             images = self.read(name)
             for of_side, image in zip(ends, images):  # the darkest and the brightest number of each
                 of_side.append(torch.stack([image.min(), image.max()]))
+                digest.update(image.contiguous().numpy())
             images = [fit_square(image, self.size) for image in images]
             if sum(image.nbytes for image in images) * len(self.names) <= self.KEPT_BYTES:
                 self.kept[name] = images
@@ -970,6 +972,7 @@ class Pairs(torch.utils.data.Dataset):
                     raise InputError(self.folder / "B" / name, f"the axes {axes}, as its A", other)
         for side, of_side, span in zip("AB", ends, self.rescale):
             check_range(self.folder / side, of_side, span)
+        self.digest = digest.hexdigest()  # of names and pixels
         self.in_chans, self.out_chans, self.shape = first[0][0], first[1][0], tuple(first[0][1:])
 
     def __len__(self):

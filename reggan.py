@@ -496,8 +496,8 @@ def trainable(module, *prefixes):
 
 
 def all_pairs(config):
-    """(training pairs, val, test). val and test are (as they are, moved as in training): G is
-    judged by the first, R by the second. Without test/, test is val."""
+    """(training pairs, val, test, their digest). val and test are (as they are, moved as in
+    training): G is judged by the first, R by the second. Without test/, test is val."""
     root = Path(config.root or demo_pairs("demo"))
 
     def pairs(part, noise, with_flow=True):
@@ -510,7 +510,7 @@ def all_pairs(config):
     for other, _ in (val, test):
         if (other.in_chans, other.out_chans) != (train.in_chans, train.out_chans):
             raise InputError(other.folder, f"as many channels as in {train.folder}", "others")
-    return train, val, test
+    return train, val, test, " ".join(part.digest for part in (train, val[0], test[0]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -522,9 +522,8 @@ class Job:
 
     def __init__(self, config, device, rank=0, world=1):
         self.device, self.rank, self.world = device, rank, world
-        self.pairs, self.val, self.test = all_pairs(config)
-        names = [part.names for part in (self.pairs, self.val[0], self.test[0])]
-        self.facts = {"names_of_the_pairs": names, "number_of_processes": world,
+        self.pairs, self.val, self.test, digest = all_pairs(config)
+        self.facts = {"pairs": digest, "number_of_processes": world,
                       "added_motion": [config.noise, config.elastic]}  # see `last_state`
         torch.manual_seed(config.seed)
         self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
@@ -665,7 +664,7 @@ def train(config):
         "host": config.host, "registration": config.reg, "noise": config.noise,
         "elastic": config.elastic, "part": part, "weights": chosen, "images": len(job.test[0]),
         "parameters": sum(weight.numel() for weight in trainable(job.model, "")),
-        "seconds": time.time() - start}
+        "data_digest": job.facts["pairs"], "seconds": time.time() - start}
     for name in ("images_per_second", "share_waiting_for_data"):
         result[name] = log.history[-1][name]
     if rank == 0:
@@ -784,11 +783,9 @@ def compare(config):
     for number, level, row in itertools.product(seeds, levels, hosts):
         cells[f"{row}_{level}_{number}"] = cell_config(config, row, level, number)
     _, rank, _ = join(config)
-    table, methods, lines = [], {}, []
-    for name, result in run_cells(out / "cells", cells, train):
+    table, methods, lines, now = [], {}, [], all_pairs(complete(config))[-1]
+    for name, result in run_cells(out / "cells", cells, train, lambda cell: now):
         row, level, number = name.split("_")
-        if table and result["images"] != table[0]["images"]:
-            raise InputError(out / "cells" / name, "the test images of the other cells", "others")
         table.append({"row": row, "level": level, "seed": int(number)} | result)
         methods.setdefault((level, row), []).append(result)
     names = list(dict.fromkeys(name for line in table for name in line))

@@ -665,10 +665,10 @@ class Saving:
 # Comparisons: many runs of one script
 
 
-def run_cells(folder, configs, run):
+def run_cells(folder, configs, run, data_of):
     """Runs each of {name: configuration} of a comparison in the folder `folder`/name. Yields (name,
     content of result.json). A finished run is read instead, and one that was stopped goes on; one
-    with other options is refused."""
+    of other options, weights or data (data_of(configuration) is their digest now) is refused."""
     for name, config in configs.items():
         cell = Path(folder) / name
         config = dataclasses.replace(config, out=str(cell), resume=(cell / "last.pt").exists())
@@ -678,10 +678,10 @@ def run_cells(folder, configs, run):
         if (cell / "result.json").exists():
             path = cell / "config.json"
             check_same(read_json(path), config, path, (None, "auto"))  # a recipe filled the others
-            start = getattr(config, "weights", "")
-            then, now = read_json(cell / "result.json").get("weights_digest"), digest(start)
-            if then and now and then != now:
-                raise InputError(cell, f"a run from {start} as it is now", "an older; delete it")
+            held, weights = read_json(cell / "result.json"), getattr(config, "weights", "")
+            for what, now in (("weights", digest(weights)), ("data", data_of(config))):
+                if now and held.get(f"{what}_digest", now) not in ("", now):
+                    raise InputError(cell, f"a run of the same {what} as now", "another; delete it")
         else:
             print(f"{name}: {cell}", flush=True)
             run(config)

@@ -268,7 +268,7 @@ def bound(seed, epochs=60.0):
     all_pairs = reggan.all_pairs
 
     def with_true_flow(config):
-        pairs, val, test = all_pairs(config)
+        pairs, *others = all_pairs(config)
         pairs.with_flow, batches = True, pairs.batches
 
         def pairs_alone(*args, **named):
@@ -276,7 +276,7 @@ def bound(seed, epochs=60.0):
                 yield a, b
 
         pairs.batches = pairs_alone
-        return pairs, val, test
+        return pairs, *others
 
     config = improved.Config(size=32, epochs=float(epochs), dtype="fp32", noise=5.0, seed=int(seed),
                              smooth=0.0, drift=0.0, synthetic=0.0, out=f"runs/bound-{seed}")

@@ -506,7 +506,7 @@ def test_compare_writes_a_table_and_keeps_finished_cells(easy, tmp_path, monkeyp
     finetune.compare(table(easy, tmp_path))
     assert (tmp_path / "compare.md").read_text() == first
     spoil_list(easy, (easy / "train_10.txt").read_text().replace(" 1 ", " 0 ", 1))
-    with pytest.raises(InputError, match="expected a run on the lists as they are now"):
+    with pytest.raises(InputError, match="full-10-0: expected a run of the same data as now"):
         finetune.compare(table(easy, tmp_path))
 
 
@@ -536,7 +536,7 @@ def test_compare_keeps_finished_cells_of_the_demos_weights(easy, tmp_path, monke
     finetune.compare(cells)
     assert len(made) == 4
     common.save_checkpoint("runs/image-only-demo/best.pt", {"model": {}})
-    with pytest.raises(InputError, match="linear-10-0: expected a run from runs/image-only"):
+    with pytest.raises(InputError, match="only-linear-10-0: expected a run of the same weights"):
         finetune.compare(cells)
 
 

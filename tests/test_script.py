@@ -335,10 +335,10 @@ def test_a_resumed_run_and_a_cell_take_over_the_recorded_type(tmp_path, monkeypa
         common.RunLog(config.out, config).json("result.json", {})
 
     cells = {"a": Config(), "b": Config(rank=5)}
-    assert len(list(common.run_cells(tmp_path, cells, run))) == 2 and ran == ["bf16", "bf16"]
+    assert len(list(common.run_cells(tmp_path, cells, run, str))) == 2 and ran == ["bf16", "bf16"]
     (tmp_path / "b" / "result.json").unlink()
     slow_down(monkeypatch, "bf16", 4.0)
-    assert len(list(common.run_cells(tmp_path, cells, run))) == 2 and ran[2:] == ["bf16"]
+    assert len(list(common.run_cells(tmp_path, cells, run, str))) == 2 and ran[2:] == ["bf16"]
     common.fastest_type.cache_clear()
 
 
