@@ -554,6 +554,7 @@ DRIVER = """
 import sys
 sys.path.insert(0, {repository!r})
 import torch, data, finetune, mrm
+from support.script import run_script
 def noise_of(images, p):
     return (mrm.patchify(images, p).sum(-1) * 997) % 1
 encode = mrm.MRM.encode
@@ -568,10 +569,11 @@ mrm.hide_words = hide
 options = dict(data="csv", root={root!r}, out=sys.argv[2], device="cpu", dtype="fp32", steps=4,
                lr=1e-3, batch_size=8, min_crop=1.0)
 if sys.argv[1] == "mrm":
-    mrm.pretrain(mrm.MRMConfig(holdout=8, accumulate=int(sys.argv[3]), **options))
+    options |= dict(holdout=8, accumulate=int(sys.argv[3]))
+    run_script(lambda: mrm.pretrain(mrm.MRMConfig(**options)))
 else:
     options |= dict(weights="scratch", method="full", evaluations=4)
-    finetune.finetune(finetune.FinetuneConfig(**options))
+    run_script(lambda: finetune.finetune(finetune.FinetuneConfig(**options)))
 """
 
 
