@@ -51,11 +51,11 @@ from typing import ClassVar
 
 from support.script import (  # before torch: it sets how threads wait
     RUNNING, InputError, RunConfig, RunLog, Saving, Timed, autocast_for, check_apart, check_finite,
-    check_same, checkpoint_file, command_of, digest, draw_curves, even_batch, fill, from_all, join,
+    check_same, checkpoint_file, command_of, draw_curves, even_batch, fill, from_all, join,
     last_state, load_checkpoint, markdown_table, mean_and_deviation, mean_over_processes,
     number_of_steps, option, options_of, parse_config, read_json, restore, run_cells, run_script,
-    save_checkpoint, save_state, scaler_for, seed_rank, start_file, warn, warn_once, with_dtype,
-    write_csv, write_json, write_text,
+    save_checkpoint, save_state, scaler_for, seed_rank, start_file, warn, warn_once, weights_digest,
+    with_dtype, write_csv, write_json, write_text,
 )
 import numpy as np
 import torch
@@ -519,10 +519,10 @@ def prepare(config, read, recipe, build, load):
     except ValueError as error:  # sizes that do not divide
         raise InputError(f"{config.weights}: {error}") from None
     trained_on = data.marks(parts["train"].owners) | set(held.get("trained_on", ()))
-    facts = {"lists_and_classes": lists_digest(parts, classes),
-             "number_of_processes": world, "weights": lora.fingerprint(model.state_dict()),
-             "script": config.script, "sizes": sizes, "classes": classes, "mean": config.mean,
-             "std": config.std, "white": config.white, "trained_on": sorted(trained_on)}
+    facts = {"data": lists_digest(parts, classes), "number_of_processes": world,
+             "weights": lora.fingerprint(model.state_dict()), "script": config.script,
+             "sizes": sizes, "classes": classes, "mean": config.mean, "std": config.std,
+             "white": config.white, "trained_on": sorted(trained_on)}
     saved = last_state(config, steps, **facts)  # the run that is resumed must have these facts
     config = with_dtype(config, device, world, saved, sizes["embed_dim"])
     load(parts, config)
@@ -610,7 +610,7 @@ def write_result(run, best, summary, scores):
         "images": {name: len(part.names) for name, part in run.parts.items()},
         **{f"{name}_parameters": count[name] for name in ("trainable", "lora", "head", "total")},
         **{name: last[name] for name in measured}, "seconds": seconds,
-        "weights_digest": digest(config.weights), "data_digest": run.facts["lists_and_classes"]}
+        "weights_digest": weights_digest(config.weights), "data_digest": run.facts["data"]}
     if log.rank == 0:
         print(f"test {summary}, {last['images_per_second']:.0f} images/s, {seconds:.0f} s in all; "
               f"{log.out}")

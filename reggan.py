@@ -523,7 +523,7 @@ class Job:
     def __init__(self, config, device, rank=0, world=1):
         self.device, self.rank, self.world = device, rank, world
         self.pairs, self.val, self.test, digest = all_pairs(config)
-        self.facts = {"pairs": digest, "number_of_processes": world,
+        self.facts = {"data": digest, "number_of_processes": world,
                       "added_motion": [config.noise, config.elastic]}  # see `last_state`
         torch.manual_seed(config.seed)
         self.model = build(config, self.pairs.in_chans, self.pairs.out_chans, self.pairs.shape)
@@ -664,7 +664,7 @@ def train(config):
         "host": config.host, "registration": config.reg, "noise": config.noise,
         "elastic": config.elastic, "part": part, "weights": chosen, "images": len(job.test[0]),
         "parameters": sum(weight.numel() for weight in trainable(job.model, "")),
-        "data_digest": job.facts["pairs"], "seconds": time.time() - start}
+        "data_digest": job.facts["data"], "seconds": time.time() - start}
     for name in ("images_per_second", "share_waiting_for_data"):
         result[name] = log.history[-1][name]
     if rank == 0:

@@ -440,7 +440,7 @@ def start_file(weights):
     return checkpoint_file(weights, "adapter.pt", "best.pt", "last.pt")
 
 
-def digest(weights):
+def weights_digest(weights):
     """Tells checkpoints at the same place apart, by what they hold; "" where there is none."""
     path = start_file(weights or "none")
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
@@ -678,9 +678,9 @@ def run_cells(folder, configs, run, data_of):
         if (cell / "result.json").exists():
             path = cell / "config.json"
             check_same(read_json(path), config, path, (None, "auto"))  # a recipe filled the others
-            held, weights = read_json(cell / "result.json"), getattr(config, "weights", "")
-            for what, now in (("weights", digest(weights)), ("data", data_of(config))):
-                if now and held.get(f"{what}_digest", now) not in ("", now):
+            held, start = read_json(cell / "result.json"), getattr(config, "weights", "")
+            for what, now in (("weights", weights_digest(start)), ("data", data_of(config))):
+                if now and held.get(f"{what}_digest") != now:
                     raise InputError(cell, f"a run of the same {what} as now", "another; delete it")
         else:
             print(f"{name}: {cell}", flush=True)

@@ -678,7 +678,7 @@ def test_resume_refuses_other_lists_and_classes(easy, tmp_path, spoil):
     run = config(root, tmp_path / "run", steps=1)
     finetune.finetune(run)
     spoil(root)
-    with pytest.raises(InputError, match=r"last\.pt: expected a run with the same lists and"):
+    with pytest.raises(InputError, match=r"last\.pt: expected a run with the same data as"):
         finetune.finetune(dataclasses.replace(run, resume=True))
 
 

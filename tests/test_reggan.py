@@ -983,7 +983,7 @@ def test_resuming_a_finished_run_and_one_with_more_steps(root):
         reggan.train(dataclasses.replace(more, steps=5))
     for side in "AB":
         (root / f"train/{side}/s2.npy").rename(root / f"train/{side}/other.npy")
-    with refused("last.pt: expected a run with the same pairs as now"):
+    with refused("last.pt: expected a run with the same data as now"):
         reggan.train(more)
 
 

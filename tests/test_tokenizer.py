@@ -81,7 +81,8 @@ def test_tokenizer_equals_a_naive_one(texts):
 
 
 @pytest.mark.parametrize("report, words", [
-    ("No  Edema, (2.5 cm)\nÉtat", [" no", " edema", ",", " (", "2", ".", "5", " cm", ")", " état"]),
+    ("No  Edema, (2.5 cm)\nÉtat", [
+        " no", " edema", ",", " (", "2", ".", "5", " cm", ")", " état"]),
     ("", []), (" \n", []), ("폐 음영 정상", [" 폐", " 음영", " 정상"]),
     ("Ангина ñandú", [" ангина", " ñandú"])])
 def test_words_are_split_off_their_punctuation(report, words):
@@ -89,8 +90,8 @@ def test_words_are_split_off_their_punctuation(report, words):
 
 
 @pytest.mark.parametrize("report, count", [
-    ("双肺纹理清晰，心影大小正常。", 14), ("右侧胸腔积液 约3cm", 9), ("両肺野に異常陰影", 8),
-    ("ปอดปกติ", 7), ("no 积液", 3)])
+    ("双肺纹理清晰，心影大小正常。", 14), ("右侧胸腔积液 约3cm", 9),
+    ("両肺野に異常陰影", 8), ("ปอดปกติ", 7), ("no 积液", 3)])
 def test_a_word_of_an_unspaced_language_is_a_character(report, count):
     assert len(split_words(report)) == count
     enc = train_tokenizer([report] * 3, 300)
